@@ -1,0 +1,1 @@
+"""How an answer is judged: metrics, cases, gate rules, verifier audit, failure router. Needs no torch."""

@@ -1,0 +1,148 @@
+"""A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, optionally tied embeddings.
+
+Module names are Hugging Face's, so a state dict is a checkpoint of `transformers` as it stands.
+
+Shapes: B rows, L positions, D width, H query heads, K key-value heads, E head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from models.config import DecoderConfig
+
+# Inductor specialises the kernel to the mask; in eager mode flex_attention would materialise every score.
+_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, L, E] of every position, float32, the two halves alike (Su et al., 2021)."""
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions_BL.device, dtype=torch.float32) / head_dim)
+    angles = positions_BL[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2) by its position's angle."""
+    first, second = x_BHLE.chunk(2, dim=-1)
+    return (x_BHLE * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHLE.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        B, L, _ = x_BLD.shape
+        q_BHLE = self.q_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
+        k_BKLE = self.k_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
+        v_BKLE = self.v_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
+        if self.qk_norm:
+            q_BHLE, k_BKLE = self.q_norm(q_BHLE), self.k_norm(k_BKLE)
+        q_BHLE, k_BKLE = rotate(q_BHLE, cos, sin), rotate(k_BKLE, cos, sin)
+        if isinstance(mask, BlockMask):
+            attended = _flex_attention(q_BHLE, k_BKLE, v_BKLE, block_mask=mask, enable_gqa=True)
+        else:
+            attended = F.scaled_dot_product_attention(
+                q_BHLE, k_BKLE, v_BKLE, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+            )
+        return self.o_proj(attended.transpose(1, 2).reshape(B, L, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos, sin, mask)
+        return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """The network. Vocabulary logits are apart from the hidden states: training projects only scored positions."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth."""
+        depth_scale = (2 * self.config.num_hidden_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif "embed_tokens" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.dim() == 2:
+                std = parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std * depth_scale if name.endswith(_RESIDUAL_OUTPUTS) else std)
+
+    def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """Final hidden states [B, L, D].
+
+        tokens_BL, positions_BL: int64. mask: None (causal), bool [B, 1, L, L] (True attends) or a BlockMask (CUDA).
+        """
+        x_BLD = self.model.embed_tokens(tokens_BL)
+        cos, sin = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
+        for layer in self.model.layers:
+            x_BLD = layer(x_BLD, cos, sin, mask)
+        return self.model.norm(x_BLD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits [..., V] of hidden states [..., D]."""
+        weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+        return F.linear(hidden, weight.to(hidden.dtype))
+
+
+_RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")

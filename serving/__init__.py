@@ -1,0 +1,1 @@
+"""How frozen weights answer: engine, scheduler, retrieval, decisions, HTTP. Needs no torch."""

@@ -1,0 +1,1 @@
+"""Lifecycle stages: each turns input artifacts into one output artifact."""

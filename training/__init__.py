@@ -1,0 +1,1 @@
+"""How weights change: one loop, one batch type, the objectives. Runs without Prefect and without MLflow."""
