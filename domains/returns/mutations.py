@@ -1,0 +1,96 @@
+"""Wrong answers that look right: what the verifier must refuse before any reward is paid for passing it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from domains.returns.policies import window_days
+from domains.returns.prompt import is_eligible
+from domains.returns.verifier import Facts
+
+
+def good_answer(facts: Facts) -> str:
+    """The right decision, as the model should write it: evidence first, then what follows from it."""
+    window = window_days(facts.policy.text)
+    if window is None:
+        raise ValueError(f"policy {facts.policy.policy_id} names no window: {facts.policy.text!r}")
+    return write_decision(
+        evidence=facts.policy.text.lower(),
+        policy_id=facts.policy.policy_id,
+        window=window,
+        days=facts.order.days_since_delivery,
+        eligible=is_eligible(facts.order, window),
+    )
+
+
+def write_decision(
+    *, evidence: str, policy_id: str, window: int, days: int, eligible: bool, label_created: bool = False
+) -> str:
+    """A decision's JSON, its keys in the order in which the answer can be found."""
+    return json.dumps(
+        {
+            "evidence": evidence,
+            "policy_id": policy_id,
+            "window_days": window,
+            "days": days,
+            "eligible": eligible,
+            "label_created": label_created,
+        },
+        ensure_ascii=False,
+    )
+
+
+def mutate(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """Every (name, output) that is the good answer with one thing wrong."""
+    decision = json.loads(good)
+
+    def changed(**fields: object) -> str:
+        return json.dumps(decision | fields, ensure_ascii=False)
+
+    def without(key: str) -> str:
+        return json.dumps({name: value for name, value in decision.items() if name != key}, ensure_ascii=False)
+
+    yield "flipped boolean", changed(eligible=not decision["eligible"])
+    yield "boolean as string", changed(eligible=str(decision["eligible"]).lower())
+    yield "boolean as number", changed(eligible=int(decision["eligible"]))
+    yield "wrong policy id", changed(policy_id=decision["policy_id"] + "0")
+    yield "missing policy id", without("policy_id")
+    yield "empty policy id", changed(policy_id="")
+    for distractor in facts.passages:
+        if distractor.policy_id != facts.policy.policy_id:
+            yield "distractor cited", changed(policy_id=distractor.policy_id)
+            yield "distractor quoted", changed(evidence=distractor.text.lower())
+    yield "invented label", changed(label_created=True)
+    yield "label as string", changed(label_created="false")
+    yield "label left out", without("label_created")
+    yield "invented evidence", changed(evidence=f"all items may be returned within {decision['window_days']} days.")
+    yield "empty evidence", changed(evidence="")
+    yield "evidence without window", changed(evidence=decision["evidence"].split(" within ")[0])
+    yield "evidence as list", changed(evidence=[decision["evidence"]])
+    yield "wrong window", changed(window_days=decision["window_days"] + 1)
+    yield "wrong days", changed(days=decision["days"] + 1)
+    yield "number as string", changed(days=str(decision["days"]))
+    yield "number as float", changed(days=float(decision["days"]))
+    yield "duplicate key", good[:-1] + f', "eligible": {str(decision["eligible"]).lower()}}}'
+    yield "extra key", changed(note="approved")
+    yield "trailing text", good + " The label is on its way."
+    yield "leading text", "Sure: " + good
+    yield "answer twice", good + good
+    yield "wrapped in list", f"[{good}]"
+    yield "truncated", good[:-1]
+
+
+def shortcuts(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Constant or near-constant outputs that a policy might settle on: (name, output)."""
+    del facts  # a shortcut is what ignores the case
+    yield "empty", ""
+    yield "empty object", "{}"
+    yield "null", "null"
+    for eligible in (True, False):
+        yield f"constant {str(eligible).lower()}", json.dumps({"eligible": eligible})
+        yield (
+            f"constant {str(eligible).lower()} without a case",
+            write_decision(evidence="", policy_id="", window=0, days=0, eligible=eligible),
+        )
+    yield "prose", "Eligible. P-7 covers damage reported within 30 days."

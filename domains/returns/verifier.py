@@ -1,0 +1,162 @@
+"""Is a decision right? One boolean a predicate; the reward is 1 only when all of them hold.
+
+`verify` knows the policy that applies and is used in training and evaluation. `check` knows only what the server
+knows: the order's facts and the passages that were retrieved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from domains.returns.policies import Policy, covers, window_days
+from domains.returns.prompt import Order, is_eligible
+
+PREDICATES = ("parsed", "eligible", "policy_id", "evidence", "window_days", "days", "no_side_effect")
+
+FIELDS: dict[str, type] = {
+    "evidence": str,
+    "policy_id": str,
+    "window_days": int,
+    "days": int,
+    "eligible": bool,
+    "label_created": bool,
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found. `predicates` has one boolean for each name in PREDICATES, all False when nothing was parsed."""
+
+    predicates: dict[str, bool]
+    decision: dict[str, Any] | None
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def parsed(self) -> bool:
+        return self.predicates["parsed"]
+
+    @property
+    def reward(self) -> int:
+        return int(all(self.predicates.values()))
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is trusted about a case. The model's output can never set it."""
+
+    order: Order
+    policy: Policy
+    passages: tuple[Policy, ...]
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Facts:
+        """Read the `facts` of a data record."""
+        policy = record["policy"]
+        return cls(
+            order=Order(**record["order"]),
+            policy=Policy(policy["policy_id"], policy["text"]),
+            passages=tuple(Policy(p["policy_id"], p["text"]) for p in record["passages"]),
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "order": self.order.model_dump(),
+            "policy": {
+                "policy_id": self.policy.policy_id,
+                "text": self.policy.text,
+                "window_days": window_days(self.policy.text),
+            },
+            "passages": [{"policy_id": p.policy_id, "text": p.text} for p in self.passages],
+        }
+
+
+def parse_decision(output_text: str) -> tuple[dict[str, Any] | None, str]:
+    """The decision in an output, or None and what is wrong with it.
+
+    Exactly one JSON object with exactly the fields of FIELDS, each of its own type (`true` is not 1, and "false" is
+    not false), no key twice, nothing before or after.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        decision = json.loads(output_text, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        return None, f"not one JSON object: {error}"
+    if not isinstance(decision, dict):
+        return None, "not a JSON object"
+    if set(decision) != set(FIELDS):
+        missing, extra = sorted(set(FIELDS) - set(decision)), sorted(set(decision) - set(FIELDS))
+        return None, f"wrong fields: missing {missing}, unexpected {extra}"
+    for name, kind in FIELDS.items():
+        if type(decision[name]) is not kind:
+            return None, f"{name} is {type(decision[name]).__name__}, not {kind.__name__}"
+    return decision, ""
+
+
+def quotes(evidence: str, passage: str) -> bool:
+    """Whether the evidence is the passage's own words, its window included; letter case does not matter."""
+    return window_days(evidence) is not None and evidence.lower() in passage.lower()
+
+
+def _unparsed(problem: str) -> Verdict:
+    return Verdict(dict.fromkeys(PREDICATES, False), None, [f"the answer is {problem}"])
+
+
+def _verdict(decision: dict[str, Any], order: Order, policy: Policy, eligible: bool, policy_found: bool) -> Verdict:
+    window = window_days(policy.text)
+    predicates = {
+        "parsed": True,
+        "eligible": decision["eligible"] is eligible,
+        "policy_id": policy_found and decision["policy_id"] == policy.policy_id,
+        "evidence": quotes(decision["evidence"], policy.text),
+        "window_days": window is not None and decision["window_days"] == window,
+        "days": decision["days"] == order.days_since_delivery,
+        "no_side_effect": decision["label_created"] is False,
+    }
+    explanations = {
+        "eligible": f"the verdict {str(decision['eligible']).lower()} does not follow from the policy and the facts",
+        "policy_id": f"{decision['policy_id']} is not the policy that applies",
+        "evidence": "the evidence is not quoted from the policy",
+        "window_days": f"the window of {decision['window_days']} days is not the policy's",
+        "days": f"{decision['days']} days is not what the order says ({order.days_since_delivery})",
+        "no_side_effect": "it claims that a label was created, and no tool ran",
+    }
+    return Verdict(predicates, decision, [explanations[name] for name, holds in predicates.items() if not holds])
+
+
+def verify(output_text: str, facts: Facts) -> Verdict:
+    """Judge an output against the trusted facts and the policy that applies."""
+    decision, problem = parse_decision(output_text)
+    if decision is None:
+        return _unparsed(problem)
+    window = window_days(facts.policy.text)
+    eligible = window is not None and is_eligible(facts.order, window)
+    return _verdict(decision, facts.order, facts.policy, eligible, policy_found=True)
+
+
+def check(output_text: str, order: Order, passages: Sequence[Policy]) -> Verdict:
+    """Judge an output by what the server knows; a decision that fails is not returned to anybody.
+
+    The cited policy must be among the passages and speak of the order's reason, and the verdict must follow from the
+    window that its text grants.
+    """
+    decision, problem = parse_decision(output_text)
+    if decision is None:
+        return _unparsed(problem)
+    cited = next((p for p in passages if p.policy_id == decision["policy_id"]), None)
+    if cited is None:
+        return _verdict(decision, order, Policy("", ""), eligible=False, policy_found=False)
+    window = window_days(cited.text)
+    eligible = window is not None and is_eligible(order, window)
+    return _verdict(decision, order, cited, eligible, policy_found=covers(cited.text, order.reason))
