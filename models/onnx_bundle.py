@@ -1,0 +1,115 @@
+"""An ONNX bundle: the directory that the engine serves, and nothing beside it.
+
+model.onnx, model.onnx.data   graph and weights
+config.json, tokenizer files  as in the model directory it was made from
+bundle.json                   precision, max_length, size and digest of the two model files
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from models.config import DecoderConfig
+from models.directory import load_config, load_tensors
+from models.errors import UserError
+from models.onnx_graph import PRECISIONS, Precision, build_graph, slot_capacity
+
+BUNDLE_FILE = "bundle.json"
+GRAPH_FILE = "model.onnx"
+WEIGHTS_FILE = "model.onnx.data"
+_COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_FORMAT = 1
+
+
+class Bundle(BaseModel):
+    """What `bundle.json` says. max_length: tokens of prompt and answer together that a slot holds at most."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int
+    precision: Precision
+    max_length: int
+    parameters: int
+    files: dict[str, str]
+    """File name to SHA-256."""
+
+
+def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int) -> Bundle:
+    """Write the bundle of a model directory. `out_dir` appears whole or not at all, and must not exist yet.
+
+    Raises UserError for an unknown precision, a length out of range, or an `out_dir` that is there already.
+    """
+    model_dir, out_dir = Path(model_dir), Path(out_dir)
+    if precision not in PRECISIONS:
+        raise UserError(f"export: precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    config = load_config(model_dir)
+    if not 2 <= max_length <= config.max_position_embeddings:
+        raise UserError(
+            f"export: max_length {max_length} is outside 2..{config.max_position_embeddings}, "
+            f"the positions that the model in {model_dir} was made for"
+        )
+    if out_dir.exists() and any(out_dir.iterdir()):
+        raise UserError(f"export: {out_dir} is not empty; remove it or choose another directory")
+    model = build_graph(config, load_tensors(model_dir), precision=precision, capacity=slot_capacity(max_length))
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as beside:
+        staging = Path(beside) / "bundle"
+        staging.mkdir()
+        onnx.save_model(
+            model,
+            staging / GRAPH_FILE,
+            save_as_external_data=True,
+            all_tensors_to_one_file=True,
+            location=WEIGHTS_FILE,
+            size_threshold=1024,
+        )
+        for name in _COPIED:
+            if (model_dir / name).exists():
+                shutil.copyfile(model_dir / name, staging / name)
+        bundle = Bundle(
+            format=_FORMAT,
+            precision=precision,
+            max_length=max_length,
+            parameters=config.num_parameters,
+            files={name: _digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
+        )
+        (staging / BUNDLE_FILE).write_text(bundle.model_dump_json(indent=2) + "\n")
+        os.replace(staging, out_dir)
+    return bundle
+
+
+def read_bundle(bundle_dir: Path | str) -> tuple[Bundle, DecoderConfig]:
+    """Read and verify a bundle, every byte of its graph and weights.
+
+    Raises UserError where there is none, or one that was damaged.
+    """
+    bundle_dir = Path(bundle_dir)
+    path = bundle_dir / BUNDLE_FILE
+    if not path.is_file():
+        raise UserError(f"{bundle_dir} holds no ONNX bundle ({BUNDLE_FILE} is missing); export a model directory to it")
+    try:
+        bundle = Bundle.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        what = error.errors()[0]
+        where = ".".join(map(str, what["loc"])) or "the file"
+        raise UserError(f"{path}: {where}: {what['msg']}; export the bundle again") from None
+    if bundle.format != _FORMAT:
+        raise UserError(f"{path}: format {bundle.format} is not {_FORMAT}; export the bundle again")
+    for name, digest in bundle.files.items():
+        file = bundle_dir / name
+        if not file.is_file() or _digest(file) != digest:
+            state = "differs from its digest in" if file.is_file() else "is missing, but stands in"
+            raise UserError(f"{file} {state} {BUNDLE_FILE}: the bundle is damaged; export it again")
+    return bundle, load_config(bundle_dir)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,330 @@
+"""The decoder as an ONNX graph, written node by node: no tracing, no torch.
+
+A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer's own tensor can stand in for it
+(`serving.engine.Engine.from_weights`). One graph serves prefill, chunks of a prefill, decode steps and scoring:
+
+    input_ids              int64 [B, L]
+    seqlens_k              int32 [B]           length of each row with its new tokens, less one
+    total_sequence_length  int32 []            the longest of them, on the host
+    logit_rows             int64 [N]           which of the B*L positions are projected to the vocabulary
+    past_key_values.i.key / .value   [B, K, M, E]   a range of cache slots, also written: bound as present too
+    logits                 float32 [N, V]
+    present.i.key / .value           [B, K, M, E]
+
+What was left out: biases on the output and MLP projections, rotary scaling, sliding windows.
+
+Shapes: B rows, L positions, N scored positions, D width, H query heads, K key-value heads, E head width, M capacity of
+a slot, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import ml_dtypes
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from models.config import DecoderConfig
+from models.onnx_quantize import quantize_blocks
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+MICROSOFT = "com.microsoft"
+
+# What flows between the nodes. int8 quantises weights; activations and the cache stay float32.
+_COMPUTE: dict[Precision, tuple[int, np.dtype]] = {
+    "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
+    "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
+    "int8": (TensorProto.FLOAT, np.dtype(np.float32)),
+}
+
+
+def compute_type(precision: Precision) -> tuple[int, np.dtype]:
+    """ONNX element type and numpy dtype of activations and cache."""
+    return _COMPUTE[precision]
+
+
+def slot_capacity(max_length: int) -> int:
+    """Positions of a cache slot: one more than its tokens, rounded up.
+
+    The spare one takes what a batched step writes for a slot that is full and only sits between two active ones.
+    """
+    return -(-(max_length + 1) // 16) * 16
+
+
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint: Hugging Face's name, torch's shape."""
+    D, F, E, V = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes[f"{layer}.input_layernorm.weight"] = (D,)
+        for name, width in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, D)
+            if config.attention_bias:
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
+        if config.qk_norm:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (E,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (E,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, queries)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def build_graph(
+    config: DecoderConfig,
+    tensors: Mapping[str, np.ndarray] | None,
+    *,
+    precision: Precision,
+    capacity: int,
+    weights_type: int | None = None,
+) -> ModelProto:
+    """The graph with its weights; with `tensors=None`, weights are declared without data, to be bound by the caller.
+
+    capacity: positions M of a cache slot, which is also the reach of the rotary tables.
+    weights_type: ONNX element type of the bound weights where it differs from the precision's (a trainer's float32
+    masters under bf16): the graph then casts them in every run.
+
+    Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`).
+    """
+    assert tensors is not None or precision != "int8", "bound weights cannot be quantised"
+    graph = _Graph(config, tensors, precision, capacity, weights_type)
+    return graph.build()
+
+
+UNBOUND_LOCATION = "unbound.data"
+
+
+def unbound_bytes(model: ModelProto) -> int:
+    """Size that the (never read) file of undelivered weights must have for ONNX Runtime to accept the graph."""
+    ends = [0]
+    for tensor in model.graph.initializer:
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        if entries.get("location") == UNBOUND_LOCATION:
+            ends.append(int(entries["offset"]) + int(entries["length"]))
+    return max(ends)
+
+
+@dataclass
+class _Graph:
+    config: DecoderConfig
+    tensors: Mapping[str, np.ndarray] | None
+    precision: Precision
+    capacity: int
+    weights_type: int | None
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, TensorProto] = field(default_factory=dict)
+    declared_bytes: int = 0
+    casts: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.element_type, self.dtype = _COMPUTE[self.precision]
+        self.shapes = weight_shapes(self.config)
+        if self.weights_type is None or self.tensors is not None:
+            self.weights_type = self.element_type
+
+    def build(self) -> ModelProto:
+        config = self.config
+        self._rotary_tables()
+        self._constant("flat_shape", np.array([-1, config.hidden_size], np.int64))
+        if config.qk_norm:
+            for kind, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+                self._constant(f"{kind}_heads_shape", np.array([0, 0, heads, config.head_dim], np.int64))
+                self._constant(f"{kind}_flat_shape", np.array([0, 0, heads * config.head_dim], np.int64))
+
+        residual = self._embedding()
+        normed = self._norm(residual, "model.layers.0.input_layernorm.weight")
+        for index in range(config.num_hidden_layers):
+            layer = f"model.layers.{index}"
+            attended = self._attention(normed, layer, index)
+            normed, residual = self._add_norm(attended, residual, f"{layer}.post_attention_layernorm.weight")
+            fed = self._mlp(normed, layer)
+            last = index + 1 == config.num_hidden_layers
+            following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
+            normed, residual = self._add_norm(fed, residual, following)
+        self._logits(normed)
+        return self._model()
+
+    # --- parts of the network -------------------------------------------------------------------------------------
+
+    def _embedding(self) -> str:
+        # The table is gathered before it is cast: a few rows, not the vocabulary.
+        name = "model.embed_tokens.weight"
+        rows = self._node("Gather", [self._stored(name), "input_ids"], "embedded")
+        return self._to_compute(rows)
+
+    def _attention(self, x: str, layer: str, index: int) -> str:
+        config = self.config
+        heads = {kind: self._linear(x, f"{layer}.self_attn.{kind}_proj") for kind in "qkv"}
+        if config.qk_norm:  # as nodes: the operator's own Q/K-norm inputs exist on CUDA only (1.31)
+            for kind in "qk":
+                split = self._node("Reshape", [heads[kind], f"{kind}_heads_shape"], f"{layer}.{kind}_split")
+                normed = self._norm(split, f"{layer}.self_attn.{kind}_norm.weight")
+                heads[kind] = self._node("Reshape", [normed, f"{kind}_flat_shape"], f"{layer}.{kind}_normed")
+        past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        attended = f"{layer}.attended"
+        self.nodes.append(
+            helper.make_node(
+                "GroupQueryAttention",
+                [*heads.values(), *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+                [attended, f"present.{index}.key", f"present.{index}.value"],
+                name=attended,
+                domain=MICROSOFT,
+                num_heads=config.num_attention_heads,
+                kv_num_heads=config.num_key_value_heads,
+                do_rotary=1,
+                rotary_interleaved=0,
+            )
+        )
+        return self._linear(attended, f"{layer}.self_attn.o_proj")
+
+    def _mlp(self, x: str, layer: str) -> str:
+        gate = self._linear(x, f"{layer}.mlp.gate_proj")
+        up = self._linear(x, f"{layer}.mlp.up_proj")
+        # x * sigmoid(alpha * x): SiLU in one node.
+        gate = self._node("QuickGelu", [gate], f"{layer}.mlp.silu", domain=MICROSOFT, alpha=1.0)
+        return self._linear(self._node("Mul", [gate, up], f"{layer}.mlp.gated"), f"{layer}.mlp.down_proj")
+
+    def _logits(self, normed: str) -> None:
+        flat = self._node("Reshape", [normed, "flat_shape"], "hidden_flat")
+        rows = self._node("Gather", [flat, "logit_rows"], "hidden_rows")
+        tied = self.config.tie_word_embeddings
+        scored = self._linear(rows, "model.embed_tokens" if tied else "lm_head")
+        if self.element_type == TensorProto.FLOAT:
+            self.nodes[-1].output[0] = "logits"
+        else:
+            self._node("Cast", [scored], "logits", to=TensorProto.FLOAT)
+
+    def _rotary_tables(self) -> None:
+        """cos and sin [M, E/2] of every position that a slot can hold."""
+        config = self.config
+        frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
+        angles = np.arange(self.capacity, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+        self._constant("cos_cache", np.cos(angles).astype(self.dtype))
+        self._constant("sin_cache", np.sin(angles).astype(self.dtype))
+
+    # --- nodes ----------------------------------------------------------------------------------------------------
+
+    def _node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: float) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
+        return output
+
+    def _linear(self, x: str, name: str) -> str:
+        """x @ W.T (+ b), W [out, in] as torch keeps it."""
+        weight, output = f"{name}.weight", f"{name}.out"
+        if self.precision == "int8":
+            product = self._quantized(x, weight, output)
+        else:
+            inputs = [x, self._to_compute(self._stored(weight))]
+            product = self._node("FusedMatMul", inputs, output, domain=MICROSOFT, transB=1)
+        if f"{name}.bias" not in self.shapes:
+            return product
+        return self._node("Add", [product, self._to_compute(self._stored(f"{name}.bias"))], f"{name}.biased")
+
+    def _quantized(self, x: str, weight: str, output: str) -> str:
+        assert self.tensors is not None
+        out_features, in_features = self.shapes[weight]
+        blocks = quantize_blocks(np.asarray(self.tensors[weight], np.float32))
+        self._constant(f"{weight}.int8", blocks.values)
+        self._constant(f"{weight}.scales", blocks.scales)
+        return self._node(
+            "MatMulNBits",
+            [x, f"{weight}.int8", f"{weight}.scales"],
+            output,
+            domain=MICROSOFT,
+            K=in_features,
+            N=out_features,
+            bits=8,
+            block_size=blocks.block_size,
+            accuracy_level=4,  # int8 activations inside the kernel; level 0 is 50 times slower on CPU (1.31)
+        )
+
+    def _norm(self, x: str, weight: str) -> str:
+        scale = self._to_compute(self._stored(weight))
+        return self._node(
+            "SimplifiedLayerNormalization",
+            [x, scale],
+            f"{weight}.normed",
+            axis=-1,
+            epsilon=self.config.rms_norm_eps,
+            stash_type=1,
+        )
+
+    def _add_norm(self, x: str, residual: str, weight: str) -> tuple[str, str]:
+        """Returns norm(x + residual) and x + residual."""
+        scale = self._to_compute(self._stored(weight))
+        normed, summed = f"{weight}.normed", f"{weight}.residual"
+        self.nodes.append(
+            helper.make_node(
+                "SkipSimplifiedLayerNormalization",
+                [x, residual, scale],
+                [normed, "", "", summed],
+                name=normed,
+                domain=MICROSOFT,
+                epsilon=self.config.rms_norm_eps,
+            )
+        )
+        return normed, summed
+
+    def _to_compute(self, name: str) -> str:
+        if self.weights_type == self.element_type:
+            return name
+        output = f"{name}.cast"
+        if output not in self.casts:
+            self.casts.add(output)
+            self._node("Cast", [name], output, to=self.element_type)
+        return output
+
+    # --- initializers and the model -------------------------------------------------------------------------------
+
+    def _stored(self, name: str) -> str:
+        if name in self.initializers:
+            return name
+        if self.tensors is not None:
+            return self._constant(name, np.asarray(self.tensors[name]).astype(self.dtype))
+        assert self.weights_type is not None
+        size = helper.tensor_dtype_to_np_dtype(self.weights_type).itemsize * int(np.prod(self.shapes[name]))
+        tensor = TensorProto(name=name, dims=self.shapes[name], data_type=self.weights_type)
+        tensor.data_location = TensorProto.EXTERNAL
+        entries = {"location": UNBOUND_LOCATION, "offset": str(self.declared_bytes), "length": str(size)}
+        for key, value in entries.items():
+            tensor.external_data.add(key=key, value=value)
+        self.declared_bytes += -(-size // 4096) * 4096
+        self.initializers[name] = tensor
+        return name
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        element_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        self.initializers[name] = helper.make_tensor(name, element_type, array.shape, array.tobytes(), raw=True)
+        return name
+
+    def _model(self) -> ModelProto:
+        config = self.config
+        cache_shape = ["B", config.num_key_value_heads, "M", config.head_dim]
+        inputs = [
+            helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "L"]),
+            helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),
+            helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
+            helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["N"]),
+        ]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", config.vocab_size])]
+        for index in range(config.num_hidden_layers):
+            for kind in ("key", "value"):
+                past, present = f"past_key_values.{index}.{kind}", f"present.{index}.{kind}"
+                inputs.append(helper.make_tensor_value_info(past, self.element_type, cache_shape))
+                outputs.append(helper.make_tensor_value_info(present, self.element_type, cache_shape))
+        graph = helper.make_graph(self.nodes, "decoder", inputs, outputs, list(self.initializers.values()))
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="twinloop")

@@ -1,0 +1,296 @@
+"""The engine: frozen weights, or a trainer's, that answer token by token out of an in-place key-value cache.
+
+One object, one thread: the arena has no locks. `serving.scheduler` owns it while it serves; rollouts and evaluation
+call `generate`. Every array that a method returns as a view is valid until the next call.
+
+Shapes: S slots, B rows, L positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import ArrayLike
+
+from models.config import DecoderConfig
+from models.errors import UserError
+from models.onnx_bundle import WEIGHTS_FILE, read_bundle
+from models.onnx_graph import Precision, compute_type, slot_capacity
+from serving.batch import Completion, generate
+from serving.kv_cache import Device, KVArena, StepBinding
+from serving.session import choose_device, open_bound, open_bundle
+
+# A binding costs some 30 us a layer to make and keeps its buffers: decode ranges and usual lengths stay, others go.
+_BINDINGS_KEPT = 512
+_BINDING_BYTES_KEPT = 256 << 20
+
+PREFILL_CHUNK = 256
+"""Tokens of a long prompt that go through the network at once."""
+
+
+class Engine:
+    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [S] says how many each one holds."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        config: DecoderConfig,
+        *,
+        precision: Precision,
+        device: Device,
+        slots: int,
+        max_length: int,
+        weight_bytes: int,
+    ):
+        self.config, self.precision, self.device = config, precision, device
+        self.slots, self.max_length = slots, max_length
+        self.lengths = np.zeros(slots, np.int32)
+        self._session = session
+        element_type, dtype = compute_type(precision)
+        self._arena = KVArena(
+            config,
+            slots=slots,
+            capacity=slot_capacity(max_length),
+            element_type=element_type,
+            itemsize=dtype.itemsize,
+            device=device,
+        )
+        self._weight_bytes = weight_bytes
+        self._bindings: OrderedDict[tuple[int, int, int, int], StepBinding] = OrderedDict()
+        self._binding_bytes = 0
+
+    @classmethod
+    def load(
+        cls,
+        bundle_dir: Path | str,
+        *,
+        slots: int = 8,
+        max_length: int | None = None,
+        provider: Device | None = None,
+        threads: int | None = None,
+    ) -> Engine:
+        """Open an ONNX bundle. max_length: the bundle's unless given; provider: the one its precision runs on.
+
+        Raises UserError where there is no bundle, it is damaged, or its precision cannot run on this machine.
+        """
+        bundle_dir = Path(bundle_dir)
+        bundle, config = read_bundle(bundle_dir)
+        if slots < 1:
+            raise UserError(f"engine: slots is {slots}; it must be at least 1")
+        if max_length is not None and not 2 <= max_length <= bundle.max_length:
+            raise UserError(
+                f"engine: max_length {max_length} is outside 2..{bundle.max_length}, what {bundle_dir} was exported for"
+            )
+        device = choose_device(bundle.precision, provider)
+        return cls(
+            open_bundle(bundle_dir, config, device=device, threads=threads),
+            config,
+            precision=bundle.precision,
+            device=device,
+            slots=slots,
+            max_length=max_length or bundle.max_length,
+            weight_bytes=(bundle_dir / WEIGHTS_FILE).stat().st_size,
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        config: DecoderConfig,
+        initializers: Mapping[str, ort.OrtValue],
+        *,
+        max_length: int,
+        slots: int = 8,
+        precision: Precision | None = None,
+        threads: int | None = None,
+    ) -> Engine:
+        """The same graph over tensors that stay the caller's: what is changed in place shows in the next run.
+
+        initializers: every weight by its Hugging Face name, e.g. `OrtValue.from_dlpack(parameter.detach())`, all on
+        one device, contiguous, of one float type. They must outlive the engine. Work on a CUDA weight must be finished
+        (synchronised) before the engine runs. precision: float32 on CPU, bf16 on CUDA unless given; weights of
+        another type are cast in every run.
+        """
+        device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
+        precision = precision or ("fp32" if device == "cpu" else "bf16")
+        if precision == "int8":
+            raise UserError("engine: int8 needs weights of its own; export a bundle, or bind the weights as fp32")
+        choose_device(precision, device)
+        session = open_bound(
+            config,
+            initializers,
+            precision=precision,
+            capacity=slot_capacity(max_length),
+            device=device,
+            threads=threads,
+        )
+        engine = cls(
+            session,
+            config,
+            precision=precision,
+            device=device,
+            slots=slots,
+            max_length=max_length,
+            weight_bytes=sum(value.tensor_size_in_bytes() for value in initializers.values()),
+        )
+        engine._owned = dict(initializers)  # the session only borrows them
+        return engine
+
+    _owned: Mapping[str, ort.OrtValue] | None = None
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights and cache. ONNX Runtime's scratch memory, which grows with the longest chunk, comes on top."""
+        return self._weight_bytes + self._arena.nbytes
+
+    # --- steps ----------------------------------------------------------------------------------------------------
+
+    def prefill(self, slot: int, tokens: ArrayLike, *, start: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+        """Put tokens [L] into a slot from position `start` on; what the slot held from there is forgotten.
+
+        start: at most the slot's length. Returns the logits after the last token, float32 [V], a view.
+        """
+        tokens_L = self._tokens(tokens, start)
+        assert start <= self.lengths[slot], "a slot has no gaps"
+        logits_V = np.empty(0, np.float32)
+        for begin in range(0, len(tokens_L), chunk):
+            part_L = tokens_L[begin : begin + chunk]
+            logits_V = self._append(slot, part_L, start + begin, rows=1)[0]
+        return logits_V
+
+    def prefill_many(self, first: int, prompts: Sequence[ArrayLike]) -> np.ndarray:
+        """Put whole prompts into the slots from `first` on, in one padded pass. Returns logits [B, V], a view."""
+        rows = [self._tokens(prompt, 0) for prompt in prompts]
+        lengths_B = np.array([len(row) for row in rows], np.int32)
+        longest = int(lengths_B.max())
+        step = self._binding(first, len(rows), longest, len(rows))
+        for index, row in enumerate(rows):
+            step.tokens[index, : len(row)] = row
+            step.tokens[index, len(row) :] = 0
+        step.seqlens[:] = lengths_B - 1
+        step.total[()] = longest
+        step.score(np.arange(len(rows)) * longest + lengths_B - 1)
+        logits_BV = step.run()
+        self.lengths[first : first + len(rows)] = lengths_B
+        return logits_BV
+
+    def decode(self, first: int, tokens_B: np.ndarray, active_B: np.ndarray) -> np.ndarray:
+        """One step of the slots first .. first + B: append a token to each active one, whatever their lengths.
+
+        tokens_B: int64, active_B: bool. Idle rows go along unchanged (their tokens are ignored), active ones must have
+        room. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
+        """
+        count = len(tokens_B)
+        step = self._bindings.get((first, count, 1, count)) or self._binding(first, count, 1, count)
+        lengths_B = self.lengths[first : first + count]
+        step.tokens[:, 0] = tokens_B
+        # An idle row's token lands behind the slot's last one, where the next real token overwrites it.
+        step.seqlens[:] = lengths_B
+        step.total[()] = lengths_B.max() + 1
+        logits_BV = step.run()
+        lengths_B += active_B
+        return logits_BV
+
+    def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
+        """Give other slots the first `length` tokens of a slot, as if each had been prefilled with them."""
+        assert length <= self.lengths[source]
+        self._arena.copy_prefix(self._session, source, targets, length)
+        self.lengths[list(targets)] = length
+
+    def score(self, tokens: ArrayLike, *, slot: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
+        """Teacher forcing: the logits after every token, float32 [L, V]. Uses up the slot's content."""
+        tokens_L = self._tokens(tokens, 0)
+        logits_LV = np.empty((len(tokens_L), self.config.vocab_size), np.float32)
+        for begin in range(0, len(tokens_L), chunk):
+            part_L = tokens_L[begin : begin + chunk]
+            logits_LV[begin : begin + len(part_L)] = self._append(slot, part_L, begin, rows=len(part_L))
+        return logits_LV
+
+    def reset(self) -> None:
+        """Forget every slot's content."""
+        self.lengths[:] = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        group: int = 1,
+        stop_ids: Sequence[int] = (),
+    ) -> list[Completion]:
+        """Complete every prompt `group` times; completion i of prompt p stands at p * group + i.
+
+        Synchronous, and takes all slots. The result is a function of weights, arguments and number of slots alone,
+        bit for bit (with a seed, or at temperature 0). Raises UserError for a prompt that leaves no room to answer.
+        """
+        return generate(
+            self,
+            prompts,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            group=group,
+            stop_ids=stop_ids,
+        )
+
+    def check_prompt(self, tokens: Sequence[int]) -> None:
+        """Raise UserError unless the prompt has tokens, all of the vocabulary, and leaves room for one more."""
+        if not 0 < len(tokens) < self.max_length:
+            raise UserError(
+                f"prompt: {len(tokens)} tokens, but a slot holds 1 to {self.max_length - 1} "
+                f"and an answer's first; shorten it or export the model with a larger max_length"
+            )
+        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            raise UserError(f"prompt: token ids must lie in 0..{self.config.vocab_size - 1}; encode with its tokenizer")
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _append(self, slot: int, tokens_L: np.ndarray, start: int, *, rows: int) -> np.ndarray:
+        """Run tokens on top of a slot's first `start`; the logits of the last `rows` positions."""
+        length = len(tokens_L)
+        step = self._binding(slot, 1, length, rows)
+        step.tokens[0] = tokens_L
+        step.seqlens[0] = start + length - 1
+        step.total[()] = start + length
+        step.score(np.arange(length - rows, length))
+        logits = step.run()
+        self.lengths[slot] = start + length
+        return logits
+
+    def _tokens(self, tokens: ArrayLike, start: int) -> np.ndarray:
+        tokens_L = np.asarray(tokens, np.int64)
+        if not 0 < len(tokens_L) <= self.max_length - start:
+            raise UserError(
+                f"prompt: {len(tokens_L)} tokens from position {start} on, but a slot holds 1 to {self.max_length}; "
+                f"shorten it or export the model with a larger max_length"
+            )
+        return tokens_L
+
+    def _binding(self, first: int, count: int, length: int, rows: int) -> StepBinding:
+        key = (first, count, length, rows)
+        step = self._bindings.get(key)
+        if step is None:
+            step = StepBinding(
+                self._session,
+                self._arena,
+                first=first,
+                count=count,
+                length=length,
+                rows=rows,
+                vocab_size=self.config.vocab_size,
+            )
+            self._bindings[key] = step
+            self._binding_bytes += step.logits.nbytes
+            while len(self._bindings) > 1 and (
+                len(self._bindings) > _BINDINGS_KEPT or self._binding_bytes > _BINDING_BYTES_KEPT
+            ):
+                _, dropped = self._bindings.popitem(last=False)
+                self._binding_bytes -= dropped.logits.nbytes
+        else:
+            self._bindings.move_to_end(key)
+        return step

@@ -1,0 +1,140 @@
+"""The key-value cache: one arena a layer, allocated once, read and written by address.
+
+GroupQueryAttention appends to its cache in place when past and present are the same memory. So every contiguous range
+of slots is bound by address as both, and no step copies a cache byte.
+
+Shapes: S slots, K key-value heads, M capacity of a slot, E head width, B rows, L positions, N scored positions,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from models.config import DecoderConfig
+
+Device = Literal["cpu", "cuda"]
+
+_PAGE_BYTES = 4096
+
+
+class KVArena:
+    """Keys and values of all layers, each one block [S, K, M, E] on the device."""
+
+    def __init__(self, config: DecoderConfig, *, slots: int, capacity: int, element_type: int, itemsize: int,
+                 device: Device):  # fmt: skip
+        self.slots, self.capacity, self.element_type, self.device = slots, capacity, element_type, device
+        self.slot_shape = (config.num_key_value_heads, capacity, config.head_dim)
+        self.itemsize = itemsize
+        self.slot_bytes = int(np.prod(self.slot_shape)) * itemsize
+        self.names = [f"{index}.{kind}" for index in range(config.num_hidden_layers) for kind in ("key", "value")]
+        self.nbytes = slots * self.slot_bytes * len(self.names)
+        self._blocks = [_Block(slots * self.slot_bytes, device) for _ in self.names]
+        self._views: dict[int, list[ort.OrtValue]] = {}
+
+    def address(self, block: int, slot: int) -> int:
+        """Where a slot's part of a block begins."""
+        return self._blocks[block].address + slot * self.slot_bytes
+
+    def bind(self, binding: ort.IOBinding, first: int, count: int) -> None:
+        """Bind slots first .. first + count as past and as present: the same addresses."""
+        shape = (count, *self.slot_shape)
+        for block, name in enumerate(self.names):
+            at = self.address(block, first)
+            binding.bind_input(f"past_key_values.{name}", self.device, 0, self.element_type, shape, at)
+            binding.bind_output(f"present.{name}", self.device, 0, self.element_type, shape, at)
+
+    def copy_prefix(self, session: ort.InferenceSession, source: int, targets: Sequence[int], length: int) -> None:
+        """Copy the first `length` positions of a slot to other slots (on CUDA the whole slot, device to device)."""
+        if self.device == "cpu":
+            for block in self._blocks:
+                slots = block.memory.reshape(self.slots, self.slot_shape[0], -1)
+                used = length * self.slot_shape[2] * self.itemsize
+                for target in targets:
+                    slots[target, :, :used] = slots[source, :, :used]
+            return
+        for target in targets:
+            for to, source_view in zip(self._slot(session, target), self._slot(session, source), strict=True):
+                to.update_inplace(source_view)
+
+    def _slot(self, session: ort.InferenceSession, slot: int) -> list[ort.OrtValue]:
+        """One OrtValue a block over a slot's memory. A binding makes them: there is no other door to an address."""
+        if slot not in self._views:
+            binding = session.io_binding()
+            for block, name in enumerate(self.names):
+                shape = (1, *self.slot_shape)
+                binding.bind_output(
+                    f"present.{name}", self.device, 0, self.element_type, shape, self.address(block, slot)
+                )
+            self._views[slot] = binding.get_outputs()
+        return self._views[slot]
+
+
+class _Block:
+    """Zeroed bytes: page-aligned host memory, or one allocation on the device."""
+
+    def __init__(self, nbytes: int, device: Device):
+        if device == "cpu":
+            raw = np.zeros(nbytes + _PAGE_BYTES, np.uint8)
+            start = -raw.ctypes.data % _PAGE_BYTES
+            self.memory = raw[start : start + nbytes]
+            self.address = self.memory.ctypes.data
+        else:
+            self.value = ort.OrtValue.ortvalue_from_shape_and_type([nbytes], np.uint8, device, 0)
+            self.value.update_inplace(np.zeros(nbytes, np.uint8))
+            self.address = self.value.data_ptr()
+
+
+class StepBinding:
+    """Everything that one shape of run reads and writes, bound once and changed in place.
+
+    The caller fills `tokens` int64 [B, L], `seqlens` int32 [B] and `total`, then calls `run`, and reads `logits`
+    float32 [N, V] before the next run of this binding. `score` says which of the B*L positions those are.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        arena: KVArena,
+        *,
+        first: int,
+        count: int,
+        length: int,
+        rows: int,
+        vocab_size: int,
+    ):
+        self._session = session
+        self._binding = session.io_binding()
+        self.tokens = np.zeros((count, length), np.int64)
+        self.seqlens = np.zeros(count, np.int32)
+        self.total = np.zeros((), np.int32)
+        self.logit_rows = np.arange(rows, dtype=np.int64)
+        self.logits = np.zeros((rows, vocab_size), np.float32)
+        inputs = {"input_ids": self.tokens, "seqlens_k": self.seqlens, "logit_rows": self.logit_rows}
+        self._uploads: list[tuple[ort.OrtValue, np.ndarray]] = []
+        for name, array in inputs.items():
+            address = array.ctypes.data
+            if arena.device != "cpu":
+                value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, arena.device, 0)
+                self._uploads.append((value, array))
+                address = value.data_ptr()
+            self._binding.bind_input(name, arena.device, 0, array.dtype, array.shape, address)
+        # The operator reads this one on the host, and ONNX Runtime brings the logits there.
+        self._binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self.total.ctypes.data)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
+        arena.bind(self._binding, first, count)
+
+    def score(self, rows: np.ndarray) -> None:
+        """Choose the positions whose logits are computed: int64 [N], indices into B*L. At first: the first N."""
+        self.logit_rows[:] = rows
+
+    def run(self) -> np.ndarray:
+        """One pass of the graph. Returns `logits`, valid until the next run of this binding."""
+        for value, array in self._uploads:
+            value.update_inplace(array)
+        self._session.run_with_iobinding(self._binding)
+        return self.logits

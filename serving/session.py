@@ -1,0 +1,125 @@
+"""ONNX Runtime sessions: over a bundle's own weights, or over tensors that someone else owns."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from models.config import DecoderConfig
+from models.errors import UserError
+from models.onnx_bundle import GRAPH_FILE
+from models.onnx_graph import UNBOUND_LOCATION, Precision, build_graph, unbound_bytes, weight_shapes
+from serving.kv_cache import Device
+
+# GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).
+_DEVICE_OF: dict[Precision, Device] = {"fp32": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
+_PROVIDER: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+# Under this many parameters a step is shorter than what a second thread costs to wake.
+_ONE_THREAD_PARAMETERS = 4_000_000
+
+_ELEMENT_TYPES = {"tensor(float)": 1, "tensor(float16)": 10, "tensor(bfloat16)": 16}
+"""OrtValue.data_type() to onnx.TensorProto's number."""
+
+
+def choose_device(precision: Precision, provider: Device | None) -> Device:
+    """Where a precision runs. Raises UserError if that is not the provider asked for, or is not there."""
+    device = _DEVICE_OF[precision]
+    if provider not in (None, *_PROVIDER):
+        raise UserError(f"engine: provider {provider!r} is not one of {', '.join(_PROVIDER)}")
+    if provider not in (None, device):
+        possible = " or ".join(name for name, where in _DEVICE_OF.items() if where == provider)
+        raise UserError(f"engine: {precision} does not run on {provider}; export the model as {possible} for it")
+    if device == "cuda" and not cuda_devices():
+        raise UserError(f"engine: {precision} needs a CUDA device and there is none; export the model as fp32 or int8")
+    return device
+
+
+@functools.cache
+def cuda_devices() -> int:
+    """CUDA devices that the driver shows; 0 without a driver. (The provider is compiled in wherever we run.)"""
+    if _PROVIDER["cuda"] not in ort.get_available_providers():
+        return 0
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def open_bundle(
+    bundle_dir: Path, config: DecoderConfig, *, device: Device, threads: int | None
+) -> ort.InferenceSession:
+    """A session over a bundle's graph and weights, which were verified already."""
+    return _open(bundle_dir / GRAPH_FILE, _options(config, device, threads), device)
+
+
+def open_bound(
+    config: DecoderConfig,
+    weights: Mapping[str, ort.OrtValue],
+    *,
+    precision: Precision,
+    capacity: int,
+    device: Device,
+    threads: int | None,
+) -> ort.InferenceSession:
+    """A session whose initializers are the caller's tensors: a change made in place shows in the next run."""
+    shapes = weight_shapes(config)
+    if missing := sorted(set(shapes) - set(weights)):
+        raise ValueError(f"weights lack {missing[0]} and {len(missing) - 1} more")
+    types = {weights[name].data_type() for name in shapes}
+    if len(types) > 1 or not types <= set(_ELEMENT_TYPES):
+        raise ValueError(f"weights must all be float32, float16 or bfloat16, and alike; they are {sorted(types)}")
+    options = _options(config, device, threads)
+    options.add_session_config_entry("session.disable_prepacking", "1")  # a packed copy would not follow the owner's
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape()) != shape:
+            raise ValueError(f"{name} has shape {tuple(weights[name].shape())}, the network's is {shape}")
+        options.add_initializer(name, weights[name])
+    graph = build_graph(config, None, precision=precision, capacity=capacity, weights_type=_ELEMENT_TYPES[types.pop()])
+    with tempfile.TemporaryDirectory(prefix="twinloop-graph-") as folder:
+        path = Path(folder) / GRAPH_FILE
+        path.write_bytes(graph.SerializeToString())
+        # ONNX Runtime wants the file of the weights to exist, though every one is replaced: a hole of that size.
+        with (path.parent / UNBOUND_LOCATION).open("wb") as hole:
+            hole.truncate(unbound_bytes(graph))
+        # Folding would compute the cast of a weight once and for all.
+        return _open(path, options, device, disabled_optimizers=["ConstantFolding"])
+
+
+def _options(config: DecoderConfig, device: Device, threads: int | None) -> ort.SessionOptions:
+    if threads is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = 1 if device == "cuda" or config.num_parameters < _ONE_THREAD_PARAMETERS else cores
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Threads that spin while they wait slow everything else on the cores, the HTTP server first.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
+    if device == "cuda":
+        options.use_deterministic_compute = True
+    return options
+
+
+def _open(
+    path: Path, options: ort.SessionOptions, device: Device, disabled_optimizers: list[str] | None = None
+) -> ort.InferenceSession:
+    providers: list[str | tuple[str, dict[str, str]]] = [_PROVIDER["cpu"]]
+    if device == "cuda":
+        ort.preload_dlls(msvc=False)
+        cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+        providers.insert(0, (_PROVIDER["cuda"], cuda))
+    session = ort.InferenceSession(str(path), options, providers=providers, disabled_optimizers=disabled_optimizers)
+    if session.get_providers()[0] != _PROVIDER[device]:
+        raise UserError("engine: ONNX Runtime could not start on CUDA; check that its CUDA and cuDNN libraries load")
+    return session
