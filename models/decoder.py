@@ -7,6 +7,9 @@ Shapes: B rows, L positions, D width, H query heads, K key-value heads, E head w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +17,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from models.config import DecoderConfig
 
-# Inductor specialises the kernel to the mask; in eager mode flex_attention would materialise every score.
-_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+@cache
+def _flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention, compiled: in eager mode it would materialise every score. Lazy: torch.compile imports for 2 s."""
+    return torch.compile(flex_attention, dynamic=False)
 
 
 class RMSNorm(nn.Module):
@@ -65,7 +71,7 @@ class Attention(nn.Module):
             q_BHLE, k_BKLE = self.q_norm(q_BHLE), self.k_norm(k_BKLE)
         q_BHLE, k_BKLE = rotate(q_BHLE, cos, sin), rotate(k_BKLE, cos, sin)
         if isinstance(mask, BlockMask):
-            attended = _flex_attention(q_BHLE, k_BKLE, v_BKLE, block_mask=mask, enable_gqa=True)
+            attended = _flex_attention()(q_BHLE, k_BKLE, v_BKLE, block_mask=mask, enable_gqa=True)
         else:
             attended = F.scaled_dot_product_attention(
                 q_BHLE, k_BKLE, v_BKLE, attn_mask=mask, is_causal=mask is None, enable_gqa=True

@@ -1,0 +1,124 @@
+"""What is optimised: each objective turns the log-probabilities of scored tokens into one loss.
+
+`loss` is a mean over `normaliser(batch)` things (tokens or pairs). Micro-batches weighted by it add up to the full
+batch's loss, however the batch is cut.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from training.tree import TreeBatch
+
+Metrics = dict[str, Tensor]
+
+
+class Objective(Protocol):
+    def normaliser(self, batch: TreeBatch) -> float:
+        """How many things the loss of this batch is a mean over."""
+        ...
+
+    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        """The mean loss, and detached scalars to log. A metric whose name ends in `_max` is joined by maximum."""
+        ...
+
+
+class NextToken:
+    """Pretraining and SFT: mean negative log-probability of the scored tokens, in nats."""
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return batch.total_weight
+
+    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        """logprobs_N: log p(target) of each scored token, float32. Returns the mean by weight, in nats."""
+        return -(logprobs_N * batch.weight_N).sum() / batch.total_weight, {}
+
+
+class DirectPreference:
+    """DPO: raise the margin of chosen over rejected against a frozen reference (Rafailov et al., 2023).
+
+    A batch holds trees of one prompt with two children: even sequences are chosen, odd ones rejected.
+    """
+
+    def __init__(self, *, beta: float):
+        self.beta = beta
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return batch.num_sequences / 2
+
+    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        """logprobs_N: log p(target) of each scored token, float32. Returns the mean pair loss, in nats."""
+        policy_S = batch.sum_by_sequence(logprobs_N)
+        shift_S = policy_S - batch.reference_S
+        margin_P = shift_S[0::2] - shift_S[1::2]
+        loss = -F.logsigmoid(self.beta * margin_P).mean()
+        shift_S, margin_P = shift_S.detach(), margin_P.detach()
+        return (
+            loss,
+            {
+                "margin": margin_P.mean(),
+                "accuracy": (margin_P > 0).float().mean(),
+                "chosen_shift": shift_S[0::2].mean(),  # falls too when a model learns only to avoid the rejected
+                "rejected_shift": shift_S[1::2].mean(),
+            },
+        )
+
+
+class GroupRelative:
+    """GRPO: clipped policy gradient on group-relative advantages, a mean over tokens (Shao et al., 2024).
+
+    The mean runs over all tokens of the step, not first over each completion, so that long completions count by their
+    length (Yu et al., 2025). kl > 0 adds a penalty towards the reference, by the k3 estimator (Schulman, 2020).
+    """
+
+    def __init__(self, *, clip: float = 0.2, kl: float = 0.0):
+        self.clip = clip
+        self.kl = kl
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return batch.total_weight
+
+    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        """logprobs_N: log p(target) of each sampled token, float32, at the sampler's temperature."""
+        assert batch.old_logprobs_N is not None, "a rollout carries its sampler's log-probabilities"
+        assert batch.advantage_N is not None, "a rollout carries its advantages"
+
+        def mean(values_N: Tensor) -> Tensor:
+            return (values_N * batch.weight_N).sum() / batch.total_weight
+
+        change_N = logprobs_N - batch.old_logprobs_N
+        ratio_N = change_N.exp()
+        clipped_N = ratio_N.clamp(1 - self.clip, 1 + self.clip)
+        loss = -mean(torch.minimum(ratio_N * batch.advantage_N, clipped_N * batch.advantage_N))
+        with torch.no_grad():
+            gap_N = change_N.abs()
+            metrics = {
+                "ratio": mean(ratio_N),
+                "clip_fraction": mean((ratio_N != clipped_N).float()),
+                "approx_kl": mean(ratio_N - 1 - change_N),
+                "logprob_gap": mean(gap_N),
+                "logprob_gap_max": gap_N.max(),
+            }
+        if self.kl:
+            assert batch.reference_logprobs_N is not None, "a KL penalty needs the reference's log-probabilities"
+            away_N = batch.reference_logprobs_N - logprobs_N
+            divergence = mean(away_N.exp() - away_N - 1)
+            loss = loss + self.kl * divergence
+            metrics["reference_kl"] = divergence.detach()
+        return loss, metrics
+
+
+def join_metrics(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:
+    """Metrics of a whole step from its micro-batches' (share, metrics)."""
+    joined: dict[str, float] = {}
+    for name in parts[0][1] if parts else ():
+        if name.endswith("_max"):
+            joined[name] = max(metrics[name] for _, metrics in parts)
+        else:
+            joined[name] = math.fsum(share * metrics[name] for share, metrics in parts)
+    return joined

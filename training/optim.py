@@ -1,0 +1,156 @@
+"""Muon for the hidden matrices, AdamW for embeddings, norms and biases; one learning rate for both.
+
+Why not torch.optim.Muon: it walks the matrices one by one, in bf16, which a CPU emulates; see
+`benchmarks/training.py` for the ratio. Here matrices of one shape are orthogonalised together, in float32 on CPU.
+Left out: per-group learning rates, since Muon's update is scaled to the size of AdamW's (Liu et al., 2025).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+MOMENTUM = 0.95  # Jordan et al., 2024
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that lifts small singular values fastest; same source
+NEWTON_SCHULZ_STEPS = 5
+ADAMW_RMS = 0.2  # the usual root mean square of an AdamW update; Liu et al., 2025
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """learning_rate: the peak. warmup, decay: shares of all steps, at the start and at the end."""
+
+    learning_rate: float
+    warmup: float = 0.02
+    decay: float = 0.5
+    optimizer: Literal["muon", "adamw"] = "muon"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
+            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run")
+
+
+def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+    """Warm-up, plateau, linear decay towards zero. step counts from 0; the first and the last step both move."""
+    warmup_steps = round(settings.warmup * total_steps)
+    decay_steps = round(settings.decay * total_steps)
+    rise = (step + 1) / (warmup_steps + 1)
+    fall = (total_steps - step) / (decay_steps + 1)
+    return settings.learning_rate * min(1.0, rise, fall)
+
+
+def orthogonalise(matrices_KMN: Tensor) -> Tensor:
+    """Nearest semi-orthogonal matrices, roughly: singular values land near 1 (Newton-Schulz; Jordan et al., 2024).
+
+    matrices_KMN: M <= N. bf16 suffices, but only CUDA is fast at it.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices_KMN.bfloat16() if matrices_KMN.is_cuda else matrices_KMN
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices_KMN.dtype)
+
+
+class Muon:
+    """Momentum, then orthogonalisation, of 2-D weights (Jordan et al., 2024). Same shapes are one batch."""
+
+    def __init__(self, named: dict[str, nn.Parameter]):
+        self._buckets: dict[tuple[int, int], list[nn.Parameter]] = {}
+        for parameter in named.values():
+            self._buckets.setdefault((min(parameter.shape), max(parameter.shape)), []).append(parameter)
+        self._momenta = {
+            shape: torch.zeros(len(members), *shape, device=members[0].device)
+            for shape, members in self._buckets.items()
+        }
+
+    def step(self, learning_rate: float, weight_decay: float) -> None:
+        for shape, members in self._buckets.items():
+            momentum_KMN = self._momenta[shape]
+            gradient_KMN = torch.stack([_wide(member.grad) for member in members if member.grad is not None])
+            momentum_KMN.lerp_(gradient_KMN, 1 - MOMENTUM)
+            update_KMN = orthogonalise(gradient_KMN.lerp_(momentum_KMN, MOMENTUM))  # Nesterov
+            if weight_decay:
+                torch._foreach_mul_(list[Tensor](members), 1 - learning_rate * weight_decay)
+            scale = ADAMW_RMS * math.sqrt(shape[1])
+            for member, update in zip(members, update_KMN, strict=True):
+                member.add_(_like(update, member), alpha=-learning_rate * scale)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"muon/{m}x{n}": momentum for (m, n), momentum in self._momenta.items()}
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+
+
+def _like(update_MN: Tensor, parameter: Tensor) -> Tensor:
+    return update_MN.mT if parameter.shape[0] > parameter.shape[1] else update_MN
+
+
+class Optimizer:
+    """Steps every parameter of a model. Its state is a flat dict of tensors, as checkpoints keep it."""
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings):
+        self.settings = settings
+        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        hidden = {name: p for name, p in self._parameters.items() if _is_hidden_matrix(name, p)}
+        muon = hidden if settings.optimizer == "muon" else {}
+        self._muon = Muon(muon)
+        self._named_adamw = {name: p for name, p in self._parameters.items() if name not in muon}
+        decayed = [p for name, p in self._named_adamw.items() if name in hidden]
+        plain = [p for name, p in self._named_adamw.items() if name not in hidden]
+        groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]], lr=settings.learning_rate, betas=BETAS, fused=True
+        )
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One update from the gradients, which it then drops."""
+        self._muon.step(learning_rate, self.settings.weight_decay)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to max_grad_norm; returns their norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_grad_norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state, by name. Empty for AdamW before its first step."""
+        state = self._muon.tensors()
+        for name, parameter in self._named_adamw.items():
+            for part, value in self._adamw.state.get(parameter, {}).items():
+                state[f"adamw/{name}/{part}"] = value
+        return state
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over the state that `tensors` returned."""
+        for name, momentum in self._muon.tensors().items():
+            momentum.copy_(tensors[name])
+        for name, parameter in self._named_adamw.items():
+            prefix = f"adamw/{name}/"
+            self._adamw.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device, copy=True)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+
+def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+    return Optimizer(model, settings)

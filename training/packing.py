@@ -1,0 +1,75 @@
+"""Trees into rows of a fixed length: best fit, deterministic, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from models.errors import UserError
+from training.tree import Segment, Tree
+
+Row = tuple[Tree, ...]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """rows: the trees of each row. fill: the share of positions that hold a token."""
+
+    rows: list[Row]
+    row_length: int
+    fill: float
+
+
+def cut(trees: Iterable[Tree], row_length: int) -> list[Tree]:
+    """Trees that fit a row: documents that don't are cut into pieces.
+
+    A piece begins with the last token of the piece before it, unscored there, so every token that the document scores
+    is scored exactly once. Raises UserError for anything else that is longer than the row: nothing is truncated.
+    """
+    fitting: list[Tree] = []
+    for index, tree in enumerate(trees):
+        if tree.length <= row_length:
+            fitting.append(tree)
+        elif tree.divisible:
+            fitting.extend(_pieces(tree, row_length))
+        else:
+            raise UserError(
+                f"training example {index}: {tree.length} tokens do not fit a row of {row_length}; "
+                "raise row_length or shorten the record"
+            )
+    return fitting
+
+
+def _pieces(tree: Tree, row_length: int) -> Iterable[Tree]:
+    segment = tree.segments[0]
+    for start in range(0, len(segment.tokens) - 1, row_length - 1):
+        weights = segment.weights[start : start + row_length].copy()
+        weights[0] = 0.0
+        yield Tree((Segment(segment.tokens[start : start + row_length], weights),), divisible=True)
+
+
+def pack(trees: Sequence[Tree], row_length: int) -> Packing:
+    """Each tree, in order, into the fullest row that still has room for it. Documents too long are cut first."""
+    rows: list[list[Tree]] = []
+    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
+    some_free = 0  # bit f is set where open_rows[f] is not empty: the best fit is the lowest bit that suffices
+    used = 0
+    for tree in cut(trees, row_length):
+        length = tree.length
+        used += length
+        roomy = some_free >> length << length
+        if roomy:
+            free = (roomy & -roomy).bit_length() - 1
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                some_free ^= 1 << free
+            rows[row].append(tree)
+        else:
+            free, row = row_length, len(rows)
+            rows.append([tree])
+        left = free - length
+        if left:
+            open_rows[left].append(row)
+            some_free |= 1 << left
+    fill = used / (len(rows) * row_length) if rows else 0.0
+    return Packing([tuple(row) for row in rows], row_length, fill)

@@ -1,0 +1,68 @@
+"""What a frozen network gives to tokens: held-out loss, and the reference of DPO and of KL penalties."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from models.decoder import Decoder
+from training.packing import cut, pack
+from training.tree import Segment, Tree, collate, scored_logprobs
+
+ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """nats: summed negative log-probability of `tokens` scored tokens."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens if self.tokens else 0.0
+
+
+def held_out_loss(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> HeldOut:
+    """Loss on trees that training has not seen. Documents longer than a row are cut, and each token scored once."""
+    values = tree_logprobs(model, cut(trees, row_length), row_length=row_length, device=device)
+    return HeldOut(-sum(float(v.sum(dtype=np.float64)) for v in values), sum(len(v) for v in values))
+
+
+def attach_reference(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> list[Tree]:
+    """The same trees, each with its own log-probabilities under `model`, the frozen reference.
+
+    They are part of the tree from then on: no shuffling, packing or partial batch can part them.
+    """
+    values = tree_logprobs(model, trees, row_length=row_length, device=device)
+    return [_with_reference(tree, logprobs) for tree, logprobs in zip(trees, values, strict=True)]
+
+
+def _with_reference(tree: Tree, logprobs: np.ndarray) -> Tree:
+    segments: list[Segment] = []
+    for segment in tree.segments:
+        own, logprobs = np.split(logprobs, [segment.num_scored])
+        segments.append(replace(segment, reference_logprobs=own))
+    return replace(tree, segments=tuple(segments))
+
+
+@torch.no_grad()
+def tree_logprobs(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> list[np.ndarray]:
+    """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
+    target = torch.device(device)
+    model.to(target)
+    place = {id(tree): index for index, tree in enumerate(trees)}
+    values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
+    rows = pack(trees, row_length).rows
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        with torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
+            logprobs = scored_logprobs(model, collate(some, row_length).to(target)).cpu().numpy()
+        for tree in (tree for row in some for tree in row):
+            own, logprobs = np.split(logprobs, [tree.num_scored])
+            values[place[id(tree)]] = own
+    return values

@@ -1,0 +1,100 @@
+"""Where batches come from: a stream with a position that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from models.errors import UserError
+from training.packing import Packing, Row, pack
+from training.tree import Tree, TreeBatch, collate
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step learns from. metrics: what the stream itself has to report (rewards, say)."""
+
+    micro_batches: list[TreeBatch]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Batches(Protocol):
+    """A stream of steps. After `restore(state())`, also in another process, it goes on with the same steps."""
+
+    @property
+    def total_steps(self) -> int: ...
+
+    def next(self) -> Step: ...
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def micro_batches(
+    rows: Sequence[Row], row_length: int, micro_rows: int | None, *, temperature: float = 1.0
+) -> list[TreeBatch]:
+    """One step's rows as batches of at most micro_rows rows (None: one batch)."""
+    size = micro_rows or max(1, len(rows))
+    pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [collate(piece, row_length, temperature=temperature) for piece in pieces]
+
+
+class BatchStream:
+    """A fixed set of trees, in rows packed once; each epoch passes all rows in its own order.
+
+    The last step of an epoch takes the rows that are left: none is dropped, and no step mixes two epochs.
+    """
+
+    def __init__(
+        self,
+        trees: Sequence[Tree],
+        *,
+        row_length: int,
+        rows_per_step: int,
+        seed: int,
+        epochs: int | None = None,
+        steps: int | None = None,
+        micro_rows: int | None = None,
+    ):
+        """Give either epochs or steps. micro_rows: rows that go through the network at once, for memory's sake."""
+        if (epochs is None) == (steps is None):
+            raise ValueError("give either epochs or steps")
+        if not trees:
+            raise UserError("training data: no examples are left to train on; look at what validation quarantined")
+        shuffled = [trees[index] for index in np.random.default_rng(seed).permutation(len(trees))]
+        self.packing: Packing = pack(shuffled, row_length)
+        self.rows_per_step = rows_per_step
+        self.micro_rows = micro_rows
+        self.seed = seed
+        self.steps_per_epoch = -(-len(self.packing.rows) // rows_per_step)
+        self._total_steps = steps if steps is not None else self.steps_per_epoch * (epochs or 0)
+        self._step = 0
+        self._order: tuple[int, np.ndarray] | None = None
+
+    @property
+    def total_steps(self) -> int:
+        return self._total_steps
+
+    def next(self) -> Step:
+        epoch, index = divmod(self._step, self.steps_per_epoch)
+        chosen = self._epoch_order(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        self._step += 1
+        rows = [self.packing.rows[row] for row in chosen]
+        return Step(micro_batches(rows, self.packing.row_length, self.micro_rows))
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self._step}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._step = state["step"]
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if self._order is None or self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.packing.rows))
+        return self._order[1]

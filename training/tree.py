@@ -1,0 +1,311 @@
+"""The packed token tree: the one batch type of every objective.
+
+A tree is a root segment and, below it, segments that continue their parent: a document (root only), an SFT example
+(root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, G children). A token
+sees its own segment up to itself, and its ancestors. Positions go on from the parent's end, so a prompt is computed
+once, whatever hangs below it.
+
+Segments stand in preorder, so a subtree is one contiguous run of its row. Visibility then needs one number a token,
+where its segment's subtree ends: query q sees key k when k <= q < visible_until[k]. Rows may hold many trees; they
+never see each other.
+
+Shapes: B rows, L positions a row, D width, N scored tokens, S scored sequences (segments with at least one target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils.checkpoint import checkpoint
+
+from models.decoder import Decoder
+from models.errors import UserError
+
+ROOT = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of tokens.
+
+    tokens: int32 [n]. weights: float32 [n], the weight of each token as a target, 0 where it is not scored.
+    parent: index of the segment in its tree that it continues; ROOT for the first.
+    old_logprobs, reference_logprobs: float32, one a scored token: of the sampler, and of the frozen reference.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    parent: int = ROOT
+    advantage: float = 0.0
+    old_logprobs: np.ndarray | None = None
+    reference_logprobs: np.ndarray | None = None
+
+    @property
+    def num_scored(self) -> int:
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Segments in preorder. divisible: a plain document, which packing may cut into row-sized pieces."""
+
+    segments: tuple[Segment, ...]
+    divisible: bool = False
+
+    def __post_init__(self) -> None:
+        path: list[int] = []
+        for index, segment in enumerate(self.segments):
+            while path and path[-1] != segment.parent:
+                path.pop()
+            assert bool(path) == (index > 0), "segments must stand in preorder below one root"
+            assert len(segment.tokens) == len(segment.weights) > 0, "a segment needs tokens, and a weight for each"
+            path.append(index)
+        assert self.segments[0].weights[0] == 0, "nothing precedes a root's first token, so it cannot be scored"
+
+    @property
+    def length(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(segment.num_scored for segment in self.segments)
+
+
+def _segment(tokens: Sequence[int] | np.ndarray, *, scored: bool, parent: int = ROOT) -> Segment:
+    array = np.asarray(tokens, dtype=np.int32)
+    return Segment(array, np.full(len(array), float(scored), dtype=np.float32), parent)
+
+
+def document(tokens: Sequence[int] | np.ndarray) -> Tree:
+    """A text whose every token but the first is scored. It may be longer than a row: packing cuts it."""
+    segment = _segment(tokens, scored=True)
+    segment.weights[0] = 0.0
+    return Tree((segment,), divisible=True)
+
+
+def example(prompt: Sequence[int], answer: Sequence[int]) -> Tree:
+    """An SFT example: only the answer, its stop token included, is scored."""
+    _need(prompt=prompt, answer=answer)
+    segment = _segment([*prompt, *answer], scored=True)
+    segment.weights[: len(prompt)] = 0.0
+    return Tree((segment,))
+
+
+def pair(prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> Tree:
+    """A preference: the prompt once, the chosen and the rejected answer (stop tokens included) below it."""
+    _need(prompt=prompt, chosen=chosen, rejected=rejected)
+    children = tuple(_segment(answer, scored=True, parent=0) for answer in (chosen, rejected))
+    return Tree((_segment(prompt, scored=False), *children))
+
+
+def group(
+    prompt: Sequence[int],
+    completions: Sequence[Sequence[int]],
+    *,
+    advantages: Sequence[float],
+    old_logprobs: Sequence[Sequence[float]],
+) -> Tree:
+    """A GRPO group: the prompt once, its sampled completions (stop tokens included) below it.
+
+    old_logprobs: for each completion, the log-probability of each of its tokens under the distribution sampled from.
+    """
+    _need(prompt=prompt, **{f"completion {i}": tokens for i, tokens in enumerate(completions)})
+    children = tuple(
+        replace(
+            _segment(tokens, scored=True, parent=0),
+            advantage=float(advantage),
+            old_logprobs=np.asarray(logprobs, dtype=np.float32),
+        )
+        for tokens, advantage, logprobs in zip(completions, advantages, old_logprobs, strict=True)
+    )
+    return Tree((_segment(prompt, scored=False), *children))
+
+
+def _need(**parts: Sequence[int]) -> None:
+    for name, tokens in parts.items():
+        if not len(tokens):
+            raise UserError(f"training example: its {name} holds no tokens; drop the record or fill it in")
+
+
+@dataclass(frozen=True, eq=False)
+class TreeBatch:
+    """Rows of trees, and what the loss needs of them.
+
+    tokens_BL, positions_BL: int64. visible_until_BL: int32, the row index at which a token stops being visible.
+    predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
+    weight_N: float32. sequence_N: int64, ascending. length_S: int64, scored tokens of each sequence.
+    advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
+    num_tokens: tokens that are not padding. total_weight: the sum of weight_N.
+    temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
+    """
+
+    tokens_BL: Tensor
+    positions_BL: Tensor
+    visible_until_BL: Tensor
+    predict_from_N: Tensor
+    target_N: Tensor
+    weight_N: Tensor
+    sequence_N: Tensor
+    length_S: Tensor
+    advantage_N: Tensor | None
+    old_logprobs_N: Tensor | None
+    reference_logprobs_N: Tensor | None
+    num_tokens: int
+    total_weight: float
+    temperature: float = 1.0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.length_S)
+
+    def sum_by_sequence(self, values_N: Tensor) -> Tensor:
+        """Sum [S] of the values [N] of each sequence's scored tokens. Deterministic on every device."""
+        return torch.segment_reduce(values_N, "sum", lengths=self.length_S)
+
+    @property
+    def reference_S(self) -> Tensor:
+        """Log-probability [S] of each sequence under the frozen reference."""
+        assert self.reference_logprobs_N is not None, "attach the reference's log-probabilities before training"
+        return self.sum_by_sequence(self.reference_logprobs_N)
+
+    def to(self, device: torch.device) -> TreeBatch:
+        """The batch on a device. On CUDA the rows are filled up to a power of two, so that few kernels are compiled."""
+        if device.type == "cpu":
+            return self
+        rows, length = self.tokens_BL.shape
+        spare = (1 << (rows - 1).bit_length()) - rows
+        alone = torch.arange(1, length + 1, dtype=torch.int32).expand(spare, length)
+        empty = torch.zeros(spare, length, dtype=torch.int64)
+        padded = replace(
+            self,
+            tokens_BL=torch.cat([self.tokens_BL, empty]),
+            positions_BL=torch.cat([self.positions_BL, empty]),
+            visible_until_BL=torch.cat([self.visible_until_BL, alone]),
+        )
+        values = {field.name: getattr(padded, field.name) for field in fields(padded)}
+        return TreeBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def collate(rows: Sequence[Sequence[Tree]], row_length: int, *, temperature: float = 1.0) -> TreeBatch:
+    """Lay the trees of each row one behind the other. No row may hold more than row_length tokens."""
+    tokens_BL = np.zeros((len(rows), row_length), dtype=np.int64)
+    positions_BL = np.zeros((len(rows), row_length), dtype=np.int64)
+    order_L = np.arange(row_length + 1)
+    # padding sees itself alone: an empty row of the mask would make NaN in softmax
+    visible_until_BL = np.tile(order_L[1:].astype(np.int32), (len(rows), 1))
+    predict_from: list[np.ndarray] = []
+    scored_segments: list[tuple[Segment, np.ndarray]] = []
+    num_tokens = 0
+    for b, row in enumerate(rows):
+        cursor = 0
+        for tree in row:
+            starts, ends, first_positions = _layout(tree, cursor)
+            for index, segment in enumerate(tree.segments):
+                start = starts[index]
+                stop = start + len(segment.tokens)
+                assert stop <= row_length, "a row holds more tokens than its length"
+                tokens_BL[b, start:stop] = segment.tokens
+                position = first_positions[index]
+                positions_BL[b, start:stop] = order_L[position : position + stop - start]
+                visible_until_BL[b, start:stop] = ends[index]
+                scored = np.flatnonzero(segment.weights)
+                if len(scored):
+                    before = scored + (b * row_length + start - 1)
+                    if scored[0] == 0:  # the parent's last hidden state predicts a child's first token
+                        parent = segment.parent
+                        before[0] = b * row_length + starts[parent] + len(tree.segments[parent].tokens) - 1
+                    predict_from.append(before)
+                    scored_segments.append((segment, scored))
+            cursor += tree.length
+        num_tokens += cursor
+    lengths = np.array([len(scored) for _, scored in scored_segments], dtype=np.int64)
+    weight_N = _joined([segment.weights[scored] for segment, scored in scored_segments], np.float32)
+    segments = [segment for segment, _ in scored_segments]
+    old = [segment.old_logprobs for segment in segments]
+    reference = [segment.reference_logprobs for segment in segments]
+    advantages = np.array([segment.advantage for segment in segments], dtype=np.float32)
+    return TreeBatch(
+        tokens_BL=torch.from_numpy(tokens_BL),
+        positions_BL=torch.from_numpy(positions_BL),
+        visible_until_BL=torch.from_numpy(visible_until_BL),
+        predict_from_N=torch.from_numpy(_joined(predict_from, np.int64)),
+        target_N=torch.from_numpy(_joined([s.tokens[scored] for s, scored in scored_segments], np.int64)),
+        weight_N=torch.from_numpy(weight_N),
+        sequence_N=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+        length_S=torch.from_numpy(lengths),
+        advantage_N=torch.from_numpy(np.repeat(advantages, lengths)) if _given(old) else None,
+        old_logprobs_N=torch.from_numpy(_joined(_given(old), np.float32)) if _given(old) else None,
+        reference_logprobs_N=torch.from_numpy(_joined(_given(reference), np.float32)) if _given(reference) else None,
+        num_tokens=num_tokens,
+        total_weight=float(weight_N.sum(dtype=np.float64)),
+        temperature=temperature,
+    )
+
+
+def _layout(tree: Tree, cursor: int) -> tuple[list[int], list[int], list[int]]:
+    """For each segment: where it starts in the row, where its subtree ends, and the position of its first token."""
+    starts: list[int] = []
+    first_positions: list[int] = []
+    for segment in tree.segments:
+        starts.append(cursor)
+        cursor += len(segment.tokens)
+        parent = segment.parent
+        first_positions.append(0 if parent == ROOT else first_positions[parent] + len(tree.segments[parent].tokens))
+    ends = [start + len(segment.tokens) for start, segment in zip(starts, tree.segments, strict=True)]
+    for index in range(len(ends) - 1, 0, -1):
+        parent = tree.segments[index].parent
+        ends[parent] = max(ends[parent], ends[index])
+    return starts, ends, first_positions
+
+
+def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+    return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype=dtype)
+
+
+def _given(parts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    """The parts, when every scored segment has one; else nothing."""
+    given = [part for part in parts if part is not None]
+    return given if len(given) == len(parts) else []
+
+
+def attention_mask(batch: TreeBatch) -> Tensor | BlockMask:
+    """Who sees whom: bool [B, 1, L, L] for SDPA on CPU (True attends), a BlockMask for FlexAttention on CUDA."""
+    visible_until_BL = batch.visible_until_BL
+    rows, length = visible_until_BL.shape
+    if visible_until_BL.device.type == "cuda":
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < visible_until_BL[b, k])
+
+        return create_block_mask(sees, rows, None, length, length, device=visible_until_BL.device)
+    order_L = torch.arange(length, dtype=torch.int32)
+    earlier_LL = order_L[:, None] >= order_L
+    return (earlier_LL & (order_L[:, None] < visible_until_BL[:, None, :])).unsqueeze(1)
+
+
+def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = 8192) -> Tensor:
+    """log p(target) [N] of every scored token, float32, differentiable.
+
+    The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece, and again in
+    the backward pass: [N, V] logits never stand in memory at once.
+    """
+    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch))
+    # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
+    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
+
+    def target_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
+        logits = model.logits(hidden).float()
+        if batch.temperature != 1.0:
+            logits = logits / batch.temperature
+        return -F.cross_entropy(logits, target, reduction="none")
+
+    if len(hidden_ND) <= chunk:
+        return target_logprobs(hidden_ND, batch.target_N)
+    pieces = zip(hidden_ND.split(chunk), batch.target_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(target_logprobs, *piece, use_reentrant=False) for piece in pieces])

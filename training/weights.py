@@ -1,0 +1,50 @@
+"""Between the network and the model directory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.directory import load_config, load_tensors
+from models.errors import UserError
+
+
+def new_decoder(config: DecoderConfig, *, seed: int) -> Decoder:
+    """An untrained network, the same for the same seed; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Decoder(config)
+
+
+def load_decoder(directory: Path) -> Decoder:
+    """The network of a model directory, float32, on CPU, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        model = Decoder(load_config(directory))
+    set_weights(model, load_tensors(directory), where=str(directory))
+    return model.eval()
+
+
+def set_weights(model: Decoder, tensors: Mapping[str, np.ndarray], *, where: str) -> None:
+    """Copy arrays into the parameters of the same names. Raises UserError if names or shapes differ."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: array.shape for name, array in tensors.items()}
+    if model.config.tie_word_embeddings:
+        given.pop("lm_head.weight", None)  # some exporters write the tied matrix twice
+    for name in sorted(wanted.keys() | given.keys()):
+        if wanted.get(name) != given.get(name):
+            raise UserError(
+                f"{where}: {name} has shape {given.get(name, 'none')}, config.json wants {wanted.get(name, 'none')}"
+            )
+    with torch.no_grad():
+        for name, parameter in model.state_dict().items():
+            parameter.copy_(torch.from_numpy(np.array(tensors[name], dtype=np.float32)))
+
+
+def get_weights(model: Decoder) -> dict[str, np.ndarray]:
+    """Float32 copies of all weights, by Hugging Face's names."""
+    return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
