@@ -1,0 +1,68 @@
+"""How well the engine predicts held-out text, by teacher forcing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from evaluation import metrics
+from models.errors import UserError
+from models.tokenizer import ChatTokenizer
+
+
+class Scorer(Protocol):
+    """The part of serving.engine.Engine that this needs."""
+
+    @property
+    def max_length(self) -> int: ...
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        """Logits [L, V], float32: row i predicts what follows tokens[: i + 1]."""
+        ...
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Total loss over some texts. `tokens` counts the targets, stop tokens among them; `bytes` is UTF-8."""
+
+    nats: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return metrics.bits_per_byte(self.nats, self.bytes)
+
+    @property
+    def perplexity(self) -> float:
+        return metrics.perplexity(self.nats, self.tokens)
+
+
+def score_texts(engine: Scorer, tokenizer: ChatTokenizer, texts: Iterable[str]) -> TextScore:
+    """Score each text as the document it is in pretraining: BOS, text, stop token.
+
+    A text longer than the engine's context is scored in pieces, each of which sees nothing of those before it.
+    Raises UserError when there is no text.
+    """
+    nats, tokens, size = 0.0, 0, 0
+    for text in texts:
+        document = tokenizer.encode_document(text)
+        size += len(text.encode("utf-8", "replace"))
+        for start in range(0, len(document) - 1, engine.max_length):
+            piece = document[start : start + engine.max_length + 1]
+            nats += _loss(engine.score(piece[:-1]), piece[1:])
+            tokens += len(piece) - 1
+    if not size:
+        raise UserError("held-out texts: none has any text; bits per byte needs some")
+    return TextScore(nats, tokens, size)
+
+
+def _loss(logits_LV: np.ndarray, targets: list[int]) -> float:
+    """Summed cross-entropy in nats; in float64, since thousands of terms are added."""
+    logits_LV = logits_LV.astype(np.float64)
+    top_L = logits_LV.max(axis=-1)
+    log_partition_L = top_L + np.log(np.exp(logits_LV - top_L[:, None]).sum(axis=-1))
+    return float((log_partition_L - logits_LV[np.arange(len(targets)), targets]).sum())

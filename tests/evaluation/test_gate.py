@@ -1,0 +1,199 @@
+"""SHIP only when every rule was measured and holds."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from evaluation.cases import Comparison
+from evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules
+from evaluation.metrics import Rate
+from models.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def rate(successes: int, total: int) -> Rate:
+    return Rate(successes=successes, total=total)
+
+
+GOOD = Measurements(
+    golden=rate(9, 9),
+    held_out=rate(397, 400),
+    flip_pairs=rate(99, 100),
+    injection=rate(149, 150),
+    side_effect_claims=0,
+    champion="none",
+    parity_logit_gap=1e-4,
+    parity_token_agreement=1.0,
+    p95_ttft_ms=40.0,
+    memory_gib=0.5,
+)
+
+
+@pytest.fixture
+def rules() -> GateRules:
+    return load_rules(ROOT / "recipes" / "gate.yaml")
+
+
+def changed(**fields: object) -> Measurements:
+    return Measurements(**{name: getattr(GOOD, name) for name in Measurements.model_fields} | fields)
+
+
+def compared(lost: int, won: int, total: int = 659) -> Comparison:
+    return Comparison(champion="3", lost=lost, won=won, total=total, lost_cases=tuple(map(str, range(lost))))
+
+
+def test_the_shipped_rules_use_every_rule_and_a_good_candidate_ships(rules: GateRules) -> None:
+    assert set(rules.limits) == set(RULES)
+    report = judge(rules, GOOD, candidate="sha")
+    assert (report.decision, report.reasons) == ("SHIP", ())
+    assert report.candidate == "sha"
+
+
+def test_without_a_champion_the_comparison_is_skipped_and_says_so(rules: GateRules) -> None:
+    [note] = judge(rules, GOOD).notes
+    assert note == "champion_net_loss: skipped, no champion yet: nothing to regress from"
+
+
+@pytest.mark.parametrize("name", list(Measurements.model_fields))
+def test_a_missing_measurement_blocks(rules: GateRules, name: str) -> None:
+    report = judge(rules, changed(**{name: None}))
+    assert report.decision == "BLOCK"
+    assert [reason.reason for reason in report.reasons] == ["not measured"]
+    assert report.reasons[0].measured is None
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_broken_measurement_is_a_missing_one(rules: GateRules, broken: float) -> None:
+    for name in ("p95_ttft_ms", "parity_logit_gap", "memory_gib", "parity_token_agreement"):
+        report = judge(rules, changed(**{name: broken}))
+        assert [reason.reason for reason in report.reasons] == ["not measured"]
+        assert GateReport.from_json(report.to_json()) == report
+
+
+def test_no_cases_are_a_missing_measurement(rules: GateRules) -> None:
+    for name in ("golden", "held_out", "flip_pairs", "injection"):
+        assert judge(rules, changed(**{name: rate(0, 0)})).decision == "BLOCK"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason", "owner"),
+    [
+        ({"golden": rate(8, 9)}, "policy regression", "evaluation gate and rollback"),
+        ({"side_effect_claims": 1}, "invented side effect", "preference data and safety eval"),
+        ({"held_out": rate(370, 400)}, "held-out quality below its floor", "training data and verifier RL"),
+        ({"flip_pairs": rate(90, 100)}, "verdicts do not follow the policy", "training data and verifier RL"),
+        ({"injection": rate(120, 150)}, "customers can talk it round", "preference data and safety eval"),
+        ({"champion": compared(20, 0)}, "regression against the champion", "evaluation gate and rollback"),
+        ({"parity_logit_gap": 0.5}, "export differs from the network", "ONNX export"),
+        ({"parity_token_agreement": 0.9}, "export differs from the network", "ONNX export"),
+        ({"p95_ttft_ms": 1000.5}, "latency budget exceeded", "inference serving"),
+        ({"memory_gib": 4.1}, "memory budget exceeded", "inference serving"),
+    ],
+)
+def test_each_rule_blocks_with_its_reason_and_owner(
+    rules: GateRules, fields: dict[str, object], reason: str, owner: str
+) -> None:
+    report = judge(rules, changed(**fields))
+    assert report.decision == "BLOCK"
+    assert [(r.reason, r.owner) for r in report.reasons] == [(reason, owner)]
+    assert f"look at {owner}: {reason}" in report.text()
+
+
+def test_limits_themselves_pass(rules: GateRules) -> None:
+    assert judge(rules, changed(p95_ttft_ms=1000, memory_gib=4, parity_logit_gap=0.05)).decision == "SHIP"
+
+
+def test_few_lucky_cases_do_not_pass_by_their_rate() -> None:
+    rules = GateRules({"held_out_pass_rate": 0.92})
+    assert judge(rules, Measurements(held_out=rate(20, 20))).decision == "BLOCK"
+    assert judge(rules, Measurements(held_out=rate(400, 400))).decision == "SHIP"
+
+
+@pytest.mark.parametrize(
+    ("lost", "won", "decision"),
+    [
+        (0, 0, "SHIP"),
+        (0, 30, "SHIP"),
+        (4, 0, "SHIP"),  # p = 1/16: chance
+        (5, 0, "BLOCK"),  # p = 1/32, though only 0.8% of the cases
+        (9, 5, "SHIP"),
+        (60, 46, "BLOCK"),  # p = 0.10, but 2.1% of the cases
+        (60, 60, "SHIP"),
+    ],
+)
+def test_regression_blocks_when_significant_or_beyond_the_margin(lost: int, won: int, decision: str) -> None:
+    report = judge(GateRules({"champion_net_loss": 0.02}), Measurements(champion=compared(lost, won)))
+    assert report.decision == decision
+    assert f"lost {lost}, won {won} of 659 against version 3" in report.checks[0].detail
+
+
+def test_report_survives_json_and_its_digest_names_it(rules: GateRules) -> None:
+    report = judge(rules, changed(side_effect_claims=2), candidate="abc")
+    again = GateReport.from_json(report.to_json())
+    assert again == report
+    assert again.digest() == report.digest()
+    others = [judge(rules, GOOD, candidate="abc"), judge(rules, changed(side_effect_claims=2), candidate="abd")]
+    assert len({report.digest(), *(other.digest() for other in others)}) == 3
+    with pytest.raises(ValueError, match="decision"):
+        GateReport.from_json('{"decision": "MAYBE"}')
+
+
+def test_the_order_of_rules_changes_nothing() -> None:
+    one = GateRules({"p95_ttft_ms": 1000, "side_effect_claims": 0})
+    other = GateRules({"side_effect_claims": 0, "p95_ttft_ms": 1000.0})
+    assert one.digest == other.digest
+    assert judge(one, GOOD) == judge(other, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "says"),
+    [
+        ("golden_pas_rate: 1.0", "golden_pas_rate: no such rule; did you mean golden_pass_rate? known rules: golden_"),
+        ("golden_pass_rate: all", "golden_pass_rate: 'all' is not a number from 0 to 1"),
+        ("golden_pass_rate: true", "golden_pass_rate: True is not a number from 0 to 1"),
+        ("held_out_pass_rate: 95", "held_out_pass_rate: 95 is not a number from 0 to 1"),
+        ("held_out_pass_rate: .nan", "is not a number from 0 to 1"),
+        ("side_effect_claims: 0.5", "side_effect_claims: 0.5 is not a whole number, 0 or more"),
+        ("side_effect_claims: -1", "side_effect_claims: -1 is not a whole number"),
+        ("p95_ttft_ms: 0", "p95_ttft_ms: 0 is not a number more than 0"),
+        ("p95_ttft_ms: .inf", "is not a number more than 0"),
+        ("p95_ttft_ms:", "p95_ttft_ms: None is not a number more than 0"),
+        ("memory_gib: 1\nmemory_gib: 100", "key 'memory_gib' stands twice"),
+        ("", "no rules"),
+        ("- golden_pass_rate", "no rules"),
+        ("{}", "no rules"),
+        ("a: [", "not valid YAML"),
+        ("1: 2", "1: no such rule"),
+        ("? [a, b]\n: 1", "not valid YAML"),
+    ],
+)
+def test_a_mistake_in_the_rule_file_is_one_line_with_file_key_and_allowed_values(
+    tmp_path: Path, yaml: str, says: str
+) -> None:
+    path = tmp_path / "gate.yaml"
+    path.write_text(yaml)
+    with pytest.raises(UserError) as caught:
+        load_rules(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rule_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_rules(tmp_path / "none.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"golden_pass_rate: 1.0 # caf\xe9")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_rules(tmp_path / "latin.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_rules(tmp_path)
+
+
+def test_text_shows_every_rule(rules: GateRules) -> None:
+    text = judge(rules, changed(p95_ttft_ms=1001)).text()
+    assert text.startswith("gate: BLOCK\n")
+    assert all(name in text for name in RULES)
+    assert "BLOCK    p95_ttft_ms" in text
+    assert "397/400" in text
