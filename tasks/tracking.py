@@ -1,0 +1,341 @@
+"""MLflow runs: one run for each execution of a stage, in one experiment for each recipe.
+
+MLflow's database and artifacts live together in the project's `mlruns/`. A run says what was executed (stage, key,
+settings), on what (dataset digest, parent keys), by which code (commit, and whether it had uncommitted changes) and how
+it went. A skipped stage opens no run: `find_run` gives the one that made its artifact.
+
+Left out on purpose: MLflow's fluent API (`mlflow.start_run` and its globals), so that stages may run in threads;
+autologging; artifacts of runs, because the artifact store has them.
+
+`mlflow` is imported by `Mlruns.client`, not here: it costs 1.3 s and 190 MB, and 0.9 s more at its first use.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel
+
+from models.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow.entities import Experiment, Metric, Run
+    from mlflow.tracking import MlflowClient
+
+log = logging.getLogger(__name__)
+
+Settings: TypeAlias = BaseModel | Mapping[str, Any]
+
+FLUSH_EVERY_S = 10.0
+# MLflow's own limits for one request (mlflow.utils.validation).
+METRICS_PER_BATCH = 1000
+PARAMETERS_PER_BATCH = 100
+PARAMETER_CHARS = 6000
+
+
+class Mlruns:
+    """Where MLflow keeps its records for this project: `mlruns/mlflow.db` and `mlruns/artifacts/`.
+
+    MLFLOW_TRACKING_URI names another database (Postgres, say) or an MLflow server. The files stay in `mlruns/`, so
+    every machine that tracks or serves must see that folder at the same path.
+    """
+
+    def __init__(self, root: Path):
+        self.root = Path(root).resolve()
+
+    @cached_property
+    def uri(self) -> str:
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.database}"
+
+    @property
+    def database(self) -> Path:
+        return self.root / "mlflow.db"
+
+    @property
+    def local_database(self) -> bool:
+        """Whether `database` is what MLflow uses."""
+        return self.uri == f"sqlite:///{self.database}"
+
+    @cached_property
+    def client(self) -> MlflowClient:
+        """MLflow's client; the database is made at the first use (about 1 s)."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        from mlflow.tracking import MlflowClient
+
+        # At INFO these print their table migrations into the display of the pipeline.
+        for name in ("mlflow.store.db.utils", "alembic"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        # Two processes that both find no tables would both make them, and one would fail.
+        with self.lock("database"):
+            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def lock(self, name: str) -> FileLock:
+        """A lock among processes. The kernel holds it, so that it ends with its process however that dies."""
+        folder = self.root / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name)
+
+    def experiment_id(self, name: str) -> str:
+        """The experiment of that name, made where there is none.
+
+        MLflow stores artifact locations absolute. After the project was moved, the old experiment would write into the
+        old place: it keeps its runs under a name that says so, and a new one takes over.
+        """
+        location = (self.root / "artifacts" / name).as_uri()
+        with self.lock("experiment"):
+            if found := self.client.get_experiment_by_name(name):
+                if found.artifact_location == location:
+                    return _active(found, self)
+                old = found.artifact_location.removesuffix(f"/artifacts/{name}")
+                self.client.rename_experiment(_active(found, self), f"{name} (in {old} until {int(time.time())})")
+            return str(self.client.create_experiment(name, artifact_location=location))
+
+
+@dataclass(frozen=True)
+class CodeVersion:
+    """The git commit the code stands at; `commit` is None outside a repository. `dirty`: tracked files differ."""
+
+    commit: str | None
+    dirty: bool = False
+
+    def __str__(self) -> str:
+        return (self.commit or "no commit") + ("+dirty" if self.dirty else "")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What one run of a stage is, known before it starts."""
+
+    recipe: str
+    stage: str
+    key: str
+    settings: Settings
+    recipe_path: Path | None = None
+    parents: Mapping[str, str] = field(default_factory=dict)  # stage -> key of each input artifact
+    dataset_digest: str | None = None
+    code: CodeVersion = CodeVersion(None)
+
+    def tags(self) -> dict[str, str]:
+        parents = {f"twinloop.parent.{stage}": key for stage, key in self.parents.items()}
+        commit = {"mlflow.source.git.commit": self.code.commit} if self.code.commit else {}
+        return {
+            "twinloop.stage": self.stage,
+            "twinloop.key": self.key,
+            "twinloop.recipe": self.recipe,
+            "twinloop.recipe_path": str(self.recipe_path or ""),
+            "twinloop.commit": str(self.code),
+            "twinloop.host": socket.gethostname(),
+            **commit,
+            **parents,
+        }
+
+
+class Tracker:
+    """One MLflow run, open from `with` to its end.
+
+        with Tracker(mlruns, execution) as run:
+            run.log({"loss": 2.1}, step=10)
+            run.output(manifest_digest)
+
+    The run ends FINISHED, or FAILED where the body raises, or KILLED on Ctrl-C. A process that dies without a word
+    leaves its run RUNNING; the next `Tracker` of the same recipe on this machine marks it KILLED.
+
+    Metrics are buffered: one write to SQLite costs about 4 ms however many metrics it holds. A database that is
+    briefly unavailable delays them and never stops the stage.
+    """
+
+    def __init__(self, mlruns: Mlruns, execution: Execution, *, flush_every_s: float = FLUSH_EVERY_S):
+        self.mlruns = mlruns
+        self.execution = execution
+        self.run_id = ""
+        self._flush_every_s = flush_every_s
+        self._buffer: list[Metric] = []
+        self._flushed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        client, execution = self.mlruns.client, self.execution
+        experiment_id = self.mlruns.experiment_id(execution.recipe)
+        with self.mlruns.lock("runs"):  # so that nobody sees this run before it is marked alive
+            killed = _mark_killed(self.mlruns, experiment_id)
+            tags = execution.tags()
+            if resumed := next((run for run in killed if run.data.tags.get("twinloop.key") == execution.key), None):
+                tags["twinloop.resumes"] = resumed.info.run_id
+            self.run_id = client.create_run(experiment_id, tags=tags, run_name=execution.stage).info.run_id
+            self._alive = _alive_lock(self.mlruns, self.run_id)
+            self._alive.acquire()
+        try:
+            self._log_parameters()
+            self._log_dataset()
+        except BaseException:
+            self._end("FAILED")
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            try:
+                self.flush()
+            except BaseException:
+                self._end("FAILED")
+                raise
+            self._end("FINISHED")
+            return
+        # The stage's own error is what the user must see: trouble in recording it is only logged.
+        try:
+            self.flush()
+            self.mlruns.client.set_tag(self.run_id, "twinloop.error", f"{type(error).__name__}: {error}"[:1000])
+        except Exception as trouble:
+            log.warning("MLflow could not record the last metrics of %s: %s", self.execution.stage, trouble)
+        self._end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+
+    def log(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
+        """Keep these values, and write what is kept every `flush_every_s`. Costs microseconds between the writes."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        self._buffer.extend(Metric(name, float(value), now_ms, step) for name, value in metrics.items())
+        if time.monotonic() - self._flushed >= self._flush_every_s:
+            try:
+                self.flush()
+            except Exception as trouble:  # kept in the buffer; the next flush tries again
+                log.warning("MLflow is not reachable, metrics of %s wait: %s", self.execution.stage, trouble)
+
+    def flush(self) -> None:
+        """Write every buffered metric now. Raises what MLflow raises; nothing is lost from the buffer then."""
+        self._flushed = time.monotonic()
+        while self._buffer:
+            batch = self._buffer[:METRICS_PER_BATCH]
+            self.mlruns.client.log_batch(self.run_id, metrics=batch)
+            del self._buffer[: len(batch)]
+        os.utime(self._alive.lock_file)  # when the run was last known to be alive
+
+    def output(self, manifest_digest: str) -> None:
+        """Say which artifact this run made."""
+        self.mlruns.client.set_tag(self.run_id, "twinloop.manifest_digest", manifest_digest)
+
+    def _log_parameters(self) -> None:
+        from mlflow.entities import Param
+
+        flat = flatten(self.execution.settings)
+        parameters = [Param(name, value[:PARAMETER_CHARS]) for name, value in flat.items()]
+        for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
+            self.mlruns.client.log_batch(self.run_id, params=parameters[start : start + PARAMETERS_PER_BATCH])
+
+    def _log_dataset(self) -> None:
+        if not (digest := self.execution.dataset_digest):
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        # What a MetaDataset becomes in the database, without the download source that it asks for.
+        dataset = Dataset(name="data.dvc", digest=digest, source_type="dvc", source=json.dumps({"path": "data.dvc"}))
+        tag = InputTag("mlflow.data.context", self.execution.stage)
+        self.mlruns.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
+
+    def _end(self, status: str) -> None:
+        try:
+            self.mlruns.client.set_terminated(self.run_id, status)
+        finally:
+            self._alive.release()
+            Path(self._alive.lock_file).unlink(missing_ok=True)
+
+
+def find_run(mlruns: Mlruns, recipe: str, key: str) -> str | None:
+    """The id of the latest finished run that made the artifact with this key; None where MLflow knows none."""
+    if not (experiment := mlruns.client.get_experiment_by_name(recipe)):
+        return None
+    quoted = f"tags.`twinloop.key` = '{key}' and attributes.status = 'FINISHED'"
+    found = mlruns.client.search_runs([experiment.experiment_id], quoted, max_results=1)
+    return found[0].info.run_id if found else None
+
+
+def flatten(settings: Settings) -> dict[str, str]:
+    """Settings as MLflow's parameters: nested names joined by dots, values as text."""
+    plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
+    return dict(_flat(plain, ""))
+
+
+def code_version(project: Path) -> CodeVersion:
+    """The commit that `project` stands at. Files that git does not know don't make it dirty: outputs lie among them."""
+    try:
+        commit = _git(project, "rev-parse", "HEAD")
+        changed = _git(project, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return CodeVersion(None)
+    return CodeVersion(commit, dirty=bool(changed))
+
+
+def dataset_digest(data_dvc: Path) -> str | None:
+    """The md5 by which DVC knows the dataset of a `.dvc` file; None where the file is missing or not yet filled.
+
+    Read with yaml, because importing `dvc.api` costs 0.3 s. Raises UserError for a file that is not DVC's.
+    """
+    try:
+        content = yaml.safe_load(data_dvc.read_text())
+        outputs = content["outs"]
+    except FileNotFoundError:
+        return None
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{data_dvc}: not a DVC file with one output; write it with `dvc add` or `dvc repro`"
+        ) from error
+    return outputs[0].get("md5")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", str(value)
+
+
+def _mark_killed(mlruns: Mlruns, experiment_id: str) -> list[Run]:
+    """End the runs whose process died without a word, as of when they were last seen alive. Latest first."""
+    killed = []
+    here = f"attributes.status = 'RUNNING' and tags.`twinloop.host` = '{socket.gethostname()}'"
+    for run in mlruns.client.search_runs([experiment_id], here):
+        run_id, alive = run.info.run_id, _alive_lock(mlruns, run.info.run_id)
+        last_seen = Path(alive.lock_file).stat().st_mtime if Path(alive.lock_file).exists() else None
+        try:
+            alive.acquire(blocking=False)
+        except Timeout:
+            continue  # another process is at it
+        try:
+            if mlruns.client.get_run(run_id).info.status == "RUNNING":  # not ended since the search
+                mlruns.client.set_terminated(run_id, "KILLED", int(last_seen * 1000) if last_seen else None)
+                killed.append(run)
+        finally:
+            alive.release()
+            Path(alive.lock_file).unlink(missing_ok=True)
+    return killed
+
+
+def _alive_lock(mlruns: Mlruns, run_id: str) -> FileLock:
+    """Held by the process of a run for as long as it lives."""
+    return mlruns.lock(f"run-{run_id}")
+
+
+def _git(project: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(project), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+
+def _active(experiment: Experiment, mlruns: Mlruns) -> str:
+    if experiment.lifecycle_stage != "active":  # deleted in MLflow's console: its runs come back with it
+        mlruns.client.restore_experiment(experiment.experiment_id)
+    return str(experiment.experiment_id)
