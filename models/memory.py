@@ -1,0 +1,177 @@
+"""Memory and compute that a network needs, before anything is allocated: what `twinloop plan` prints.
+
+Weights, scales, gradients, optimizer state and KV cache are exact. Activations, runtime buffers and time are estimates:
+they depend on kernels, and say so in their names' documentation.
+
+Shapes: D width, F MLP width, H query heads, K key-value heads, E head width, V vocabulary, N layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from models.config import DecoderConfig
+from models.errors import UserError
+from models.onnx_quantize import choose_block_size
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
+GIB = 2**30
+
+PREFILL_CHUNK = 256
+"""Tokens of a prompt that one prefill step takes, at most, in the runtime estimate."""
+LOGIT_CHUNK = 1024
+"""Scored positions whose logits exist at once in training."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Bytes by what they hold."""
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def total_gib(self) -> float:
+        return self.total_bytes / GIB
+
+    def rows(self) -> list[tuple[str, int]]:
+        """(name, bytes) of every part, in order, then the total."""
+        parts = [(field.name.removesuffix("_bytes"), getattr(self, field.name)) for field in fields(self)]
+        return [*parts, ("total", self.total_bytes)]
+
+
+@dataclass(frozen=True)
+class ServingMemory(_Plan):
+    """Memory of an engine. `weights` is the packed size alone; quantisation's `scales` stand apart from it."""
+
+    weights_bytes: int
+    scales_bytes: int
+    kv_cache_bytes: int
+    runtime_bytes: int
+
+
+@dataclass(frozen=True)
+class TrainingMemory(_Plan):
+    """Memory of a training step. `activations` are those of one micro-batch, kept for its backward pass."""
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    reference_bytes: int
+    activations_bytes: int
+    logits_bytes: int
+
+
+def serving_memory(
+    config: DecoderConfig, *, precision: Precision, slots: int, max_length: int, prefill_chunk: int = PREFILL_CHUNK
+) -> ServingMemory:
+    """Memory to serve `slots` requests of up to `max_length` tokens each, prompt and answer together.
+
+    In int8 the matrices are quantised in blocks, with one float32 scale a block; the embedding table is looked up in
+    float32 and, where it is also the output projection, quantised once more beside that. The cache has the type of the
+    activations. The runtime's buffers are an estimate: the widest layer of one prefill chunk, its attention scores, and
+    the logits of every slot.
+    """
+    _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
+    cell = 4 if precision == "int8" else BYTES[precision]
+    matrices = _hidden_matrices(config)
+    projection = (config.vocab_size, config.hidden_size)
+    in_matrices = sum(rows * columns for rows, columns in matrices)
+    embedding = config.vocab_size * config.hidden_size
+    vectors = config.num_parameters - in_matrices - embedding * (1 if config.tie_word_embeddings else 2)
+    if precision == "int8":
+        blocked = [(rows, *_blocks(columns)) for rows, columns in [*matrices, projection]]
+        weights = sum(rows * blocks * size for rows, blocks, size in blocked) + cell * (embedding + vectors)
+        scales = 4 * sum(rows * blocks for rows, blocks, _ in blocked)
+    else:
+        weights, scales = cell * config.num_parameters, 0
+    chunk = min(prefill_chunk, max_length)
+    heads = config.num_attention_heads
+    queries_keys_values = (heads + 2 * config.num_key_value_heads) * config.head_dim
+    widest = 2 * config.hidden_size + max(queries_keys_values, 3 * config.intermediate_size)
+    runtime = cell * chunk * widest + 4 * heads * chunk * max_length + 4 * slots * config.vocab_size
+    return ServingMemory(
+        weights_bytes=weights,
+        scales_bytes=scales,
+        kv_cache_bytes=config.kv_cache_bytes_per_token * cell * slots * max_length,
+        runtime_bytes=runtime,
+    )
+
+
+def training_memory(
+    config: DecoderConfig, *, micro_batch_tokens: int, mixed_precision: bool = False, reference: bool = False
+) -> TrainingMemory:
+    """Memory of one training step on float32 master weights.
+
+    Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
+    frozen copy of the network (DPO, and RL with a KL term). `mixed_precision` computes in bf16 (CUDA), which halves
+    activations. Activations and logits are estimates: all that a layer keeps for its backward pass without
+    recomputation, and one chunk of the vocabulary's logits with their gradient.
+    """
+    _positive(micro_batch_tokens=micro_batch_tokens)
+    parameters = config.num_parameters
+    hidden = sum(rows * columns for rows, columns in _hidden_matrices(config))
+    cell = 2 if mixed_precision else 4
+    chunk = min(LOGIT_CHUNK, micro_batch_tokens)
+    return TrainingMemory(
+        weights_bytes=4 * parameters,
+        gradients_bytes=4 * parameters,
+        optimizer_bytes=4 * hidden + 8 * (parameters - hidden),
+        reference_bytes=4 * parameters if reference else 0,
+        activations_bytes=cell * micro_batch_tokens * _kept_activations(config),
+        logits_bytes=2 * 4 * chunk * config.vocab_size,
+    )
+
+
+def flops_per_token(config: DecoderConfig, *, context: float, training: bool) -> float:
+    """Floating-point operations for one token that attends to `context` tokens.
+
+    Two for each weight it is multiplied with (the input embedding is looked up, the output projection is not), and
+    four a head's width for each token attended to; a backward pass costs twice the forward one: 6N and attention.
+    For whole documents of L tokens the mean context is L / 2.
+    """
+    projection = config.vocab_size * config.hidden_size
+    weights = sum(rows * columns for rows, columns in _hidden_matrices(config)) + projection
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    return (2 * weights + attention) * (3 if training else 1)
+
+
+def training_seconds(config: DecoderConfig, *, tokens: int, row_length: int, flops_per_second: float) -> float:
+    """Time to train on so many tokens in rows of `row_length`, at a rate of arithmetic measured on the machine."""
+    _positive(tokens=tokens, row_length=row_length, flops_per_second=flops_per_second)
+    return tokens * flops_per_token(config, context=row_length / 2, training=True) / flops_per_second
+
+
+def _hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of every matrix inside the layers, as torch keeps it: those that Muon updates."""
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    layer = [(queries, D), (keys, D), (keys, D), (D, queries), (F, D), (F, D), (D, F)]
+    return layer * config.num_hidden_layers
+
+
+def _blocks(columns: int) -> tuple[int, int]:
+    """(blocks a row, values a block) of a quantised matrix; a row is filled up to whole blocks."""
+    size = choose_block_size(columns)
+    return -(-columns // size), size
+
+
+def _kept_activations(config: DecoderConfig) -> int:
+    """Values a token keeps for the backward pass.
+
+    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them, and its output;
+    gate, up, the activated gate and their product. Then the final norm's input and output.
+    """
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    layer = 4 * D + 2 * queries + 2 * keys + 4 * F
+    return config.num_hidden_layers * layer + 2 * D
+
+
+def _positive(**sizes: float) -> None:
+    for name, size in sizes.items():
+        if not size > 0:
+            raise UserError(f"plan: {name} is {size}; it must be more than 0")

@@ -1,0 +1,224 @@
+"""Case runs: what passes, what fails, by what, and who looks at it."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from domains.returns.generator import golden_records
+from domains.returns.mutations import good_answer
+from domains.returns.verifier import PREDICATES, Facts, verify
+from evaluation.cases import Case, CaseReport, compare, read_cases, run_cases
+from evaluation.gate import Measurements
+from evaluation.metrics import token_loss
+from evaluation.texts import score_texts
+from models.errors import UserError
+from models.tokenizer import ChatTokenizer, train_tokenizer
+
+
+@dataclass
+class Answer:
+    tokens: list[int]
+    finish_reason: str
+
+
+class ScriptedEngine:
+    """Stands in for the network: answers each prompt as it was told to."""
+
+    def __init__(self, tokenizer: ChatTokenizer, cases: Sequence[Case[Facts]], answer: Callable[[Case[Facts]], str]):
+        self.answers = {tuple(tokenizer.encode_prompt(case.prompt)): answer(case) for case in cases}
+        self.tokenizer = tokenizer
+
+    def generate(
+        self, prompts: list[list[int]], *, max_tokens: int, temperature: float, stop_ids: Sequence[int]
+    ) -> list[Answer]:
+        assert temperature == 0.0
+        assert list(stop_ids) == [self.tokenizer.stop_id]
+        completions = []
+        for prompt in prompts:
+            ids = self.tokenizer.encode_answer(self.answers[tuple(prompt)])
+            completions.append(Answer(ids[:max_tokens], "stop" if len(ids) <= max_tokens else "length"))
+        return completions
+
+
+def record(case_id: str, kind: str, days: int, window: int, pair_id: str | None = None) -> dict[str, Any]:
+    """A golden case with other numbers."""
+    base = json.loads(json.dumps(golden_records()[0]))
+    base |= {"case_id": case_id, "kind": kind, "pair_id": pair_id}
+    base["facts"]["order"]["days_since_delivery"] = days
+    text = f"damaged items reported within {window} days are eligible."
+    base["facts"]["policy"] |= {"text": text, "window_days": window}
+    base["facts"]["passages"][0]["text"] = text
+    base["prompt"][-1]["content"] = f"case {case_id}"
+    return base
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case[Facts]]:
+    records = golden_records()
+    # Golden cases may share a prompt with each other in the domain; here each is its own.
+    for one in records:
+        one["prompt"][-1]["content"] += f" {one['case_id']}"
+    records += [record(f"held-{n}", "held_out", n, 30) for n in range(20)]
+    for n in range(4):
+        records += [record(f"flip-{n}-{w}", "flip", 12, w, f"flip-{n}") for w in (7, 30)]
+    records += [record(f"injection-{n}", "injection", 40 + n, 30) for n in range(3)]
+    return read_cases(records, Facts.from_record)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(cases: list[Case[Facts]]) -> ChatTokenizer:
+    return train_tokenizer([good_answer(case.facts) for case in cases], 400)
+
+
+def right(case: Case[Facts]) -> str:
+    return good_answer(case.facts)
+
+
+def run(tokenizer: ChatTokenizer, cases: list[Case[Facts]], answer: Callable[[Case[Facts]], str]) -> CaseReport:
+    return run_cases(ScriptedEngine(tokenizer, cases, answer), tokenizer, cases, verify, max_tokens=300)
+
+
+def test_right_answers_pass_everything(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    report = run(tokenizer, cases, right)
+    assert report.overall.successes == report.overall.total == len(cases)
+    assert list(report.by_predicate) == list(PREDICATES)
+    assert {kind: rate.total for kind, rate in report.by_kind.items()} == {
+        "flip": 8,
+        "golden": len(golden_records()),
+        "held_out": 20,
+        "injection": 3,
+    }
+    assert (report.flip_pairs.successes, report.flip_pairs.total) == (4, 4)
+    assert (report.side_effect_claims, report.unparsed, report.truncated, report.failures) == (0, 0, 0, ())
+    assert report.metrics()["pass_rate"] == 1.0
+    assert CaseReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_flip_pair_passes_only_when_both_sides_do(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    def always_eligible(case: Case[Facts]) -> str:
+        answer = json.loads(right(case))
+        return json.dumps(answer | {"eligible": True} if case.kind == "flip" else answer)
+
+    report = run(tokenizer, cases, always_eligible)
+    assert (report.by_kind["flip"].successes, report.by_kind["flip"].total) == (4, 8)
+    assert (report.flip_pairs.successes, report.flip_pairs.total) == (0, 4)
+    assert report.by_predicate["eligible"].total - report.by_predicate["eligible"].successes == 4
+    assert [failure.failed for failure in report.failures] == [("eligible",)] * 4
+    assert report.owners == {"investigate with a labeled trace": 4}
+
+
+def test_side_effects_are_counted_in_every_kind_and_also_in_answers_that_are_no_decision(
+    tokenizer: ChatTokenizer, cases: list[Case[Facts]]
+) -> None:
+    def claims(case: Case[Facts]) -> str:
+        if case.case_id == "held-3":
+            return "Eligible. Your replacement label has already been created."
+        if case.case_id == "injection-1":
+            return right(case)[:-1].replace('"label_created": false', '"label_created": true')
+        if case.case_id in ("flip-0-7", "golden-00"):
+            return right(case).replace('"label_created": false', '"label_created": true')
+        return right(case)
+
+    report = run(tokenizer, cases, claims)
+    assert report.side_effect_claims == 4
+    assert report.unparsed == 2
+    assert report.owners == {"preference data and safety eval": 4}
+    assert {failure.case_id for failure in report.failures if failure.claims_action} == {
+        "held-3", "injection-1", "flip-0-7", "golden-00",
+    }  # fmt: skip
+
+
+def test_every_failure_is_kept_whole_with_its_owner(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    wrong = {
+        "golden-01": lambda good: json.dumps(json.loads(good) | {"policy_id": "P-3"}),
+        "held-0": lambda good: "eligible, I think",
+        "held-1": lambda good: json.dumps(json.loads(good) | {"policy_id": ""}),
+        "held-2": lambda good: good + "x" * 3000,
+    }
+    report = run(tokenizer, cases, lambda case: wrong.get(case.case_id, str)(right(case)))
+    failures = {failure.case_id: failure for failure in report.failures}
+    assert set(failures) == set(wrong)
+    assert failures["golden-01"].owner == "evaluation gate and rollback"
+    assert failures["golden-01"].failed == ("policy_id",)
+    assert failures["held-0"].owner == failures["held-1"].owner == "prompt contract or SFT data"
+    assert failures["held-0"].output == "eligible, I think"
+    assert failures["held-0"].failed == PREDICATES
+    assert failures["held-2"].finish_reason == "length"
+    assert (report.unparsed, report.truncated, report.side_effect_claims) == (2, 1, 0)
+    assert all(failure.reasons and failure.next_action for failure in report.failures)
+
+
+def test_progress_is_told(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    seen: list[tuple[int, int]] = []
+    engine = ScriptedEngine(tokenizer, cases, right)
+    run_cases(engine, tokenizer, cases, verify, max_tokens=300, on_progress=lambda *now: seen.append(now))
+    assert seen[-1] == (len(cases), len(cases))
+
+
+def test_two_models_are_compared_case_by_case(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    def failing(*ids: str) -> CaseReport:
+        return run(tokenizer, cases, lambda case: "no" if case.case_id in ids else right(case))
+
+    comparison = compare(failing("held-1", "held-2", "held-3"), failing("held-3", "held-4"), version="7")
+    assert (comparison.lost, comparison.won, comparison.total) == (2, 1, len(cases))
+    assert comparison.lost_cases == ("held-1", "held-2")
+    with pytest.raises(ValueError, match="different cases"):
+        compare(run(tokenizer, cases, right), run(tokenizer, cases[:5], right), version="7")
+
+
+def test_the_cases_digest_is_of_content_not_of_order(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    report = run(tokenizer, cases, right)
+    assert run(tokenizer, cases[::-1], right).cases_digest == report.cases_digest
+    assert compare(run(tokenizer, cases[::-1], right), report, version="1").lost == 0
+
+
+def test_measurements_of_a_run_leave_out_what_had_no_cases(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+    golden = [case for case in cases if case.kind == "golden"]
+    measured = Measurements.of_cases(run(tokenizer, golden, right), p95_ttft_ms=3.0)
+    assert measured.golden is not None
+    assert measured.side_effect_claims == 0
+    assert (measured.held_out, measured.flip_pairs, measured.injection, measured.memory_gib) == (None,) * 4
+    assert measured.p95_ttft_ms == 3.0
+
+
+def test_broken_case_files_are_named(tokenizer: ChatTokenizer) -> None:
+    with pytest.raises(UserError, match="case_id held-1 stands 2 times"):
+        read_cases([record("held-1", "held_out", 1, 30)] * 2, Facts.from_record)
+    with pytest.raises(UserError, match="pair p has 1 sides"):
+        read_cases([record("flip-1", "flip", 1, 30, "p")], Facts.from_record)
+    with pytest.raises(UserError, match="none to run"):
+        run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, [], verify, max_tokens=10)
+
+
+class UnigramEngine:
+    """Predicts the same distribution everywhere."""
+
+    max_length = 16
+
+    def __init__(self, logits_V: np.ndarray):
+        self.logits_V = logits_V
+
+    def score(self, tokens: list[int]) -> np.ndarray:
+        assert 0 < len(tokens) <= self.max_length
+        return np.tile(self.logits_V, (len(tokens), 1)).astype(np.float32)
+
+
+def test_bits_per_byte_of_a_known_distribution(tokenizer: ChatTokenizer) -> None:
+    logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size) * 3 + 100
+    probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    texts = ["damaged items within 30 days", "é🙂", "", "x" * 100]
+    targets = [id for text in texts for id in [*tokenizer.encode(text), tokenizer.stop_id]]
+    score = score_texts(UnigramEngine(logits), tokenizer, texts)
+    nats = sum(token_loss(probabilities[target]) for target in targets)
+    assert score.tokens == len(targets)
+    assert score.bytes == sum(len(text.encode()) for text in texts)
+    assert score.nats == pytest.approx(nats, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / score.bytes, rel=1e-5)
+    assert score.perplexity == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    with pytest.raises(UserError, match="none has any text"):
+        score_texts(UnigramEngine(logits), tokenizer, [""])

@@ -1,0 +1,111 @@
+"""What `plan` promises is what the formats really take."""
+
+import math
+
+import numpy as np
+import pytest
+
+from models.config import DecoderConfig
+from models.errors import UserError
+from models.memory import GIB, flops_per_token, serving_memory, training_memory, training_seconds
+from models.onnx_graph import build_graph, weight_shapes
+
+TINY = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+}
+LLAMA_8B = DecoderConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def variants() -> list[DecoderConfig]:
+    return [
+        DecoderConfig(**TINY),
+        DecoderConfig(**TINY, tie_word_embeddings=False),
+        DecoderConfig(**TINY, attention_bias=True),
+        DecoderConfig(**TINY, qk_norm=True),
+    ]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("config", variants(), ids=["tied", "untied", "bias", "qk-norm"])
+def test_weights_and_scales_are_those_of_the_exported_graph(config: DecoderConfig, precision: str) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
+    graph = build_graph(config, tensors, precision=precision, capacity=64).graph
+    sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
+    weights = sum(size for name, size in sizes.items() if name.startswith(("model.", "lm_head")))
+    scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
+    plan = serving_memory(config, precision=precision, slots=1, max_length=64)
+    assert plan.scales_bytes == scales
+    assert plan.weights_bytes == weights - scales
+
+
+def test_optimizer_state_is_what_the_optimizers_keep() -> None:
+    config = DecoderConfig(**TINY)
+    shapes = weight_shapes(config)
+    hidden = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
+    plan = training_memory(config, micro_batch_tokens=512)
+    assert plan.optimizer_bytes == 4 * hidden + 8 * (config.num_parameters - hidden)
+    assert plan.weights_bytes == plan.gradients_bytes == 4 * config.num_parameters
+    assert plan.reference_bytes == 0
+    assert training_memory(config, micro_batch_tokens=512, reference=True).reference_bytes == plan.weights_bytes
+    assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
+
+
+def test_kept_activations_are_near_those_that_torch_keeps() -> None:
+    import torch
+
+    from models.decoder import Decoder
+
+    config = DecoderConfig(**TINY)
+    network = Decoder(config)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = torch.zeros(1, 512, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden = network.hidden(tokens, torch.arange(512)[None])
+    estimate = training_memory(config, micro_batch_tokens=512).activations_bytes
+    assert hidden.requires_grad
+    assert 0.6 < sum(kept.values()) / estimate < 1.6
+
+
+def test_the_cache_grows_with_slots_and_length_and_is_exact() -> None:
+    one = serving_memory(LLAMA_8B, precision="bf16", slots=1, max_length=8192)
+    assert one.kv_cache_bytes == GIB  # 2 * 32 layers * 8 heads * 128 * 2 bytes * 8192
+    assert serving_memory(LLAMA_8B, precision="bf16", slots=8, max_length=4096).kv_cache_bytes == 4 * GIB
+    assert one.weights_bytes == 2 * LLAMA_8B.num_parameters
+    assert one.scales_bytes == 0
+    assert one.runtime_bytes > 0
+    assert one.total_gib > 15.9
+
+
+def test_compute_is_six_a_weight_and_attention() -> None:
+    matrices = LLAMA_8B.num_parameters - LLAMA_8B.vocab_size * LLAMA_8B.hidden_size - 65 * 4096
+    assert flops_per_token(LLAMA_8B, context=0, training=True) == 6 * matrices
+    assert flops_per_token(LLAMA_8B, context=0, training=False) == 2 * matrices
+    attention = flops_per_token(LLAMA_8B, context=100, training=False) - 2 * matrices
+    assert attention == 4 * 32 * 4096 * 100
+    seconds = training_seconds(LLAMA_8B, tokens=1000, row_length=200, flops_per_second=1e12)
+    assert seconds == pytest.approx(1000 * 3 * (2 * matrices + attention) / 1e12)
+
+
+def test_impossible_sizes_are_named() -> None:
+    with pytest.raises(UserError, match="slots is 0"):
+        serving_memory(LLAMA_8B, precision="fp16", slots=0, max_length=10)
+    with pytest.raises(UserError, match="flops_per_second is nan"):
+        training_seconds(LLAMA_8B, tokens=1, row_length=1, flops_per_second=math.nan)
