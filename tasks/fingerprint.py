@@ -28,7 +28,7 @@ LIBRARIES = {
 }
 # Modules that carry results and don't shape them. Settings reach the key as settings.
 PLUMBING = frozenset(
-    {"tasks.artifact", "tasks.context", "tasks.fingerprint", "tasks.measure", "tasks.recipe", "tasks.tracking"}
+    {"tasks.artifact", "tasks.context", "tasks.fingerprint", "tasks.recipe", "tasks.runtime", "tasks.tracking"}
 )
 
 

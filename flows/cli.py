@@ -1,0 +1,199 @@
+"""The `twinloop` command. Every mistake of its user is one line on stderr and exit code 2.
+
+Only typer is imported here, and every library inside the sub-command that needs it: `--help` answers in under 0.3 s.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from flows.environment import prepare_environment, quiet_prefect
+from models.errors import UserError
+
+DEFAULT_RECIPE = Path("recipes/returns.yaml")
+
+app = typer.Typer(
+    help="Own a specialised language model from data to served answers, and back.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+policies_app = typer.Typer(help="The policies that decisions are made under.", no_args_is_help=True)
+data_app = typer.Typer(help="The data set and its version.", no_args_is_help=True)
+app.add_typer(policies_app, name="policies")
+app.add_typer(data_app, name="data")
+
+RecipePath = Annotated[Path, typer.Argument(help="a recipe file", metavar="RECIPE")]
+ModelName = Annotated[str, typer.Option("--model", help="registered model: a recipe's name")]
+
+
+@app.command()
+def run(recipe: RecipePath = DEFAULT_RECIPE) -> int:
+    """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
+    from tasks.recipe import load_recipe
+
+    load_recipe(recipe)  # a mistake is told before anything starts
+    quiet_prefect()
+    from flows.run import run_lifecycle
+
+    return run_lifecycle(_project(), recipe)
+
+
+@app.command()
+def status(
+    model: ModelName = "returns", as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
+) -> int:
+    """Show the champion, the candidate, the previous champion, the last gate, and where they come from."""
+    from flows.status import show_status
+
+    return show_status(_project(), model, as_json=as_json)
+
+
+@app.command()
+def serve(
+    model: ModelName = "returns",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
+) -> int:
+    """Serve the champion over HTTP."""
+    from flows.answer import serve_champion
+
+    return serve_champion(_project(), model, host=host, port=port, slots=slots)
+
+
+@app.command()
+def decide(
+    order_id: Annotated[str, typer.Option(help="such as A10234")],
+    reason: Annotated[str, typer.Option(help="such as damaged")],
+    days: Annotated[int, typer.Option(help="days since delivery")],
+    damage_confirmed: Annotated[bool, typer.Option("--damage-confirmed/--no-damage-confirmed")] = False,
+    message: Annotated[str, typer.Option(help="the customer's words, trusted in nothing")] = "",
+    model: ModelName = "returns",
+) -> int:
+    """Decide one order with the champion; the answer is JSON. Exit code 1 when it is escalated."""
+    from flows.answer import decide_once
+
+    order = {
+        "order_id": order_id,
+        "reason": reason,
+        "damage_confirmed": damage_confirmed,
+        "days_since_delivery": days,
+    }
+    return decide_once(_project(), model, order, message)
+
+
+@app.command()
+def gate(recipe: RecipePath = DEFAULT_RECIPE) -> int:
+    """Measure the recipe's candidate on this machine now and judge it. Promotes nothing; exit code 1 on BLOCK."""
+    from flows.status import check_release
+
+    return check_release(_project(), recipe)
+
+
+@app.command()
+def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = "returns") -> int:
+    """Make a version that the gate let through the champion."""
+    from flows.status import promote_version
+
+    return promote_version(_project(), model, version)
+
+
+@app.command()
+def rollback(model: ModelName = "returns") -> int:
+    """Make the previous champion the champion again, once it is proven to load and answer."""
+    from flows.status import roll_back
+
+    return roll_back(_project(), model)
+
+
+@app.command()
+def plan(recipe: RecipePath = DEFAULT_RECIPE) -> int:
+    """Estimate memory and compute of a recipe, stage by stage, before running it."""
+    from flows.status import show_plan
+
+    return show_plan(recipe)
+
+
+@policies_app.command("put")
+def policies_put(
+    policy_id: Annotated[str, typer.Argument(help="such as P-7")],
+    text: Annotated[str, typer.Argument(help='one sentence that says "within N days"')],
+) -> int:
+    """Put a policy in force; running servers answer under it from the next request on."""
+    from tasks.champion import open_policies
+
+    policy = open_policies(_project()).put(policy_id, text)
+    typer.echo(f"{policy.policy_id} version {policy.version}: {policy.text}")
+    return 0
+
+
+@policies_app.command("list")
+def policies_list() -> int:
+    """List the policies in force."""
+    from tasks.champion import open_policies
+
+    for policy in open_policies(_project()).list():
+        typer.echo(f"{policy.policy_id:<8} v{policy.version:<4} {policy.text}")
+    return 0
+
+
+@data_app.command("build")
+def data_build() -> int:
+    """Bring data/ to the version that params.yaml and the generator stand for."""
+    from tasks.data import build_data
+
+    version = build_data(_project())
+    typer.echo(f"{version.path}: {version.md5}")
+    return 0
+
+
+@data_app.command("check")
+def data_check() -> int:
+    """Check every byte of data/ against its version."""
+    from tasks.data import check_data
+
+    version = check_data(_project())
+    typer.echo(f"{version.path}: {version.md5}, as data.dvc says")
+    return 0
+
+
+def _project() -> Path:
+    from tasks.context import find_project
+
+    project = find_project()
+    prepare_environment(project)
+    return project
+
+
+def main() -> None:
+    """The console command."""
+    prepare_environment()
+    try:
+        code = app(standalone_mode=False)
+    except UserError as error:
+        sys.exit(_mistake(str(error)))
+    except TyperException as error:
+        message = error.format_message()
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message)
+            sys.exit(2)
+        sys.exit(_mistake(f"{message} See `twinloop --help`."))
+    except (KeyboardInterrupt, typer.Abort):
+        print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _mistake(message: str) -> int:
+    print(f"twinloop: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

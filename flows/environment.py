@@ -1,0 +1,34 @@
+"""Settings that libraries read from the environment when they are imported. Set here, before any of them is.
+
+Nothing is sent to anybody, and everything that a run makes lies in the project.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+NO_TELEMETRY = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+def prepare_environment(project: Path | None = None) -> None:
+    """Telemetry off; with a project, Prefect's home in it. What the user has set stands, but for telemetry."""
+    os.environ.update(NO_TELEMETRY)
+    if project is None:
+        return
+    os.environ.setdefault("PREFECT_HOME", str(project / "state" / "prefect"))
+    # The embedded server takes 12 s when it makes its database, more on a busy machine; Prefect's own limit is 20 s.
+    os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow without git on the machine
+
+
+def quiet_prefect() -> None:
+    """Prefect's own lines are for a worker's log; on a terminal the display tells the same. Before it is imported."""
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")

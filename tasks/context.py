@@ -1,0 +1,111 @@
+"""What every stage is given besides its own settings: where things are kept, and whom to tell how it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from pydantic import BaseModel
+
+from models.errors import UserError
+from tasks.artifact import Artifact, ArtifactStore
+from tasks.fingerprint import fingerprint
+from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker
+
+
+class Progress(Protocol):
+    """Somebody who watches: a terminal, a log, a test."""
+
+    def started(self, stage: str) -> None: ...
+
+    def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
+        """`done` of `total` units of work are behind us; `metrics` are the latest values."""
+
+    def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
+        """`seconds` is None where it was already done. `name` tells what came out: a key, a digest, a version."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a stage calls while it works."""
+
+    stage: str
+    progress: Progress
+    tracker: Tracker
+
+    def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """After each step: shown to who watches, and kept for MLflow."""
+        self.progress.stepped(self.stage, step, total, metrics)
+        self.tracker.log(metrics, step=step)
+
+
+Work: TypeAlias = Callable[[Path, Path, Report], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One execution of one recipe."""
+
+    project: Path
+    recipe: str
+    recipe_path: Path | None
+    dataset_digest: str | None
+    progress: Progress
+    code: CodeVersion
+    checkpoint_every_s: float
+
+    @property
+    def store(self) -> ArtifactStore:
+        return ArtifactStore(self.project / "artifacts")
+
+    @property
+    def mlruns(self) -> Mlruns:
+        return Mlruns(self.project / "mlruns")
+
+    def run(
+        self,
+        stage: str,
+        work: Work,
+        *,
+        settings: BaseModel | Mapping[str, Any],
+        inputs: Mapping[str, Artifact | str],
+        modules: tuple[str, ...],
+    ) -> Artifact:
+        """The stage's artifact: found in the store, or made now under an MLflow run.
+
+        work(out, keep, report): as the store's `build`, with a Report to call while it goes. modules: the code whose
+        change makes the artifact anew.
+        """
+
+        def build(out: Path, keep: Path) -> dict[str, Any]:
+            execution = Execution(
+                recipe=self.recipe,
+                recipe_path=self.recipe_path,
+                stage=stage,
+                key=out.name,
+                settings=settings,
+                parents={name: value.key for name, value in inputs.items() if isinstance(value, Artifact)},
+                dataset_digest=self.dataset_digest,
+                code=self.code,
+            )
+            with Tracker(self.mlruns, execution) as tracker:
+                metrics = work(out, keep, Report(stage, self.progress, tracker))
+                numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+                tracker.log(numbers)
+            return metrics | {"mlflow_run_id": tracker.run_id}
+
+        self.progress.started(stage)
+        artifact = self.store.run(stage, settings=settings, inputs=inputs, code=fingerprint(*modules), build=build)
+        self.progress.finished(stage, seconds=None if artifact.reused else artifact.manifest.seconds, name=artifact.key)
+        return artifact
+
+
+def find_project(start: Path | None = None) -> Path:
+    """The project's folder: the nearest one, upwards, that holds params.yaml. Raises UserError where there is none."""
+    here = (start or Path.cwd()).resolve()
+    for folder in (here, *here.parents):
+        if (folder / "params.yaml").is_file() and (folder / "recipes").is_dir():
+            return folder
+    raise UserError(f"{here}: not inside a Twinloop project (no params.yaml and recipes/ from here up); go there first")

@@ -1,0 +1,69 @@
+"""Preference tuning (DPO): chosen over rejected, against the network that it starts from, frozen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import PreferenceSettings
+from tasks.runtime import Runtime
+
+
+@task(name="dpo", cache_policy=NO_CACHE)
+def dpo(
+    context: Context, settings: PreferenceSettings, runtime: Runtime, *, data: Artifact, model: Artifact
+) -> Artifact:
+    """A model directory."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from tasks.learn import learn, open_model
+        from tasks.records import read_records
+        from training.objectives import DirectPreference
+        from training.scoring import attach_reference
+        from training.stream import BatchStream
+        from training.tree import pair
+
+        network, tokenizer = open_model(model.path, runtime)
+        pairs = [
+            pair(
+                tokenizer.encode_prompt(record["prompt"]),
+                tokenizer.encode_answer(record["chosen"]),
+                tokenizer.encode_answer(record["rejected"]),
+            )
+            for record in read_records(data.path / "preference_pairs.jsonl")
+        ]
+        trees = attach_reference(network, pairs, row_length=settings.row_length, device=runtime.device)
+        batches = BatchStream(
+            trees,
+            row_length=settings.row_length,
+            rows_per_step=settings.rows_per_step,
+            micro_rows=settings.micro_rows,
+            epochs=settings.epochs,
+            seed=runtime.seed,
+        )
+        metrics = learn(
+            network,
+            tokenizer,
+            DirectPreference(beta=settings.beta),
+            batches,
+            settings,
+            runtime,
+            out=out,
+            keep=keep,
+            report=report,
+            checkpoint_every_s=context.checkpoint_every_s,
+        )
+        return metrics | {"pairs": len(pairs), "fill": batches.packing.fill}
+
+    return context.run(
+        "dpo",
+        work,
+        settings={**settings.model_dump(), "runtime": runtime.model_dump()},
+        inputs={"data": data, "model": model},
+        modules=("tasks.dpo",),
+    )

@@ -1,0 +1,75 @@
+"""Pretraining: the next token of packed documents, from random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import ModelSettings, PretrainSettings
+from tasks.runtime import Runtime
+
+
+@task(name="pretrain", cache_policy=NO_CACHE)
+def pretrain(
+    context: Context,
+    settings: PretrainSettings,
+    model_settings: ModelSettings,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    tokenizer: Artifact,
+) -> Artifact:
+    """A model directory."""
+    config = model_settings.decoder_config(tokenizer.metrics["vocab_size"])
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        import torch
+
+        from models.tokenizer import ChatTokenizer
+        from tasks.learn import learn
+        from tasks.records import read_records
+        from training.objectives import NextToken
+        from training.stream import BatchStream
+        from training.tree import document
+        from training.weights import new_decoder
+
+        torch.set_num_threads(runtime.threads)
+        vocabulary = ChatTokenizer.load(tokenizer.path)
+        assert (vocabulary.bos_id, vocabulary.stop_id) == (config.bos_token_id, config.eos_token_id)
+        trees = [
+            document(vocabulary.encode_document(record["text"])) for record in read_records(data.path / "corpus.jsonl")
+        ]
+        batches = BatchStream(
+            trees,
+            row_length=settings.row_length,
+            rows_per_step=settings.rows_per_step,
+            micro_rows=settings.micro_rows,
+            steps=settings.steps,
+            seed=runtime.seed,
+        )
+        metrics = learn(
+            new_decoder(config, seed=runtime.seed),
+            vocabulary,
+            NextToken(),
+            batches,
+            settings,
+            runtime,
+            out=out,
+            keep=keep,
+            report=report,
+            checkpoint_every_s=context.checkpoint_every_s,
+        )
+        return metrics | {"parameters": config.num_parameters, "documents": len(trees), "fill": batches.packing.fill}
+
+    return context.run(
+        "pretrain",
+        work,
+        settings={**settings.model_dump(), "network": config.model_dump(), "runtime": runtime.model_dump()},
+        inputs={"data": data, "tokenizer": tokenizer},
+        modules=("tasks.pretrain",),
+    )

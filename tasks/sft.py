@@ -1,0 +1,63 @@
+"""Supervised fine-tuning: only the answer is learned, its stop token included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import FinetuneSettings
+from tasks.runtime import Runtime
+
+
+@task(name="sft", cache_policy=NO_CACHE)
+def sft(
+    context: Context, settings: FinetuneSettings, runtime: Runtime, *, data: Artifact, model: Artifact
+) -> Artifact:
+    """A model directory."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from tasks.learn import learn, open_model
+        from tasks.records import read_records
+        from training.objectives import NextToken
+        from training.stream import BatchStream
+        from training.tree import example
+
+        network, tokenizer = open_model(model.path, runtime)
+        trees = []
+        for record in read_records(data.path / "sft_examples.jsonl"):
+            *prompt, answer = record["messages"]
+            trees.append(example(tokenizer.encode_prompt(prompt), tokenizer.encode_answer(answer["content"])))
+        batches = BatchStream(
+            trees,
+            row_length=settings.row_length,
+            rows_per_step=settings.rows_per_step,
+            micro_rows=settings.micro_rows,
+            epochs=settings.epochs,
+            seed=runtime.seed,
+        )
+        metrics = learn(
+            network,
+            tokenizer,
+            NextToken(),
+            batches,
+            settings,
+            runtime,
+            out=out,
+            keep=keep,
+            report=report,
+            checkpoint_every_s=context.checkpoint_every_s,
+        )
+        return metrics | {"examples": len(trees), "fill": batches.packing.fill}
+
+    return context.run(
+        "sft",
+        work,
+        settings={**settings.model_dump(), "runtime": runtime.model_dump()},
+        inputs={"data": data, "model": model},
+        modules=("tasks.sft",),
+    )
