@@ -285,15 +285,14 @@ def dataset_digest(data_dvc: Path) -> str | None:
     Read with yaml, because importing `dvc.api` costs 0.3 s. Raises UserError for a file that is not DVC's.
     """
     try:
-        content = yaml.safe_load(data_dvc.read_text())
-        outputs = content["outs"]
+        digest = yaml.safe_load(data_dvc.read_text())["outs"][0].get("md5")
     except FileNotFoundError:
         return None
-    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{data_dvc}: not a DVC file with one output; write it with `dvc add` or `dvc repro`"
         ) from error
-    return outputs[0].get("md5")
+    return digest
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

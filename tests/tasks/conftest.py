@@ -21,7 +21,7 @@ def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return mlruns.database
 
 
-@pytest.fixture()
+@pytest.fixture
 def mlruns(tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch) -> Mlruns:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "mlruns").mkdir()
@@ -29,18 +29,18 @@ def mlruns(tmp_path: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPa
     return Mlruns(tmp_path / "mlruns")
 
 
-@pytest.fixture()
+@pytest.fixture
 def registry(mlruns: Mlruns) -> Registry:
     return Registry(mlruns, "returns")
 
 
-@pytest.fixture()
+@pytest.fixture
 def lineage() -> Lineage:
     code = CodeVersion("c0ffee" * 6 + "c0ff")
     return Lineage(recipe="recipes/returns.yaml", dataset_digest="d41d8.dir", code=code)
 
 
-@pytest.fixture()
+@pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Artifact]:
     """Makes a real artifact of a stage, with these weights."""
 
@@ -57,7 +57,7 @@ def make(tmp_path: Path) -> Callable[..., Artifact]:
     return build
 
 
-@pytest.fixture()
+@pytest.fixture
 def bundle(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) -> Callable[[str], Version]:
     """Registers a bundle with these weights."""
 

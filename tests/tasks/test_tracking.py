@@ -1,0 +1,247 @@
+"""MLflow tells what ran, on what, and how it ended, also when it ended badly."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from pydantic import BaseModel
+
+from models.errors import UserError
+from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version, dataset_digest, find_run, flatten
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "tasks.promote"])
+
+
+class Schedule(BaseModel):
+    warmup_steps: int = 10
+    decay: float = 0.1
+
+
+class Settings(BaseModel):
+    learning_rate: float = 3e-4
+    schedule: Schedule = Schedule()
+    windows: tuple[int, ...] = (7, 30)
+
+
+EXECUTION = Execution(
+    recipe="returns",
+    stage="sft",
+    key="k1",
+    settings=Settings(),
+    recipe_path=Path("recipes/returns.yaml"),
+    parents={"pretrain": "k0"},
+    dataset_digest="d41d8cd98f00b204e9800998ecf8427e.dir",
+    code=CodeVersion("c0ffee", dirty=True),
+)
+
+
+def read(mlruns: Mlruns, run_id: str) -> Run:
+    return mlruns.client.get_run(run_id)
+
+
+def test_a_run_says_what_ran_on_what(mlruns: Mlruns) -> None:
+    with Tracker(mlruns, EXECUTION) as tracker:
+        tracker.log({"loss": 2.5, "tokens_per_s": 1000.0}, step=1)
+        tracker.log({"loss": 2.0}, step=2)
+        tracker.output("abc")
+    run = read(mlruns, tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params == {
+        "learning_rate": "0.0003",
+        "schedule.warmup_steps": "10",
+        "schedule.decay": "0.1",
+        "windows": "[7, 30]",
+    }
+    expected = {
+        "twinloop.stage": "sft",
+        "twinloop.key": "k1",
+        "twinloop.parent.pretrain": "k0",
+        "twinloop.recipe_path": "recipes/returns.yaml",
+        "twinloop.commit": "c0ffee+dirty",
+        "mlflow.source.git.commit": "c0ffee",
+        "twinloop.manifest_digest": "abc",
+    }
+    assert expected.items() <= run.data.tags.items()
+    assert run.data.metrics == {"loss": 2.0, "tokens_per_s": 1000.0}
+    assert [m.value for m in mlruns.client.get_metric_history(tracker.run_id, "loss")] == [2.5, 2.0]
+
+
+def test_a_run_is_found_by_its_dataset_and_its_key(mlruns: Mlruns) -> None:
+    with Tracker(mlruns, EXECUTION) as tracker:
+        pass
+    found = mlruns.client.search_runs(
+        [mlruns.experiment_id("returns")], f"dataset.digest = '{EXECUTION.dataset_digest}'"
+    )
+    assert [run.info.run_id for run in found] == [tracker.run_id]
+    assert find_run(mlruns, "returns", "k1") == tracker.run_id
+    assert find_run(mlruns, "returns", "k2") is None
+    assert find_run(mlruns, "another", "k1") is None
+
+
+def test_metrics_are_written_in_few_batches(mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Tracker(mlruns, EXECUTION) as tracker:
+        batches: list[int] = []
+        log_batch = mlruns.client.log_batch
+
+        def counted(run_id: str, metrics: list[object]) -> None:
+            batches.append(len(metrics))
+            log_batch(run_id, metrics=metrics)
+
+        monkeypatch.setattr(mlruns.client, "log_batch", counted)
+        for step in range(1250):
+            tracker.log({"loss": 1 / (step + 1), "lr": 0.1}, step=step)
+    assert batches == [1000, 1000, 500]
+    assert len(mlruns.client.get_metric_history(tracker.run_id, "loss")) == 1250
+
+
+def test_a_failed_stage_keeps_its_metrics(mlruns: Mlruns) -> None:
+    tracker = Tracker(mlruns, EXECUTION)
+
+    def fail() -> None:
+        with tracker:
+            tracker.log({"loss": 2.5, "broken": float("nan")}, step=1)
+            raise ZeroDivisionError("one\ntwo")
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    run = read(mlruns, tracker.run_id)
+    assert run.info.status == "FAILED"
+    assert run.data.metrics["loss"] == 2.5
+    assert run.data.tags["twinloop.error"] == "ZeroDivisionError: one\ntwo"
+
+
+def test_an_interrupted_stage_is_killed_not_failed(mlruns: Mlruns) -> None:
+    with pytest.raises(KeyboardInterrupt), Tracker(mlruns, EXECUTION) as tracker:
+        raise KeyboardInterrupt
+    assert read(mlruns, tracker.run_id).info.status == "KILLED"
+
+
+def test_an_unreachable_database_delays_metrics_and_stops_nothing(
+    mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Tracker(mlruns, EXECUTION, flush_every_s=0.0) as tracker:
+        with monkeypatch.context() as patch:
+            patch.setattr(mlruns.client, "log_batch", lambda *a, **k: 1 / 0)
+            tracker.log({"loss": 2.5}, step=1)
+        tracker.log({"loss": 2.0}, step=2)
+    assert "metrics of sft wait" in caplog.text
+    assert len(mlruns.client.get_metric_history(tracker.run_id, "loss")) == 2
+
+
+def _work(root: Path, started: Event, finish: Event) -> None:
+    with Tracker(Mlruns(root), EXECUTION) as tracker:
+        tracker.log({"loss": 2.5}, step=1)
+        tracker.flush()
+        started.set()
+        finish.wait(60)
+
+
+def test_a_killed_process_leaves_a_run_that_the_next_start_marks(mlruns: Mlruns) -> None:
+    started, finish = processes.Event(), processes.Event()
+    process = processes.Process(target=_work, args=(mlruns.root, started, finish))
+    process.start()
+    assert started.wait(60)
+    experiment = [mlruns.experiment_id("returns")]
+    (run,) = mlruns.client.search_runs(experiment)
+    with Tracker(mlruns, EXECUTION) as beside:  # the other is alive: not ours to end
+        assert read(mlruns, run.info.run_id).info.status == "RUNNING"
+    assert "twinloop.resumes" not in read(mlruns, beside.run_id).data.tags
+
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    killed_ms = time.time() * 1000
+    assert read(mlruns, run.info.run_id).info.status == "RUNNING"
+    with Tracker(mlruns, EXECUTION) as next_start:
+        pass
+    ended = read(mlruns, run.info.run_id)
+    assert ended.info.status == "KILLED"
+    assert ended.info.end_time <= killed_ms  # when it was last seen alive, not when we looked
+    assert ended.data.metrics == {"loss": 2.5}
+    assert read(mlruns, next_start.run_id).data.tags["twinloop.resumes"] == run.info.run_id
+
+
+def test_two_processes_may_start_on_a_bare_project_at_once(tmp_path: Path) -> None:
+    started, finish = [processes.Event(), processes.Event()], processes.Event()
+    both = [processes.Process(target=_work, args=(tmp_path / "mlruns", event, finish)) for event in started]
+    for process in both:
+        process.start()
+    assert all(event.wait(60) for event in started)
+    finish.set()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    mlruns = Mlruns(tmp_path / "mlruns")
+    runs = mlruns.client.search_runs([mlruns.experiment_id("returns")])
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+
+
+def test_a_moved_project_keeps_its_runs_and_goes_on_in_its_new_place(mlruns: Mlruns, tmp_path: Path) -> None:
+    with Tracker(mlruns, EXECUTION) as before:
+        pass
+    (tmp_path / "new").mkdir()
+    moved = Mlruns(shutil.move(mlruns.root, tmp_path / "new" / "mlruns"))
+    with Tracker(moved, EXECUTION) as after:
+        pass
+    assert read(moved, before.run_id).info.status == "FINISHED"
+    assert str(moved.root) in read(moved, after.run_id).info.artifact_uri
+    assert not mlruns.root.exists()
+
+
+def test_a_deleted_experiment_comes_back(mlruns: Mlruns) -> None:
+    experiment = mlruns.experiment_id("returns")
+    mlruns.client.delete_experiment(experiment)
+    assert mlruns.experiment_id("returns") == experiment
+    with Tracker(mlruns, EXECUTION) as tracker:
+        pass
+    assert tracker.run_id
+
+
+def test_settings_are_flattened() -> None:
+    assert flatten({"a": {"b": {"c": 1}}, "d": None}) == {"a.b.c": "1", "d": "None"}
+
+
+def test_code_version_knows_uncommitted_changes(tmp_path: Path) -> None:
+    assert code_version(tmp_path) == CodeVersion(None)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "a").write_text("1")
+    for arguments in (["init", "-q"], ["add", "a"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *arguments], check=True)
+    (tmp_path / "untracked").write_text("1")
+    clean = code_version(tmp_path)
+    assert clean.commit
+    assert str(clean) == clean.commit
+    (tmp_path / "a").write_text("2")
+    assert str(code_version(tmp_path)) == f"{clean.commit}+dirty"
+
+
+def test_dataset_digest_is_dvcs(tmp_path: Path) -> None:
+    path = tmp_path / "data.dvc"
+    assert dataset_digest(path) is None
+    path.write_text("deps:\n- path: raw\nouts:\n- md5: 0123.dir\n  path: data\n")
+    assert dataset_digest(path) == "0123.dir"
+    path.write_text("outs:\n- path: data\n")
+    assert dataset_digest(path) is None
+    for text in ("- 1\n", "outs: 3\n", "outs: []\n", "a: [", ""):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"data\.dvc: not a DVC file"):
+            dataset_digest(path)
+
+
+def test_tracking_is_imported_without_mlflow() -> None:
+    code = "import sys, tasks.tracking; assert not {'mlflow', 'torch', 'dvc'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
