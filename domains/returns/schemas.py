@@ -1,0 +1,260 @@
+"""What a row of each data file must be: its columns, their types, and the rules that a row must keep.
+
+One `RecordType` a file, each with a pandera schema for polars. The name of a rule is the reason that a user reads
+beside a row that breaks it. `audit_target` judges the answer of a demonstration by its shape alone: whether the
+decision is right is for the verifier to say, since demonstrations may be imperfect and are meant to be measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import pandera.polars as pa
+import polars as pl
+
+from domains.returns.prompt import CONFIRMATION_NEEDED, Order
+from domains.returns.verifier import FIELDS
+
+ROLES = ("system", "user", "assistant")
+CASE_KINDS = ("held_out", "golden", "flip", "injection")
+TARGET_FIELDS = ("eligible", "policy_id", "evidence")
+"""What an answer must have to be learned from; the verifier asks for more."""
+
+MAX_CORPUS_CHARACTERS = 1_000_000
+MAX_TEXT_CHARACTERS = 100_000
+"""Longer ones are mistakes of an export, not texts: no context of ours would hold them."""
+
+MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+ORDER = pl.Struct(
+    {"order_id": pl.String, "reason": pl.String, "damage_confirmed": pl.Boolean, "days_since_delivery": pl.Int64}
+)
+POLICY = pl.Struct({"policy_id": pl.String, "text": pl.String, "window_days": pl.Int64})
+PASSAGES = pl.List(pl.Struct({"policy_id": pl.String, "text": pl.String}))
+FACTS = pl.Struct({"order": ORDER, "policy": POLICY, "passages": PASSAGES})
+EXPECTED = pl.Struct({"eligible": pl.Boolean, "policy_id": pl.String})
+
+OPTIONAL = frozenset({"facts.policy.window_days"})
+"""Nested fields that may be null: a policy may name no window."""
+
+
+# --- the answer's shape
+
+
+@dataclass(frozen=True)
+class TargetVerdict:
+    """Whether a target can be learned from, and what it lacks. `wrong` tells what is there but of another type."""
+
+    verdict: Literal["keep", "reject"]
+    missing: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def reason(self) -> str:
+        lacking = [f"no {name}" for name in self.missing]
+        return f"the answer has {', '.join([*lacking, *self.wrong])}" if self.verdict == "reject" else ""
+
+
+def audit_target(target: Mapping[str, Any]) -> TargetVerdict:
+    """Judge a decision by its shape: the keys of TARGET_FIELDS must be there, each of its own type."""
+    missing = [name for name in TARGET_FIELDS if name not in target]
+    wrong = [
+        f"{name} of type {type(target[name]).__name__}, not {kind.__name__}"
+        for name, kind in FIELDS.items()
+        if name in target and type(target[name]) is not kind
+    ]
+    return TargetVerdict("reject" if missing or wrong else "keep", missing, wrong)
+
+
+def audit_answer(text: str) -> TargetVerdict:
+    """`audit_target` of an answer as it is written: it must be one JSON object in which no key stands twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len({key for key, _ in pairs}) != len(pairs):
+            raise ValueError
+        return dict(pairs)
+
+    try:
+        target = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError):
+        target = None
+    if not isinstance(target, dict):
+        return TargetVerdict("reject", list(TARGET_FIELDS), ["something else than one JSON object"])
+    return audit_target(target)
+
+
+# --- rules: polars expressions with one boolean a row, where null stands for false
+
+Rules = dict[str, pl.Expr]
+
+_CONTENT, _ROLE = pl.element().struct.field("content"), pl.element().struct.field("role")
+_ORDER, _POLICY = pl.col("facts").struct.field("order"), pl.col("facts").struct.field("policy")
+_PASSAGES = pl.col("facts").struct.field("passages")
+_ORDER_RULES = Order.model_json_schema()["properties"]
+
+
+def _text_rules(column: str, limit: int = MAX_TEXT_CHARACTERS) -> Rules:
+    text = pl.col(column)
+    return {
+        f"{column} is empty": text.str.contains(r"\S"),
+        f"{column} is longer than {limit} characters": text.str.len_chars() <= limit,
+        f"{column} holds a NUL byte": ~text.str.contains("\0", literal=True),
+    }
+
+
+def _message_rules(column: str, *, answered: bool) -> Rules:
+    """Rules of a chat: it ends with the assistant's answer, or with the user's turn where the answer is to come."""
+    messages = pl.col(column)
+
+    def each(rule: pl.Expr) -> pl.Expr:
+        return messages.list.eval(rule.fill_null(value=False)).list.all()
+
+    last = messages.list.last().struct.field("role")
+    return {
+        f"{column} has an unknown role (known: {', '.join(ROLES)})": each(_ROLE.is_in(ROLES)),
+        f"{column} is without a question": messages.list.len() >= (2 if answered else 1),
+        f"{column} does not end with the {'assistant' if answered else 'user'}": last
+        == ("assistant" if answered else "user"),
+        f"{column} has a message that is empty": each(_CONTENT.str.contains(r"\S")),
+        f"{column} has a message longer than {MAX_TEXT_CHARACTERS} characters": each(
+            _CONTENT.str.len_chars() <= MAX_TEXT_CHARACTERS
+        ),
+        f"{column} has a message with a NUL byte": each(~_CONTENT.str.contains("\0", literal=True)),
+    }
+
+
+def _fact_rules(*, optional: bool) -> Rules:
+    cited = pl.concat_str(_POLICY.struct.field("policy_id"), pl.lit("\n"), _POLICY.struct.field("text"))
+    retrieved = pl.concat_str(
+        pl.element().struct.field("policy_id"), pl.lit("\n"), pl.element().struct.field("text"), ignore_nulls=True
+    )
+    rules = {
+        "facts has an order_id that is no order's": _ORDER.struct.field("order_id").str.contains(
+            _ORDER_RULES["order_id"]["pattern"]
+        ),
+        "facts has a reason that is not one lower-case word": _ORDER.struct.field("reason").str.contains(
+            _ORDER_RULES["reason"]["pattern"]
+        )
+        & (_ORDER.struct.field("reason").str.len_chars() <= _ORDER_RULES["reason"]["maxLength"]),
+        "facts has days_since_delivery out of range": _ORDER.struct.field("days_since_delivery").is_between(
+            _ORDER_RULES["days_since_delivery"]["minimum"], _ORDER_RULES["days_since_delivery"]["maximum"]
+        ),
+        "facts has a policy that is not among its passages": _PASSAGES.list.eval(retrieved).list.contains(cited),
+        "facts has a window_days that its policy's text does not say": _POLICY.struct.field("window_days").eq_missing(
+            window_of(_POLICY.struct.field("text"))
+        ),
+    }
+    return {reason: rule | pl.col("facts").is_null() for reason, rule in rules.items()} if optional else rules
+
+
+def window_of(text: pl.Expr) -> pl.Expr:
+    """`policies.window_days` over a column."""
+    found = text.str.extract_all(r"(?i)\bwithin \d{1,4} days\b")
+    number = found.list.first().str.extract(r"(\d+)").cast(pl.Int64, strict=False)
+    return pl.when(found.list.len() == 1).then(number)
+
+
+def _verdict_rules() -> Rules:
+    confirmed = _ORDER.struct.field("damage_confirmed") | ~_ORDER.struct.field("reason").is_in(CONFIRMATION_NEEDED)
+    inside = _ORDER.struct.field("days_since_delivery") <= _POLICY.struct.field("window_days")
+    expected = pl.col("expected").struct
+    return {
+        f"kind is none of {', '.join(CASE_KINDS)}": pl.col("kind").is_in(CASE_KINDS),
+        "expected.policy_id is not the policy of its facts": expected.field("policy_id")
+        == _POLICY.struct.field("policy_id"),
+        "expected.eligible does not follow from its facts": expected.field("eligible")
+        == (confirmed & inside.fill_null(value=False)),
+    }
+
+
+# --- one record type a file
+
+
+@dataclass(frozen=True)
+class RecordType:
+    """The rows of one file: `<name>.jsonl` or `<name>.parquet`."""
+
+    name: str
+    columns: Mapping[str, pl.DataType]
+    rules: Rules
+    optional: frozenset[str] = frozenset()
+    """Columns that may be left out or null."""
+    identity: tuple[str, ...] = ()
+    """Two rows equal in these are duplicates; empty: equal in all."""
+
+    def nullable(self, path: str) -> bool:
+        """Whether the field at a dotted path, such as facts.policy.window_days, may be null."""
+        return path in self.optional or path in OPTIONAL
+
+    @cached_property
+    def model(self) -> pa.DataFrameSchema:
+        """The pandera schema. Validate DataFrames with it: of a LazyFrame only the types would be looked at."""
+        return pa.DataFrameSchema(
+            {name: pa.Column(dtype, nullable=name in self.optional) for name, dtype in self.columns.items()},
+            checks=[_check(reason, rule) for reason, rule in self.rules.items()],
+            strict=True,
+            name=self.name,
+        )
+
+
+def _check(reason: str, rule: pl.Expr) -> pa.Check:
+    return pa.Check(lambda data: data.lazyframe.select(rule.fill_null(value=False)), name=reason)
+
+
+_CHOSEN_IS_REJECTED = {"chosen and rejected are the same": pl.col("chosen") != pl.col("rejected")}
+
+RECORD_TYPES: dict[str, RecordType] = {
+    record.name: record
+    for record in (
+        RecordType("corpus", {"text": pl.String()}, _text_rules("text", MAX_CORPUS_CHARACTERS)),
+        RecordType("corpus_heldout", {"text": pl.String()}, _text_rules("text", MAX_CORPUS_CHARACTERS)),
+        RecordType(
+            "sft_examples",
+            {"messages": MESSAGES, "facts": FACTS},
+            _message_rules("messages", answered=True) | _fact_rules(optional=True),
+            optional=frozenset({"facts"}),
+        ),
+        RecordType(
+            "preference_pairs",
+            {"prompt": MESSAGES, "chosen": pl.String(), "rejected": pl.String(), "reason": pl.String(), "facts": FACTS},
+            _message_rules("prompt", answered=False)
+            | _text_rules("chosen")
+            | _text_rules("rejected")
+            | _CHOSEN_IS_REJECTED
+            | _fact_rules(optional=True),
+            optional=frozenset({"reason", "facts"}),
+            identity=("prompt", "chosen", "rejected"),
+        ),
+        RecordType(
+            "rl_prompts",
+            {"prompt": MESSAGES, "facts": FACTS},
+            _message_rules("prompt", answered=False) | _fact_rules(optional=False),
+        ),
+        RecordType(
+            "policy_cases",
+            {
+                "case_id": pl.String(),
+                "kind": pl.String(),
+                "pair_id": pl.String(),
+                "prompt": MESSAGES,
+                "facts": FACTS,
+                "expected": EXPECTED,
+            },
+            _text_rules("case_id")
+            | _message_rules("prompt", answered=False)
+            | _fact_rules(optional=False)
+            | _verdict_rules(),
+            optional=frozenset({"pair_id"}),
+            identity=("case_id",),
+        ),
+        RecordType(
+            "policies",
+            {"policy_id": pl.String(), "text": pl.String(), "version": pl.Int64()},
+            _text_rules("policy_id") | _text_rules("text"),
+            optional=frozenset({"version"}),
+        ),
+    )
+}
