@@ -13,16 +13,15 @@ from typing import Literal
 
 from models.config import DecoderConfig
 from models.errors import UserError
+from models.onnx_graph import Precision, compute_type, slot_capacity
 from models.onnx_quantize import choose_block_size
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-BYTES: dict[str, int] = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1}
 GIB = 2**30
 
 PREFILL_CHUNK = 256
-"""Tokens of a prompt that one prefill step takes, at most, in the runtime estimate."""
-LOGIT_CHUNK = 1024
-"""Scored positions whose logits exist at once in training."""
+"""Tokens of a prompt that one prefill step takes at most, as in `serving.engine`."""
+LOGIT_CHUNK = 8192
+"""Scored positions whose logits exist at once, as in `training.tree`."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,11 @@ def serving_memory(
 
     In int8 the matrices are quantised in blocks, with one float32 scale a block; the embedding table is looked up in
     float32 and, where it is also the output projection, quantised once more beside that. The cache has the type of the
-    activations. The runtime's buffers are an estimate: the widest layer of one prefill chunk, its attention scores, and
-    the logits of every slot.
+    activations and holds a slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one
+    prefill chunk, its attention scores, and the logits of every slot.
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
-    cell = 4 if precision == "int8" else BYTES[precision]
+    cell = compute_type(precision)[1].itemsize
     matrices = _hidden_matrices(config)
     projection = (config.vocab_size, config.hidden_size)
     in_matrices = sum(rows * columns for rows, columns in matrices)
@@ -96,33 +95,38 @@ def serving_memory(
     return ServingMemory(
         weights_bytes=weights,
         scales_bytes=scales,
-        kv_cache_bytes=config.kv_cache_bytes_per_token * cell * slots * max_length,
+        kv_cache_bytes=config.kv_cache_bytes_per_token * cell * slots * slot_capacity(max_length),
         runtime_bytes=runtime,
     )
 
 
 def training_memory(
-    config: DecoderConfig, *, micro_batch_tokens: int, mixed_precision: bool = False, reference: bool = False
+    config: DecoderConfig,
+    *,
+    micro_batch_tokens: int,
+    row_length: int,
+    optimizer: Literal["muon", "adamw"] = "muon",
+    device: Literal["cpu", "cuda"] = "cpu",
+    reference: bool = False,
 ) -> TrainingMemory:
-    """Memory of one training step on float32 master weights.
+    """Memory of one training step on float32 master weights; on CUDA it computes in bf16.
 
     Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
-    frozen copy of the network (DPO, and RL with a KL term). `mixed_precision` computes in bf16 (CUDA), which halves
-    activations. Activations and logits are estimates: all that a layer keeps for its backward pass without
-    recomputation, and one chunk of the vocabulary's logits with their gradient.
+    frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
+    layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32;
+    and one chunk of the vocabulary's logits with their gradient.
     """
-    _positive(micro_batch_tokens=micro_batch_tokens)
+    _positive(micro_batch_tokens=micro_batch_tokens, row_length=row_length)
     parameters = config.num_parameters
-    hidden = sum(rows * columns for rows, columns in _hidden_matrices(config))
-    cell = 2 if mixed_precision else 4
-    chunk = min(LOGIT_CHUNK, micro_batch_tokens)
+    muon = sum(rows * columns for rows, columns in _hidden_matrices(config)) if optimizer == "muon" else 0
+    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * row_length)
     return TrainingMemory(
         weights_bytes=4 * parameters,
         gradients_bytes=4 * parameters,
-        optimizer_bytes=4 * hidden + 8 * (parameters - hidden),
+        optimizer_bytes=4 * muon + 8 * (parameters - muon),
         reference_bytes=4 * parameters if reference else 0,
-        activations_bytes=cell * micro_batch_tokens * _kept_activations(config),
-        logits_bytes=2 * 4 * chunk * config.vocab_size,
+        activations_bytes=micro_batch_tokens * (cell * _kept_activations(config) + masks),
+        logits_bytes=2 * 4 * min(LOGIT_CHUNK, micro_batch_tokens) * config.vocab_size,
     )
 
 
@@ -162,13 +166,12 @@ def _blocks(columns: int) -> tuple[int, int]:
 def _kept_activations(config: DecoderConfig) -> int:
     """Values a token keeps for the backward pass.
 
-    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them, and its output;
-    gate, up, the activated gate and their product. Then the final norm's input and output.
+    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them (on CPU with one
+    key-value head a query head), and its output; gate, up, the activated gate and their product. Then the final norm's
+    input and output.
     """
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
-    layer = 4 * D + 2 * queries + 2 * keys + 4 * F
-    return config.num_hidden_layers * layer + 2 * D
+    D, F, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    return config.num_hidden_layers * (4 * D + 4 * queries + 4 * F) + 2 * D
 
 
 def _positive(**sizes: float) -> None:

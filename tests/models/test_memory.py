@@ -7,7 +7,7 @@ import pytest
 
 from models.config import DecoderConfig
 from models.errors import UserError
-from models.memory import GIB, flops_per_token, serving_memory, training_memory, training_seconds
+from models.memory import flops_per_token, serving_memory, training_memory, training_seconds
 from models.onnx_graph import build_graph, weight_shapes
 
 TINY = {
@@ -15,9 +15,9 @@ TINY = {
     "hidden_size": 96,
     "intermediate_size": 200,
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "head_dim": 24,
+    "head_dim": 16,
 }
 LLAMA_8B = DecoderConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -52,11 +52,16 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
     config = DecoderConfig(**TINY)
     shapes = weight_shapes(config)
     hidden = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
-    plan = training_memory(config, micro_batch_tokens=512)
+    plan = training_memory(config, micro_batch_tokens=512, row_length=512)
     assert plan.optimizer_bytes == 4 * hidden + 8 * (config.num_parameters - hidden)
     assert plan.weights_bytes == plan.gradients_bytes == 4 * config.num_parameters
+    adamw = training_memory(config, micro_batch_tokens=512, row_length=512, optimizer="adamw")
+    assert adamw.optimizer_bytes == 8 * config.num_parameters
     assert plan.reference_bytes == 0
-    assert training_memory(config, micro_batch_tokens=512, reference=True).reference_bytes == plan.weights_bytes
+    assert (
+        training_memory(config, micro_batch_tokens=512, row_length=512, reference=True).reference_bytes
+        == plan.weights_bytes
+    )
     assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
 
 
@@ -78,16 +83,19 @@ def test_kept_activations_are_near_those_that_torch_keeps() -> None:
 
     tokens = torch.zeros(1, 512, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        hidden = network.hidden(tokens, torch.arange(512)[None])
-    estimate = training_memory(config, micro_batch_tokens=512).activations_bytes
+        mask = torch.ones(1, 1, 512, 512, dtype=torch.bool).tril()
+        hidden = network.hidden(tokens, torch.arange(512)[None], mask)
+    estimate = training_memory(config, micro_batch_tokens=512, row_length=512).activations_bytes
     assert hidden.requires_grad
-    assert 0.6 < sum(kept.values()) / estimate < 1.6
+    assert sum(kept.values()) == pytest.approx(estimate, rel=0.15)
 
 
-def test_the_cache_grows_with_slots_and_length_and_is_exact() -> None:
+def test_the_cache_is_that_of_the_engines_slots() -> None:
     one = serving_memory(LLAMA_8B, precision="bf16", slots=1, max_length=8192)
-    assert one.kv_cache_bytes == GIB  # 2 * 32 layers * 8 heads * 128 * 2 bytes * 8192
-    assert serving_memory(LLAMA_8B, precision="bf16", slots=8, max_length=4096).kv_cache_bytes == 4 * GIB
+    token = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
+    assert one.kv_cache_bytes == token * (8192 + 16)
+    assert serving_memory(LLAMA_8B, precision="bf16", slots=8, max_length=4095).kv_cache_bytes == 8 * token * 4096
+    assert serving_memory(LLAMA_8B, precision="int8", slots=1, max_length=15).kv_cache_bytes == 2 * token * 16
     assert one.weights_bytes == 2 * LLAMA_8B.num_parameters
     assert one.scales_bytes == 0
     assert one.runtime_bytes > 0

@@ -1,0 +1,90 @@
+"""Cases and texts through the real engine: an untrained network fails everything, honestly."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from domains.returns.generator import golden_records
+from domains.returns.verifier import Facts, verify
+from evaluation.cases import read_cases, run_cases
+from evaluation.texts import score_texts
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.directory import save_model
+from models.memory import serving_memory
+from models.onnx_bundle import export_bundle
+from models.tokenizer import ChatTokenizer, train_tokenizer
+from serving.engine import Engine
+
+TEXTS = ["damaged items reported within 30 days are eligible.", "é🙂 12 days", "late orders " * 200]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="module")
+def network(tokenizer: ChatTokenizer) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(
+        DecoderConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=512,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(network: Decoder, tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tensors = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    save_model(folder / "model", network.config, tensors, tokenizer)
+    export_bundle(folder / "model", folder / "bundle", precision="fp32", max_length=512)
+    return folder / "bundle"
+
+
+def test_an_untrained_network_fails_every_case_the_same_way_twice(bundle: Path) -> None:
+    engine, tokenizer = Engine.load(bundle, slots=4, threads=1), ChatTokenizer.load(bundle)
+    cases = read_cases(golden_records(), Facts.from_record)
+    report = run_cases(engine, tokenizer, cases, verify, max_tokens=20)
+    assert report.overall.successes == 0
+    assert report.unparsed == len(report.failures) == len(cases)
+    assert run_cases(engine, tokenizer, cases, verify, max_tokens=20) == report
+
+
+def test_bits_per_byte_is_the_networks_own_loss(bundle: Path, network: Decoder, tokenizer: ChatTokenizer) -> None:
+    engine = Engine.load(bundle, slots=1, threads=1)
+    nats = 0.0
+    for text in TEXTS:
+        document = tokenizer.encode_document(text)
+        for start in range(0, len(document) - 1, engine.max_length):
+            piece = torch.tensor(document[start : start + engine.max_length + 1])
+            positions = torch.arange(len(piece) - 1)[None]
+            with torch.no_grad():
+                logits = network.logits(network.hidden(piece[None, :-1], positions))[0]
+            nats += F.cross_entropy(logits, piece[1:], reduction="sum").item()
+    score = score_texts(engine, tokenizer, TEXTS)
+    assert score.nats == pytest.approx(nats, rel=1e-4)
+    assert score.bits_per_byte == pytest.approx(
+        nats / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(("slots", "max_length"), [(1, 512), (3, 100)])
+def test_the_plan_knows_the_engines_memory(bundle: Path, network: Decoder, slots: int, max_length: int) -> None:
+    engine = Engine.load(bundle, slots=slots, max_length=max_length, threads=1)
+    plan = serving_memory(network.config, precision="fp32", slots=slots, max_length=max_length)
+    rotary_tables = 2 * 4 * 528 * 16  # of the bundle's own length
+    # Vectors under 1 KiB stand in the graph's own file, and the weights' file is aligned.
+    expected = plan.weights_bytes + plan.kv_cache_bytes + rotary_tables
+    assert engine.memory_bytes == pytest.approx(expected, abs=4096)
