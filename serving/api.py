@@ -1,0 +1,283 @@
+"""The HTTP interface: decisions, chat completions, policies, traces, health, metrics and the console page."""
+
+# No `from __future__ import annotations`: the request model of decisions is made from the domain at run time, and
+# FastAPI must be handed the class itself.
+
+import ipaddress
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import anyio.to_thread
+import uvicorn
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from models.errors import UserError
+from models.tokenizer import ChatTokenizer
+from serving.chat import chat_router
+from serving.console import CONTENT_SECURITY_POLICY, PAGE
+from serving.decisions import DecisionResponse, DecisionService, ModelInfo, Passage
+from serving.errors import ApiError, error_body, install
+from serving.metrics import Metrics
+from serving.retrieval import MAX_TEXT_CHARACTERS
+from serving.scheduler import Scheduler
+from serving.work import Workers
+
+MAX_BODY_BYTES = 256 * 1024
+SHUTDOWN_S = 10
+"""How long running requests may take to end after SIGTERM."""
+
+
+class PolicyText(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = Field(max_length=2 * MAX_TEXT_CHARACTERS, description="a sentence that names its window in days")
+
+
+def create_app(
+    service: DecisionService[Any],
+    scheduler: Scheduler,
+    tokenizer: ChatTokenizer,
+    model: ModelInfo,
+    *,
+    admin_token: str | None = None,
+) -> FastAPI:
+    """The application that answers with one frozen model.
+
+    Policies are changed, and traces are read, only with `admin_token` as the bearer token, or, where none is set, only
+    from this machine: a policy decides money, and a trace holds a customer's words. The caller owns scheduler and
+    traces and closes them after the server has stopped.
+    """
+    metrics, workers = Metrics(), Workers()
+    # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
+    app = FastAPI(title="Twinloop", version=model.version, docs_url=None, redoc_url=None)
+    install(app)
+    app.add_middleware(_CountRequests, metrics=metrics)
+    app.add_middleware(_LimitBody)
+    app.include_router(chat_router(scheduler, tokenizer, model, metrics, workers))
+    app.include_router(_decision_router(service, metrics, workers))
+    app.include_router(_policy_router(service, admin_token))
+
+    @app.get("/health")
+    def health() -> Response:
+        queue = {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity}
+        traces = {"dropped": service.traces.dropped} if service.traces is not None else None
+        body: dict[str, Any] = {"model": model.model_dump(), "queue": queue, "traces": traces}
+        try:
+            body["index"] = {"digest": service.index.digest(), "policies": len(service.index.list())}
+        except UserError as error:
+            return JSONResponse({"status": "failing", "reason": str(error)} | body, 503)
+        if not scheduler.running:
+            return JSONResponse({"status": "failing", "reason": "the engine has stopped"} | body, 503)
+        return JSONResponse({"status": "ok"} | body)
+
+    @app.get("/metrics")
+    def prometheus() -> Response:
+        metrics.set("twinloop_queued_requests", scheduler.queued)
+        metrics.set("twinloop_active_requests", scheduler.active)
+        if service.traces is not None:
+            metrics.set("twinloop_traces_dropped", service.traces.dropped)
+        with suppress(UserError):  # /health says what is wrong with the index
+            metrics.set("twinloop_policies", len(service.index.list()))
+        return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    def console() -> Response:
+        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(PAGE, headers=headers)
+
+    return app
+
+
+def _decision_router(service: DecisionService[Any], metrics: Metrics, workers: Workers) -> APIRouter:
+    router = APIRouter()
+    order_model, limit = service.domain.order_model, service.domain.max_message_characters
+    decision_request = create_model(
+        "DecisionRequest",
+        __config__=ConfigDict(frozen=True, extra="forbid", strict=True),
+        order=(order_model, Field(description="trusted facts, from the shop's own records")),
+        message=(str, Field("", max_length=limit, description="the customer's words, trusted in nothing")),
+    )
+
+    @router.post("/v1/decisions")
+    async def decide(request: Request, body: decision_request) -> DecisionResponse:  # type: ignore[valid-type]
+        started = time.perf_counter()
+        order, message = body.order, body.message  # type: ignore[attr-defined]
+        pending = await anyio.to_thread.run_sync(service.begin, order, message)
+        response = await workers.run_unless_gone(request, pending.finish, pending.cancel)
+        _observe(metrics, response, time.perf_counter() - started)
+        return response
+
+    return router
+
+
+def _observe(metrics: Metrics, response: DecisionResponse, seconds: float) -> None:
+    if response.decision is None:
+        outcome = "escalated"
+    else:
+        outcome = "eligible" if response.decision.get("eligible") else "not_eligible"
+    metrics.count("twinloop_decisions_total", outcome=outcome)
+    for reason in response.reasons:
+        metrics.count("twinloop_escalations_total", predicate=reason.predicate)
+    metrics.observe("twinloop_request_seconds", seconds, route="decisions")
+    if response.timings.ttft_ms is not None:
+        metrics.observe("twinloop_time_to_first_token_seconds", response.timings.ttft_ms / 1000, route="decisions")
+
+
+def _policy_router(service: DecisionService[Any], admin_token: str | None) -> APIRouter:
+    router = APIRouter()
+    guarded = [Depends(_admin_only(admin_token))]
+
+    @router.get("/v1/policies")
+    def policies() -> dict[str, Any]:
+        return {"policies": [asdict(policy) for policy in service.index.list()], "digest": service.index.digest()}
+
+    @router.get("/v1/policies/{policy_id}")
+    def history(policy_id: str) -> dict[str, Any]:
+        versions = service.index.history(policy_id)
+        if not versions:
+            raise ApiError(404, f"policy {policy_id!r} is not in the index", param="policy_id")
+        return {"policy_id": policy_id, "versions": [asdict(policy) for policy in versions]}
+
+    @router.put("/v1/policies/{policy_id}", dependencies=guarded)
+    def put(policy_id: str, body: PolicyText) -> Passage:
+        policy = service.index.put(policy_id, body.text)
+        return Passage(policy_id=policy.policy_id, version=policy.version, text=policy.text)
+
+    @router.get("/v1/traces/{trace_id}", dependencies=guarded)
+    def trace(trace_id: str) -> dict[str, Any]:
+        found = service.traces.get(trace_id) if service.traces is not None else None
+        if found is None:
+            raise ApiError(404, "no trace of that id is kept", param="trace_id")
+        return found
+
+    return router
+
+
+def _admin_only(token: str | None) -> Callable[[Request], None]:
+    def check(request: Request) -> None:
+        if token is not None:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not secrets.compare_digest(given.encode(), token.encode()):
+                raise ApiError(401, "this needs the administrator's token: Authorization: Bearer <token>")
+        elif not (_is_this_machine(request.client and request.client.host) and _is_this_machine(request.url.hostname)):
+            raise ApiError(403, "this is open to the server's own machine only, unless an administrator's token is set")
+
+    return check
+
+
+def _is_this_machine(host: str | None) -> bool:
+    """The Host header is asked too, so that a web page whose name was pointed at 127.0.0.1 does not count."""
+    if host == "localhost":
+        return True
+    try:
+        return host is not None and ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class _LimitBody:
+    """Refuse bodies over MAX_BODY_BYTES before they are read, or in the middle where their length was not said."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await _too_large()(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise ApiError(413, _TOO_LARGE)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+_TOO_LARGE = f"the body is too large; at most {MAX_BODY_BYTES} bytes are read"
+
+
+def _too_large() -> JSONResponse:
+    return JSONResponse(error_body(413, _TOO_LARGE), 413, headers={"Connection": "close"})
+
+
+class _CountRequests:
+    """Count answers by route, not by path, so that no client can invent new series."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", "none")
+                self.metrics.count("twinloop_requests_total", route=route, status=str(message["status"]))
+            await send(message)
+
+        await self.app(scope, receive, counted)
+
+
+def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM or Ctrl-C; both let running requests end and return normally.
+
+    Port 0 takes any free port; `on_ready` is told the address. Raises UserError when the address cannot be bound.
+    """
+    listener = _bind(host, port)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, server_header=False
+    )
+    server = uvicorn.Server(config)
+    # uvicorn raises the signal again once it has shut down; a server that was asked to stop has not failed.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handled = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
+    try:
+        if on_ready is not None:
+            shown = f"[{host}]" if ":" in host else host
+            on_ready(f"http://{shown}:{listener.getsockname()[1]}")
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        listener.close()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65535:  # the system would take the rest of a division by 65536
+        raise UserError(f"{host}:{port}: not a port; choose a --port between 0 and 65535")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"{host}:{port}: not an address to serve at ({error}); try --host 127.0.0.1") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise UserError(f"{host}:{port}: cannot be served at ({error.strerror}); choose another --port") from None
+    return listener

@@ -1,0 +1,250 @@
+"""OpenAI's chat completions on the served model: whole, or streamed as server-sent events.
+
+What a small greedy-or-sampled engine can do is accepted; a parameter that it would have to ignore is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
+
+import anyio.to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from models.tokenizer import ChatTokenizer
+from serving.decisions import ModelInfo
+from serving.errors import ApiError, error_body
+from serving.generation import TextStream
+from serving.metrics import Metrics
+from serving.sampling import SamplingParams
+from serving.scheduler import Scheduler
+from serving.work import Workers
+
+MAX_STOP_STRINGS = 4
+MAX_STOP_CHARACTERS = 100
+
+NEUTRAL: dict[str, Any] = {
+    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "n": 1,
+    "response_format": {"type": "text"}, "parallel_tool_calls": True, "tool_choice": "none",
+}  # fmt: skip
+"""Parameters that are accepted only with the value that changes nothing (or null)."""
+
+IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Parameters that do not concern the answer."""
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Body):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+
+    def as_message(self) -> dict[str, str]:
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": self.role, "content": text}
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The part of OpenAI's request that is served. Temperature 0 is greedy."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    model: str | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_is_usable(cls, stop: str | list[str] | None) -> list[str]:
+        strings = [stop] if isinstance(stop, str) else stop or []
+        if len(strings) > MAX_STOP_STRINGS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in strings):
+            raise ValueError(f"must be at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
+        return strings
+
+
+class Completion:
+    """One accepted request, and the objects that OpenAI's clients expect of it."""
+
+    def __init__(self, text: TextStream, prompt_tokens: int, model: ModelInfo):
+        self.text = text
+        self._prompt_tokens = prompt_tokens
+        self._model = model
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    def usage(self) -> dict[str, int]:
+        completion = self.text.completion_tokens
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_tokens + completion,
+        }
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.digest,
+            "choices": choices,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        """Wait for the answer and return the completion object."""
+        content = "".join(self.text)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": content, "refusal": None},
+            "logprobs": None,
+            "finish_reason": self.text.finish_reason,
+        }
+        return self._object("chat.completion", [choice]) | {"usage": self.usage()}
+
+    def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
+        """The same answer as chunk objects, each as soon as its text is there."""
+        no_usage = {"usage": None} if include_usage else {}
+
+        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            return self._object("chat.completion.chunk", [choice]) | no_usage
+
+        yield chunk({"role": "assistant", "content": ""})
+        for piece in self.text:
+            yield chunk({"content": piece})
+        yield chunk({}, self.text.finish_reason)
+        if include_usage:
+            yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
+
+
+def chat_router(
+    scheduler: Scheduler, tokenizer: ChatTokenizer, model: ModelInfo, metrics: Metrics, workers: Workers
+) -> APIRouter:
+    """`POST /v1/chat/completions` and `GET /v1/models`."""
+    router = APIRouter()
+    created = int(time.time())
+
+    def submit(body: ChatRequest) -> Completion:
+        """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
+        started = time.perf_counter()
+        _refuse_unserved(body, model)
+        prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
+        room = scheduler.max_length - len(prompt)
+        wanted = body.max_completion_tokens or body.max_tokens
+        if room < (wanted or 1):
+            raise ApiError(
+                400,
+                f"the model reads and writes at most {scheduler.max_length} tokens; the messages have {len(prompt)}"
+                + (f" and {wanted} were asked for" if wanted else ""),
+                code="context_length_exceeded",
+                param="messages",
+            )
+        params = SamplingParams(
+            max_tokens=wanted or room,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            stop=(tokenizer.stop_id,),
+        )
+        stream = scheduler.submit(prompt, params)
+        text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
+        return Completion(text, len(prompt), model)
+
+    def observe(completion: Completion, started: float) -> None:
+        usage = completion.usage()
+        metrics.count("twinloop_tokens_total", usage["prompt_tokens"], kind="prompt")
+        metrics.count("twinloop_tokens_total", usage["completion_tokens"], kind="completion")
+        metrics.observe("twinloop_request_seconds", time.perf_counter() - started, route="chat")
+        if completion.text.ttft_s is not None:
+            metrics.observe("twinloop_time_to_first_token_seconds", completion.text.ttft_s, route="chat")
+
+    async def events(completion: Completion, include_usage: bool, started: float) -> AsyncIterator[str]:
+        chunks = completion.chunks(include_usage=include_usage)
+        try:
+            while (chunk := await workers.run(next, chunks, None)) is not None:
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]\n\n"
+            observe(completion, started)
+        except Exception as error:
+            body = error_body(500, f"the model could not go on ({type(error).__name__})")
+            yield f"data: {json.dumps(body)}\n\n"
+        finally:  # also reached when the client is gone
+            completion.text.cancel()
+
+    @router.post("/v1/chat/completions")
+    async def complete(request: Request, body: ChatRequest) -> Response:
+        started = time.perf_counter()
+        completion = await anyio.to_thread.run_sync(submit, body)
+        if body.stream:
+            include_usage = body.stream_options is not None and body.stream_options.include_usage
+            return StreamingResponse(
+                events(completion, include_usage, started),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )
+        answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
+        observe(completion, started)
+        return JSONResponse(answer)
+
+    @router.get("/v1/models")
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model_object(model, created)]}
+
+    @router.get("/v1/models/{name}")
+    def one_model(name: str) -> dict[str, Any]:
+        _refuse_other_model(name, model)
+        return _model_object(model, created)
+
+    return router
+
+
+def _model_object(model: ModelInfo, created: int) -> dict[str, Any]:
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": created,
+        "owned_by": "twinloop",
+        "version": model.version,
+        "digest": model.digest,
+    }
+
+
+def _refuse_other_model(name: str, model: ModelInfo) -> None:
+    if name != model.name:
+        raise ApiError(
+            404, f"model: {name!r} is not served here; {model.name!r} is", code="model_not_found", param="model"
+        )
+
+
+def _refuse_unserved(body: ChatRequest, model: ModelInfo) -> None:
+    if body.model is not None:
+        _refuse_other_model(body.model, model)
+    for name, value in (body.model_extra or {}).items():
+        if name in IGNORED or value is None or (name in NEUTRAL and value == NEUTRAL[name]):
+            continue
+        problem = f"only {json.dumps(NEUTRAL[name])} is served" if name in NEUTRAL else "is not a known parameter"
+        raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)

@@ -1,0 +1,84 @@
+"""Every error of the HTTP interface in one form, OpenAI's: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from models.errors import UserError
+from serving.scheduler import QueueFullError
+
+RETRY_AFTER_S = 1
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "invalid_request_error", 503: "server_error"}
+
+
+class ApiError(HTTPException):
+    """An error with a status, a message in plain words, and OpenAI's `code` and `param`."""
+
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
+        super().__init__(status, message)
+        self.code = code
+        self.param = param
+
+
+def error_body(status: int, message: str, *, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """The JSON object that describes an error."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
+    """What is wrong with a body, in one line, and the first field that is.
+
+    `errors` are pydantic's; what the caller sent is not repeated, since it may hold a customer's words.
+    """
+    lines, first = [], None
+    for error in errors[:5]:
+        place = ".".join(str(part) for part in error["loc"] if part != "body")
+        first = first or place or None
+        words = {
+            "missing": "is required",
+            "extra_forbidden": "is not a field of this request",
+            "json_invalid": "the body is not JSON",
+            "string_unicode": "holds characters that are not valid Unicode",
+        }.get(error["type"], error["msg"].removeprefix("Value error, ").removeprefix("Input "))
+        lines.append(words if error["type"] == "json_invalid" else f"{place or 'body'}: {words}")
+    return "; ".join(lines), first
+
+
+def install(app: FastAPI) -> None:
+    """Answer every exception in the one form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        message, param = describe_validation(error.errors())
+        status = 400 if request.url.path.startswith("/v1/chat/") else 422
+        return JSONResponse(error_body(status, message, param=param), status)
+
+    @app.exception_handler(UserError)
+    async def mistaken(request: Request, error: UserError) -> JSONResponse:
+        return JSONResponse(error_body(422, str(error)), 422)
+
+    @app.exception_handler(QueueFullError)
+    async def full(request: Request, error: QueueFullError) -> JSONResponse:
+        body = error_body(503, "the server has no room for another request; try again soon", code="queue_full")
+        return JSONResponse(body, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
+        code, param = getattr(error, "code", None), getattr(error, "param", None)
+        return JSONResponse(
+            error_body(error.status_code, str(error.detail), code=code, param=param),
+            error.status_code,
+            headers=error.headers,
+        )
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(500, f"internal error ({type(error).__name__}); see the server's log"), 500)

@@ -1,0 +1,82 @@
+"""From a scheduler's stream of tokens to text: stop strings, the reason for the end, and the time to first token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from models.tokenizer import ChatTokenizer
+from serving.scheduler import Stream
+
+FinishReason = Literal["stop", "length"]
+
+
+class GivenUpError(Exception):
+    """The answer was cancelled before its end; what there is of it must not pass for the whole."""
+
+
+class TextStream:
+    """The text of one answer, piece by piece; all pieces together are the same whether or not anybody streams them.
+
+    `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back.
+    `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
+    stands in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
+    """
+
+    def __init__(self, stream: Stream, tokenizer: ChatTokenizer, *, started: float, stop: Sequence[str] = ()):
+        self.completion_tokens = 0
+        self.finish_reason: FinishReason = "length"
+        self.ttft_s: float | None = None
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._started = started
+        self._stop = tuple(stop)
+
+    @property
+    def queue_s(self) -> float | None:
+        """Seconds that the request waited for a slot, once it has had one."""
+        return self._stream.timings.queue_s
+
+    def cancel(self) -> None:
+        """Free the slot; may be called from any thread, and again."""
+        self._stream.cancel()
+
+    def __iter__(self) -> Iterator[str]:
+        decoder = self._tokenizer.decoder_stream()
+        held = ""
+        for token in self._stream:
+            if self.ttft_s is None:
+                self.ttft_s = time.perf_counter() - self._started
+            self.completion_tokens += 1
+            if token == self._tokenizer.stop_id:
+                self.finish_reason = "stop"
+                break
+            held += decoder.push(token)
+            if (end := self._stop_at(held)) is not None:
+                self.finish_reason = "stop"
+                self.cancel()
+                held = held[:end]
+                break
+            keep = self._possible_stop(held)
+            if len(held) > keep:
+                yield held[: len(held) - keep]
+                held = held[len(held) - keep :]
+        else:
+            if self._stream.finish_reason == "cancelled":
+                raise GivenUpError("the answer was given up")
+            held += decoder.finish()
+        if held:
+            yield held
+
+    def _stop_at(self, text: str) -> int | None:
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        return min(places, default=None)
+
+    def _possible_stop(self, text: str) -> int:
+        """The length of the text's longest end with which a stop string begins."""
+        longest = max(map(len, self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

@@ -1,0 +1,55 @@
+"""The returns domain, as the decision service takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from domains.returns.policies import Policy, covers, window_days
+from domains.returns.prompt import MAX_MESSAGE_CHARACTERS, RETRIEVED_PASSAGES, Order, build_prompt, is_eligible
+from domains.returns.verifier import check
+from serving.decisions import DecisionDomain
+
+MAX_ANSWER_TOKENS = 160
+"""The longest decision quotes a policy of full length; the usual one has about 60 tokens."""
+
+
+def _query(order: Order) -> str:
+    return order.reason
+
+
+def _precheck(order: Order, passages: Sequence[Policy]) -> Mapping[str, str]:
+    """Cases that no answer could settle: no policy speaks of the reason, or two that do contradict each other."""
+    applicable = [passage for passage in passages if covers(passage.text, order.reason)]
+    if not applicable:
+        return {"retrieval": f"no policy in force speaks of {order.reason} items"}
+    windows = {policy.policy_id: window_days(policy.text) for policy in applicable}
+    if len({window is not None and is_eligible(order, window) for window in windows.values()}) > 1:
+        return {"retrieval": f"policies in force contradict each other: {' and '.join(windows)}"}
+    return {}
+
+
+# The layers by the names that the failure router uses.
+OWNERS = {
+    "retrieval": "retrieval index",
+    "prompt": "prompt contract or SFT data",
+    "generation": "inference serving",
+    "parsed": "prompt contract or SFT data",
+    "policy_id": "prompt contract or SFT data",
+    "evidence": "prompt contract or SFT data",
+    "window_days": "verifier RL data",
+    "days": "verifier RL data",
+    "eligible": "verifier RL data",
+    "no_side_effect": "preference data and safety eval",
+}
+
+RETURNS: DecisionDomain[Order] = DecisionDomain(
+    order_model=Order,
+    retrieved_passages=RETRIEVED_PASSAGES,
+    max_message_characters=MAX_MESSAGE_CHARACTERS,
+    max_answer_tokens=MAX_ANSWER_TOKENS,
+    query=_query,
+    precheck=_precheck,
+    build_prompt=build_prompt,
+    check=check,
+    owners=OWNERS,
+)

@@ -1,0 +1,117 @@
+"""What was answered, and from what: one JSON line a decision, written beside the request and never in its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import threading
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+TRACE_ID = re.compile(r"[0-9a-f]{32}")
+
+QUEUED_TRACES = 1024
+RECENT_TRACES = 256
+"""Traces kept in memory too, so that one can be read in the moment that its answer arrives."""
+
+FILE_BYTES = 16 * 2**20
+FILES = 8
+"""A folder keeps this many files of about this size, the newest ones."""
+
+
+class TraceStore:
+    """Traces in the folder `path`, one set of files a process, so that several servers may share it.
+
+    `record` never waits and never raises: a trace that finds the queue full, or a disk that takes no more, is counted
+    in `dropped`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, file_bytes: int = FILE_BYTES, files: int = FILES):
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.dropped = 0
+        self._file_bytes = file_bytes
+        self._files = files
+        self._queue: queue.Queue[tuple[str, str] | None] = queue.Queue(QUEUED_TRACES)
+        self._recent: OrderedDict[str, str] = OrderedDict()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._writer = threading.Thread(target=self._write, name="traces", daemon=True)
+        self._writer.start()
+
+    def record(self, trace_id: str, trace: BaseModel) -> None:
+        """Keep a trace. Returns at once; the line is on its way to the disk."""
+        line = trace.model_dump_json()
+        with self._lock:
+            self._recent[trace_id] = line
+            if len(self._recent) > RECENT_TRACES:
+                self._recent.popitem(last=False)
+            try:
+                if self._closed:
+                    raise queue.Full
+                self._queue.put_nowait((trace_id, line))
+            except queue.Full:
+                self.dropped += 1
+
+    def get(self, trace_id: str) -> dict[str, Any] | None:
+        """The trace of that id, or None where it was never kept or is too old."""
+        if TRACE_ID.fullmatch(trace_id) is None:
+            return None
+        with self._lock:
+            line = self._recent.get(trace_id)
+        if line is not None:
+            return dict(json.loads(line))
+        start = f'{{"trace_id":"{trace_id}"'.encode()
+        for file in reversed(self._all_files()):
+            try:
+                with open(file, "rb") as lines:
+                    for found in lines:
+                        if found.startswith(start) and found.endswith(b"\n"):
+                            return dict(json.loads(found))
+            except FileNotFoundError:  # another process has just made room
+                continue
+        return None
+
+    def close(self) -> None:
+        """Write what is queued and stop. Later traces are counted as dropped."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._queue.put(None)
+        self._writer.join()
+
+    def _all_files(self) -> list[Path]:
+        return sorted(self.path.glob("traces-*.jsonl"))
+
+    def _write(self) -> None:
+        descriptor: int | None = None
+        while (item := self._queue.get()) is not None:
+            line = item[1].encode() + b"\n"
+            try:
+                if descriptor is None or os.fstat(descriptor).st_size + len(line) > self._file_bytes:
+                    if descriptor is not None:
+                        os.close(descriptor)
+                        descriptor = None
+                    descriptor = self._next_file()
+                if os.write(descriptor, line) != len(line):
+                    raise OSError("short write")
+            except OSError:
+                with self._lock:
+                    self.dropped += 1
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _next_file(self) -> int:
+        """Open a new file and delete the oldest ones beyond the limit."""
+        for old in self._all_files()[: -(self._files - 1) or None]:
+            old.unlink(missing_ok=True)
+        name = f"traces-{time.time_ns():020d}-{os.getpid()}.jsonl"
+        # Customers' words stand in a trace: only the server's own user may read it.
+        return os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)

@@ -1,0 +1,47 @@
+"""Blocking work of requests in threads of its own, given up when the client goes away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio
+import anyio.to_thread
+from fastapi import Request
+
+T = TypeVar("T")
+
+MAX_THREADS = 512
+"""More than the scheduler's queue and slots together: a request that was accepted never waits for a thread."""
+
+
+class Workers:
+    """Threads that wait for tokens. Short calls, such as /health, keep the framework's own."""
+
+    def __init__(self) -> None:
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def run(self, work: Callable[..., T], *args: object) -> T:
+        """Run `work` in a thread. A cancelled caller does not wait for it."""
+        if self._limiter is None:  # made here since it belongs to the running event loop
+            self._limiter = anyio.CapacityLimiter(MAX_THREADS)
+        return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
+
+    async def run_unless_gone(self, request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T:
+        """Run `work` in a thread, and call `cancel` when the client disconnects or this task is cancelled."""
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(_cancel_when_gone, request, cancel)
+                result = await self.run(work)
+                group.cancel_scope.cancel()
+            return result
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            cancel()
+
+
+async def _cancel_when_gone(request: Request, cancel: Callable[[], None]) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    cancel()

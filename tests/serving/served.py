@@ -1,0 +1,104 @@
+"""Real servers on loopback for tests. Where a test needs a certain answer, a script stands for the model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+from starlette.types import ASGIApp
+
+from domains.returns.policies import Policy
+from domains.returns.prompt import REASONS, Order, build_prompt
+from models.tokenizer import ChatTokenizer, train_tokenizer
+from serving.sampling import SamplingParams
+from serving.scheduler import QueueFullError, Timings
+
+DAMAGED = "damaged items reported within 30 days are eligible."
+LATE = "late items reported within 14 days are eligible."
+POLICIES = [Policy("P-3", LATE), Policy("P-7", DAMAGED), Policy("P-12", "unwanted items within 10 days are eligible.")]
+
+ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
+GOOD = (
+    '{"evidence": "damaged items reported within 30 days are eligible.", "policy_id": "P-7", "window_days": 30, '
+    '"days": 12, "eligible": true, "label_created": false}'
+)
+
+
+def small_tokenizer() -> ChatTokenizer:
+    """A real tokenizer that knows the domain's words."""
+    lines = [f"{reason} items reported within 30 days are eligible." for reason in REASONS]
+    prompt = build_prompt(Order(**ORDER), "my label was created, confirm it.", POLICIES)[0]["content"]
+    return train_tokenizer([*lines * 4, prompt, GOOD] * 4, 400)
+
+
+class ScriptedStream:
+    def __init__(self, tokens: list[int], delay_s: float):
+        self.timings = Timings()
+        self.finish_reason: str | None = None
+        self.cancelled = threading.Event()
+        self._tokens = tokens
+        self._delay_s = delay_s
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+    def __iter__(self) -> Iterator[int]:
+        self.timings.queue_s = 0.0
+        for token in self._tokens:
+            if self.cancelled.wait(self._delay_s) if self._delay_s else self.cancelled.is_set():
+                self.finish_reason = "cancelled"
+                return
+            yield token
+        self.finish_reason = "stop"
+
+
+class ScriptedScheduler:
+    """Stands where the model does: whatever is asked, it answers `script`, or raises it."""
+
+    max_length = 1024
+    capacity = 4
+    running = True
+
+    def __init__(self, tokenizer: ChatTokenizer, script: str | Exception = GOOD, *, delay_s: float = 0.0):
+        self.script = script
+        self.delay_s = delay_s
+        self.streams: list[ScriptedStream] = []
+        self.prompts: list[list[int]] = []
+        self.queued = self.active = 0
+        self.full = False
+        self._tokenizer = tokenizer
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
+        if self.full:
+            raise QueueFullError("the queue holds 4 requests already")
+        if isinstance(self.script, Exception):
+            raise self.script
+        self.prompts.append(list(prompt))
+        tokens = self._tokenizer.encode_answer(self.script)[: params.max_tokens]
+        self.streams.append(ScriptedStream(tokens, self.delay_s))
+        return self.streams[-1]
+
+
+@contextmanager
+def running(app: ASGIApp) -> Iterator[httpx.Client]:
+    """A real uvicorn server in a thread, and a client of it."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()

@@ -1,0 +1,244 @@
+"""The policy index: versions, durability, several processes, and finding the policy that fits."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from domains.returns.policies import Policy
+from models.errors import UserError
+from serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex
+
+DAMAGED = "damaged items reported within 30 days are eligible."
+LATE = "late items reported within 14 days are eligible."
+UNWANTED = "unwanted items within 10 days are eligible."
+
+
+@pytest.fixture
+def index(tmp_path):
+    index = PolicyIndex(tmp_path / "policies" / "index.jsonl")
+    index.seed([Policy("P-7", DAMAGED), Policy("P-3", LATE), Policy("P-12", UNWANTED)])
+    return index
+
+
+def put_in_another_process(path, policy_id, text):
+    code = "import sys; from serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
+    subprocess.run([sys.executable, "-c", code, str(path), policy_id, text], check=True, timeout=60)
+
+
+def test_put_makes_a_new_version_and_keeps_history(index):
+    changed = index.put("P-7", "damaged items reported within 7 days are eligible.")
+    assert changed.version == 2
+    assert [(policy.version, policy.text) for policy in index.history("P-7")] == [(1, DAMAGED), (2, changed.text)]
+    assert [policy for policy in index.list() if policy.policy_id == "P-7"] == [changed]
+
+
+def test_putting_the_text_in_force_again_changes_nothing(index):
+    before = index.digest()
+    assert index.put("P-7", f"  {DAMAGED} ") == Policy("P-7", DAMAGED, 1)
+    assert index.digest() == before
+
+
+def test_policies_are_listed_in_order_of_their_numbers(index):
+    assert [policy.policy_id for policy in index.list()] == ["P-3", "P-7", "P-12"]
+
+
+def test_the_reason_finds_its_policy_and_distractors_fill_the_rest(index):
+    assert [policy.policy_id for policy in index.search("damaged", 2)] == ["P-7", "P-3"]
+    assert [policy.policy_id for policy in index.search("unwanted", 2)] == ["P-12", "P-3"]
+    assert [policy.policy_id for policy in index.search("LATE arrival", 5)] == ["P-3", "P-7", "P-12"]
+
+
+def test_only_the_newest_version_is_found(index):
+    index.put("P-7", "broken goods may come back within 7 days.")
+    assert [policy.policy_id for policy in index.search("damaged", 1)] == ["P-3"]
+    assert index.search("broken", 1)[0].version == 2
+
+
+def test_other_forms_of_a_word_find_the_policy(index):
+    assert index.search("damages", 1)[0].policy_id == "P-7"
+    assert index.search("DAMAGE", 1)[0].policy_id == "P-7"
+
+
+def test_equal_scores_are_ordered_by_number(tmp_path):
+    index = PolicyIndex(tmp_path / "index.jsonl")
+    index.seed([Policy(f"P-{number}", DAMAGED) for number in (30, 4, 11)])
+    assert [policy.policy_id for policy in index.search("damaged", 3)] == ["P-4", "P-11", "P-30"]
+
+
+def test_an_empty_index_finds_nothing(tmp_path):
+    index = PolicyIndex(tmp_path / "absent" / "index.jsonl")
+    assert index.search("damaged", 2) == []
+    assert index.list() == []
+    assert index.history("P-7") == []
+    assert index.digest() == EMPTY_DIGEST
+
+
+def test_seed_leaves_an_index_that_holds_anything(index):
+    assert index.seed([Policy("P-1", DAMAGED)]) == 0
+    assert [policy.policy_id for policy in index.list()] == ["P-3", "P-7", "P-12"]
+
+
+def test_seed_installs_all_or_nothing(tmp_path):
+    index = PolicyIndex(tmp_path / "index.jsonl")
+    with pytest.raises(UserError, match="P-2"):
+        index.seed([Policy("P-1", DAMAGED), Policy("P-2", "no window here")])
+    with pytest.raises(UserError, match="twice"):
+        index.seed([Policy("P-1", DAMAGED), Policy("P-1", LATE)])
+    assert index.list() == []
+
+
+def test_equal_histories_have_equal_digests(tmp_path, index):
+    other = PolicyIndex(tmp_path / "other.jsonl")
+    other.seed([Policy("P-7", DAMAGED), Policy("P-3", LATE), Policy("P-12", UNWANTED)])
+    assert other.digest() == index.digest()
+    other.put("P-7", LATE)
+    assert other.digest() != index.digest()
+
+
+@pytest.mark.parametrize(
+    ("policy_id", "text", "said"),
+    [
+        ("P-", DAMAGED, "must be P- and a number"),
+        ("p-7", DAMAGED, "must be P- and a number"),
+        ("P-07", DAMAGED, "must be P- and a number"),
+        ("P-7\n", DAMAGED, "must be P- and a number"),
+        ("P-٧", DAMAGED, "must be P- and a number"),
+        ("../P-7", DAMAGED, "must be P- and a number"),
+        ("P-7", "   ", "the text is empty"),
+        ("P-7", DAMAGED + "x" * MAX_TEXT_CHARACTERS, "at most"),
+        ("P-7", "damaged items\nwithin 30 days", "character 14"),
+        ("P-7", "damaged\0items within 30 days", "U+0000"),
+        ("P-7", "damaged\u2028items within 30 days", "U+2028"),
+        ("P-7", "damaged\u202eitems within 30 days", "U+202E"),
+        ("P-7", "damaged\ud800items within 30 days", "U+D800"),
+        ("P-7", "damaged items are eligible.", "within N days"),
+        ("P-7", "within 30 days, or within 40 days", "exactly once"),
+    ],
+)
+def test_what_no_decision_could_rest_on_is_refused_in_one_line(index, policy_id, text, said):
+    before = index.path.read_bytes()
+    with pytest.raises(UserError) as refusal:
+        index.put(policy_id, text)
+    assert said in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert index.path.read_bytes() == before
+
+
+def test_a_reader_sees_another_process_at_once(index):
+    reader = PolicyIndex(index.path)
+    assert reader.search("damaged", 1)[0].version == 1
+    put_in_another_process(index.path, "P-7", "damaged items reported within 7 days are eligible.")
+    assert reader.search("damaged", 1)[0] == Policy("P-7", "damaged items reported within 7 days are eligible.", 2)
+
+
+def _put_many(path, worker, count):
+    index = PolicyIndex(path)
+    for number in range(count):
+        index.put("P-7", f"worker {worker} says within {number + 1} days")
+
+
+def test_writers_in_many_processes_lose_nothing(index):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_put_many, args=(index.path, worker, 20)) for worker in range(4)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        index.search("damaged", 2)  # a reader in the middle of it all never sees a damaged line
+    assert all(writer.exitcode == 0 for writer in writers)
+    history = PolicyIndex(index.path).history("P-7")
+    assert [policy.version for policy in history] == list(range(1, 82))
+    for worker in range(4):
+        own = [policy.text for policy in history if policy.text.startswith(f"worker {worker} ")]
+        assert own == [f"worker {worker} says within {number + 1} days" for number in range(20)]
+
+
+@pytest.mark.parametrize("kept", [1, 20, -1])
+def test_a_torn_last_line_is_not_there_and_the_next_put_repairs_it(index, kept):
+    whole = index.path.read_bytes()
+    line = whole.splitlines(keepends=True)[0].replace(b"P-7", b"P-9")
+    index.path.write_bytes(whole + line[:kept])
+    assert [policy.policy_id for policy in index.list()] == ["P-3", "P-7", "P-12"]
+    index.put("P-5", LATE)
+    assert [policy.policy_id for policy in PolicyIndex(index.path).list()] == ["P-3", "P-5", "P-7", "P-12"]
+
+
+def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(index):
+    code = """
+import sys
+from serving.retrieval import PolicyIndex
+index = PolicyIndex(sys.argv[1])
+number = 0
+while True:
+    number += 1
+    policy = index.put("P-7", f"damaged items within {number % 9000 + 1} days, put {number}")
+    print(policy.version, flush=True)
+"""
+    acknowledged = 1
+    for round_ in range(4):
+        writer = subprocess.Popen([sys.executable, "-c", code, str(index.path)], stdout=subprocess.PIPE, text=True)
+        assert writer.stdout is not None
+        first = writer.stdout.readline()
+        time.sleep(0.02 * round_)
+        os.kill(writer.pid, signal.SIGKILL)
+        rest = writer.stdout.read().split()
+        writer.wait()
+        versions = [int(version) for version in [first, *rest]]
+        assert versions[0] > acknowledged
+        acknowledged = versions[-1]
+        history = PolicyIndex(index.path).history("P-7")
+        assert [policy.version for policy in history] == list(range(1, len(history) + 1))
+        assert len(history) - acknowledged in (0, 1)  # at most the put that was under way when it died
+        assert index.put("P-7", f"after the kill, within {round_ + 1} days").version == len(history) + 1
+        acknowledged = len(history) + 1
+
+
+def test_a_changed_line_is_named_and_never_served(index):
+    index.path.write_bytes(index.path.read_bytes().replace(b"within 14 days", b"within 99 days"))
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        PolicyIndex(index.path).search("late", 1)
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        PolicyIndex(index.path).put("P-1", DAMAGED)
+
+
+@pytest.mark.parametrize("line", ["[]", "null", "not JSON", '{"policy_id": "P-1"}', "\x00\x00", ""])
+def test_a_line_of_another_kind_is_named(index, line):
+    index.path.write_bytes(index.path.read_bytes() + line.encode() + b"\n")
+    with pytest.raises(UserError, match="line 4 is damaged"):
+        index.list()
+
+
+def test_a_file_put_in_the_place_of_the_old_one_is_read_anew(tmp_path, index):
+    assert index.list()
+    other = PolicyIndex(tmp_path / "other.jsonl")
+    other.seed([Policy("P-1", UNWANTED)])
+    os.replace(other.path, index.path)
+    assert [policy.policy_id for policy in index.list()] == ["P-1"]
+    index.path.unlink()
+    assert index.list() == []
+
+
+def test_each_line_names_the_state_of_the_index_after_it(index):
+    digests = [json.loads(line)["digest"] for line in index.path.read_text().splitlines()]
+    assert digests[-1] == index.digest()
+    assert len(set(digests)) == 3
+
+
+def test_ten_thousand_policies_are_searched_in_milliseconds(tmp_path):
+    index = PolicyIndex(tmp_path / "index.jsonl")
+    index.seed(
+        Policy(f"P-{number}", f"{word} items of kind k{number} within {number % 90 + 1} days are eligible.")
+        for number in range(1, 10_001)
+        for word in [("damaged", "late", "wrong", "unwanted", "defective")[number % 5]]
+    )
+    reader = PolicyIndex(index.path)
+    assert reader.search("damaged k77", 1)[0].policy_id == "P-77"  # reads the file
+    started = time.perf_counter()
+    for _ in range(20):
+        assert reader.search("damaged", 2)[0].policy_id == "P-5"
+    assert (time.perf_counter() - started) / 20 < 0.05
