@@ -21,13 +21,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from models.config import DecoderConfig
+from models.errors import UserError
 from models.onnx_quantize import quantize_blocks
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -97,8 +98,11 @@ def build_graph(
     weights_type: ONNX element type of the bound weights where it differs from the precision's (a trainer's float32
     masters under bf16): the graph then casts them in every run.
 
-    Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`).
+    Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`). Raises UserError for a
+    head width that the attention operator does not take.
     """
+    if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
+        raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
     assert tensors is not None or precision != "int8", "bound weights cannot be quantised"
     graph = _Graph(config, tensors, precision, capacity, weights_type)
     return graph.build()
@@ -217,7 +221,7 @@ class _Graph:
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
-    def _node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: float) -> str:
+    def _node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
@@ -312,7 +316,7 @@ class _Graph:
 
     def _model(self) -> ModelProto:
         config = self.config
-        cache_shape = ["B", config.num_key_value_heads, "M", config.head_dim]
+        cache_shape: list[str | int | None] = ["B", config.num_key_value_heads, "M", config.head_dim]
         inputs = [
             helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "L"]),
             helper.make_tensor_value_info("seqlens_k", TensorProto.INT32, ["B"]),

@@ -45,7 +45,8 @@ def generate(
     """See `Engine.generate`."""
     if max_tokens < 1 or group < 1 or temperature < 0:
         raise UserError(
-            f"generate: max_tokens {max_tokens} and group {group} must be at least 1, temperature {temperature} at least 0"
+            f"generate: max_tokens {max_tokens} and group {group} must be at least 1, "
+            f"and temperature {temperature} at least 0"
         )
     for prompt in prompts:
         engine.check_prompt(prompt)

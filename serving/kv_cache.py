@@ -114,7 +114,11 @@ class StepBinding:
         self.total = np.zeros((), np.int32)
         self.logit_rows = np.arange(rows, dtype=np.int64)
         self.logits = np.zeros((rows, vocab_size), np.float32)
-        inputs = {"input_ids": self.tokens, "seqlens_k": self.seqlens, "logit_rows": self.logit_rows}
+        inputs: dict[str, np.ndarray] = {
+            "input_ids": self.tokens,
+            "seqlens_k": self.seqlens,
+            "logit_rows": self.logit_rows,
+        }
         self._uploads: list[tuple[ort.OrtValue, np.ndarray]] = []
         for name, array in inputs.items():
             address = array.ctypes.data

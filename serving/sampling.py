@@ -43,7 +43,7 @@ class SamplingParams:
 
 
 def uniform_draws(seed: int | None, sequence: int, count: int) -> np.ndarray:
-    """The numbers in [0, 1) that decide a sequence's tokens, float64 [count]. A longer row begins like a shorter one."""
+    """The numbers in [0, 1) that decide a sequence's tokens, float64 [count]. More begin like fewer."""
     if seed is None:
         return np.random.default_rng().random(count)
     key = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF, sequence], np.uint64)

@@ -37,7 +37,7 @@ class SchedulerClosedError(QueueFullError):
 
 @dataclass
 class Timings:
-    """Seconds. queue_s: waiting for a slot; ttft_s: from submit to the first token; token_s: gaps between the others."""
+    """Seconds. queue_s: waiting for a slot; ttft_s: from submit to the first token; token_s: gaps after it."""
 
     queue_s: float | None = None
     ttft_s: float | None = None

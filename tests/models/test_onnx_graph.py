@@ -1,0 +1,160 @@
+"""The ONNX graph says what the network says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.directory import save_model
+from models.errors import UserError
+from models.onnx_bundle import export_bundle, read_bundle
+from models.onnx_quantize import choose_block_size, quantize_blocks
+from serving.engine import Engine
+
+BASE = DecoderConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=128,
+)
+SHAPES = {
+    "llama": {},
+    "untied": {"tie_word_embeddings": False},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True},
+    "wide heads": {"head_dim": 32, "num_key_value_heads": 1},
+    "odd width": {"hidden_size": 72, "intermediate_size": 100},
+}
+MAX_LENGTH = 64
+
+
+def network(**changes: object) -> Decoder:
+    """A random network whose biases and norms are random too, so that none of them can be forgotten."""
+    torch.manual_seed(0)
+    model = Decoder(BASE.model_copy(update=changes)).requires_grad_(False).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        elif "embed" in name:
+            parameter.mul_(10)
+    return model
+
+
+def export(model: Decoder, folder: Path, precision: str) -> Path:
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    save_model(folder / "model", model.config, tensors)
+    export_bundle(folder / "model", folder / precision, precision=precision, max_length=MAX_LENGTH)
+    return folder / precision
+
+
+def forced_logits(model: Decoder, tokens: np.ndarray) -> np.ndarray:
+    positions = torch.arange(len(tokens))[None]
+    return model.logits(model.hidden(torch.from_numpy(tokens)[None], positions))[0].numpy()
+
+
+def some_tokens(count: int = 50) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, BASE.vocab_size, count)
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_fp32_logits_equal_the_networks_by_teacher_forcing(changes, tmp_path):
+    model = network(**changes)
+    engine = Engine.load(export(model, tmp_path, "fp32"), slots=1)
+    expected = forced_logits(model, some_tokens())
+    assert expected.std() > 0.2
+    np.testing.assert_allclose(engine.score(some_tokens()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_int8_logits_stay_within_five_percent_of_the_networks(changes, tmp_path):
+    """Root mean square of the error against the spread of the logits: weights and activations have 255 steps each."""
+    model = network(**changes)
+    engine = Engine.load(export(model, tmp_path, "int8"), slots=1)
+    expected = forced_logits(model, some_tokens())
+    error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
+    assert error < 0.05 * expected.std()
+
+
+def test_blocks_reproduce_a_weight_within_half_a_step():
+    weight = np.random.default_rng(0).standard_normal((5, 100)).astype(np.float32)
+    weight[2] = 0
+    blocks = quantize_blocks(weight)
+    restored = (blocks.values.astype(np.float32) - 128) * blocks.scales[..., None]
+    error = np.abs(restored.reshape(5, -1)[:, :100] - weight).reshape(5, -1)
+    assert (error <= np.repeat(blocks.scales, blocks.block_size, axis=1)[:, :100] / 2 + 1e-6).all()
+
+
+def test_the_block_fits_the_width():
+    assert [choose_block_size(width) for width in (128, 64, 96, 576, 100)] == [64, 64, 32, 64, 64]
+
+
+def test_a_bundle_is_written_whole_and_says_what_it_is(tmp_path):
+    bundle_dir = export(network(), tmp_path, "fp32")
+    bundle, config = read_bundle(bundle_dir)
+    assert (bundle.precision, bundle.max_length, config) == ("fp32", MAX_LENGTH, BASE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32", "model"]
+    with pytest.raises(UserError, match="not empty"):
+        export_bundle(tmp_path / "model", bundle_dir, precision="fp32", max_length=MAX_LENGTH)
+
+
+def test_the_same_model_gives_the_same_bytes(tmp_path):
+    first = read_bundle(export(network(), tmp_path / "a", "int8"))[0]
+    assert read_bundle(export(network(), tmp_path / "b", "int8"))[0].files == first.files
+
+
+@pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data"])
+def test_one_changed_byte_is_noticed(file, tmp_path):
+    bundle_dir = export(network(), tmp_path, "fp32")
+    content = bytearray((bundle_dir / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle_dir / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"{file} differs.*export it again"):
+        Engine.load(bundle_dir)
+
+
+def test_what_is_no_bundle_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no ONNX bundle"):
+        Engine.load(tmp_path)
+    bundle_dir = export(network(), tmp_path, "fp32")
+    (bundle_dir / "model.onnx.data").unlink()
+    with pytest.raises(UserError, match=r"model\.onnx\.data is missing"):
+        Engine.load(bundle_dir)
+    entries = json.loads((bundle_dir / "bundle.json").read_text())
+    (bundle_dir / "bundle.json").write_text(json.dumps(entries | {"precision": "int3"}))
+    with pytest.raises(UserError, match=r"bundle\.json: precision"):
+        Engine.load(bundle_dir)
+    (bundle_dir / "bundle.json").write_text("{")
+    with pytest.raises(UserError, match=r"bundle\.json: the file"):
+        Engine.load(bundle_dir)
+
+
+def test_an_impossible_export_is_refused(tmp_path):
+    model_dir = tmp_path / "model"
+    save_model(model_dir, BASE, {name: tensor.numpy() for name, tensor in network().state_dict().items()})
+    with pytest.raises(UserError, match="precision 'int3' is not one of"):
+        export_bundle(model_dir, tmp_path / "out", precision="int3", max_length=8)  # type: ignore[arg-type]
+    save_model(tmp_path / "narrow", BASE.model_copy(update={"head_dim": 24}), {})
+    with pytest.raises(UserError, match="head_dim 24 cannot be served"):
+        export_bundle(tmp_path / "narrow", tmp_path / "out", precision="fp32", max_length=8)
+    with pytest.raises(UserError, match="max_length 4096"):
+        export_bundle(model_dir, tmp_path / "out", precision="fp32", max_length=4096)
+
+
+def test_a_precision_names_the_provider_it_needs(tmp_path):
+    bundle_dir = export(network(), tmp_path, "fp32")
+    with pytest.raises(UserError, match="fp32 does not run on cuda; export the model as fp16 or bf16"):
+        Engine.load(bundle_dir, provider="cuda")
+    with pytest.raises(UserError, match="provider 'tpu'"):
+        Engine.load(bundle_dir, provider="tpu")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="bf16"):
+        Engine.load(export(network(), tmp_path / "b", "bf16"), provider="cpu")

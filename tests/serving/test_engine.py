@@ -1,0 +1,357 @@
+"""The engine: one in-place cache, whatever way the tokens come into it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import UserError
+from serving.engine import Engine
+from serving.sampling import SamplingParams, choose, uniform_draws
+from serving.session import cuda_devices
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+MAX_LENGTH = 48
+STOP = 7
+BOUND = {"cpu": 1e-4, "cuda": 0.15}
+"""Largest difference of a logit between two ways of computing it: in float32, and in bfloat16 (they spread over 2)."""
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available() or not cuda_devices(), reason="no CUDA device")
+
+
+def random_network(device: str) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(CONFIG).requires_grad_(False).eval()
+    model.model.embed_tokens.weight.mul_(10)
+    return model.to(device)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=needs_cuda)])
+def network(request) -> Decoder:
+    return random_network(request.param)
+
+
+def bind(network: Decoder, slots: int = 4) -> Engine:
+    weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in network.state_dict().items()}
+    return Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH, slots=slots)
+
+
+@pytest.fixture
+def engine(network) -> Engine:
+    return bind(network)
+
+
+def forced_logits(network: Decoder, tokens: np.ndarray) -> np.ndarray:
+    device = network.model.norm.weight.device
+    positions = torch.arange(len(tokens), device=device)[None]
+    return network.logits(network.hidden(torch.from_numpy(tokens)[None].to(device), positions))[0].cpu().numpy()
+
+
+def some_tokens(count: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, count)
+
+
+def assert_close(engine: Engine, actual: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(actual, expected, atol=BOUND[engine.device])
+
+
+def decode_one(engine: Engine, slot: int, token: int) -> np.ndarray:
+    return engine.decode(slot, np.array([token]), np.array([True]))[0].copy()
+
+
+def prompts_of(lengths: list[int]) -> list[list[int]]:
+    return [some_tokens(length, seed=length).tolist() for length in lengths]
+
+
+# --- one result, many ways ---------------------------------------------------------------------------------------
+
+
+def test_scores_equal_the_networks_logits(engine, network):
+    tokens = some_tokens(MAX_LENGTH)
+    assert_close(engine, engine.score(tokens), forced_logits(network, tokens))
+    assert_close(engine, engine.score(tokens, slot=2, chunk=5), forced_logits(network, tokens))
+
+
+def test_prefill_then_decode_equals_one_full_pass(engine, network):
+    tokens = some_tokens(20)
+    expected = forced_logits(network, tokens)
+    assert_close(engine, engine.prefill(1, tokens[:12]), expected[11])
+    for position in range(12, 20):
+        assert_close(engine, decode_one(engine, 1, tokens[position]), expected[position])
+    assert engine.lengths.tolist() == [0, 20, 0, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_a_prompt_in_chunks_equals_the_prompt_at_once(engine, network, chunk):
+    tokens = some_tokens(20)
+    assert_close(engine, engine.prefill(0, tokens, chunk=chunk), forced_logits(network, tokens)[-1])
+    assert_close(engine, decode_one(engine, 0, 5), forced_logits(network, np.append(tokens, 5))[-1])
+
+
+def test_prompts_of_many_lengths_in_one_pass_equal_each_alone(engine, network):
+    prompts = [some_tokens(length, seed=length) for length in (3, 17, 9)]
+    logits = engine.prefill_many(1, prompts).copy()
+    for row, prompt in enumerate(prompts):
+        assert_close(engine, logits[row], forced_logits(network, prompt)[-1])
+        assert_close(engine, decode_one(engine, 1 + row, 5), forced_logits(network, np.append(prompt, 5))[-1])
+
+
+def test_a_step_over_mixed_lengths_equals_each_slot_alone(engine, network):
+    histories = {slot: some_tokens(length, seed=slot).tolist() for slot, length in enumerate((5, 30, 1, 17))}
+    for slot, tokens in histories.items():
+        engine.prefill(slot, tokens)
+    for step in range(6):
+        tokens = some_tokens(4, seed=100 + step)
+        logits = engine.decode(0, tokens, np.ones(4, bool))
+        for slot, history in histories.items():
+            history.append(int(tokens[slot]))
+            assert_close(engine, logits[slot], forced_logits(network, np.array(history))[-1])
+
+
+def test_idle_slots_keep_their_content(engine, network):
+    """Also an empty one and a full one: what an idle row writes lies behind its slot's last token."""
+    full = some_tokens(MAX_LENGTH)
+    engine.prefill(1, full[:12])
+    engine.prefill(2, full)
+    engine.prefill(3, full[:4])
+    for token in (4, 5, 6):
+        engine.decode(0, np.full(4, token), np.array([False, False, False, True]))
+    assert engine.lengths.tolist() == [0, 12, MAX_LENGTH, 7]
+    assert_close(engine, decode_one(engine, 1, full[12]), forced_logits(network, full[:13])[-1])
+    again = engine.prefill(2, full[-1:], start=MAX_LENGTH - 1)
+    assert_close(engine, again, forced_logits(network, full)[-1])
+
+
+def test_a_copied_prefix_continues_like_its_own(engine, network):
+    tokens = some_tokens(20)
+    engine.prefill(3, tokens)
+    engine.copy_prefix(3, [0, 2], 15)
+    for slot in (0, 2):
+        expected = forced_logits(network, np.array([*tokens[:15], 1, 2]))[-1]
+        assert_close(engine, engine.prefill(slot, [1, 2], start=15), expected)
+    assert_close(engine, decode_one(engine, 3, 9), forced_logits(network, np.append(tokens, 9))[-1])
+
+
+# --- no cache byte is copied -------------------------------------------------------------------------------------
+
+
+def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
+    bound: dict[tuple[str, str], list[int]] = {"in": {}, "out": {}}
+    engine.prefill(0, some_tokens(3))
+    before = [engine._arena.address(block, 0) for block in range(4)]
+
+    def record(direction, method):
+        def bind_recorded(binding, name, device, index, kind, shape, address):
+            if "." in name:
+                key = name.removeprefix("past_key_values.").removeprefix("present.")
+                bound[direction].setdefault(key, []).append((tuple(shape), address))
+            return method(binding, name, device, index, kind, shape, address)
+
+        return bind_recorded
+
+    monkeypatch.setattr(ort.IOBinding, "bind_input", record("in", ort.IOBinding.bind_input))
+    monkeypatch.setattr(ort.IOBinding, "bind_output", record("out", ort.IOBinding.bind_output))
+    engine.prefill(0, some_tokens(9))
+    engine.generate(prompts_of([3, 9, 4, 5, 7]), max_tokens=20, group=2)
+    assert len(bound["in"]) == 2 * CONFIG.num_hidden_layers
+    assert bound["in"] == bound["out"]
+    assert [engine._arena.address(block, 0) for block in range(4)] == before
+    for name, block in zip(engine._arena.names, range(4), strict=True):
+        start = engine._arena.address(block, 0)
+        assert all(
+            (address - start) % engine._arena.slot_bytes == 0
+            and 0 <= address - start <= (engine.slots - shape[0]) * engine._arena.slot_bytes
+            for shape, address in bound["in"][name]
+        )
+
+
+def test_steps_reuse_their_bindings(engine, monkeypatch):
+    engine.generate(prompts_of([3, 9]), max_tokens=20)
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: pytest.fail("a step was bound again"))
+    engine.generate(prompts_of([3, 9]), max_tokens=20)
+
+
+# --- somebody else's weights -------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_step_in_place_shows_in_the_next_run(network):
+    network.requires_grad_(True)
+    engine = bind(network)
+    tokens = some_tokens(20)
+    before = engine.score(tokens)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+    device = network.model.norm.weight.device
+    positions = torch.arange(20, device=device)[None]
+    network.logits(network.hidden(torch.from_numpy(tokens)[None].to(device), positions)).square().mean().backward()
+    optimizer.step()
+    network.requires_grad_(False)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    after = engine.score(tokens)
+    assert np.abs(after - before).max() > 0.1
+    assert_close(engine, after, forced_logits(network, tokens))
+
+
+def test_weights_of_another_network_are_refused(network):
+    weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in network.state_dict().items()}
+    wider = CONFIG.model_copy(update={"intermediate_size": 161})
+    with pytest.raises(ValueError, match=r"gate_proj\.weight has shape \(160, 64\), the network's is \(161, 64\)"):
+        Engine.from_weights(wider, weights, max_length=MAX_LENGTH)
+    del weights["model.norm.weight"]
+    with pytest.raises(ValueError, match=r"lack model\.norm\.weight"):
+        Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH)
+
+
+def test_memory_is_weights_and_arena(network):
+    arena = 2 * 2 * 4 * CONFIG.num_key_value_heads * 64 * CONFIG.head_dim  # layers, key and value, slots, ..., capacity
+    itemsize = 4 if network.model.norm.weight.device.type == "cpu" else 2
+    assert bind(network).memory_bytes == CONFIG.num_parameters * 4 + arena * itemsize
+
+
+# --- generate ----------------------------------------------------------------------------------------------------
+
+
+def test_generate_is_a_function_of_its_arguments_whatever_happened_before(engine):
+    prompts = prompts_of([3, 9, 4, 15, 7, 2])
+    sampled = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "group": 3, "stop_ids": [STOP]}
+    first = engine.generate(prompts, **sampled)
+    engine.generate(prompts_of([30, 31]), max_tokens=9, temperature=1.0)
+    engine.score(some_tokens(40), slot=1)
+    assert engine.generate(prompts, **sampled) == first
+    assert engine.generate(prompts, **sampled | {"seed": 6}) != first
+
+
+def test_who_shares_the_batch_changes_no_ones_tokens():
+    """In float32: bfloat16's rounding, which differs with the batch, is large enough to move a draw."""
+    prompts = prompts_of([3, 9, 4, 15, 7, 2])
+    sampled = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "group": 3, "stop_ids": [STOP]}
+    engines = [bind(random_network("cpu"), slots) for slots in (1, 3, 32)]
+    first, *others = [[answer.tokens for answer in engine.generate(prompts, **sampled)] for engine in engines]
+    assert all(tokens == first for tokens in others)
+
+
+def test_the_order_of_prompts_changes_no_greedy_answer():
+    engine = bind(random_network("cpu"))
+    prompts = prompts_of([3, 9, 4, 15, 7, 2])
+    forward = engine.generate(prompts, max_tokens=12)
+    backward = engine.generate(prompts[::-1], max_tokens=12)
+    assert [completion.tokens for completion in forward] == [completion.tokens for completion in backward[::-1]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_logprobs_are_those_of_the_distribution_drawn_from(engine, network, temperature):
+    prompts = prompts_of([3, 9, 4])
+    completions = engine.generate(prompts, max_tokens=12, temperature=temperature, seed=2, group=2, stop_ids=[STOP])
+    for index, completion in enumerate(completions):
+        prompt = prompts[index // 2]
+        logits = torch.from_numpy(forced_logits(network, np.array(prompt + completion.tokens)))[len(prompt) - 1 : -1]
+        logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+        expected = logprobs[torch.arange(len(completion.tokens)), completion.tokens]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=2 * BOUND[engine.device])
+        if temperature == 0 and engine.device == "cpu":
+            assert completion.tokens == logits.argmax(-1).tolist()
+
+
+def test_an_answer_ends_with_its_stop_token_or_with_the_room(engine):
+    completions = engine.generate(prompts_of([3, 40]), max_tokens=30, temperature=1.0, seed=1, group=8, stop_ids=[STOP])
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for index, completion in enumerate(completions):
+        room = 30 if index < 8 else MAX_LENGTH - 40
+        assert len(completion.tokens) == len(completion.logprobs) <= room
+        assert (completion.tokens[-1] == STOP) == (completion.finish_reason == "stop")
+        assert STOP not in completion.tokens[:-1]
+        assert completion.finish_reason == "stop" or len(completion.tokens) == room
+
+
+def test_a_group_computes_its_prompt_once(engine, monkeypatch):
+    prefilled = []
+    prefill = Engine.prefill
+    monkeypatch.setattr(Engine, "prefill", lambda self, slot, tokens, **at: (
+        prefilled.append(len(tokens)), prefill(self, slot, tokens, **at))[1])  # fmt: skip
+    engine.generate(prompts_of([20]), max_tokens=9, temperature=1.0, seed=0, group=4)
+    assert prefilled == [20]
+
+
+@pytest.mark.parametrize(("prompt", "words"), [
+    ([1] * MAX_LENGTH, "48 tokens, but a slot holds 1 to 47"),
+    ([], "0 tokens"),
+    ([1, CONFIG.vocab_size], "token ids must lie in 0..95"),
+])  # fmt: skip
+def test_a_prompt_that_cannot_be_answered_is_refused(engine, prompt, words):
+    with pytest.raises(UserError, match=words):
+        engine.generate([[1, 2], prompt], max_tokens=4)
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def test_draws_follow_the_distribution():
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    count = 20_000
+    uniform = uniform_draws(1, 0, count)
+    rows = np.broadcast_to(logits, (count, 4))
+
+    def shares(temperature=1.0, **cuts):
+        cut = {name: np.full(count, value) for name, value in cuts.items()}
+        tokens, logprobs = choose(rows, np.full(count, temperature, np.float32), uniform, **cut)
+        share = np.bincount(tokens, minlength=4) / count
+        likely = np.unique(tokens)
+        for token in likely:
+            assert np.exp(logprobs[tokens == token]).max() == pytest.approx(share[token], abs=0.015)
+        return share
+
+    np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
+    np.testing.assert_allclose(shares(top_k_B=2), [0.625, 0.375, 0, 0], atol=0.015)
+    np.testing.assert_allclose(shares(top_p_B=0.9), [0.526, 0.316, 0.158, 0], atol=0.015)
+    np.testing.assert_allclose(shares(top_k_B=3, top_p_B=0.5), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(temperature=0.5), [0.685, 0.247, 0.062, 0.007], atol=0.015)
+
+
+def test_rows_of_a_batch_are_drawn_each_in_its_own_way():
+    logits = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
+    temperature, top_k, top_p = np.array([0, 1, 0.5, 2], np.float32), np.array([0, 0, 5, 0]), np.array([1, 1, 1, 0.6])
+    uniform = np.array([0.1, 0.9999999999999999, 0.5, 0.3])
+    tokens, logprobs = choose(logits, temperature, uniform, top_k_B=top_k, top_p_B=top_p)
+    assert tokens[0] == logits[0].argmax()
+    for row in range(4):
+        one = slice(row, row + 1)
+        token, logprob = choose(logits[one], temperature[one], uniform[one], top_k_B=top_k[one], top_p_B=top_p[one])
+        assert (token[0], logprob[0]) == (tokens[row], pytest.approx(logprobs[row], abs=1e-6))
+
+
+def test_draws_depend_on_seed_and_sequence_alone():
+    draws = uniform_draws(3, 1, 10)
+    assert (uniform_draws(3, 1, 4) == draws[:4]).all()
+    assert not np.isin(draws, uniform_draws(3, 2, 10)).any()
+    assert not np.isin(draws, uniform_draws(4, 1, 10)).any()
+    assert len(uniform_draws(-1, 0, 3)) == len(uniform_draws(2**70, 0, 3)) == 3
+
+
+def test_sampling_out_of_bounds_is_refused():
+    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            SamplingParams(**wrong)
+
+
+# --- the room ----------------------------------------------------------------------------------------------------
+
+
+def test_serving_imports_no_torch():
+    code = "import serving.engine, serving.scheduler, models.onnx_bundle, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,217 @@
+"""Many callers of one engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import UserError
+from serving.engine import Engine
+from serving.sampling import SamplingParams
+from serving.scheduler import QueueFullError, Scheduler, SchedulerClosedError
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+)
+MAX_LENGTH = 256
+
+
+def small_engine(slots: int) -> Engine:
+    torch.manual_seed(0)
+    network = Decoder(CONFIG).requires_grad_(False)
+    network.model.embed_tokens.weight.mul_(10)
+    weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in network.state_dict().items()}
+    return Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH, slots=slots)
+
+
+@pytest.fixture
+def scheduler() -> Iterator[Scheduler]:
+    scheduler = Scheduler(small_engine(slots=3), queue_size=40, prefill_tokens=8)
+    yield scheduler
+    scheduler.close(drain=False, timeout_s=10)
+
+
+def prompt_of(seed: int, length: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, CONFIG.vocab_size, length or int(rng.integers(1, 40))).tolist()
+
+
+def wait_for(condition, timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.002)
+
+
+class Gate:
+    """Holds every decode step of an engine until it is opened, so that tests decide what runs together."""
+
+    def __init__(self, monkeypatch):
+        self.opened = threading.Event()
+        decode = Engine.decode
+
+        def gated(engine, *arguments):
+            self.opened.wait(10)
+            return decode(engine, *arguments)
+
+        monkeypatch.setattr(Engine, "decode", gated)
+
+
+def test_concurrent_answers_equal_those_of_the_engine_alone(scheduler):
+    prompts = [prompt_of(seed) for seed in range(24)]
+    answers: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        params = SamplingParams(max_tokens=20, temperature=1.0, seed=index, stop=(7,))
+        answers[index] = list(scheduler.submit(prompts[index], params))
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    engine = small_engine(slots=1)
+    for index, prompt in enumerate(prompts):
+        alone = engine.generate([prompt], max_tokens=20, temperature=1.0, seed=index, stop_ids=[7])[0]
+        assert answers[index] == alone.tokens
+    assert scheduler.metrics().finished == 24
+    assert scheduler.metrics().tokens == sum(map(len, answers.values()))
+
+
+def test_greedy_and_cut_requests_share_a_step(scheduler):
+    greedy = scheduler.submit(prompt_of(1), SamplingParams(max_tokens=30))
+    narrow = scheduler.submit(prompt_of(2), SamplingParams(max_tokens=30, temperature=1.0, top_k=1))
+    engine = small_engine(slots=1)
+    assert list(greedy) == engine.generate([prompt_of(1)], max_tokens=30)[0].tokens
+    assert list(narrow) == engine.generate([prompt_of(2)], max_tokens=30)[0].tokens
+
+
+def test_an_answer_says_why_it_ended_and_how_long_it_took(scheduler):
+    stream = scheduler.submit(prompt_of(1), SamplingParams(max_tokens=5))
+    assert len(list(stream)) == 5
+    assert stream.finish_reason == "length"
+    assert len(stream.logprobs) == 5
+    timings = stream.timings
+    assert 0 <= timings.queue_s <= timings.ttft_s <= timings.total_s
+    assert len(timings.token_s) == 4
+    assert list(stream) == []
+
+
+def test_an_answer_ends_where_its_slot_does(scheduler):
+    stream = scheduler.submit(prompt_of(1, MAX_LENGTH - 3), SamplingParams(max_tokens=100))
+    assert len(list(stream)) == 3
+    assert stream.finish_reason == "length"
+
+
+def test_a_long_prompt_is_read_between_the_steps_of_others(scheduler, monkeypatch):
+    """With 8 prompt tokens a round, 160 of them take 20 rounds, in each of which the running answer goes on."""
+    gate = Gate(monkeypatch)
+    running = scheduler.submit(prompt_of(1, 3), SamplingParams(max_tokens=100))
+    tokens = iter(running)
+    next(tokens)
+    late = scheduler.submit(prompt_of(2, 160), SamplingParams(max_tokens=1))
+    gate.opened.set()
+    assert len(list(late)) == 1
+    assert len(running.logprobs) >= 19
+    assert len(list(tokens)) == 99
+
+
+def test_a_cancelled_answer_frees_its_slot(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    streams = [scheduler.submit(prompt_of(seed, 3), SamplingParams(max_tokens=200)) for seed in range(5)]
+    wait_for(lambda: scheduler.active == 3 and scheduler.queued == 2)
+    streams[0].cancel()
+    streams[3].cancel()
+    gate.opened.set()
+    assert list(streams[3]) == []
+    assert len(list(streams[0])) < 200
+    assert {streams[0].finish_reason, streams[3].finish_reason} == {"cancelled"}
+    assert [len(list(streams[index])) for index in (1, 2, 4)] == [200, 200, 200]
+    assert scheduler.metrics().cancelled == 2
+    streams[1].cancel()
+
+
+def test_a_full_queue_refuses_and_recovers(monkeypatch):
+    gate = Gate(monkeypatch)
+    scheduler = Scheduler(small_engine(slots=1), queue_size=2)
+    params = SamplingParams(max_tokens=3)
+    streams = [scheduler.submit([1, 2], params) for _ in range(scheduler.capacity)]
+    with pytest.raises(QueueFullError, match="try again"):
+        scheduler.submit([1, 2], params)
+    gate.opened.set()
+    assert [len(list(stream)) for stream in streams] == [3, 3, 3]
+    assert len(list(scheduler.submit([1, 2], params))) == 3
+    scheduler.close()
+
+
+def test_a_wrong_prompt_is_refused_before_it_queues(scheduler):
+    for prompt in ([], [1] * MAX_LENGTH, [CONFIG.vocab_size]):
+        with pytest.raises(UserError, match="prompt"):
+            scheduler.submit(prompt, SamplingParams())
+    assert scheduler.queued == scheduler.active == 0
+
+
+def test_an_error_in_one_prompt_leaves_the_others_alone(scheduler, monkeypatch):
+    prefill = Engine.prefill
+
+    def fails_on_13(engine, slot, tokens, **arguments):
+        if 13 in tokens:
+            raise RuntimeError("no luck")
+        return prefill(engine, slot, tokens, **arguments)
+
+    monkeypatch.setattr(Engine, "prefill", fails_on_13)
+    good = scheduler.submit([1, 2], SamplingParams(max_tokens=50))
+    bad = scheduler.submit([13], SamplingParams())
+    with pytest.raises(RuntimeError, match="no luck"):
+        list(bad)
+    assert bad.finish_reason == "error"
+    assert len(list(good)) == 50
+    assert (scheduler.metrics().failed, scheduler.metrics().finished) == (1, 1)
+
+
+def test_a_failed_step_ends_its_answers_and_nothing_else(scheduler, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("no luck")))
+        with pytest.raises(RuntimeError, match="no luck"):
+            list(scheduler.submit([1, 2], SamplingParams(max_tokens=9)))
+    assert scheduler.running
+    assert len(list(scheduler.submit([1, 2], SamplingParams(max_tokens=9)))) == 9
+
+
+def test_closing_completes_what_was_accepted_and_takes_no_more():
+    scheduler = Scheduler(small_engine(slots=2))
+    streams = [scheduler.submit(prompt_of(seed), SamplingParams(max_tokens=20)) for seed in range(6)]
+    scheduler.close()
+    assert [len(list(stream)) for stream in streams] == [20] * 6
+    assert not scheduler.running
+    with pytest.raises(SchedulerClosedError):
+        scheduler.submit([1], SamplingParams())
+
+
+def test_closing_at_once_ends_every_stream():
+    scheduler = Scheduler(small_engine(slots=1))
+    streams = [scheduler.submit(prompt_of(seed, 3), SamplingParams(max_tokens=250)) for seed in range(4)]
+    scheduler.close(drain=False, timeout_s=5)
+    assert all(len(list(stream)) < 250 and stream.finish_reason == "cancelled" for stream in streams)
+
+
+def test_the_rate_of_tokens_is_measured(scheduler):
+    list(scheduler.submit([1, 2], SamplingParams(max_tokens=100)))
+    metrics = scheduler.metrics()
+    assert metrics.tokens == 100
+    assert metrics.tokens_per_s > 0
+    assert (metrics.queued, metrics.active, metrics.slots) == (0, 0, 3)
