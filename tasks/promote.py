@@ -5,49 +5,32 @@ process that dies in between leaves either nothing but a note, or an intent that
 out (its checks had passed) before its own work. At every moment `champion` names a whole, verified bundle.
 
 There is no force. A version is promoted on a gate report that says SHIP for its very digest, and a version that was
-rolled back needs a new report: the old one has been refuted by production.
+rolled back comes back only by hand and on a new report: the old one has been refuted by production.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from filelock import Timeout
-from pydantic import BaseModel, ConfigDict
 
 from models.errors import UserError
 from tasks.ledger import Contents, Entry, Ledger, pile
 from tasks.registry import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
 from tasks.tracking import Mlruns
 
+if TYPE_CHECKING:
+    from evaluation.gate import GateReport  # imported where a report is read
+
 # A rollback loads its target under the lock; a big bundle takes its time.
 LOCK_TIMEOUT_S = 600.0
 LEDGER_HEAD = "ledger_head"  # tag of the registered model
-
-
-class GateEvidence(BaseModel):
-    """What a gate said about one bundle: the decision, the bundle's content digest, and the report in full."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    decision: Literal["SHIP", "BLOCK"]
-    manifest_digest: str
-    report: dict[str, Any]
-
-    def content(self) -> bytes:
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, indent=1).encode() + b"\n"
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.content()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -73,56 +56,61 @@ def open_ledger(mlruns: Mlruns) -> Ledger:
     return Ledger(mlruns.root / "promotions.jsonl")
 
 
-def record_gate(registry: Registry, version: Version, evidence: GateEvidence) -> str:
-    """Keep a gate's report, SHIP or BLOCK, and name it in the version's tags. Gives its digest.
+def record_gate(registry: Registry, version: Version, report: GateReport) -> None:
+    """Keep a gate's report, SHIP or BLOCK, and name it in the version's tags.
 
-    The report lies in `mlruns/gates/` under its own digest, so that it cannot change unnoticed.
+    The report lies in `mlruns/gates/` under its own digest, so that it cannot change unnoticed. Raises UserError for
+    a report on something else.
     """
-    path = _gate_file(registry, evidence.digest)
+    _is_about(version, report)
+    digest = report.digest()
+    path = _gate_file(registry, digest)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_suffix(f".{os.getpid()}")
-        new.write_bytes(evidence.content())
+        new.write_text(report.to_json())
         new.replace(path)
-    if version.tags.get("gate_digest") != evidence.digest:
+    if version.tags.get("gate_digest") != digest:
         when = datetime.now(UTC).isoformat()
-        tags = {"gate_digest": evidence.digest, "gate_decision": evidence.decision, "gate_when": when}
-        registry.tag(version, tags)
-    return evidence.digest
+        registry.tag(version, {"gate_digest": digest, "gate_decision": report.decision, "gate_when": when})
 
 
-def read_gate(registry: Registry, version: Version) -> GateEvidence | None:
+def read_gate(registry: Registry, version: Version) -> GateReport | None:
     """The latest gate report of a version, None if it never stood before one. Raises UserError if it was changed."""
+    from evaluation.gate import GateReport
+
     if not (digest := version.tags.get("gate_digest")):
         return None
     path = _gate_file(registry, digest)
     try:
-        content = path.read_bytes()
-    except OSError:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != digest:
+        report = GateReport.from_json(path.read_bytes())
+    except (OSError, ValueError):
+        report = None
+    if report is None or report.digest() != digest:
         raise UserError(f"{path}: the gate report of {version} is missing or changed; run the gate again")
-    return GateEvidence.model_validate_json(content)
+    return report
 
 
-def promote(registry: Registry, version: int, gate: GateEvidence | None = None, *, who: str) -> Promotion:
+def promote(
+    registry: Registry, version: int, gate: GateReport | None = None, *, who: str, by_hand: bool = False
+) -> Promotion:
     """Make a version the champion; the champion becomes `previous`. Promoting the champion again changes nothing.
 
-    gate: the report to promote on; without one, the last that was recorded for the version. Raises UserError, and
-    moves nothing, if it does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it
-    was rolled back on this same report.
+    gate: the report to promote on; without one, the last that was recorded for the version. by_hand: a person asks
+    for this version, not a pipeline that happens to have made it again. Raises UserError, and moves nothing, if the
+    report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
+    back and not both a person and a new report want it.
     """
-    target = registry.version(version)
     if gate:
-        record_gate(registry, target, gate)
+        record_gate(registry, registry.version(version), gate)
     with _settled(registry, who) as (ledger, contents):
         target = registry.version(version)
-        evidence = _ship(target, gate or read_gate(registry, target))
+        report = _ship(target, gate or read_gate(registry, target))
         champions = contents.champions(registry.name)
-        history = contents.settled(registry.name)
+        settled = contents.settled(registry.name)
         if champions[-1:] == [version]:
-            return Promotion.of(history[-1])
-        _not_refuted(target, evidence, history)
+            return Promotion.of(settled[-1])
+        _not_refuted(target, report, settled, by_hand=by_hand)
         registry.verify(target)
         intent, _ = ledger.append(
             "intent",
@@ -132,7 +120,7 @@ def promote(registry: Registry, version: int, gate: GateEvidence | None = None, 
             to_version=version,
             who=who,
             manifest_digest=target.digest,
-            gate_digest=evidence.digest,
+            gate_digest=report.digest(),
         )
         return _carry_out(registry, ledger, intent)
 
@@ -266,37 +254,43 @@ def _aliases(champions: list[int], snapshot: Snapshot) -> dict[str, int | None]:
     return {alias: version for alias, version in wanted.items() if snapshot.aliases.get(alias) != version}
 
 
-def _ship(version: Version, evidence: GateEvidence | None) -> GateEvidence:
-    """The evidence, if it lets this very version through. Raises UserError if it does not."""
+def _ship(version: Version, report: GateReport | None) -> GateReport:
+    """The report, if it lets this very version through. Raises UserError if it does not."""
     if not version.servable:
         raise UserError(f"{version}: a {version.stage} checkpoint is not served; promote an exported bundle")
-    if evidence is None:
+    if report is None:
         raise UserError(f"{version}: not promoted, it stood before no gate; run `twinloop gate`")
-    if evidence.manifest_digest != version.digest:
+    _is_about(version, report)
+    if report.decision != "SHIP":
         raise UserError(
-            f"{version}: not promoted, the gate report is about {evidence.manifest_digest[:12]} "
-            f"and this version is {version.digest[:12]}; run `twinloop gate` on it"
+            f"{version}: not promoted, its gate says {report.decision}; `twinloop status` gives the reasons"
         )
-    if evidence.decision != "SHIP":
+    return report
+
+
+def _is_about(version: Version, report: GateReport) -> None:
+    if report.candidate != version.digest:
         raise UserError(
-            f"{version}: not promoted, its gate says {evidence.decision}; `twinloop status` gives the reasons"
+            f"{version}: the gate report is about {report.candidate[:12] or 'nothing named'} and this version "
+            f"is {version.digest[:12]}; run `twinloop gate` on it"
         )
-    return evidence
 
 
-def _not_refuted(version: Version, evidence: GateEvidence, settled: list[Entry]) -> None:
-    """Raise UserError if the version was rolled back after this same report had let it through.
+def _not_refuted(version: Version, report: GateReport, settled: list[Entry], *, by_hand: bool) -> None:
+    """Raise UserError if the version was taken back, unless a person wants it again on a new report.
 
-    Without this, the next scheduled run would find its old SHIP and undo the rollback.
+    Without this, the next scheduled run would find or make its SHIP again, and undo the rollback.
     """
+    left = next((entry for entry in reversed(settled) if entry.from_version == version.version), None)
+    if left is None or left.action == "promote":
+        return
+    taken_back = f"{version}: not promoted, {left.who} took it back on {left.when}"
+    if not by_hand:
+        raise UserError(f"{taken_back}; if it is to come back, run `twinloop gate` and `twinloop promote`")
     let_through = {e.gate_digest for e in settled if e.action == "promote" and e.to_version == version.version}
-    rolled_back = next(
-        (e for e in reversed(settled) if e.action == "rollback" and e.from_version == version.version), None
-    )
-    if rolled_back and evidence.digest in let_through:
+    if report.digest() in let_through:
         raise UserError(
-            f"{version}: not promoted, {rolled_back.who} rolled it back on {rolled_back.when} after this same gate "
-            "report; run `twinloop gate` again with a rule that sees what went wrong"
+            f"{taken_back} after this same gate report; run `twinloop gate` again, with a rule that sees why"
         )
 
 

@@ -233,6 +233,7 @@ class Registry:
             source=model.artifact_location,
             run_id=run_id,
             model_id=model.model_id if behind_server else None,
+            await_creation_for=0,  # nothing is copied behind our back
             tags={_PREFIX + key: value for key, value in _tags(manifest, lineage, servable, path, self.mlruns).items()},
         )
         link = json.dumps([{"name": self.name, "version": int(made.version)}])
@@ -292,6 +293,11 @@ class Registry:
             if "path" in own:  # else somebody registered it by other means: not ours to judge
                 versions[number] = Version(self.name, number, self.mlruns.root / own["path"], run_id, own)
         return Snapshot(dict(sorted(versions.items())), aliases, _unprefixed(tags))
+
+
+def champion_version(project: Path, name: str = "returns") -> int | None:
+    """The number of the champion; None where nothing was promoted. Takes 2 ms, and looks at no file of it."""
+    return Registry(Mlruns(project / "mlruns"), name).snapshot().aliases.get(CHAMPION)
 
 
 def verified_manifest(folder: Path) -> Manifest:

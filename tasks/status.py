@@ -38,7 +38,7 @@ class GateStatus:
     decision: str
     digest: str
     when: str
-    report: dict[str, Any]
+    report: dict[str, Any]  # as evaluation.gate.GateReport writes it
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Status:
             )
         if gate := self.last_gate:
             lines.append(f"last gate  {gate.decision} for version {gate.version}, report {gate.digest[:SHORT]}")
-            lines += [f"             {_reason(reason)}" for reason in gate.report.get("reasons", [])]
+            lines += [
+                f"             {reason['reason']} (owner: {reason['owner']})" for reason in gate.report["reasons"]
+            ]
         if self.origins:
             lines.append("made from")
             lines += [f"  {o.kind:<10} {o.name:<24} {o.digest[:SHORT]}" for o in self.origins]
@@ -153,9 +155,10 @@ def _last_gate(registry: Registry, snapshot: Snapshot) -> GateStatus | None:
     if not judged:
         return None
     latest = max(judged, key=lambda version: version.tags["gate_when"])
-    evidence = read_gate(registry, latest)
-    assert evidence is not None  # it has the tag
-    return GateStatus(latest.version, evidence.decision, evidence.digest, latest.tags["gate_when"], evidence.report)
+    report = read_gate(registry, latest)
+    assert report is not None  # it has the tag
+    content = report.model_dump(mode="json")
+    return GateStatus(latest.version, report.decision, report.digest(), latest.tags["gate_when"], content)
 
 
 def _status(version: Version | None) -> VersionStatus | None:
@@ -164,9 +167,3 @@ def _status(version: Version | None) -> VersionStatus | None:
 
 def _version_line(found: VersionStatus) -> str:
     return f"version {found.version}  {found.stage}  {found.digest[:SHORT]}  gate {found.gate or 'none'}"
-
-
-def _reason(reason: object) -> str:
-    if isinstance(reason, dict):
-        return f"{reason.get('reason', '')} (owner: {reason.get('owner', '?')})"
-    return str(reason)

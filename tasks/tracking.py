@@ -78,6 +78,7 @@ class Mlruns:
         # At INFO these print their table migrations into the display of the pipeline.
         for name in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
         # Two processes that both find no tables would both make them, and one would fail.
         with self.lock("database"):
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)

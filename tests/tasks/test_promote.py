@@ -9,14 +9,16 @@ import signal
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from evaluation.gate import GateReport, Reason
 from models.errors import UserError
 from tasks import ledger as ledger_module
 from tasks.artifact import Artifact
 from tasks.ledger import Ledger
-from tasks.promote import GateEvidence, history, open_ledger, promote, recover, rollback
+from tasks.promote import history, open_ledger, promote, recover, rollback
 from tasks.registry import Lineage, Registry, Version
 from tasks.status import status
 from tasks.tracking import Mlruns
@@ -29,10 +31,10 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "tasks.promote"])
 
 
-def ship(version: Version, decision: str = "SHIP", **measured: float) -> GateEvidence:
-    reasons = [] if decision == "SHIP" else [{"rule": "golden", "reason": "policy regression", "owner": "SFT data"}]
-    report = {"reasons": reasons, "measured": measured}
-    return GateEvidence(decision=decision, manifest_digest=version.digest, report=report)  # type: ignore[arg-type]
+def ship(version: Version, decision: Literal["SHIP", "BLOCK"] = "SHIP", rules: str = "r1") -> GateReport:
+    reason = Reason(rule="golden_pass_rate", reason="policy regression", owner="SFT data", measured=0.9, limit=1.0)
+    reasons = () if decision == "SHIP" else (reason,)
+    return GateReport(decision=decision, reasons=reasons, checks=(), candidate=version.digest, rules_digest=rules)
 
 
 def loads(path: Path) -> None:
@@ -69,7 +71,7 @@ def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry
     assert champions(registry) == {"champion": 2, "previous": 1}
     assert (moved.action, moved.from_version, moved.to_version, moved.who) == ("promote", 1, 2, "bob")
     assert moved.manifest_digest == second.digest
-    assert moved.gate_digest == ship(second).digest
+    assert moved.gate_digest == ship(second).digest()
     assert history(registry)[1] == moved
     consistent(registry)
 
@@ -93,7 +95,7 @@ def test_promoting_the_champion_again_changes_nothing(registry: Registry, bundle
     ],
 )
 def test_nothing_is_promoted_without_ship_for_its_very_digest(
-    registry: Registry, bundle: Bundle, evidence: Callable[..., GateEvidence | None], message: str
+    registry: Registry, bundle: Bundle, evidence: Callable[..., GateReport | None], message: str
 ) -> None:
     other, own = bundle("w1"), bundle("w2")
     with pytest.raises(UserError, match=message):
@@ -107,7 +109,7 @@ def test_a_changed_gate_report_is_refused(registry: Registry, bundle: Bundle) ->
     with pytest.raises(UserError, match="BLOCK"):
         promote(registry, version.version, ship(version, "BLOCK"), who="ada")
     report = next((registry.mlruns.root / "gates").iterdir())
-    report.write_text(report.read_text().replace("BLOCK", "SHIP"))
+    report.write_text(report.read_text().replace("BLOCK", "SHIP").replace("policy regression", "fine"))
     with pytest.raises(UserError, match="missing or changed; run the gate again"):
         promote(registry, version.version, who="ada")
 
@@ -174,12 +176,19 @@ def test_a_damaged_target_is_not_rolled_back_to(registry: Registry, three: list[
     assert champions(registry) == {"champion": 3, "previous": 2}
 
 
-def test_what_was_rolled_back_needs_a_new_gate_report(registry: Registry, three: list[Version]) -> None:
+def test_what_was_rolled_back_needs_a_person_and_a_new_gate_report(registry: Registry, three: list[Version]) -> None:
     rollback(registry, "bob", loads)
-    with pytest.raises(UserError, match=r"bob rolled it back on .* after this same gate report"):
-        promote(registry, 3, ship(three[2]), who="the schedule")
-    promote(registry, 3, ship(three[2], stale_policy_cases=20), who="ada")
+    with pytest.raises(UserError, match=r"version 3: not promoted, bob took it back on"):
+        promote(registry, 3, ship(three[2], rules="r2"), who="the schedule")  # made and judged again, as each night
+    with pytest.raises(UserError, match="after this same gate report"):
+        promote(registry, 3, ship(three[2]), who="ada", by_hand=True)
+    promote(registry, 3, ship(three[2], rules="r2"), who="ada", by_hand=True)
     assert champions(registry) == {"champion": 3, "previous": 2}
+
+
+def test_what_was_superseded_may_come_back_by_itself(registry: Registry, three: list[Version]) -> None:
+    promote(registry, 1, ship(three[0]), who="the schedule")  # the recipe was changed back
+    assert champions(registry) == {"champion": 1, "previous": 3}
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -354,7 +363,7 @@ def test_each_line_says_who_moved_what_and_on_which_proof(registry: Registry, th
     assert [entry["event"] for entry in found] == ["intent", "commit"] * 3
     last = found[-1]
     assert (last["from"], last["to"], last["who"], last["action"]) == (2, 3, "ada", "promote")
-    assert last["gate_digest"] == ship(three[2]).digest
+    assert last["gate_digest"] == ship(three[2]).digest()
     assert last["manifest_digest"] == three[2].digest
     assert len({entry["chain"] for entry in found}) == 6
 
