@@ -158,19 +158,23 @@ class _Batch:
         self.active_S[slot] = False
 
     def _close_ranks(self) -> None:
-        """When no one waits, move the last sequences into the gaps: fewer idle rows in every step that follows.
+        """When no one waits, move the last sequences into the gaps: every later step then has fewer idle rows.
 
-        A move copies a sequence's cache once and saves a row in each step that is left, so half empty is enough.
+        A move costs about what two steps of a row cost.
         """
         active = np.flatnonzero(self.active_S)
-        if len(active) * 2 > active[-1] - active[0] + 1 or len(active) == active[-1] + 1 - active[0]:
-            return
-        for target in range(len(active)):
-            source = int(np.flatnonzero(self.active_S)[-1])
-            if self.active_S[target] or source < target:
-                continue
-            self.engine.copy_prefix(source, [target], int(self.engine.lengths[source]))
-            for state in (self.sequence_S, self.prompt_S, self.room_S, self.produced_S, self.next_S, self.uniforms,
-                          self.tokens, self.logprobs):  # fmt: skip
+        gaps = np.flatnonzero(~self.active_S[: len(active)])
+        for target, source in zip(gaps, active[len(active) - len(gaps) :], strict=True):
+            self.engine.copy_prefix(int(source), [int(target)], int(self.engine.lengths[source]))
+            for state in (
+                self.sequence_S,
+                self.prompt_S,
+                self.room_S,
+                self.produced_S,
+                self.next_S,
+                self.uniforms,
+                self.tokens,
+                self.logprobs,
+            ):
                 state[target] = state[source]
             self.active_S[[target, source]] = True, False
