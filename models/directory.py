@@ -51,7 +51,7 @@ def load_config(directory: Path) -> DecoderConfig:
         return DecoderConfig.from_huggingface(fields)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{directory / CONFIG}: not a decoder's configuration ({reason})") from None
 

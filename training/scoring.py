@@ -33,12 +33,14 @@ def held_out_loss(model: Decoder, trees: Sequence[Tree], *, row_length: int, dev
     return HeldOut(-sum(float(v.sum(dtype=np.float64)) for v in values), sum(len(v) for v in values))
 
 
-def attach_reference(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> list[Tree]:
+def attach_reference(
+    model: Decoder, trees: Sequence[Tree], *, row_length: int, temperature: float = 1.0, device: str = "cpu"
+) -> list[Tree]:
     """The same trees, each with its own log-probabilities under `model`, the frozen reference.
 
     They are part of the tree from then on: no shuffling, packing or partial batch can part them.
     """
-    values = tree_logprobs(model, trees, row_length=row_length, device=device)
+    values = tree_logprobs(model, trees, row_length=row_length, temperature=temperature, device=device)
     return [_with_reference(tree, logprobs) for tree, logprobs in zip(trees, values, strict=True)]
 
 
@@ -51,7 +53,9 @@ def _with_reference(tree: Tree, logprobs: np.ndarray) -> Tree:
 
 
 @torch.no_grad()
-def tree_logprobs(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> list[np.ndarray]:
+def tree_logprobs(
+    model: Decoder, trees: Sequence[Tree], *, row_length: int, temperature: float = 1.0, device: str = "cpu"
+) -> list[np.ndarray]:
     """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
     target = torch.device(device)
     model.to(target)
@@ -61,7 +65,8 @@ def tree_logprobs(model: Decoder, trees: Sequence[Tree], *, row_length: int, dev
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         with torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
-            logprobs = scored_logprobs(model, collate(some, row_length).to(target)).cpu().numpy()
+            batch = collate(some, row_length, temperature=temperature).to(target)
+            logprobs = scored_logprobs(model, batch).cpu().numpy()
         for tree in (tree for row in some for tree in row):
             own, logprobs = np.split(logprobs, [tree.num_scored])
             values[place[id(tree)]] = own

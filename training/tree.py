@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,8 +189,9 @@ class TreeBatch:
             positions_BL=torch.cat([self.positions_BL, empty]),
             visible_until_BL=torch.cat([self.visible_until_BL, alone]),
         )
-        values = {field.name: getattr(padded, field.name) for field in fields(padded)}
-        return TreeBatch(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        moved: dict[str, Any] = {field.name: getattr(padded, field.name) for field in fields(padded)}
+        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        return TreeBatch(**moved)
 
 
 def collate(rows: Sequence[Sequence[Tree]], row_length: int, *, temperature: float = 1.0) -> TreeBatch:

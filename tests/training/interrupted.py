@@ -1,0 +1,27 @@
+"""A training run to be killed: `python interrupted.py CHECKPOINT_DIR STEPS`. Prints each finished step."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from small import TINY, Texts
+
+from training.loop import TrainSettings, train
+from training.objectives import NextToken
+from training.stream import BatchStream
+from training.weights import new_decoder
+
+
+def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, optimizer="muon"):
+    """Four steps an epoch, so that most runs are killed near an edge. Returns the weights."""
+    model = new_decoder(TINY, seed=0)
+    stream = BatchStream(Texts().documents(68), row_length=64, rows_per_step=5, seed=2, steps=steps)
+    assert stream.steps_per_epoch == 4
+    settings = TrainSettings(learning_rate=0.01, optimizer=optimizer, checkpoint_every_s=checkpoint_every_s, threads=1)
+    result = train(model, NextToken(), stream, settings, checkpoint_dir=checkpoint_dir, on_step=on_step)
+    return model, result
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), int(sys.argv[2]), on_step=lambda report: print(report.step, flush=True))

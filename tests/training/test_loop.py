@@ -1,0 +1,126 @@
+"""The loop: killed and resumed is the same as never stopped."""
+
+import math
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from interrupted import run
+
+from models.errors import UserError
+from training import checkpoint
+from training.loop import TrainSettings, train
+from training.objectives import NextToken
+from training.stream import BatchStream
+from training.weights import new_decoder
+
+
+class StoppedError(Exception):
+    pass
+
+
+def same_weights(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+
+
+def stop_at(step):
+    def on_step(report):
+        if report.step == step:
+            raise StoppedError
+
+    return on_step
+
+
+def test_killed_training_resumes_bit_for_bit(tmp_path):
+    """kill -9 at random moments, of a process that does little but write checkpoints, until it has finished."""
+    steps, kills, moments = 200, 0, random.Random(0)
+    while True:
+        command = [sys.executable, Path(__file__).with_name("interrupted.py"), tmp_path / "killed", str(steps)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            survive = moments.randrange(30, 80)
+            for _ in range(survive):
+                if not process.stdout.readline():
+                    break
+            process.send_signal(signal.SIGKILL)
+            # what the pipe still held was finished before the kill
+            process.stdout.read()
+        if process.returncode != -signal.SIGKILL:
+            break
+        kills += 1
+    assert process.returncode == 0
+    assert kills >= 2
+    found = checkpoint.latest(tmp_path / "killed")
+    uninterrupted, result = run(tmp_path / "whole", steps, checkpoint_every_s=math.inf)
+    assert found.step == steps == result.steps
+    for name, tensor in uninterrupted.state_dict().items():
+        assert torch.equal(found.tensors[f"model/{name}"], tensor), name
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_stopped_after_any_step_training_resumes_bit_for_bit(tmp_path, optimizer):
+    """Nine steps are two epochs and a quarter: every step is tried, the epochs' edges among them."""
+    whole, _ = run(tmp_path / "whole", 9, optimizer=optimizer)
+    for step in range(1, 10):
+        with pytest.raises(StoppedError):
+            run(tmp_path / f"at-{step}", 9, on_step=stop_at(step), optimizer=optimizer)
+        resumed, result = run(tmp_path / f"at-{step}", 9, optimizer=optimizer)
+        assert result.resumed_from_step == (step - 1 or None)
+        assert same_weights(resumed, whole), f"stopped in step {step}"
+
+
+def test_where_checkpoints_fell_changes_nothing(tmp_path):
+    often, _ = run(tmp_path / "often", 9)
+    never, _ = run(None, 9)
+    assert same_weights(often, never)
+
+
+def test_finished_training_is_not_repeated(tmp_path):
+    first, _ = run(tmp_path, 9)
+    seen = []
+    second, result = run(tmp_path, 9, on_step=seen.append)
+    assert seen == []
+    assert same_weights(first, second)
+    assert result.resumed_from_step == result.steps == 9
+    assert result.tokens > 0
+
+
+def test_another_plans_checkpoint_is_refused(tmp_path):
+    run(tmp_path, 9)
+    with pytest.raises(UserError, match="made for 9 steps, now there are 12"):
+        run(tmp_path, 12)
+
+
+def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(tmp_path, tiny, texts):
+    with torch.no_grad():
+        tiny.model.norm.weight[0] = math.nan
+    stream = BatchStream(texts.documents(9), row_length=64, rows_per_step=2, seed=0, epochs=1)
+    with pytest.raises(UserError, match=r"loss is nan at step 1; lower learning_rate \(now 0.1\)"):
+        train(tiny, NextToken(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=tmp_path)
+    assert checkpoint.latest(tmp_path) is None
+
+
+def test_reports_say_where_the_run_stands(texts, tiny):
+    reports = []
+    stream = BatchStream(texts.documents(30), row_length=64, rows_per_step=4, seed=0, epochs=2)
+    result = train(
+        tiny, NextToken(), stream, TrainSettings(learning_rate=0.01), checkpoint_dir=None, on_step=reports.append
+    )
+    assert [report.step for report in reports] == list(range(1, stream.total_steps + 1))
+    assert reports[-1].loss < reports[0].loss
+    assert (
+        result.tokens
+        == sum(report.tokens for report in reports)
+        == 2 * sum(tree.length for row in stream.packing.rows for tree in row)
+    )
+    assert all(report.grad_norm > 0 and report.seconds.compute > 0 for report in reports)
+
+
+def test_untrained_networks_are_the_same_for_the_same_seed(tiny):
+    torch.manual_seed(99)
+    assert same_weights(tiny, new_decoder(tiny.config, seed=0))
+    assert not same_weights(tiny, new_decoder(tiny.config, seed=1))

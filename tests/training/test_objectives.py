@@ -1,0 +1,132 @@
+"""Each objective on its first step, and cut into micro-batches."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from training.loop import _accumulate
+from training.objectives import DirectPreference, GroupRelative, NextToken
+from training.packing import pack
+from training.scoring import attach_reference, held_out_loss
+from training.stream import BatchStream, Step, micro_batches
+from training.tree import collate, document, example, group, scored_logprobs
+
+CPU = torch.device("cpu")
+
+
+def one_batch(trees, row_length=64):
+    return collate(pack(trees, row_length).rows, row_length)
+
+
+def groups_of(texts, count):
+    trees = []
+    for _ in range(count):
+        completions = [texts.run(2, 9) for _ in range(3)]
+        old = [texts.rng.normal(-4, 0.3, len(tokens)).tolist() for tokens in completions]
+        trees.append(group(texts.run(4, 9), completions, advantages=texts.rng.normal(size=3), old_logprobs=old))
+    return trees
+
+
+def test_first_loss_of_an_untrained_network_is_about_the_uniform_guess(tiny, texts):
+    batch = one_batch(texts.documents(8))
+    loss, _ = NextToken().loss(scored_logprobs(tiny, batch), batch)
+    assert abs(loss.item() - math.log(64)) < 0.1
+
+
+def test_first_dpo_loss_is_ln_2(tiny, texts):
+    trees = attach_reference(tiny, texts.pairs(9), row_length=64)
+    batch = one_batch(trees)
+    loss, metrics = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["margin"].item() == pytest.approx(0, abs=1e-4)
+
+
+def test_dpo_step_raises_the_chosen_over_the_rejected(tiny, texts):
+    batch = one_batch(attach_reference(tiny, texts.pairs(6), row_length=64))
+    loss, _ = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    loss.backward()
+    with torch.no_grad():
+        for parameter in tiny.parameters():
+            parameter -= 0.5 * parameter.grad
+    after, metrics = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    assert after < loss
+    assert metrics["accuracy"] == 1.0
+
+
+def test_reference_stays_with_its_pair_under_shuffling_and_partial_batches(tiny, texts):
+    trees = attach_reference(tiny, texts.pairs(23), row_length=64)
+    random.Random(0).shuffle(trees)
+    stream = BatchStream(trees, row_length=64, rows_per_step=4, seed=3, epochs=2)
+    pairs = 0
+    for _ in range(stream.total_steps):
+        for batch in stream.next().micro_batches:
+            torch.testing.assert_close(batch.reference_logprobs_N, scored_logprobs(tiny, batch), atol=5e-6, rtol=1e-5)
+            pairs += batch.num_sequences // 2
+    assert pairs == 2 * 23
+
+
+def test_grpo_by_hand():
+    """Two completions of two tokens and one token; one ratio past the clip, on either side of the advantage."""
+    tree = group([8, 9], [[10, 11], [12]], advantages=[1.0, -1.0], old_logprobs=[[-1.0, -1.0], [-2.0]])
+    batch = collate([(tree,)], 8)
+    logprobs = torch.tensor([-1.0 + math.log(1.5), -1.0, -2.0 + math.log(0.5)], requires_grad=True)
+    loss, metrics = GroupRelative(clip=0.2).loss(logprobs, batch)
+    # clipped to 1.2; 1; and for the negative advantage min(-0.5, -0.8)
+    assert loss.item() == pytest.approx(-(1.2 + 1.0 - 0.8) / 3)
+    assert metrics["clip_fraction"].item() == pytest.approx(2 / 3)
+    loss.backward()
+    assert logprobs.grad.tolist() == pytest.approx([0.0, -1 / 3, 0.0])
+
+
+def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny, texts):
+    trees = attach_reference(tiny, groups_of(texts, 3), row_length=64)
+    batch = one_batch(trees)
+    logprobs = scored_logprobs(tiny, batch).detach()
+    _, at_reference = GroupRelative(kl=0.1).loss(logprobs, batch)
+    _, away = GroupRelative(kl=0.1).loss(logprobs - 0.5, batch)
+    assert at_reference["reference_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert away["reference_kl"].item() == pytest.approx(math.exp(0.5) - 0.5 - 1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["next_token", "preference", "group"])
+@pytest.mark.parametrize("micro_rows", [1, 2, 3])
+def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro_rows):
+    """Rows of very different token counts: a mean of means would differ."""
+    objective, trees = {
+        "next_token": lambda: (NextToken(), [*texts.examples(12), document(texts.run(60, 60)), document([7, 8])]),
+        "preference": lambda: (DirectPreference(beta=0.3), attach_reference(tiny, texts.pairs(15), row_length=64)),
+        "group": lambda: (GroupRelative(), groups_of(texts, 12)),
+    }[kind]()
+    if kind == "preference":  # away from the reference, else every gradient is the same at any cut
+        with torch.no_grad():
+            for parameter in tiny.parameters():
+                parameter *= 1.05
+    rows = pack(trees, 64).rows
+    assert len(rows) > micro_rows
+    losses, gradients = [], []
+    for size in (None, micro_rows):
+        tiny.zero_grad()
+        loss, metrics = _accumulate(tiny, objective, Step(micro_batches(rows, 64, size)), CPU)
+        losses.append({"loss": loss, **metrics})
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in tiny.parameters()]))
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=2e-6, rtol=1e-4)
+
+
+def test_held_out_loss_counts_each_token_once_and_cuts_long_documents(tiny, texts):
+    long = document(texts.run(150, 150))
+    whole = held_out_loss(tiny, [long, *texts.documents(3)], row_length=256)
+    cut = held_out_loss(tiny, [long], row_length=32)
+    assert cut.tokens == 149
+    assert whole.tokens > 149
+    assert cut.nats_per_token == pytest.approx(math.log(64), abs=0.2)
+
+
+def test_an_answer_weighs_by_its_tokens_not_by_its_example(tiny):
+    short, long = example([8, 9], [10]), example([8, 9], [11] * 9)
+    batch = one_batch([short, long])
+    logprobs = scored_logprobs(tiny, batch)
+    loss, _ = NextToken().loss(logprobs, batch)
+    assert loss.item() == pytest.approx(-logprobs.mean().item(), abs=1e-6)

@@ -1,0 +1,102 @@
+"""Muon, AdamW and the schedule."""
+
+import pytest
+import torch
+
+from training.objectives import NextToken
+from training.optim import ADAMW_RMS, OptimizerSettings, build_optimizer, learning_rate_at, orthogonalise
+from training.packing import pack
+from training.tree import collate, scored_logprobs
+from training.weights import new_decoder
+
+
+def backward(model, texts):
+    batch = collate(pack(texts.documents(10), 64).rows, 64)
+    loss, _ = NextToken().loss(scored_logprobs(model, batch), batch)
+    loss.backward()
+    return loss.item()
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one():
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_batched_muon_takes_the_steps_of_torchs_own(tiny, texts):
+    """torch.optim.Muon orthogonalises in bf16, so only nearly; the direction must be the same."""
+    settings = OptimizerSettings(learning_rate=0.01)
+    twin = new_decoder(tiny.config, seed=0)
+    hidden = [p for name, p in twin.named_parameters() if p.dim() == 2 and "embed" not in name]
+    theirs = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    ours = build_optimizer(tiny, settings)
+    backward(tiny, texts)
+    texts.rng = type(texts)().rng
+    backward(twin, texts)
+    ours.step(0.01)
+    theirs.step()
+    reference = dict(twin.named_parameters())
+    for name, parameter in tiny.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            step, expected = (parameter - before[name]).flatten(), (reference[name] - before[name]).flatten()
+            assert torch.cosine_similarity(step, expected, dim=0) > 0.995, name
+            assert step.norm().item() == pytest.approx(expected.norm().item(), rel=0.05)
+
+
+def test_muon_moves_a_matrix_about_as_far_as_adamw_would(tiny, texts):
+    before = tiny.model.layers[0].mlp.up_proj.weight.detach().clone()
+    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+    backward(tiny, texts)
+    optimizer.step(0.01)
+    rms = (tiny.model.layers[0].mlp.up_proj.weight - before).pow(2).mean().sqrt().item()
+    assert rms == pytest.approx(0.01 * ADAMW_RMS, rel=0.3)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_trained_and_the_loss_falls(tiny, texts, optimizer):
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    chosen = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01, optimizer=optimizer))
+    losses = []
+    for _ in range(5):
+        texts.rng = type(texts)().rng
+        losses.append(backward(tiny, texts))
+        chosen.clip_gradients()
+        chosen.step(0.01)
+    assert losses[-1] < losses[0] - 0.2
+    assert all(not torch.equal(p, before[name]) for name, p in tiny.named_parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_restored_state_takes_the_same_next_step(tiny, texts, optimizer):
+    settings = OptimizerSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=0.1)
+    first = build_optimizer(tiny, settings)
+    backward(tiny, texts)
+    first.step(0.01)
+    saved = {name: tensor.clone() for name, tensor in first.tensors().items()}
+    twin = new_decoder(tiny.config, seed=7)
+    twin.load_state_dict(tiny.state_dict())
+    second = build_optimizer(twin, settings)
+    second.restore(saved)
+    for model, chosen in ((tiny, first), (twin, second)):
+        texts.rng = type(texts)(5).rng
+        backward(model, texts)
+        chosen.step(0.01)
+    assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), twin.parameters(), strict=True))
+
+
+def test_schedule_warms_up_holds_and_decays_but_never_wastes_a_step():
+    settings = OptimizerSettings(learning_rate=1.0, warmup=0.1, decay=0.5)
+    rates = [learning_rate_at(step, 100, settings) for step in range(100)]
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[10:49] == [1.0] * 39
+    assert rates[50:] == sorted(rates[50:], reverse=True)
+    assert min(rates) > 0
+    assert rates[-1] < 0.03
+    assert [learning_rate_at(s, 1, settings) for s in range(1)] == [1.0]
+
+
+def test_warmup_and_decay_share_one_run():
+    with pytest.raises(ValueError, match="shares of one run"):
+        OptimizerSettings(learning_rate=1.0, warmup=0.6, decay=0.6)

@@ -1,0 +1,174 @@
+"""Rollouts on the real engine, bound to the weights that train."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from training.loop import TrainSettings, train
+from training.objectives import GroupRelative
+from training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
+from training.sampler import BoundSampler
+from training.tree import scored_logprobs
+from training.weights import new_decoder
+
+STOP = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    reward: float
+    parsed: bool = True
+
+
+def by_length(index, text):
+    """Rewards short answers; calls the longest unparseable."""
+    return Verdict(float(len(text) < 6), parsed=len(text) < 12)
+
+
+def as_text(tokens):
+    assert STOP not in tokens, "the verifier judges the answer without its stop token"
+    return "x" * len(tokens)
+
+
+def stream_for(model, *, reward=by_length, steps=6, updates=1, temperature=1.0, seed=3, **kwargs):
+    prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
+    settings = RolloutSettings(
+        prompts_per_step=5, group=4, max_tokens=12, temperature=temperature, updates_per_rollout=updates
+    )
+    return RolloutStream(model, prompts, reward, as_text, settings, steps=steps, seed=seed, stop_ids=[STOP], **kwargs)
+
+
+@pytest.fixture
+def eager_to_stop(tiny):
+    """A network whose answers end now and then: the stop token's embedding is scaled up."""
+    with torch.no_grad():
+        tiny.model.embed_tokens.weight *= 8
+        tiny.model.embed_tokens.weight[STOP] *= 3
+    return tiny
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_first_grpo_ratio_is_one_within_rounding_on_the_real_engine(eager_to_stop, temperature):
+    """Also at a temperature: forgotten on either side, the ratio would be far from 1."""
+    step = stream_for(eager_to_stop, temperature=temperature).next()
+    for batch in step.micro_batches:
+        _, metrics = GroupRelative().loss(scored_logprobs(eager_to_stop, batch), batch)
+        assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
+        assert metrics["logprob_gap_max"].item() < 1e-4
+        assert metrics["clip_fraction"] == 0
+
+
+def test_an_optimizer_step_is_seen_by_the_next_sample(eager_to_stop):
+    sampler = BoundSampler(eager_to_stop, max_length=24, sequences=4)
+
+    def sample():
+        return sampler.generate([[1, 2, 3]], group=4, max_tokens=12, temperature=1.0, seed=0, stop_ids=[STOP])
+
+    before = sample()
+    assert sample() == before
+    with torch.no_grad():
+        eager_to_stop.model.embed_tokens.weight[7] += 2
+    assert sample() != before
+
+
+def test_trainer_and_sampler_stay_together_over_the_steps(eager_to_stop):
+    reports = []
+    settings = TrainSettings(learning_rate=0.003, warmup=0.0, decay=0.0)
+    train(
+        eager_to_stop, GroupRelative(), stream_for(eager_to_stop), settings, checkpoint_dir=None, on_step=reports.append
+    )
+    assert len(reports) == 6
+    learnt = [report for report in reports if report.metrics["informative_groups"]]
+    assert len(learnt) >= 4
+    for report in learnt:
+        assert report.metrics["logprob_gap_max"] < 1e-4
+        assert report.metrics["entropy"] > 0
+
+
+def test_advantages_are_relative_to_the_group():
+    assert group_advantages([1, 0, 0, 1]) == [1.0, -1.0, -1.0, 1.0]
+    assert group_advantages([1, 1, 1]) is None
+    assert sum(group_advantages([1, 0, 0])) == pytest.approx(0)
+
+
+def test_groups_without_variance_are_dropped_counted_and_replaced_within_bounds(eager_to_stop):
+    step = stream_for(eager_to_stop, reward=lambda index, text: Verdict(1.0)).next()
+    assert step.micro_batches == []
+    assert step.metrics["groups"] == 5 * MAX_ROUNDS
+    assert step.metrics["informative_groups"] == 0
+    assert step.metrics["reward"] == 1.0
+
+    def some(index, text):
+        return by_length(index, text) if index % 2 else Verdict(0.0)
+
+    step = stream_for(eager_to_stop, reward=some).next()
+    assert 5 < step.metrics["groups"] <= 5 * MAX_ROUNDS
+    trained = sum(batch.num_sequences for batch in step.micro_batches)
+    assert trained == 4 * step.metrics["informative_groups"] > 0
+
+
+def test_a_step_without_informative_groups_moves_nothing_and_does_not_stop_the_run(eager_to_stop):
+    before = {name: tensor.clone() for name, tensor in eager_to_stop.state_dict().items()}
+    stream = stream_for(eager_to_stop, reward=lambda index, text: Verdict(0.0), steps=2)
+    result = train(eager_to_stop, GroupRelative(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None)
+    assert result.steps == 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in eager_to_stop.state_dict().items())
+
+
+def test_cut_off_and_unparseable_answers_are_counted(eager_to_stop):
+    metrics = stream_for(eager_to_stop).next().metrics
+    assert 0 < metrics["length_limited"] < 1
+    assert metrics["unparseable"] == pytest.approx(metrics["length_limited"])
+    assert 1 <= metrics["length"] <= 12
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_resumed_rl_continues_bit_for_bit_and_loses_no_rollout(tmp_path, eager_to_stop, updates):
+    start = {name: tensor.clone() for name, tensor in eager_to_stop.state_dict().items()}
+
+    def run(folder, stop_at=None):
+        model = new_decoder(eager_to_stop.config, seed=0)
+        model.load_state_dict(start)
+        reference = new_decoder(eager_to_stop.config, seed=0)
+        reference.load_state_dict(start)
+
+        def on_step(report):
+            if report.step == stop_at:
+                raise StoppedError
+
+        stream = stream_for(model, updates=updates, reference=reference)
+        settings = TrainSettings(learning_rate=0.02, checkpoint_every_s=0.0)
+        train(model, GroupRelative(kl=0.05), stream, settings, checkpoint_dir=folder, on_step=on_step)
+        return model
+
+    whole = run(tmp_path / "whole")
+    assert not torch.equal(whole.model.embed_tokens.weight, start["model.embed_tokens.weight"])
+    for stop_at in (2, 3, 4, 6):
+        with pytest.raises(StoppedError):
+            run(tmp_path / f"at-{stop_at}", stop_at)
+        resumed = run(tmp_path / f"at-{stop_at}")
+        for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(one, other), f"{name}, stopped in step {stop_at}"
+
+
+def test_reinforcement_raises_the_reward(eager_to_stop):
+    reports = []
+    settings = TrainSettings(learning_rate=0.02, warmup=0.0, decay=0.0)
+    stream = stream_for(eager_to_stop, steps=25)
+    train(eager_to_stop, GroupRelative(), stream, settings, checkpoint_dir=None, on_step=reports.append)
+    first, last = reports[0].metrics["reward"], reports[-1].metrics["reward"]
+    assert last > first + 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"group": 1}, "at least 2"), ({"temperature": 0.0}, "one answer many times")]
+)
+def test_settings_that_cannot_teach_are_refused(change, message):
+    fields = {"prompts_per_step": 1, "group": 2, "max_tokens": 4, "temperature": 1.0}
+    with pytest.raises(ValueError, match=message):
+        RolloutSettings(**(fields | change))

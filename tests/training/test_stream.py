@@ -1,0 +1,52 @@
+"""The stream of batches: everything once an epoch, and a position that survives."""
+
+import pytest
+
+from models.errors import UserError
+from training.stream import BatchStream
+
+
+def targets(step):
+    return [batch.target_N.tolist() for batch in step.micro_batches]
+
+
+def stream_of(trees, **kwargs):
+    return BatchStream(trees, row_length=64, rows_per_step=4, seed=1, **kwargs)
+
+
+def test_every_tree_comes_once_an_epoch_and_the_last_partial_batch_is_not_dropped(texts):
+    trees = texts.documents(53)
+    stream = stream_of(trees, epochs=2)
+    assert len(stream.packing.rows) % 4, "the last batch must be a partial one for this test to mean anything"
+    scored = sum(tree.num_scored for tree in trees)
+    for _ in range(2):
+        steps = [stream.next() for _ in range(stream.steps_per_epoch)]
+        assert sum(len(batch.target_N) for step in steps for batch in step.micro_batches) == scored
+
+
+def test_epochs_differ_in_order_and_seeds_decide_it(texts):
+    trees = texts.documents(53)
+    stream, twin = stream_of(trees, epochs=2), stream_of(trees, epochs=2)
+    steps = [targets(stream.next()) for _ in range(stream.total_steps)]
+    assert steps == [targets(twin.next()) for _ in range(twin.total_steps)]
+    half = stream.steps_per_epoch
+    assert steps[:half] != steps[half:]
+
+
+def test_restored_at_any_step_the_stream_goes_on_also_at_an_epochs_edge(texts):
+    trees = texts.documents(53)
+    stream = stream_of(trees, steps=11)
+    assert 0 < stream.steps_per_epoch < 10
+    states, steps = [stream.state()], []
+    for _ in range(11):
+        steps.append(targets(stream.next()))
+        states.append(stream.state())
+    for position, state in enumerate(states):
+        resumed = stream_of(trees, steps=11)
+        resumed.restore(state)
+        assert [targets(resumed.next()) for _ in range(position, 11)] == steps[position:]
+
+
+def test_no_examples_is_the_users_mistake():
+    with pytest.raises(UserError, match="no examples are left"):
+        stream_of([], epochs=1)
