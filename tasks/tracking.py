@@ -18,7 +18,7 @@ import os
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 Settings: TypeAlias = BaseModel | Mapping[str, Any]
 
 FLUSH_EVERY_S = 10.0
+RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 # MLflow's own limits for one request (mlflow.utils.validation).
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
@@ -190,7 +191,7 @@ class Tracker:
     ) -> None:
         if error is None:
             try:
-                self.flush()
+                _patiently(self.flush)
             except BaseException:
                 self._end("FAILED")
                 raise
@@ -249,7 +250,7 @@ class Tracker:
 
     def _end(self, status: str) -> None:
         try:
-            self.mlruns.client.set_terminated(self.run_id, status)
+            _patiently(lambda: self.mlruns.client.set_terminated(self.run_id, status))
         finally:
             self._alive.release()
             Path(self._alive.lock_file).unlink(missing_ok=True)
@@ -323,6 +324,18 @@ def _mark_killed(mlruns: Mlruns, experiment_id: str) -> list[Run]:
             alive.release()
             Path(alive.lock_file).unlink(missing_ok=True)
     return killed
+
+
+def _patiently(write: Callable[[], object]) -> None:
+    """Try for half a minute: hours of training are not to fail because a database was busy at their end."""
+    for pause_s in RETRY_PAUSES_S:
+        try:
+            write()
+            return
+        except Exception as trouble:
+            log.warning("MLflow is not reachable, trying again in %s s: %s", pause_s, trouble)
+            time.sleep(pause_s)
+    write()
 
 
 def _alive_lock(mlruns: Mlruns, run_id: str) -> FileLock:

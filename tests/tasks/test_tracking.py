@@ -17,10 +17,11 @@ import pytest
 from pydantic import BaseModel
 
 from models.errors import UserError
+from tasks import tracking
 from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version, dataset_digest, find_run, flatten
 
 if TYPE_CHECKING:
-    from mlflow.entities import Run
+    from mlflow.entities import Metric, Run
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "tasks.promote"])
@@ -97,7 +98,7 @@ def test_metrics_are_written_in_few_batches(mlruns: Mlruns, monkeypatch: pytest.
         batches: list[int] = []
         log_batch = mlruns.client.log_batch
 
-        def counted(run_id: str, metrics: list[object]) -> None:
+        def counted(run_id: str, metrics: list[Metric]) -> None:
             batches.append(len(metrics))
             log_batch(run_id, metrics=metrics)
 
@@ -140,6 +141,33 @@ def test_an_unreachable_database_delays_metrics_and_stops_nothing(
         tracker.log({"loss": 2.0}, step=2)
     assert "metrics of sft wait" in caplog.text
     assert len(mlruns.client.get_metric_history(tracker.run_id, "loss")) == 2
+
+
+@pytest.mark.parametrize(("failures", "status"), [(2, "FINISHED"), (4, "FAILED")])
+def test_a_database_that_is_busy_at_the_end_is_waited_for(
+    mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch, failures: int, status: str
+) -> None:
+    monkeypatch.setattr(tracking, "RETRY_PAUSES_S", (0.0, 0.0))
+    log_batch, tracker = mlruns.client.log_batch, Tracker(mlruns, EXECUTION)
+    errors = [OSError("database is locked")] * failures
+
+    def busy(run_id: str, metrics: list[Metric]) -> None:
+        if errors:
+            raise errors.pop()
+        log_batch(run_id, metrics=metrics)
+
+    def work() -> None:
+        with tracker:
+            tracker.log({"loss": 2.5})
+            monkeypatch.setattr(mlruns.client, "log_batch", busy)
+
+    if status == "FINISHED":
+        work()
+        assert read(mlruns, tracker.run_id).data.metrics == {"loss": 2.5}
+    else:
+        with pytest.raises(OSError, match="database is locked"):
+            work()
+    assert read(mlruns, tracker.run_id).info.status == status
 
 
 def _work(root: Path, started: Event, finish: Event) -> None:
