@@ -60,7 +60,8 @@ def create_app(
     metrics, workers = Metrics(), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
     app = FastAPI(title="Twinloop", version=model.version, docs_url=None, redoc_url=None)
-    install(app)
+    fields = service.domain.order_model.model_fields
+    install(app, {f"order.{name}": field.description for name, field in fields.items() if field.description})
     app.add_middleware(_CountRequests, metrics=metrics)
     app.add_middleware(_LimitBody)
     app.include_router(chat_router(scheduler, tokenizer, model, metrics, workers))

@@ -88,7 +88,10 @@ async function decide(event) {
          row('answered by', `${answer.model.name} version ${answer.model.version}`), row('trace', answer.trace_id));
     try { $('trace').textContent = JSON.stringify(await call(`/v1/traces/${answer.trace_id}`), null, 2); }
     catch (error) { $('trace').textContent = error.message; }
-  } catch (error) { show($('answer'), make('div', error.message, 'verdict bad')); }
+  } catch (error) {
+    show($('answer'), make('div', error.message, 'verdict bad'));
+    show($('passages')); show($('timings')); $('trace').textContent = '';
+  }
   $('ask').disabled = false; health();
 }
 async function put(event) {
@@ -121,7 +124,7 @@ _BODY = """
 <label>Text <textarea id="policy_text" rows="2">damaged items reported within 7 days are eligible.</textarea></label>
 <button>Put a new version</button> <span id="saved" class="small"></span></form></section>
 </div><div>
-<section><h2>Decision</h2><div id="answer" class="small">Nothing asked yet.</div></section>
+<section><h2>Decision</h2><div id="answer">Nothing asked yet.</div></section>
 <section><h2>Retrieved passages</h2><ul id="passages"></ul></section>
 <section><h2>Timings</h2><table id="timings" class="small"></table>
 <details><summary class="small">Trace</summary><pre id="trace"></pre></details></section>

@@ -217,6 +217,16 @@ class PendingDecision(Generic[OrderT]):
         self._failures = domain.precheck(self._order, self._found.passages)
         if self._failures:
             return
+        try:
+            self._ask()
+        except QueueFullError:
+            raise
+        except Exception as error:  # as in _review
+            log.exception("the model could not be asked")
+            self._failures = {"generation": f"the model could not be asked ({type(error).__name__})"}
+
+    def _ask(self) -> None:
+        service, domain = self._service, self._service.domain
         prompt = service.tokenizer.encode_prompt(domain.build_prompt(self._order, self._message, self._found.passages))
         self._prompt_tokens = len(prompt)
         room = service.scheduler.max_length - len(prompt)
@@ -224,14 +234,7 @@ class PendingDecision(Generic[OrderT]):
             self._failures = {"prompt": f"the case has {len(prompt)} tokens, too many for this model to read"}
             return
         params = SamplingParams(max_tokens=min(domain.max_answer_tokens, room), stop=(service.tokenizer.stop_id,))
-        try:
-            stream = service.scheduler.submit(prompt, params)
-        except QueueFullError:
-            raise
-        except Exception as error:  # as in _review
-            log.exception("submission failed")
-            self._failures = {"generation": f"the model could not be asked ({type(error).__name__})"}
-            return
+        stream = service.scheduler.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -16,6 +16,13 @@ from serving.scheduler import QueueFullError
 RETRY_AFTER_S = 1
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "invalid_request_error", 503: "server_error"}
+
+
+_WORDS = {
+    "missing": "is required",
+    "extra_forbidden": "is not a field of this request",
+    "string_unicode": "holds characters that are not valid Unicode",
+}
 
 
 class ApiError(HTTPException):
@@ -33,31 +40,32 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def describe_validation(errors: Sequence[Any]) -> tuple[str, str | None]:
+def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) -> tuple[str, str | None]:
     """What is wrong with a body, in one line, and the first field that is.
 
-    `errors` are pydantic's; what the caller sent is not repeated, since it may hold a customer's words.
+    `errors` are pydantic's; `descriptions` say what a field must be, by its path. What the caller sent is not
+    repeated, since it may hold a customer's words.
     """
     lines, first = [], None
     for error in errors[:5]:
         place = ".".join(str(part) for part in error["loc"] if part != "body")
         first = first or place or None
-        words = {
-            "missing": "is required",
-            "extra_forbidden": "is not a field of this request",
-            "json_invalid": "the body is not JSON",
-            "string_unicode": "holds characters that are not valid Unicode",
-        }.get(error["type"], error["msg"].removeprefix("Value error, ").removeprefix("Input "))
-        lines.append(words if error["type"] == "json_invalid" else f"{place or 'body'}: {words}")
+        if error["type"] == "json_invalid":
+            lines.append("the body is not JSON")
+            continue
+        words = _WORDS.get(error["type"])
+        if words is None and place in descriptions:
+            words = f"must be {descriptions[place]}"
+        lines.append(f"{place or 'body'}: {words or error['msg'].removeprefix('Value error, ').lower()}")
     return "; ".join(lines), first
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception in the one form."""
+def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
+    """Answer every exception in the one form. `descriptions`: see `describe_validation`."""
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = describe_validation(error.errors())
+        message, param = describe_validation(error.errors(), descriptions)
         status = 400 if request.url.path.startswith("/v1/chat/") else 422
         return JSONResponse(error_body(status, message, param=param), status)
 

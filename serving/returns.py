@@ -28,19 +28,19 @@ def _precheck(order: Order, passages: Sequence[Policy]) -> Mapping[str, str]:
     return {}
 
 
-# The layers by the names that the failure router uses.
+_FORMAT = "prompt contract or SFT data"
+_UNKNOWN = "investigate with a labeled trace"
+
 OWNERS = {
     "retrieval": "retrieval index",
-    "prompt": "prompt contract or SFT data",
+    "prompt": _FORMAT,
     "generation": "inference serving",
-    "parsed": "prompt contract or SFT data",
-    "policy_id": "prompt contract or SFT data",
-    "evidence": "prompt contract or SFT data",
-    "window_days": "verifier RL data",
-    "days": "verifier RL data",
-    "eligible": "verifier RL data",
+    "check": "inference serving",
+    "parsed": _FORMAT,
     "no_side_effect": "preference data and safety eval",
+    **dict.fromkeys(("eligible", "policy_id", "evidence", "window_days", "days"), _UNKNOWN),
 }
+"""The layer that owns a failed check, by the names that the failure router uses."""
 
 RETURNS: DecisionDomain[Order] = DecisionDomain(
     order_model=Order,

@@ -47,7 +47,12 @@ class TraceStore:
 
     def record(self, trace_id: str, trace: BaseModel) -> None:
         """Keep a trace. Returns at once; the line is on its way to the disk."""
-        line = trace.model_dump_json()
+        try:
+            line = trace.model_dump_json()
+        except ValueError:  # text that is not valid Unicode, from a caller that has not come over HTTP
+            with self._lock:
+                self.dropped += 1
+            return
         with self._lock:
             self._recent[trace_id] = line
             if len(self._recent) > RECENT_TRACES:
@@ -95,10 +100,10 @@ class TraceStore:
         while (item := self._queue.get()) is not None:
             line = item[1].encode() + b"\n"
             try:
-                if descriptor is None or os.fstat(descriptor).st_size + len(line) > self._file_bytes:
-                    if descriptor is not None:
-                        os.close(descriptor)
-                        descriptor = None
+                if descriptor is not None and self._is_used_up(descriptor, len(line)):
+                    os.close(descriptor)
+                    descriptor = None
+                if descriptor is None:
                     descriptor = self._next_file()
                 if os.write(descriptor, line) != len(line):
                     raise OSError("short write")
@@ -107,6 +112,11 @@ class TraceStore:
                     self.dropped += 1
         if descriptor is not None:
             os.close(descriptor)
+
+    def _is_used_up(self, descriptor: int, more: int) -> bool:
+        """Whether a file is full, or another process has deleted it as too old."""
+        status = os.fstat(descriptor)
+        return status.st_size + more > self._file_bytes or status.st_nlink == 0
 
     def _next_file(self) -> int:
         """Open a new file and delete the oldest ones beyond the limit."""

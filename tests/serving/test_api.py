@@ -144,7 +144,7 @@ def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, s
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"order": {**ORDER, "order_id": "a1"}}, "order.order_id"),
+        ({"order": {**ORDER, "order_id": "a1"}}, "order.order_id: must be one capital letter and 4 to 6 digits"),
         ({"order": {**ORDER, "damage_confirmed": "yes"}}, "order.damage_confirmed"),
         ({"order": {**ORDER, "days_since_delivery": -1}}, "order.days_since_delivery"),
         ({"order": {**ORDER, "days_since_delivery": 12.0}}, "order.days_since_delivery"),

@@ -1,14 +1,17 @@
 """A decision is checked before anybody sees it; whatever goes wrong, the case is escalated and says why."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
 
 from domains.returns.policies import Policy
 from domains.returns.prompt import Order
+from evaluation.router import Failure, route
 from models.errors import UserError
 from serving.decisions import DecisionService, ModelInfo
 from serving.retrieval import PolicyIndex
@@ -84,10 +87,11 @@ def test_an_answer_that_fails_a_check_is_never_returned(service, output, predica
     assert service.traces.get(response.trace_id)["output_text"] == output
 
 
-def test_each_predicate_of_the_domain_has_an_owner(service):
+def test_each_predicate_of_the_domain_has_the_owner_that_the_failure_router_names(service):
     predicates = service.traces.get(decide(service, GOOD).trace_id)["predicates"]
-    assert set(predicates) <= set(OWNERS)
     assert all(predicates.values())
+    for name in predicates:
+        assert OWNERS[name] == route(Failure(failed_predicates=frozenset({name}))).owner
 
 
 def test_a_case_past_the_window_is_decided_and_not_escalated(service):
@@ -132,6 +136,17 @@ def test_an_engine_that_fails_is_escalated(service):
     assert response.decision is None
     assert response.reasons[0].predicate == "generation"
     assert "secret" not in response.reasons[0].reason
+
+
+def test_a_domain_that_breaks_is_escalated(service):
+    def broken(*_):
+        raise RuntimeError("broken")
+
+    for part, predicate in (("build_prompt", "generation"), ("check", "check")):
+        service.domain = dataclasses.replace(RETURNS, **{part: broken})
+        response = decide(service, GOOD)
+        assert response.decision is None
+        assert response.reasons[0].predicate == predicate
 
 
 def test_a_case_too_long_for_the_model_is_escalated(service):
@@ -199,6 +214,24 @@ def test_a_full_disk_loses_traces_and_no_answers(service, monkeypatch):
     assert service.traces.dropped == 5
 
 
+def test_a_trace_that_cannot_be_written_loses_no_answer(service):
+    assert decide(service, GOOD, message="\ud800").decision == json.loads(GOOD)
+    assert service.traces.dropped == 1
+
+
+def test_a_file_that_another_server_deleted_is_replaced(service, tmp_path):
+    first = decide(service, GOOD)
+    while not (files := list((tmp_path / "traces").iterdir())) or not files[0].stat().st_size:
+        time.sleep(0.01)
+    files[0].unlink()
+    second = decide(service, GOOD)
+    service.traces.close()
+    reader = TraceStore(tmp_path / "traces")
+    assert reader.get(first.trace_id) is None
+    assert reader.get(second.trace_id) is not None
+    reader.close()
+
+
 def test_trace_files_are_bounded_and_old_ones_go(tmp_path, service):
     traces = TraceStore(tmp_path / "few", file_bytes=3000, files=2)
     service.traces = traces
@@ -258,9 +291,8 @@ def test_another_domain_fits(tmp_path, tokenizer):
     )
     index = PolicyIndex(tmp_path / "index.jsonl")
     index.seed([Policy("P-1", "late items within 9 days.")])
-    service = DecisionService(
-        ScriptedScheduler(tokenizer, "late items within 9 days."), tokenizer, index, MODEL, domain
-    )
+    scheduler = ScriptedScheduler(tokenizer, "late items within 9 days.")
+    service = DecisionService(scheduler, tokenizer, index, MODEL, domain)
     assert service.decide(Question(topic="late"), "").decision == {"answer": "late items within 9 days."}
     scheduler.script = "something else"
     assert service.decide(Question(topic="late"), "").reasons[0].owner == "the model"
