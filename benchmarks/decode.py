@@ -1,6 +1,6 @@
 """How long a decode step takes, how much of it is ours, and what the bound engine gains over plain PyTorch.
 
-    python benchmarks/decode.py [--device cuda] [--threads N]
+    python -m benchmarks.decode [--device cuda] [--threads N]
 
 One random network of the default recipe's size, so that nothing has to be trained first. PyTorch's sampler is a fair
 one: prompts computed once a group, a preallocated cache, one batched step for all rows, the next token drawn by
