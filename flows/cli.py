@@ -22,6 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
 policies_app = typer.Typer(help="The policies that decisions are made under.", no_args_is_help=True)
 data_app = typer.Typer(help="The data set and its version.", no_args_is_help=True)
@@ -39,9 +40,10 @@ def run(recipe: RecipePath = DEFAULT_RECIPE) -> int:
 
     load_recipe(recipe)  # a mistake is told before anything starts
     quiet_prefect()
+    project = _project()
     from flows.run import run_lifecycle
 
-    return run_lifecycle(_project(), recipe)
+    return run_lifecycle(project, recipe)
 
 
 @app.command()

@@ -24,6 +24,7 @@ def prepare_environment(project: Path | None = None) -> None:
     if project is None:
         return
     os.environ.setdefault("PREFECT_HOME", str(project / "state" / "prefect"))
+    Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder only
     # The embedded server takes 12 s when it makes its database, more on a busy machine; Prefect's own limit is 20 s.
     os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # MLflow without git on the machine

@@ -27,7 +27,7 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
         from evaluation.audit import audit_verifier
         from tasks.records import read_records
 
-        records = islice(read_records(data.path / "rl_prompts.jsonl"), AUDITED_CASES)
+        records = islice(read_records(data.path, "rl_prompts"), AUDITED_CASES)
         facts = [Facts.from_record(record["facts"]) for record in records]
         found = audit_verifier(verify, [(good_answer(each), each) for each in facts], mutate, shortcuts)
         if not found.passed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -55,6 +55,10 @@ class Context:
     progress: Progress
     code: CodeVersion
     checkpoint_every_s: float
+
+    def on_data(self, digest: str) -> Context:
+        """The same, once it is known which data it reads."""
+        return replace(self, dataset_digest=digest)
 
     @property
     def store(self) -> ArtifactStore:

@@ -35,7 +35,7 @@ def dpo(
                 tokenizer.encode_answer(record["chosen"]),
                 tokenizer.encode_answer(record["rejected"]),
             )
-            for record in read_records(data.path / "preference_pairs.jsonl")
+            for record in read_records(data.path, "preference_pairs")
         ]
         trees = attach_reference(network, pairs, row_length=settings.row_length, device=runtime.device)
         batches = BatchStream(

@@ -66,8 +66,8 @@ def measure_engine(
     from tasks.records import read_records
 
     tokenizer = ChatTokenizer.load(tokenizer_dir)
-    text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data / "corpus_heldout.jsonl")))
-    cases = read_cases(choose_cases(read_records(data / "policy_cases.jsonl"), limit), Facts.from_record)
+    text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data, "corpus_heldout")))
+    cases = read_cases(choose_cases(read_records(data, "policy_cases"), limit), Facts.from_record)
     found = run_cases(
         engine,
         tokenizer,

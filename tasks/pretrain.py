@@ -41,9 +41,10 @@ def pretrain(
         torch.set_num_threads(runtime.threads)
         vocabulary = ChatTokenizer.load(tokenizer.path)
         assert (vocabulary.bos_id, vocabulary.stop_id) == (config.bos_token_id, config.eos_token_id)
-        trees = [
-            document(vocabulary.encode_document(record["text"])) for record in read_records(data.path / "corpus.jsonl")
-        ]
+        texts = [record["text"] for record in read_records(data.path, "corpus")]
+        # As encode_document, but on all cores: 17 MB take one core 8 s.
+        bos, stop = vocabulary.bos_id, vocabulary.stop_id
+        trees = [document([bos, *ids, stop]) for ids in vocabulary.encode_batch(texts)]
         batches = BatchStream(
             trees,
             row_length=settings.row_length,

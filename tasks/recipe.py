@@ -77,6 +77,8 @@ class TokenizerSettings(Section):
 class ValidateSettings(Section):
     max_quarantined: Share = 0.01
     """Share of one file's rows that may be set aside before the stage fails."""
+    apart: list[Literal["text", "order_id", "policy_id", "window_and_days"]] = ["text"]
+    """What training and held-out rows may not have in common."""
 
 
 class Optimisation(Section):
@@ -84,8 +86,6 @@ class Optimisation(Section):
 
     learning_rate: Positive
     """The peak. Muon's updates are scaled to the size of AdamW's, so one rate serves both."""
-    batch_tokens: Annotated[int, Field(ge=32)]
-    row_length: Annotated[int, Field(ge=32)] = 512
     micro_rows: Count | None = None
     """Rows that go through the network at once, where memory is short; the result is the same within rounding."""
     warmup: Share = 0.02
@@ -93,14 +93,25 @@ class Optimisation(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     optimizer: Literal["muon", "adamw"] = "muon"
 
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup + self.decay > 1:
+            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run: together at most 1")
+        return self
+
+
+class Packed(Optimisation):
+    """Training on a fixed set of trees, packed into rows."""
+
+    batch_tokens: Annotated[int, Field(ge=32)]
+    row_length: Annotated[int, Field(ge=32)] = 512
+
     @property
     def rows_per_step(self) -> int:
         return max(1, self.batch_tokens // self.row_length)
 
     @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run: together at most 1")
+    def _batch_holds_a_row(self) -> Self:
         if self.batch_tokens < self.row_length:
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) holds no row of row_length ({self.row_length}): "
@@ -109,7 +120,7 @@ class Optimisation(Section):
         return self
 
 
-class PretrainSettings(Optimisation):
+class PretrainSettings(Packed):
     tokens: Count
 
     @property
@@ -117,7 +128,7 @@ class PretrainSettings(Optimisation):
         return max(1, self.tokens // (self.rows_per_step * self.row_length))
 
 
-class FinetuneSettings(Optimisation):
+class FinetuneSettings(Packed):
     epochs: Count = 1
 
 
@@ -128,7 +139,9 @@ class PreferenceSettings(FinetuneSettings):
 class ReinforceSettings(Optimisation):
     steps: Count
     prompts_per_step: Count
+    """Groups wanted a step; those whose rewards are all alike teach nothing, and more prompts are drawn for them."""
     group_size: Annotated[int, Field(ge=2)]
+    updates_per_rollout: Count = 1
     temperature: Positive = 1.0
     max_new_tokens: Count = 96
     clip: Positive = 0.2

@@ -29,7 +29,7 @@ def sft(
 
         network, tokenizer = open_model(model.path, runtime)
         trees = []
-        for record in read_records(data.path / "sft_examples.jsonl"):
+        for record in read_records(data.path, "sft_examples"):
             *prompt, answer = record["messages"]
             trees.append(example(tokenizer.encode_prompt(prompt), tokenizer.encode_answer(answer["content"])))
         batches = BatchStream(

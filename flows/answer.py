@@ -1,0 +1,93 @@
+"""The champion at work: over HTTP, for one order, or as the proof at the end of a lifecycle."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.errors import UserError
+
+EXAMPLE_ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
+EXAMPLE_MESSAGE = "hello, can i send this order back?"
+ANSWER_WITHIN_S = 60
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said to one order."""
+
+    order: Mapping[str, Any]
+    body: Mapping[str, Any]
+
+
+def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
+    """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
+    from serving.api import create_app, run_server
+    from tasks.champion import open_champion
+
+    with open_champion(project, model, slots=slots) as champion:
+        app = create_app(
+            champion.service,
+            champion.scheduler,
+            champion.tokenizer,
+            champion.model,
+            admin_token=os.environ.get("TWINLOOP_ADMIN_TOKEN"),
+        )
+
+        def ready(address: str) -> None:
+            print(f"{address}  {champion.model.name} version {champion.model.version}", flush=True)
+
+        run_server(app, host, port, on_ready=ready)
+    return 0
+
+
+def decide_once(project: Path, model: str, order: Mapping[str, Any], message: str) -> int:
+    """Print the decision on one order as JSON; 1 when it is escalated."""
+    from pydantic import ValidationError
+
+    from domains.returns.prompt import Order
+    from tasks.champion import open_champion
+
+    try:
+        checked = Order(**order)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = {"days_since_delivery": "days"}.get(str(problem["loc"][0]), str(problem["loc"][0]).replace("_", "-"))
+        told = Order.model_fields[str(problem["loc"][0])].description or problem["msg"].lower()
+        raise UserError(f"--{option} {problem['input']!r}: must be {told}") from None
+    with open_champion(project, model, slots=1) as champion:
+        response = champion.service.decide(checked, message)
+    print(response.model_dump_json(indent=2))
+    return 1 if response.escalated else 0
+
+
+def answer_over_http(project: Path, model: str) -> Answer:
+    """Start the server as a user would, ask it about order A10234, stop it."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "serve", "--model", model, "--port", "0"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        address = server.stdout.readline().split(maxsplit=1)
+        if not address:
+            raise UserError(f"serve: {server.stderr.read().strip() or 'the server did not start'}")
+        body = json.dumps({"order": EXAMPLE_ORDER, "message": EXAMPLE_MESSAGE}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address[0]}/v1/decisions", body, headers)
+        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as response:
+            return Answer(EXAMPLE_ORDER, json.load(response))
+    finally:
+        server.terminate()
+        server.wait(ANSWER_WITHIN_S)

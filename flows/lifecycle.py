@@ -1,0 +1,195 @@
+"""The flows that run on Prefect: what happens, in which order. Everything else is in the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prefect import flow
+from prefect.concurrency.sync import concurrency
+from prefect.runtime import deployment
+
+from evaluation.gate import GateReport, GateRules, load_rules
+from flows.answer import Answer, answer_over_http
+from flows.display import Display, make_display
+from flows.environment import prepare_environment
+from models.errors import UserError
+from tasks.artifact import Artifact
+from tasks.audit import audit
+from tasks.context import Context, find_project
+from tasks.dpo import dpo
+from tasks.evaluate import evaluate
+from tasks.export import export
+from tasks.gate import gate, read_gate_report, version_to_beat
+from tasks.measure import measure
+from tasks.prepare import prepare_data, validate_data
+from tasks.pretrain import pretrain
+from tasks.promote import Promotion
+from tasks.recipe import Recipe, load_recipe
+from tasks.register import promote_if_shipped, register
+from tasks.registry import Registry, Version
+from tasks.rlvr import rlvr
+from tasks.runtime import Runtime
+from tasks.sft import sft
+from tasks.tokenize import tokenize
+from tasks.tracking import code_version
+
+GPU_SLOT = "gpu"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the final table. `measured` is what the checkpoint, or the bundle, can do."""
+
+    name: str
+    seconds: float
+    artifact: Artifact | None = None
+    measured: Artifact | None = None
+    note: str = ""
+
+
+@dataclass
+class Outcome:
+    """What a lifecycle came to."""
+
+    recipe: Recipe
+    stages: list[Stage] = field(default_factory=list)
+    gate: GateReport | None = None
+    version: Version | None = None
+    promotion: Promotion | None = None
+    refusal: str | None = None
+    """Why the registry would not promote what the gate had let through."""
+    answer: Answer | None = None
+
+    @property
+    def shipped(self) -> bool:
+        return self.promotion is not None
+
+
+@flow(name="lifecycle", validate_parameters=False)
+def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
+    """Data to a gated champion that answers over HTTP. What is already done is verified and skipped."""
+    project = find_project()
+    prepare_environment(project)
+    settings = load_recipe(project / recipe)
+    runtime = Runtime.of(settings)
+    outcome = Outcome(settings)
+    rules = load_rules(project / settings.gate.rules)
+    with make_display() as display, _gpu(runtime):
+        context, data = _let_in(project, recipe, settings, display, outcome)
+        longest = min(settings.sft.row_length, settings.model.max_length)
+        tokenizer = tokenize(context, settings.tokenizer, longest, data=data)
+        outcome.stages.append(_stage(tokenizer))
+
+        def measured(checkpoint: Artifact) -> Artifact:
+            results = measure(context, checkpoint.stage, settings.evaluate, runtime, data=data, model=checkpoint)
+            outcome.stages.append(_stage(checkpoint, results))
+            return checkpoint
+
+        base = measured(pretrain(context, settings.pretrain, settings.model, runtime, data=data, tokenizer=tokenizer))
+        tuned = measured(sft(context, settings.sft, runtime, data=data, model=base))
+        preferred = measured(dpo(context, settings.dpo, runtime, data=data, model=tuned))
+        audited = audit(context, data=data)
+        outcome.stages.append(_stage(audited))
+        final = measured(rlvr(context, settings.rlvr, runtime, data=data, model=preferred, audit=audited))
+
+        precisions = settings.export.on(runtime.device)
+        bundles = [
+            export(context, precision, settings.model.max_length, runtime, data=data, model=final)
+            for precision in precisions
+        ]
+        bundle, *others = bundles
+        outcome.stages += [_stage(each, name=f"export {each.metrics['precision']}") for each in bundles]
+        _release(context, settings, runtime, rules, outcome, data=data, bundle=bundle)
+        assert outcome.gate is not None
+        outcome.version = register(context, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
+        try:
+            outcome.promotion = promote_if_shipped(context, version=outcome.version, report=outcome.gate)
+        except UserError as error:
+            outcome.refusal = str(error)
+        if outcome.promotion:
+            outcome.answer = answer_over_http(project, settings.name)
+    _show(outcome, display)
+    return outcome
+
+
+@flow(name="data-refresh", validate_parameters=False)
+def data_refresh(recipe: str = "recipes/returns.yaml") -> None:
+    """Rebuild the data sets and let them in, or say what is wrong with them."""
+    project = find_project()
+    prepare_environment(project)
+    settings = load_recipe(project / recipe)
+    with make_display() as display:
+        _let_in(project, recipe, settings, display, Outcome(settings))
+
+
+def _let_in(
+    project: Path, recipe: str, settings: Recipe, display: Display, outcome: Outcome
+) -> tuple[Context, Artifact]:
+    """Build and validate the data; the context names their version."""
+    context = Context(
+        project=project,
+        recipe=settings.name,
+        recipe_path=Path(recipe),
+        dataset_digest=None,
+        progress=display,
+        code=code_version(project),
+        checkpoint_every_s=settings.checkpoint_every_s,
+    )
+    version = prepare_data(context)
+    context = context.on_data(version.md5)
+    data = validate_data(context, settings.validate_, data=version)
+    outcome.stages.append(_stage(data))
+    return context, data
+
+
+def _release(
+    context: Context,
+    settings: Recipe,
+    runtime: Runtime,
+    rules: GateRules,
+    outcome: Outcome,
+    *,
+    data: Artifact,
+    bundle: Artifact,
+) -> None:
+    """Evaluate the bundle, and the version that it is to beat, and judge."""
+    found = evaluate(context, settings.evaluate, runtime, data=data, bundle=bundle.path, digest=bundle)
+    outcome.stages.append(_stage(found, found))
+    rival = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
+    beaten = (
+        evaluate(context, settings.evaluate, runtime, data=data, bundle=rival.path, digest=rival.digest)
+        if rival
+        else None
+    )
+    judged = gate(
+        context,
+        rules,
+        bundle=bundle,
+        evaluation=found,
+        champion=beaten,
+        champion_version=rival.version if rival else None,
+    )
+    outcome.gate = read_gate_report(judged)
+
+
+@contextmanager
+def _gpu(runtime: Runtime) -> Iterator[None]:
+    """One GPU job at a time among the runs of a deployment; a run from the command line has nobody to wait for."""
+    if runtime.device == "cuda" and deployment.id:
+        with concurrency(GPU_SLOT, occupy=1, strict=True):
+            yield
+    else:
+        yield
+
+
+def _stage(artifact: Artifact, measured: Artifact | None = None, *, name: str | None = None) -> Stage:
+    return Stage(name or artifact.stage, artifact.manifest.seconds, artifact, measured)
+
+
+def _show(outcome: Outcome, display: Display) -> None:
+    from flows.summary import show_outcome
+
+    show_outcome(outcome, display.console)

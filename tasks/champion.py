@@ -1,0 +1,70 @@
+"""The champion, opened: registry, bundle, engine, policies and traces put together. Neither torch nor MLflow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from domains.returns.policies import Policy
+from domains.returns.prompt import Order
+from models.errors import UserError
+from models.tokenizer import ChatTokenizer
+from serving.decisions import DecisionService, ModelInfo
+from serving.engine import Engine
+from serving.retrieval import PolicyIndex
+from serving.returns import RETURNS
+from serving.scheduler import Scheduler
+from serving.traces import TraceStore
+from tasks.registry import CHAMPION, Registry
+from tasks.tracking import Mlruns
+
+
+@dataclass(frozen=True)
+class Champion:
+    """Ready to answer."""
+
+    service: DecisionService[Order]
+    scheduler: Scheduler
+    tokenizer: ChatTokenizer
+    model: ModelInfo
+
+
+def open_policies(project: Path) -> PolicyIndex:
+    """The policies in force; an index that is still empty starts with those of the data set."""
+    index = PolicyIndex(project / "state" / "policies.jsonl")
+    start = project / "data" / "policies.jsonl"
+    if not index.path.exists() and start.exists():
+        records = [json.loads(line) for line in start.read_text(encoding="utf-8").splitlines() if line]
+        index.seed(Policy(record["policy_id"], record["text"]) for record in records)
+    return index
+
+
+@contextmanager
+def open_champion(project: Path, name: str, *, slots: int = 8, threads: int | None = None) -> Iterator[Champion]:
+    """Verify the champion's bytes, load it, and close it at the end. Raises UserError where there is none."""
+    served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
+    tokenizer = ChatTokenizer.load(served.path)
+    model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
+    scheduler = Scheduler(Engine.load(served.path, slots=slots, threads=threads))
+    traces = TraceStore(project / "state" / "traces")
+    try:
+        index = open_policies(project)
+        yield Champion(
+            DecisionService(scheduler, tokenizer, index, model, RETURNS, traces), scheduler, tokenizer, model
+        )
+    finally:
+        scheduler.close()
+        traces.close()
+
+
+def prove_answers(bundle: Path) -> None:
+    """Load a bundle and let it answer. Raises UserError, or whatever breaks, if it does not."""
+    tokenizer = ChatTokenizer.load(bundle)
+    engine = Engine.load(bundle, slots=1)
+    prompt = tokenizer.encode_prompt([{"role": "user", "content": "order: A10234"}])
+    [completion] = engine.generate([prompt], max_tokens=8, stop_ids=[tokenizer.stop_id])
+    if not completion.tokens:
+        raise UserError(f"{bundle}: it loads and answers nothing")

@@ -1,0 +1,67 @@
+"""Evaluation of an exported bundle, in the engine that will serve it: every case, held-out text, speed and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import EvaluateSettings
+from tasks.runtime import Runtime
+
+SERVED_PROMPTS = 64
+
+
+@task(name="evaluate", cache_policy=NO_CACHE)
+def evaluate(
+    context: Context,
+    settings: EvaluateSettings,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    bundle: Path,
+    digest: Artifact | str,
+) -> Artifact:
+    """cases.json and what the gate looks at. `digest` names the content of the directory `bundle`."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        return evaluate_bundle(settings, runtime, data=data, bundle=bundle, out=out, report=report)
+
+    return context.run(
+        "evaluate",
+        work,
+        settings={**settings.model_dump(exclude={"stage_cases"}), "threads": runtime.threads},
+        inputs={"data": data, "bundle": digest},
+        modules=("tasks.evaluate",),
+    )
+
+
+def evaluate_bundle(
+    settings: EvaluateSettings, runtime: Runtime, *, data: Artifact, bundle: Path, out: Path, report: Report
+) -> dict[str, Any]:
+    """Measure now, whatever was measured before."""
+    from models.tokenizer import ChatTokenizer
+    from serving.engine import Engine
+    from tasks.footprint import measure_footprint
+    from tasks.measure import measure_engine
+    from tasks.records import read_records
+
+    tokenizer = ChatTokenizer.load(bundle)
+    prompts = [
+        tokenizer.encode_prompt(case["prompt"]) for case in read_records(data.path, "policy_cases")[:SERVED_PROMPTS]
+    ]
+    footprint = measure_footprint(
+        bundle,
+        prompts,
+        slots=settings.slots,
+        threads=runtime.threads,
+        stop_id=tokenizer.stop_id,
+        max_tokens=settings.max_new_tokens,
+    )
+    engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
+    metrics = measure_engine(engine, bundle, data.path, out, report, limit=None, max_tokens=settings.max_new_tokens)
+    return metrics | footprint.model_dump()

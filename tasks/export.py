@@ -1,0 +1,56 @@
+"""Export: a checkpoint becomes an ONNX bundle, and is compared with the network that it came from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import Precision
+from tasks.runtime import Runtime
+
+COMPARED_CASES = 16
+COMPARED_TOKENS = 96
+
+
+@task(name="export", cache_policy=NO_CACHE)
+def export(
+    context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
+) -> Artifact:
+    """An ONNX bundle; its parity with the network stands in the metrics."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        import torch
+
+        from models.onnx_bundle import export_bundle
+        from models.tokenizer import ChatTokenizer
+        from tasks.parity import parity
+        from tasks.records import read_records
+
+        torch.set_num_threads(runtime.threads)
+        bundle = export_bundle(model.path, out, precision=precision, max_length=max_length)
+        tokenizer = ChatTokenizer.load(model.path)
+        cases = read_records(data.path, "policy_cases")[:COMPARED_CASES]
+        found = parity(
+            model.path,
+            out,
+            [tokenizer.encode_prompt(case["prompt"]) for case in cases],
+            max_tokens=COMPARED_TOKENS,
+            stop_id=tokenizer.stop_id,
+            threads=runtime.threads,
+        )
+        size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+        return {"precision": precision, "parameters": bundle.parameters, "bytes": size, **asdict(found)}
+
+    return context.run(
+        "export",
+        work,
+        settings={"precision": precision, "max_length": max_length, "runtime": runtime.model_dump()},
+        inputs={"data": data, "model": model},
+        modules=("tasks.export",),
+    )

@@ -1,0 +1,74 @@
+"""The release gate as a stage: the rules, on what was measured of the exported bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from evaluation.cases import CaseReport, compare
+from evaluation.gate import GateReport, GateRules, Measurements, judge
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.measure import REPORT
+from tasks.registry import CHAMPION, PREVIOUS, Registry, Version
+
+GATE_REPORT = "gate.json"
+
+
+@task(name="gate", cache_policy=NO_CACHE)
+def gate(
+    context: Context,
+    rules: GateRules,
+    *,
+    bundle: Artifact,
+    evaluation: Artifact,
+    champion: Artifact | None,
+    champion_version: int | None,
+) -> Artifact:
+    """gate.json. `champion` is the evaluation of the version to beat; None where nothing was ever promoted."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        found = judge(
+            rules,
+            measurements(bundle, evaluation, champion, champion_version),
+            candidate=bundle.digest,
+        )
+        (out / GATE_REPORT).write_text(found.to_json())
+        return {"decision": found.decision, "reasons": [reason.reason for reason in found.reasons]}
+
+    inputs = {"bundle": bundle, "evaluation": evaluation} | ({"champion": champion} if champion else {})
+    settings = {"rules": dict(rules.limits), "champion_version": champion_version}
+    return context.run("gate", work, settings=settings, inputs=inputs, modules=("tasks.gate",))
+
+
+def measurements(
+    bundle: Artifact, evaluation: Artifact, champion: Artifact | None, champion_version: int | None
+) -> Measurements:
+    """What the rules look at."""
+    cases = _cases(evaluation)
+    return Measurements.of_cases(
+        cases,
+        champion=compare(cases, _cases(champion), version=str(champion_version)) if champion else "none",
+        parity_logit_gap=bundle.metrics["logit_gap"],
+        parity_token_agreement=bundle.metrics["token_agreement"],
+        p95_ttft_ms=evaluation.metrics["p95_ttft_ms"],
+        memory_gib=evaluation.metrics["memory_gib"],
+    )
+
+
+def version_to_beat(registry: Registry, digest: str) -> Version | None:
+    """The champion; where the candidate is the champion already, the one that it replaced."""
+    snapshot = registry.snapshot()
+    champion = snapshot.alias(CHAMPION)
+    return snapshot.alias(PREVIOUS) if champion and champion.digest == digest else champion
+
+
+def read_gate_report(artifact: Artifact) -> GateReport:
+    return GateReport.from_json((artifact.path / GATE_REPORT).read_bytes())
+
+
+def _cases(artifact: Artifact) -> CaseReport:
+    return CaseReport.model_validate_json((artifact.path / REPORT).read_bytes())

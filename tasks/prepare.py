@@ -1,0 +1,42 @@
+"""Data as stages: built by DVC, then let in by validation."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.data import DataVersion, build_data, is_current
+from tasks.recipe import ValidateSettings
+
+
+@task(name="data", cache_policy=NO_CACHE)
+def prepare_data(context: Context) -> DataVersion:
+    """data/ at the version that params.yaml and the generator stand for; every file hashed."""
+    context.progress.started("data")
+    started = time.perf_counter()
+    current = is_current(context.project)
+    version = build_data(context.project)
+    seconds = None if current else time.perf_counter() - started
+    context.progress.finished("data", seconds=seconds, name=version.md5)
+    return version
+
+
+@task(name="validate", cache_policy=NO_CACHE)
+def validate_data(context: Context, settings: ValidateSettings, *, data: DataVersion) -> Artifact:
+    """One Parquet file a record type, the quarantine, and report.json."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from tasks.validate import validate
+
+        found = validate(data.path, out, settings)
+        return dict(found.metrics())
+
+    return context.run(
+        "validate", work, settings=settings, inputs={"data": data.md5}, modules=("tasks.validate", "tasks.records")
+    )

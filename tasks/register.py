@@ -1,0 +1,66 @@
+"""Registration: each checkpoint, and the bundle that may be served, becomes a version with its lineage."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Sequence
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from evaluation.gate import GateReport
+from tasks.artifact import Artifact
+from tasks.context import Context
+from tasks.promote import Promotion, promote, record_gate
+from tasks.registry import Lineage, Registry, Version
+
+
+@task(name="register", cache_policy=NO_CACHE)
+def register(
+    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], bundle: Artifact
+) -> Version:
+    """The version of `bundle`, which is the candidate now. checkpoints: in the order in which they came to be;
+    others: bundles of the last one in precisions that are not served."""
+    registry = Registry(context.mlruns, context.recipe)
+    parent: int | None = None
+    for checkpoint in checkpoints:
+        parent = _register(context, registry, checkpoint, parent, servable=False).version
+    for other in others:
+        _register(context, registry, other, parent, servable=False)
+    return _register(context, registry, bundle, parent, servable=True)
+
+
+def _register(
+    context: Context, registry: Registry, artifact: Artifact, parent: int | None, *, servable: bool
+) -> Version:
+    lineage = Lineage(
+        recipe=str(context.recipe_path or context.recipe),
+        dataset_digest=context.dataset_digest,
+        code=context.code,
+        parent_version=parent,
+    )
+    run_id = artifact.metrics.get("mlflow_run_id")
+    return registry.register(artifact.path, lineage, run_id=run_id, servable=servable)
+
+
+@task(name="promote", cache_policy=NO_CACHE)
+def promote_if_shipped(context: Context, *, version: Version, report: GateReport) -> Promotion | None:
+    """Keep the gate's report with the version, and make it the champion where that says SHIP.
+
+    Raises UserError for a version that was champion and was rolled back: that one returns by hand only.
+    """
+    registry = Registry(context.mlruns, context.recipe)
+    if report.decision == "BLOCK":
+        record_gate(registry, version, report)
+        return None
+    return promote(registry, version.version, report, who=who())
+
+
+def who() -> str:
+    """For the ledger: the user and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"

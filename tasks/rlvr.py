@@ -1,0 +1,83 @@
+"""Verifier RL (GRPO): the network samples on the engine that ships, the verifier pays, better than the group is up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from tasks.artifact import Artifact
+from tasks.context import Context, Report
+from tasks.recipe import ReinforceSettings
+from tasks.runtime import Runtime
+
+
+@task(name="rlvr", cache_policy=NO_CACHE)
+def rlvr(
+    context: Context,
+    settings: ReinforceSettings,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    model: Artifact,
+    audit: Artifact,
+) -> Artifact:
+    """A model directory. `audit` is the proof that the verifier may pay rewards; without one nothing is trained."""
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from domains.returns.verifier import Facts, Verdict, verify
+        from tasks.learn import learn, open_model
+        from tasks.records import read_records
+        from training.objectives import GroupRelative
+        from training.rollouts import RolloutSettings, RolloutStream
+        from training.weights import load_decoder
+
+        network, tokenizer = open_model(model.path, runtime)
+        records = read_records(data.path, "rl_prompts")
+        facts = [Facts.from_record(record["facts"]) for record in records]
+
+        def reward(prompt: int, answer: str) -> Verdict:
+            return verify(answer, facts[prompt])
+
+        rollouts = RolloutStream(
+            network,
+            [tokenizer.encode_prompt(record["prompt"]) for record in records],
+            reward,
+            tokenizer.decode,
+            RolloutSettings(
+                prompts_per_step=settings.prompts_per_step,
+                group=settings.group_size,
+                max_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                updates_per_rollout=settings.updates_per_rollout,
+            ),
+            steps=settings.steps,
+            seed=runtime.seed,
+            stop_ids=[tokenizer.stop_id],
+            micro_rows=settings.micro_rows,
+            reference=load_decoder(model.path) if settings.kl else None,
+            device=runtime.device,
+        )
+        metrics = learn(
+            network,
+            tokenizer,
+            GroupRelative(clip=settings.clip, kl=settings.kl),
+            rollouts,
+            settings,
+            runtime,
+            out=out,
+            keep=keep,
+            report=report,
+            checkpoint_every_s=context.checkpoint_every_s,
+        )
+        return metrics | {"prompts": len(records)}
+
+    return context.run(
+        "rlvr",
+        work,
+        settings={**settings.model_dump(), "runtime": runtime.model_dump()},
+        inputs={"data": data, "model": model, "audit": audit},
+        modules=("tasks.rlvr",),
+    )
