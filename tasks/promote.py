@@ -101,15 +101,15 @@ def promote(
     report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
     back and not both a person and a new report want it.
     """
-    if gate:
-        record_gate(registry, registry.version(version), gate)
+    target = registry.version(version)
     with _settled(registry, who) as (ledger, contents):
-        target = registry.version(version)
-        report = _ship(target, gate or read_gate(registry, target))
         champions = contents.champions(registry.name)
         settled = contents.settled(registry.name)
-        if champions[-1:] == [version]:
+        if champions[-1:] == [version]:  # nor is its report kept: a later check of the champion may say otherwise
             return Promotion.of(settled[-1])
+        if gate:
+            record_gate(registry, target, gate)
+        report = _ship(target, gate or read_gate(registry, target))
         _not_refuted(target, report, settled, by_hand=by_hand)
         registry.verify(target)
         intent, _ = ledger.append(

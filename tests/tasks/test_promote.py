@@ -18,7 +18,7 @@ from models.errors import UserError
 from tasks import ledger as ledger_module
 from tasks.artifact import Artifact
 from tasks.ledger import Ledger
-from tasks.promote import history, open_ledger, promote, recover, rollback
+from tasks.promote import history, open_ledger, promote, record_gate, recover, rollback
 from tasks.registry import Lineage, Registry, Version
 from tasks.status import status
 from tasks.tracking import Mlruns
@@ -84,6 +84,16 @@ def test_promoting_the_champion_again_changes_nothing(registry: Registry, bundle
     assert lines(registry) == before
     assert bundle("w1").version == 1
     assert champions(registry) == {"champion": 1}  # registered again, it is not its own candidate
+
+
+def test_a_later_check_of_the_champion_is_not_covered_by_its_old_report(registry: Registry, bundle: Bundle) -> None:
+    version = bundle("w1")
+    promote(registry, version.version, ship(version), who="ada")
+    record_gate(registry, registry.version(1), ship(version, "BLOCK"))  # the hourly check
+    promote(registry, version.version, ship(version), who="the schedule")  # the nightly run: everything is cached
+    seen = status(registry)
+    assert seen.champion
+    assert seen.champion.gate == "BLOCK"
 
 
 @pytest.mark.parametrize(
