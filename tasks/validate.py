@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import pandera.polars as pa
 import polars as pl
+from pandera.config import ValidationDepth, config_context
 
 from domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
 from models.errors import UserError
@@ -121,7 +122,9 @@ def check_rows(path: Path, record: RecordType) -> Rows:
 def _broken_rules(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
     """Line and first reason of each row that breaks a rule of its pandera schema."""
     try:
-        record.model.validate(frame.drop(LINE), lazy=True)
+        # whatever PANDERA_… the environment sets: here the data are looked at, not only their types
+        with config_context(validation_enabled=True, validation_depth=ValidationDepth.SCHEMA_AND_DATA):
+            record.model.validate(frame.drop(LINE), lazy=True)
     except pa.errors.SchemaErrors as errors:
         cases = errors.failure_cases
         # a case without a row is no bad data: the frame itself would be of the wrong type

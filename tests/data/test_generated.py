@@ -1,0 +1,168 @@
+"""What the generated data promises: the same from the same seed, held-out is held out, flips flip, edges are dense."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from domains.returns.generator import GeneratorParams, generate
+from domains.returns.mutations import good_answer
+from domains.returns.prompt import is_eligible
+from domains.returns.verifier import Facts, verify
+
+PROJECT = Path(__file__).parents[2]
+COUNT = 300
+PARAMS = GeneratorParams(**{name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()})
+TRAIN = ("sft_examples", "preference_pairs", "rl_prompts")
+
+Rows = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("raw")
+    generate(PARAMS, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(folder: Path) -> Rows:
+    return {path.stem: [json.loads(line) for line in path.open()] for path in folder.glob("*.jsonl")}
+
+
+def facts_of(rows: Rows, *names: str) -> list[Facts]:
+    return [Facts.from_record(row["facts"]) for name in names for row in rows[name]]
+
+
+def pair(record: dict[str, Any]) -> tuple[int, int]:
+    return record["facts"]["policy"]["window_days"], record["facts"]["order"]["days_since_delivery"]
+
+
+def test_the_settings_of_params_yaml_are_the_generators() -> None:
+    GeneratorParams(**yaml.safe_load((PROJECT / "params.yaml").read_text())["generate"])
+
+
+def test_one_seed_gives_the_same_bytes_and_another_does_not(folder: Path, tmp_path: Path) -> None:
+    generate(PARAMS, tmp_path / "again")
+    generate(PARAMS.model_copy(update={"seed": 2}), tmp_path / "other")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        if path.stem != "policies":
+            assert path.read_bytes() != (tmp_path / "other" / path.name).read_bytes()
+
+
+def test_more_of_one_kind_leaves_the_other_files_as_they_are(folder: Path, tmp_path: Path) -> None:
+    generate(PARAMS.model_copy(update={"sft_examples": COUNT + 10}), tmp_path)
+    changed = {p.stem for p in folder.iterdir() if p.read_bytes() != (tmp_path / p.name).read_bytes()}
+    assert changed == {"sft_examples"}
+
+
+def test_no_order_id_of_a_case_is_in_training(rows: Rows) -> None:
+    held_out = {facts.order.order_id for facts in facts_of(rows, "policy_cases")}
+    assert not held_out & {facts.order.order_id for facts in facts_of(rows, *TRAIN)}
+    corpus_ids = {word for row in rows["corpus"] for word in re.findall(r"\b[A-Z]\d{4,6}\b", row["text"])}
+    assert corpus_ids
+    assert not held_out & corpus_ids
+
+
+def test_no_policy_id_that_a_case_turns_on_is_in_training(rows: Rows) -> None:
+    held_out = {facts.policy.policy_id for facts in facts_of(rows, "policy_cases")}
+    assert not held_out & {p.policy_id for facts in facts_of(rows, *TRAIN) for p in facts.passages}
+    assert not held_out & {word for row in rows["corpus"] for word in re.findall(r"\bP-\d+\b", row["text"])}
+
+
+def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None:
+    held_out = {pair(case) for case in rows["policy_cases"]}
+    assert not held_out & {pair(row) for name in TRAIN for row in rows[name]}
+    compared = r'"window_days": (\d+), "days": (\d+)'
+    corpus = {(int(w), int(d)) for row in rows["corpus"] for w, d in re.findall(compared, row["text"])}
+    assert len(corpus) > COUNT
+    assert not held_out & corpus
+
+
+def test_no_message_and_no_policy_sentence_of_a_random_case_is_in_training(rows: Rows) -> None:
+    def sentences(facts: list[Facts]) -> set[str]:
+        without_facts = {r"\d+": "N", r"\b(damaged|defective|late|wrong|unwanted|incomplete)\b": "R"}
+        texts = {p.text for f in facts for p in f.passages}
+        for pattern, sign in without_facts.items():
+            texts = {re.sub(pattern, sign, text) for text in texts}
+        return texts
+
+    def messages(names: tuple[str, ...], kinds: set[str] | None = None) -> set[str]:
+        chosen = [row for name in names for row in rows[name] if kinds is None or row["kind"] in kinds]
+        said = {(row.get("prompt") or row["messages"])[0]["content"].splitlines()[0] for row in chosen}
+        return {re.sub(r"\b[A-Z]?\d+\b", "N", text) for text in said}
+
+    random_kinds = {"held_out", "flip", "injection"}
+    random_cases = [Facts.from_record(c["facts"]) for c in rows["policy_cases"] if c["kind"] in random_kinds]
+    assert not sentences(random_cases) & sentences(facts_of(rows, *TRAIN))
+    assert not messages(("policy_cases",), random_kinds) & messages(TRAIN)
+
+
+def test_flip_pairs_differ_in_the_policys_days_alone_and_in_the_verdict(rows: Rows) -> None:
+    pairs = defaultdict(list)
+    for case in rows["policy_cases"]:
+        if case["kind"] == "flip":
+            pairs[case["pair_id"]].append(case)
+    assert len(pairs) == COUNT
+    for one, other in pairs.values():
+        windows = [case["facts"]["policy"]["window_days"] for case in (one, other)]
+        assert windows[0] != windows[1]
+        [a], [b] = one["prompt"], other["prompt"]
+        assert a["content"].replace(f"within {windows[0]} days", f"within {windows[1]} days") in (
+            b["content"],
+            # a distractor may grant as many days as the other side does
+            b["content"].replace(f"within {windows[0]} days", f"within {windows[1]} days"),
+        )
+        assert one["facts"]["order"] == other["facts"]["order"]
+        assert one["expected"]["eligible"] != other["expected"]["eligible"]
+
+
+def test_cases_are_dense_around_the_edge_of_the_window(rows: Rows) -> None:
+    distances = [days - window for window, days in map(pair, rows["policy_cases"])]
+    assert sum(abs(d) <= 3 for d in distances) > 0.25 * len(distances)
+    assert {-1, 0, 1} <= set(distances)
+
+
+def test_what_a_case_expects_is_what_the_verifier_accepts(rows: Rows) -> None:
+    for case in rows["policy_cases"]:
+        facts = Facts.from_record(case["facts"])
+        answer = json.loads(good_answer(facts))
+        assert verify(good_answer(facts), facts).reward == 1
+        assert {name: answer[name] for name in case["expected"]} == case["expected"]
+
+
+def test_verdicts_are_balanced(rows: Rows) -> None:
+    for name in (*TRAIN, "policy_cases"):
+        verdicts = [is_eligible(f.order, pair(r)[0]) for f, r in zip(facts_of(rows, name), rows[name], strict=True)]
+        assert 0.3 < sum(verdicts) / len(verdicts) < 0.7, name
+
+
+def test_demonstrations_are_imperfect_and_preferences_point_the_right_way(rows: Rows) -> None:
+    verdicts = [verify(r["messages"][-1]["content"], Facts.from_record(r["facts"])) for r in rows["sft_examples"]]
+    assert all(verdict.parsed for verdict in verdicts)
+    assert 0.4 < sum(v.reward for v in verdicts) / len(verdicts) < 0.8
+    for flaw in ("eligible", "policy_id", "evidence", "no_side_effect"):
+        assert any(not verdict.predicates[flaw] for verdict in verdicts), flaw
+    for row in rows["preference_pairs"]:
+        facts = Facts.from_record(row["facts"])
+        assert (verify(row["chosen"], facts).reward, verify(row["rejected"], facts).reward) == (1, 0)
+
+
+def test_the_golden_cases_are_there_whatever_the_seed(rows: Rows) -> None:
+    golden = [case for case in rows["policy_cases"] if case["kind"] == "golden"]
+    orders = {(case["facts"]["order"]["order_id"], case["facts"]["order"]["days_since_delivery"]) for case in golden}
+    assert {("A10234", 12), ("A10235", 45), ("A10236", 12), ("A10237", 45), ("A10238", 12)} <= orders
+    assert {case["facts"]["policy"]["policy_id"] for case in golden} == {"P-7"}
+    windows = {
+        case["facts"]["policy"]["window_days"]: case["expected"]["eligible"]
+        for case in golden
+        if pair(case)[1] == 12 and case["facts"]["order"]["damage_confirmed"]
+    }
+    assert windows == {30: True, 7: False}
