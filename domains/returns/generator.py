@@ -11,12 +11,13 @@ training record uses.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -37,6 +38,7 @@ class GeneratorParams(BaseModel):
     seed: int = 1
     corpus_cases: int = Field(ge=1, description="archived cases in the corpus")
     corpus_ledgers: int = Field(ge=1, description="lines of many short verdicts")
+    corpus_indexes: int = Field(ge=1, description="pages that say which policy answers which reason")
     corpus_repeats: int = Field(ge=1, description="documents that repeat a span of their own")
     heldout_documents: int = Field(ge=1)
     sft_examples: int = Field(ge=1)
@@ -48,23 +50,38 @@ class GeneratorParams(BaseModel):
     smallest_window: int = Field(5, ge=1)
     largest_window: int = Field(60, le=99)
     largest_days: int = Field(75, le=99)
+    phrasing: Literal["reason_first", "free"] = "reason_first"
 
 
-POLICY_PHRASINGS = (
-    "{reason} items reported within {window} days are eligible.",
-    "{reason} items within {window} days are eligible.",
-    "returns of {reason} goods are accepted within {window} days of delivery.",
-    "a {reason} item may come back within {window} days.",
-    "we accept {reason} orders within {window} days after delivery.",
-    "customers may send {reason} products back within {window} days of arrival.",
-    "{reason} products qualify within {window} days.",
-    "any {reason} order is eligible within {window} days after arrival.",
+# A policy is one sentence, put together so freely that no sentence can be learned by heart: it has to be copied.
+# Where the reason stands first, the passage that matches an order is found by its first word; `free` phrasing lets the
+# reason stand anywhere, which takes a larger network or more tokens to learn.
+NOUNS = ("items", "goods", "orders", "products", "parcels", "articles", "purchases", "pieces")
+VERBS = (
+    "are eligible",
+    "are accepted",
+    "qualify",
+    "may come back",
+    "can be returned",
+    "may be sent back",
+    "are taken back",
+    "count as valid",
 )
-HELD_OUT_POLICY_PHRASINGS = (
-    "{reason} goods may come back within {window} days of delivery.",
-    "we accept {reason} products within {window} days after arrival.",
-    "customers may send {reason} orders back within {window} days.",
-)
+TAILS = ("", " of delivery", " after delivery", " of arrival", " after arrival", " of purchase")
+SENTENCES = {
+    "reason_first": (
+        "{reason} {noun} reported within {window} days{tail} {verb}.",
+        "{reason} {noun} within {window} days{tail} {verb}.",
+        "{reason} {noun} {verb} within {window} days{tail}.",
+    ),
+    "free": (
+        "{reason} {noun} reported within {window} days{tail} {verb}.",
+        "{reason} {noun} within {window} days{tail} {verb}.",
+        "all {reason} {noun} {verb} within {window} days{tail}.",
+        "claims for {reason} {noun} {verb} within {window} days{tail}.",
+        "within {window} days{tail} any {reason} {noun} {verb}.",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +150,8 @@ LENIENT_DAYS = 3
 CITES_DISTRACTOR = 0.05
 QUOTES_NOTHING = 0.05
 
+VERDICTS_A_LEDGER = 12
+
 GOLDEN_PAIRS = ((30, 12), (30, 45), (7, 12))
 """(window, days) of the golden cases: no training record uses them."""
 
@@ -152,13 +171,23 @@ def is_held_out_pair(window: int, days: int) -> bool:
     return (window * 31 + days * 17) % 7 == 3 or (window, days) in GOLDEN_PAIRS
 
 
+def is_held_out_phrasing(choice: Sequence[int]) -> bool:
+    """One policy sentence in five: `choice` holds the positions of its form, noun, verb and tail."""
+    return sum(weight * index for weight, index in zip((1, 2, 3, 1), choice, strict=True)) % 5 == 3
+
+
 class CaseMaker:
     """Draws cases, either only from what training may see or only from what is held out."""
 
     def __init__(self, rng: random.Random, params: GeneratorParams, *, held_out: bool):
         self.rng, self.params, self.held_out = rng, params, held_out
         self.policy_ids = [f"P-{n}" for n in range(1, 100) if is_held_out_policy(f"P-{n}") == held_out]
-        self.phrasings = HELD_OUT_POLICY_PHRASINGS if held_out else POLICY_PHRASINGS
+        self.sentences = SENTENCES[params.phrasing]
+        self.choices = [
+            choice
+            for choice in itertools.product(*(range(len(parts)) for parts in (self.sentences, NOUNS, VERBS, TAILS)))
+            if is_held_out_phrasing(choice) == held_out
+        ]
 
     def order_id(self) -> str:
         while True:
@@ -166,10 +195,13 @@ class CaseMaker:
             if is_held_out_order(order_id) == self.held_out:
                 return order_id
 
+    def window(self) -> int:
+        return self.rng.randint(self.params.smallest_window, self.params.largest_window)
+
     def pair(self) -> tuple[int, int]:
         """A window and days since delivery: half of them within five days of the edge."""
         while True:
-            window = self.rng.randint(self.params.smallest_window, self.params.largest_window)
+            window = self.window()
             if self.rng.random() < 0.5:
                 days = window + self.rng.randint(-5, 5)
             else:
@@ -177,16 +209,20 @@ class CaseMaker:
             if 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out:
                 return window, days
 
+    def policy_text(self, reason: str, window: int) -> str:
+        sentence, noun, verb, tail = self.rng.choice(self.choices)
+        return self.sentences[sentence].format(
+            reason=reason, noun=NOUNS[noun], verb=VERBS[verb], window=window, tail=TAILS[tail]
+        )
+
     def policies(self, reason: str, window: int) -> tuple[Policy, tuple[Policy, ...]]:
         """The policy that applies, and all passages in the order in which they were retrieved."""
         others = self.rng.sample([r for r in REASONS if r != reason], RETRIEVED_PASSAGES - 1)
         ids = self.rng.sample(self.policy_ids, RETRIEVED_PASSAGES)
-        windows = [window] + [
-            self.rng.randint(self.params.smallest_window, self.params.largest_window) for _ in others
-        ]
+        windows = [window, *(self.window() for _ in others)]
         passages = [
-            Policy(i, self.rng.choice(self.phrasings).format(reason=r, window=w))
-            for i, r, w in zip(ids, [reason, *others], windows, strict=True)
+            Policy(policy_id, self.policy_text(of, days))
+            for policy_id, of, days in zip(ids, [reason, *others], windows, strict=True)
         ]
         applies = passages[0]
         self.rng.shuffle(passages)
@@ -196,9 +232,7 @@ class CaseMaker:
         window, days = self.pair()
         reason = self.rng.choice(REASONS)
         confirmed = self.rng.random() < (0.8 if reason in CONFIRMATION_NEEDED else 0.3)
-        order = Order(
-            order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days
-        )
+        order = Order(order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days)
         policy, passages = self.policies(reason, window)
         return Facts(order, policy, passages)
 
@@ -270,10 +304,29 @@ def archive_document(facts: Facts, message: str) -> str:
 def ledger_document(maker: CaseMaker) -> str:
     """A line of many short verdicts, half of them at the window's edge."""
     entries = []
-    for _ in range(12):
+    for _ in range(VERDICTS_A_LEDGER):
         window, days = maker.pair()
         entries.append(f'"window_days": {window}, "days": {days}, "eligible": {str(days <= window).lower()}')
     return ", ".join(entries)
+
+
+def index_document(maker: CaseMaker) -> str:
+    """Some policies, listed again and again in other orders, in full or in brief.
+
+    After a line's first word everything is settled by which line it is, while the words before it stand in every
+    line alike: what has to be learned is to stay with the passage, not to go on from the last word.
+    """
+    in_full = maker.rng.random() < 0.5
+    reasons = maker.rng.sample(REASONS, 3 if in_full else 5)
+    lines = [
+        f"{maker.policy_text(reason, maker.window()) if in_full else f'{reason} {maker.window()} days'} ({policy_id})"
+        for reason, policy_id in zip(reasons, maker.rng.sample(maker.policy_ids, len(reasons)), strict=True)
+    ]
+    listed = []
+    for _ in range(3):
+        maker.rng.shuffle(lines)
+        listed += lines
+    return "\n".join(f"policy: {line}" for line in listed)
 
 
 def repeat_document(rng: random.Random, vocabulary: Sequence[str], maker: CaseMaker) -> str:
@@ -297,8 +350,8 @@ def corpus_documents(rng: random.Random, params: GeneratorParams, scale: float, 
     vocabulary = sorted(
         {
             word
-            for phrasing in (*POLICY_PHRASINGS, *(p for tone in TONES for p in tone.phrasings))
-            for word in phrasing.format(reason="", window="", order_id="", lie="").replace(",", "").rstrip(".?").split()
+            for part in (*NOUNS, *VERBS, *TAILS, *(phrasing for tone in TONES for phrasing in tone.phrasings))
+            for word in part.format(order_id="", lie="").replace(",", "").rstrip(".?").split()
         }
         | set(REASONS)
     )
@@ -310,6 +363,7 @@ def corpus_documents(rng: random.Random, params: GeneratorParams, scale: float, 
     makers: list[tuple[Callable[[], str], int]] = [
         (archived, params.corpus_cases),
         (lambda: ledger_document(maker), params.corpus_ledgers),
+        (lambda: index_document(maker), params.corpus_indexes),
         (lambda: repeat_document(rng, vocabulary, maker), params.corpus_repeats),
     ]
     order = [make for make, count in makers for _ in range(max(1, round(count * scale)))]
@@ -427,9 +481,13 @@ def policy_cases(rng: random.Random, params: GeneratorParams) -> Iterator[Record
 def served_policies() -> list[Record]:
     """The policies that the shop has today, one a reason; P-7 is the one of order A10234."""
     windows = {"damaged": 30, "defective": 45, "late": 10, "wrong": 21, "unwanted": 14, "incomplete": 28}
-    ids = {"damaged": "P-7", "defective": "P-13", "late": "P-19", "wrong": "P-25", "unwanted": "P-3", "incomplete": "P-31"}
-    phrasing = POLICY_PHRASINGS[0]
-    return [{"policy_id": ids[r], "text": phrasing.format(reason=r, window=windows[r])} for r in REASONS]
+    ids = dict(
+        zip(("damaged", "defective", "late", "wrong", "unwanted", "incomplete"), (7, 13, 19, 25, 3, 31), strict=True)
+    )
+    return [
+        {"policy_id": f"P-{ids[r]}", "text": f"{r} items reported within {windows[r]} days are eligible."}
+        for r in REASONS
+    ]
 
 
 def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
@@ -446,7 +504,7 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
         maker = CaseMaker(rng(name), params, held_out=False)
         return (make(maker) for _ in range(count))
 
-    corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_repeats
+    corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_indexes + params.corpus_repeats
     files: dict[str, Iterator[Record]] = {
         "policies": iter(served_policies()),
         "corpus": corpus_documents(rng("corpus"), params, 1.0, held_out=False),
