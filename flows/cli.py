@@ -92,10 +92,10 @@ def decide(
 
 @app.command()
 def gate(recipe: RecipePath = DEFAULT_RECIPE) -> int:
-    """Measure the recipe's candidate on this machine now and judge it. Promotes nothing; exit code 1 on BLOCK."""
-    from flows.status import check_release
+    """Measure the candidate, or else the champion, here and now, and judge it. Promotes nothing; exit 1 on BLOCK."""
+    from flows.status import judge_now
 
-    return check_release(_project(), recipe)
+    return judge_now(_project(), recipe)
 
 
 @app.command()
@@ -119,7 +119,7 @@ def plan(recipe: RecipePath = DEFAULT_RECIPE) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it."""
     from flows.status import show_plan
 
-    return show_plan(recipe)
+    return show_plan(_project(), recipe)
 
 
 @policies_app.command("put")
@@ -186,9 +186,6 @@ def main() -> None:
             print(message)
             sys.exit(2)
         sys.exit(_mistake(f"{message} See `twinloop --help`."))
-    except (KeyboardInterrupt, typer.Abort):
-        print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
     sys.exit(code or 0)
 
 

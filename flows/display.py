@@ -39,6 +39,11 @@ class Display(Protocol):
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
 
 
+def make_console() -> Console:
+    """For stdout. Where that is no terminal, wide enough for any of our tables."""
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL, highlight=False)
+
+
 def make_display() -> Display:
     """Bars where stdout is a terminal, lines where it is a file, a pipe or a worker's log."""
     return LiveDisplay() if sys.stdout.isatty() else PlainDisplay()
@@ -59,9 +64,10 @@ class PlainDisplay:
     """A line when a stage starts, one every ten seconds while it works, one when it is done."""
 
     def __init__(self) -> None:
-        self.console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH_WITHOUT_TERMINAL)
+        self.console = make_console()
         self._notices = _Notices(self.console)
-        self._started = self._printed = 0.0
+        self._printed = 0.0
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> Self:
         _attach(self._notices)
@@ -73,15 +79,18 @@ class PlainDisplay:
         _detach(self._notices)
 
     def started(self, stage: str) -> None:
-        self._started = self._printed = time.monotonic()
+        self._printed, self._first = time.monotonic(), None
 
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
-        if now - self._printed < PLAIN_EVERY_S:
+        if self._first is None:  # reading the data before it says nothing about the pace
+            self._first = now, done
+        since, behind = self._first
+        if now - self._printed < PLAIN_EVERY_S or done == behind:
             return
         self._printed = now
-        left_s = (now - self._started) * (total - done) / done if done else 0.0
-        self._say(f"  {stage:<9} step {done:g}/{total:g}  {_describe(metrics)}  {left_s:.0f} s left")
+        left_s = (now - since) / (done - behind) * (total - done)
+        self._say(f"  {stage:<16} step {done:g}/{total:g}  {_describe(metrics)}  {left_s:.0f} s left")
 
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
         self._say(_finished(stage, seconds, name))
@@ -102,7 +111,7 @@ class LiveDisplay:
     def __init__(self) -> None:
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description:<9}"),
+            TextColumn("{task.description:<16}"),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:g}/{task.total:g}"),
             _Latest(),
@@ -164,4 +173,4 @@ def _describe(metrics: Mapping[str, float]) -> str:
 
 def _finished(stage: str, seconds: float | None, name: str) -> str:
     how = "already done, verified" if seconds is None else f"done in {seconds:.1f} s"
-    return f"✓ {stage:<9} {how:<22} {name}"
+    return f"✓ {stage:<16} {how:<22} {name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ from tasks.pretrain import pretrain
 from tasks.promote import Promotion
 from tasks.recipe import Recipe, load_recipe
 from tasks.register import promote_if_shipped, register
-from tasks.registry import Registry, Version
+from tasks.registry import CHAMPION, Registry, Version
+from tasks.release import check_release
 from tasks.rlvr import rlvr
 from tasks.runtime import Runtime
 from tasks.sft import sft
@@ -44,7 +46,7 @@ class Stage:
     """One row of the final table. `measured` is what the checkpoint, or the bundle, can do."""
 
     name: str
-    seconds: float
+    seconds: float | None
     artifact: Artifact | None = None
     measured: Artifact | None = None
     note: str = ""
@@ -103,16 +105,28 @@ def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
         bundle, *others = bundles
         outcome.stages += [_stage(each, name=f"export {each.metrics['precision']}") for each in bundles]
         _release(context, settings, runtime, rules, outcome, data=data, bundle=bundle)
-        assert outcome.gate is not None
-        outcome.version = register(context, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
-        try:
-            outcome.promotion = promote_if_shipped(context, version=outcome.version, report=outcome.gate)
-        except UserError as error:
-            outcome.refusal = str(error)
+        _hand_over(context, outcome, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
         if outcome.promotion:
             outcome.answer = answer_over_http(project, settings.name)
     _show(outcome, display)
     return outcome
+
+
+@flow(name="release-check", validate_parameters=False)
+def release_check(recipe: str = "recipes/returns.yaml") -> str:
+    """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias."""
+    project = find_project()
+    prepare_environment(project)
+    settings = load_recipe(project / recipe)
+    rules = load_rules(project / settings.gate.rules)
+    runtime = Runtime.of(settings)
+    with make_display() as display, _gpu(runtime):
+        context, data = _let_in(project, recipe, settings, display, Outcome(settings))
+        report = check_release(context, settings.evaluate, runtime, rules, CHAMPION, data=data)
+        display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
+    if report.decision == "BLOCK":
+        raise UserError(f"{settings.name}: the champion no longer passes the gate; `twinloop rollback` goes back")
+    return report.decision
 
 
 @flow(name="data-refresh", validate_parameters=False)
@@ -138,7 +152,8 @@ def _let_in(
         code=code_version(project),
         checkpoint_every_s=settings.checkpoint_every_s,
     )
-    version = prepare_data(context)
+    version, seconds = prepare_data(context)
+    outcome.stages.append(Stage("data", seconds, note=f"DVC {version.md5[:12]}"))
     context = context.on_data(version.md5)
     data = validate_data(context, settings.validate_, data=version)
     outcome.stages.append(_stage(data))
@@ -173,6 +188,25 @@ def _release(
         champion_version=rival.version if rival else None,
     )
     outcome.gate = read_gate_report(judged)
+    outcome.stages.append(Stage("gate", judged.manifest.seconds, note=outcome.gate.decision))
+
+
+def _hand_over(
+    context: Context, outcome: Outcome, *, checkpoints: list[Artifact], others: list[Artifact], bundle: Artifact
+) -> None:
+    """Register everything; promote the bundle if the gate let it through."""
+    assert outcome.gate is not None
+    started = time.perf_counter()
+    outcome.version = register(context, checkpoints=checkpoints, others=others, bundle=bundle)
+    registered = time.perf_counter()
+    outcome.stages.append(Stage("register", registered - started, note=str(outcome.version)))
+    try:
+        outcome.promotion = promote_if_shipped(context, version=outcome.version, report=outcome.gate)
+    except UserError as error:
+        outcome.refusal = str(error)
+    if outcome.promotion:
+        note = f"champion: version {outcome.promotion.to_version}"
+        outcome.stages.append(Stage("promote", time.perf_counter() - registered, note=note))
 
 
 @contextmanager

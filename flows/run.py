@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from models.errors import UserError
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:
-    """0 on SHIP, 1 on BLOCK. Raises what the flow raised."""
+    """0 when a champion was promoted, 1 when not, 130 on Ctrl-C. Raises what the flow raised."""
     from flows.lifecycle import lifecycle
 
     path = recipe.resolve()
     if not path.is_relative_to(project):
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
-    outcome = lifecycle(str(path.relative_to(project)))
+    try:
+        outcome = lifecycle(str(path.relative_to(project)))
+    except KeyboardInterrupt:
+        print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
+        return 130
     return 0 if outcome.shipped else 1

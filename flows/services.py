@@ -26,6 +26,7 @@ READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 20.0
 POOL = "twinloop"
 GPU_SLOT = "gpu"
+MODEL = "returns"
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,10 @@ def _prefect(project: Path, *arguments: str, check: bool = True) -> bool:
 
 
 def _has_champion(project: Path) -> bool:
-    from tasks.registry import champion_version
+    from tasks.registry import CHAMPION, Registry
+    from tasks.tracking import Mlruns
 
-    return champion_version(project) is not None
+    return Registry(Mlruns(project / "mlruns"), MODEL).snapshot().alias(CHAMPION) is not None
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from tasks.promote import promote
     from tasks.register import who
 
-    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who())
+    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
     print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest})")
     return 0
 
@@ -32,4 +32,83 @@ def roll_back(project: Path, model: str) -> int:
 
     done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), prove_answers)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}")
+    return 0
+
+
+def judge_now(project: Path, recipe_path: Path) -> int:
+    """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK."""
+    from evaluation.gate import load_rules
+    from flows.display import make_display
+    from tasks.context import Context
+    from tasks.prepare import prepare_data, validate_data
+    from tasks.recipe import load_recipe
+    from tasks.registry import CANDIDATE, CHAMPION
+    from tasks.release import check_release
+    from tasks.runtime import Runtime
+    from tasks.tracking import code_version
+
+    recipe = load_recipe(recipe_path)
+    rules = load_rules(project / recipe.gate.rules)
+    with make_display() as display:
+        context = Context(
+            project=project,
+            recipe=recipe.name,
+            recipe_path=recipe_path,
+            dataset_digest=None,
+            progress=display,
+            code=code_version(project),
+            checkpoint_every_s=recipe.checkpoint_every_s,
+        )
+        version, _ = prepare_data.fn(context)
+        data = validate_data.fn(context, recipe.validate_, data=version)
+        report = check_release.fn(context, recipe.evaluate, Runtime.of(recipe), rules, CANDIDATE, CHAMPION, data=data)
+    print(report.text())
+    return 0 if report.decision == "SHIP" else 1
+
+
+def show_plan(project: Path, recipe_path: Path) -> int:
+    from rich.table import Table
+
+    from flows.display import make_console
+    from tasks.plan import make_plan
+    from tasks.recipe import load_recipe
+    from tasks.runtime import Runtime
+
+    recipe = load_recipe(recipe_path)
+    runtime = Runtime.of(recipe)
+    plan = make_plan(recipe, project, device=runtime.device)
+    console = make_console()
+    network = plan.config
+    console.print(
+        f"{recipe.name}: {network.num_parameters:,} parameters ({network.num_hidden_layers} layers, width "
+        f"{network.hidden_size}, {network.num_attention_heads} heads over {network.num_key_value_heads}, vocabulary "
+        f"{network.vocab_size}), on {runtime.device} with {runtime.threads} threads",
+        soft_wrap=True,
+    )
+    training = Table(box=None, pad_edge=False, title="training, MiB", title_justify="left")
+    training.add_column("stage")
+    for head in [*(name for name, _ in plan.stages[0].memory.rows()), "tokens", "TFLOP", "time"]:
+        training.add_column(head, justify="right")
+    for stage in plan.stages:
+        training.add_row(
+            stage.name,
+            *(f"{size / 2**20:,.1f}" for _, size in stage.memory.rows()),
+            "?" if stage.tokens is None else f"{stage.tokens:,}",
+            "?" if stage.flops is None else f"{stage.flops / 1e12:,.1f}",
+            "?" if stage.seconds is None else f"~{stage.seconds:,.0f} s",
+        )
+    serving = Table(box=None, pad_edge=False, title="serving, MiB", title_justify="left")
+    serving.add_column("precision")
+    for name, _ in next(iter(plan.serving.values())).rows():
+        serving.add_column(name, justify="right")
+    for precision, memory in plan.serving.items():
+        serving.add_row(precision, *(f"{size / 2**20:,.1f}" for _, size in memory.rows()))
+    console.print(training)
+    console.print(serving)
+    console.print(
+        f"{recipe.evaluate.slots} slots of {recipe.model.max_length} tokens. Weights, gradients, optimizer state and "
+        f"cache are exact; the rest is estimated, time at {plan.flops_per_second / 1e9:.1f} GFLOP/s. "
+        "The libraries themselves come on top.",
+        soft_wrap=True,
+    )
     return 0

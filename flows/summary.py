@@ -58,12 +58,12 @@ def stage_table(stages: list[Stage]) -> Table:
         made = stage.artifact.metrics if stage.artifact else {}
         table.add_row(
             stage.name,
-            f"{stage.seconds:.1f} s",
+            "" if stage.seconds is None else f"{stage.seconds:.1f} s",
             f"{made['tokens_per_second']:,.0f}" if "tokens_per_second" in made else "",
             f"{measured['bits_per_byte']:.3f}" if measured else "",
             _pass_rate(measured),
             *(_percent(measured.get("predicates", {}).get(name)) for name in HEADS),
-            improvement(before, measured) if measured else _made(made),
+            stage.note or (improvement(before, measured) if measured else _made(made)),
         )
         before = measured or before
     return table

@@ -40,7 +40,12 @@ class Report:
         self.progress.stepped(self.stage, step, total, metrics)
         self.tracker.log(metrics, step=step)
 
+    def moved(self, done: float, total: float) -> None:
+        """Shown only."""
+        self.progress.stepped(self.stage, done, total, {})
 
+
+OnProgress: TypeAlias = Callable[[int, int], None]
 Work: TypeAlias = Callable[[Path, Path, Report], dict[str, Any]]
 
 

@@ -9,7 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Artifact
-from tasks.context import Context, Report
+from tasks.context import Context, OnProgress, Report
 from tasks.recipe import EvaluateSettings
 from tasks.runtime import Runtime
 
@@ -29,7 +29,7 @@ def evaluate(
     """cases.json and what the gate looks at. `digest` names the content of the directory `bundle`."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        return evaluate_bundle(settings, runtime, data=data, bundle=bundle, out=out, report=report)
+        return evaluate_bundle(settings, runtime, data=data, bundle=bundle, out=out, on_progress=report.moved)
 
     return context.run(
         "evaluate",
@@ -41,7 +41,7 @@ def evaluate(
 
 
 def evaluate_bundle(
-    settings: EvaluateSettings, runtime: Runtime, *, data: Artifact, bundle: Path, out: Path, report: Report
+    settings: EvaluateSettings, runtime: Runtime, *, data: Artifact, bundle: Path, out: Path, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Measure now, whatever was measured before."""
     from models.tokenizer import ChatTokenizer
@@ -63,5 +63,6 @@ def evaluate_bundle(
         max_tokens=settings.max_new_tokens,
     )
     engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
-    metrics = measure_engine(engine, bundle, data.path, out, report, limit=None, max_tokens=settings.max_new_tokens)
+    longest = settings.max_new_tokens
+    metrics = measure_engine(engine, bundle, data.path, out, on_progress, limit=None, max_tokens=longest)
     return metrics | footprint.model_dump()

@@ -84,7 +84,7 @@ def _serve(
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process held. Linux counts a parent's into ru_maxrss, so the kernel's own mark is read."""
+    """The most memory that this process held. On Linux ru_maxrss may be the parent's, so the kernel's mark is read."""
     status = Path("/proc/self/status")
     if status.exists():
         marks = dict(line.split(":", 1) for line in status.read_text().splitlines())

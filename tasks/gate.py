@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def gate(
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         found = judge(
             rules,
-            measurements(bundle, evaluation, champion, champion_version),
+            measurements(_cases(evaluation), evaluation.metrics, bundle.metrics, champion, champion_version),
             candidate=bundle.digest,
         )
         (out / GATE_REPORT).write_text(found.to_json())
@@ -45,17 +46,20 @@ def gate(
 
 
 def measurements(
-    bundle: Artifact, evaluation: Artifact, champion: Artifact | None, champion_version: int | None
+    cases: CaseReport,
+    metrics: Mapping[str, Any],
+    exported: Mapping[str, Any],
+    champion: Artifact | None,
+    champion_version: int | None,
 ) -> Measurements:
-    """What the rules look at."""
-    cases = _cases(evaluation)
+    """What the rules look at. metrics: of the evaluation; exported: of the bundle, whose parity is its own."""
     return Measurements.of_cases(
         cases,
         champion=compare(cases, _cases(champion), version=str(champion_version)) if champion else "none",
-        parity_logit_gap=bundle.metrics["logit_gap"],
-        parity_token_agreement=bundle.metrics["token_agreement"],
-        p95_ttft_ms=evaluation.metrics["p95_ttft_ms"],
-        memory_gib=evaluation.metrics["memory_gib"],
+        parity_logit_gap=exported["logit_gap"],
+        parity_token_agreement=exported["token_agreement"],
+        p95_ttft_ms=metrics["p95_ttft_ms"],
+        memory_gib=metrics["memory_gib"],
     )
 
 

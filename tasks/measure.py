@@ -9,12 +9,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tasks.artifact import Artifact
-from tasks.context import Context, Report
+from tasks.context import Context, OnProgress, Report
 from tasks.recipe import EvaluateSettings
 from tasks.runtime import Runtime
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
 
 REPORT = "cases.json"
 
@@ -42,9 +45,8 @@ def measure(
         length = load_config(model.path).max_position_embeddings
         export_bundle(model.path, bundle, precision=runtime.precision, max_length=length)
         engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
-        return measure_engine(
-            engine, model.path, data.path, out, report, limit=settings.stage_cases, max_tokens=settings.max_new_tokens
-        )
+        limit, longest = settings.stage_cases, settings.max_new_tokens
+        return measure_engine(engine, model.path, data.path, out, report.moved, limit=limit, max_tokens=longest)
 
     return context.run(
         f"measure-{stage}",
@@ -56,7 +58,14 @@ def measure(
 
 
 def measure_engine(
-    engine: Any, tokenizer_dir: Path, data: Path, out: Path, report: Report, *, limit: int | None, max_tokens: int
+    engine: Engine,
+    tokenizer_dir: Path,
+    data: Path,
+    out: Path,
+    on_progress: OnProgress,
+    *,
+    limit: int | None,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """Run held-out texts and cases (at most about `limit`, the same for everybody) and write cases.json into `out`."""
     from domains.returns.verifier import Facts, verify
@@ -74,7 +83,7 @@ def measure_engine(
         cases,
         verify,
         max_tokens=max_tokens,
-        on_progress=lambda done, total: report.progress.stepped(report.stage, done, total, {}),
+        on_progress=on_progress,
     )
     (out / REPORT).write_text(found.model_dump_json(indent=1) + "\n")
     predicates = {name: rate.rate for name, rate in found.by_predicate.items()}

@@ -16,15 +16,18 @@ from tasks.recipe import ValidateSettings
 
 
 @task(name="data", cache_policy=NO_CACHE)
-def prepare_data(context: Context) -> DataVersion:
-    """data/ at the version that params.yaml and the generator stand for; every file hashed."""
+def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
+    """data/ at the version that params.yaml and the generator stand for, every file hashed.
+
+    With the seconds that making it took; None where it was there.
+    """
     context.progress.started("data")
     started = time.perf_counter()
     current = is_current(context.project)
     version = build_data(context.project)
     seconds = None if current else time.perf_counter() - started
     context.progress.finished("data", seconds=seconds, name=version.md5)
-    return version
+    return version, seconds
 
 
 @task(name="validate", cache_policy=NO_CACHE)

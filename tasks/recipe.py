@@ -20,6 +20,9 @@ from models.errors import UserError
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+TOLD = 5
+"""Mistakes told at once."""
+
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
@@ -96,7 +99,9 @@ class Optimisation(Section):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
         if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run: together at most 1")
+            raise ValueError(
+                f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run: together at most 1"
+            )
         return self
 
 
@@ -224,7 +229,9 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = [_explain(dict(problem), fields) for problem in error.errors()[:5]]
+        # What stands there and is unknown explains what is missing.
+        found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = [_explain(dict(problem), fields) for problem in found[:TOLD]]
         raise UserError(f"{path}: {'; '.join(problems)}") from None
 
 

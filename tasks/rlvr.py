@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tasks.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import ReinforceSettings
 from tasks.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 @task(name="rlvr", cache_policy=NO_CACHE)
@@ -72,6 +75,8 @@ def rlvr(
             report=report,
             checkpoint_every_s=context.checkpoint_every_s,
         )
+        if not metrics["tokens"]:
+            log.warning("rlvr: the answers of every group got the same reward, so nothing was learned")
         return metrics | {"prompts": len(records)}
 
     return context.run(

@@ -1,0 +1,62 @@
+"""A registered version before the gate, measured anew: nothing is taken from what was measured earlier but its parity,
+which is a fact of the export."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from evaluation.cases import CaseReport
+from evaluation.gate import GateReport, GateRules, judge
+from models.errors import UserError
+from tasks.artifact import MANIFEST, Artifact, Manifest
+from tasks.context import Context
+from tasks.evaluate import evaluate, evaluate_bundle
+from tasks.gate import measurements, version_to_beat
+from tasks.measure import REPORT
+from tasks.promote import record_gate
+from tasks.recipe import EvaluateSettings
+from tasks.registry import Registry
+from tasks.runtime import Runtime
+
+
+@task(name="check-release", cache_policy=NO_CACHE)
+def check_release(
+    context: Context,
+    settings: EvaluateSettings,
+    runtime: Runtime,
+    rules: GateRules,
+    *aliases: str,
+    data: Artifact,
+) -> GateReport:
+    """Judge the version that the first of `aliases` with one names, now, and keep the report with it.
+
+    Raises UserError where none of them names a version.
+    """
+    registry = Registry(context.mlruns, context.recipe)
+    snapshot = registry.snapshot()
+    version = next((found for alias in aliases if (found := snapshot.alias(alias))), None)
+    if version is None:
+        raise UserError(f"{registry.name}: no {' and no '.join(aliases)} to judge; `twinloop run` makes one")
+    registry.verify(version)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+
+        def progress(done: float, total: float) -> None:
+            context.progress.stepped("evaluate", done, total, {})
+
+        context.progress.started("evaluate")
+        metrics = evaluate_bundle(settings, runtime, data=data, bundle=version.path, out=out, on_progress=progress)
+        cases = CaseReport.model_validate_json((out / REPORT).read_bytes())
+    rival = version_to_beat(registry, version.digest)
+    beaten = (
+        evaluate.fn(context, settings, runtime, data=data, bundle=rival.path, digest=rival.digest) if rival else None
+    )
+    exported = Manifest.read(version.path / MANIFEST).metrics
+    measured = measurements(cases, metrics, exported, beaten, rival.version if rival else None)
+    report = judge(rules, measured, candidate=version.digest)
+    record_gate(registry, version, report)
+    return report

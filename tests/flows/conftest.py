@@ -1,0 +1,130 @@
+"""A small project of its own, as a user would have it, and the command that runs in it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+PROJECT = Path(__file__).parents[2]
+COPIED = (
+    ".gitignore",
+    ".dvcignore",
+    ".dvc/config",
+    ".dvc/.gitignore",
+    "dvc.yaml",
+    "params.yaml",
+    "dvc.lock",
+    "data.dvc",
+)
+PACKAGES = ("flows", "tasks", "training", "evaluation", "serving", "models", "domains")
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+SIZES = {
+    "corpus_cases": 400,
+    "corpus_ledgers": 100,
+    "corpus_repeats": 100,
+    "heldout_documents": 20,
+    "sft_examples": 200,
+    "preference_pairs": 100,
+    "rl_prompts": 60,
+    "held_out_cases": 20,
+    "flip_pairs": 5,
+    "injection_cases": 10,
+}
+
+RECIPE = {
+    "name": "small",
+    "threads": 1,
+    "device": "cpu",
+    "checkpoint_every_s": 0,
+    "model": {"depth": 2, "hidden_size": 64},
+    "tokenizer": {"vocab_size": 400},
+    "validate": {"apart": ["text", "order_id", "policy_id", "window_and_days"]},
+    "pretrain": {"tokens": 20_000, "batch_tokens": 1024, "learning_rate": 0.003},
+    "sft": {"batch_tokens": 1024, "learning_rate": 0.001},
+    "dpo": {"batch_tokens": 1024, "learning_rate": 0.0003},
+    "rlvr": {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "learning_rate": 0.0001},
+    "evaluate": {"stage_cases": 20, "max_new_tokens": 64},
+    "gate": {"rules": "recipes/lenient.yaml"},
+}
+
+# So small a network learns nothing in so short a time: these rules let it through, with all that is measured in place.
+LENIENT = {
+    "golden_pass_rate": 0.0,
+    "held_out_pass_rate": 0.0,
+    "flip_pair_pass_rate": 0.0,
+    "injection_pass_rate": 0.0,
+    "champion_net_loss": 1.0,
+    "parity_logit_gap": 0.05,
+    "parity_token_agreement": 0.99,
+    "p95_ttft_ms": 60_000,
+    "memory_gib": 4,
+}
+
+
+def make_project(folder: Path) -> Path:
+    """The code, data settings, a small recipe and its rules, in a git repository."""
+    for name in COPIED:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, folder / name)
+    for package in PACKAGES:  # a copy of its own, so that the code stays what it was from one run to the next
+        shutil.copytree(PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["generate"] |= SIZES
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "recipes").mkdir()
+    write_recipe(folder)
+    (folder / "recipes" / "lenient.yaml").write_text(yaml.safe_dump(LENIENT))
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "project"]):
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    return folder
+
+
+def write_recipe(project: Path, **sections: dict[str, object]) -> Path:
+    """The small recipe, some settings changed."""
+    fields = {
+        name: value | sections.get(name, {}) if isinstance(value, dict) else value for name, value in RECIPE.items()
+    }
+    path = project / "recipes" / "small.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """A shell's, in which neither this project's settings nor a Prefect or MLflow server are named."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_TRACKING"))}
+    return kept | {"OMP_NUM_THREADS": "1"}
+
+
+def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`twinloop`, in a session of its own so that a test may kill it with all that it started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", *arguments],
+        cwd=project,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def twinloop() -> Command:
+    """Runs the command in a project and returns what came of it."""
+
+    def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+        process = start(project, *arguments)
+        stdout, stderr = process.communicate(timeout=500)
+        return subprocess.CompletedProcess(list(arguments), process.returncode, stdout, stderr)
+
+    return run

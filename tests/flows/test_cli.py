@@ -1,0 +1,65 @@
+"""Mistakes of the command's user: one line, exit code 2, before anything has run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import RECIPE, Command, make_project, write_recipe
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("project"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "recipes/nothing.yaml"], "recipes/nothing.yaml: no such file"),
+        (["run", "recipes/lenient.yaml"], "golden_pass_rate: unknown key"),
+        (["runn"], "No such command 'runn'"),
+        (["serve", "--port", "99999"], "--port"),
+        (["serve", "--port", "http"], "--port"),
+        (["serve"], "no champion"),
+        (["decide", "--order-id", "A10234"], "--reason"),
+        (["decide", "--order-id", "10234", "--reason", "damaged", "--days", "1"], "--order-id '10234'"),
+        (["decide", "--order-id", "A10234", "--reason", "damaged", "--days", "-1"], "--days -1"),
+        (["promote", "seven"], "'version': Input should be a valid integer"),
+        (["promote", "7"], "no version 7"),
+        (["rollback"], "nothing to roll back to"),
+        (["policies", "put", "seven", "within 7 days"], "P-"),
+        (["policies", "put", "P-7", "whenever you like"], "within N days"),
+        (["data", "check"], "twinloop data build"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    project: Path, twinloop: Command, arguments: list[str], said: str
+) -> None:
+    done = twinloop(project, *arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_outside_a_project_it_says_where_to_go(tmp_path: Path, twinloop: Command) -> None:
+    done = twinloop(tmp_path, "status")
+    assert done.returncode == 2
+    assert "not inside a Twinloop project" in done.stderr
+
+
+def test_without_a_model_status_says_none(project: Path, twinloop: Command) -> None:
+    done = twinloop(project, "status")
+    assert done.returncode == 0
+    assert "champion   none" in done.stdout
+
+
+def test_plan_needs_no_data(project: Path, twinloop: Command) -> None:
+    write_recipe(project)
+    done = twinloop(project, "plan", "recipes/small.yaml")
+    assert done.returncode == 0, done.stderr
+    for stage in ("pretrain", "sft", "dpo", "rlvr", "fp32", "int8"):
+        assert stage in done.stdout
+    assert str(RECIPE["name"]) in done.stdout
