@@ -1,4 +1,4 @@
-"""Trees into rows of a fixed length: best fit, deterministic, nothing lost."""
+"""Trees into rows of a fixed length: longest first, best fit, deterministic, nothing lost."""
 
 from __future__ import annotations
 
@@ -49,12 +49,15 @@ def _pieces(tree: Tree, row_length: int) -> Iterable[Tree]:
 
 
 def pack(trees: Sequence[Tree], row_length: int) -> Packing:
-    """Each tree, in order, into the fullest row that still has room for it. Documents too long are cut first."""
+    """Each tree, longest first, into the fullest row that still has room. Documents too long are cut before.
+
+    Rows come out ordered by their longest tree: shuffle them before training on them.
+    """
     rows: list[list[Tree]] = []
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
     some_free = 0  # bit f is set where open_rows[f] is not empty: the best fit is the lowest bit that suffices
     used = 0
-    for tree in cut(trees, row_length):
+    for tree in sorted(cut(trees, row_length), key=lambda tree: -tree.length):
         length = tree.length
         used += length
         roomy = some_free >> length << length

@@ -13,13 +13,13 @@ from training.stream import BatchStream
 from training.weights import new_decoder
 
 
-def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, optimizer="muon"):
+def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, optimizer="muon", device="cpu"):
     """Four steps an epoch, so that most runs are killed near an edge. Returns the weights."""
     model = new_decoder(TINY, seed=0)
-    stream = BatchStream(Texts().documents(68), row_length=64, rows_per_step=5, seed=2, steps=steps)
+    stream = BatchStream(Texts().documents(66), row_length=64, rows_per_step=5, seed=2, steps=steps)
     assert stream.steps_per_epoch == 4
     settings = TrainSettings(learning_rate=0.01, optimizer=optimizer, checkpoint_every_s=checkpoint_every_s, threads=1)
-    result = train(model, NextToken(), stream, settings, checkpoint_dir=checkpoint_dir, on_step=on_step)
+    result = train(model, NextToken(), stream, settings, checkpoint_dir=checkpoint_dir, on_step=on_step, device=device)
     return model, result
 
 

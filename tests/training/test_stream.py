@@ -15,7 +15,7 @@ def stream_of(trees, **kwargs):
 
 
 def test_every_tree_comes_once_an_epoch_and_the_last_partial_batch_is_not_dropped(texts):
-    trees = texts.documents(53)
+    trees = texts.documents(56)
     stream = stream_of(trees, epochs=2)
     assert len(stream.packing.rows) % 4, "the last batch must be a partial one for this test to mean anything"
     scored = sum(tree.num_scored for tree in trees)
@@ -25,7 +25,7 @@ def test_every_tree_comes_once_an_epoch_and_the_last_partial_batch_is_not_droppe
 
 
 def test_epochs_differ_in_order_and_seeds_decide_it(texts):
-    trees = texts.documents(53)
+    trees = texts.documents(56)
     stream, twin = stream_of(trees, epochs=2), stream_of(trees, epochs=2)
     steps = [targets(stream.next()) for _ in range(stream.total_steps)]
     assert steps == [targets(twin.next()) for _ in range(twin.total_steps)]
@@ -34,7 +34,7 @@ def test_epochs_differ_in_order_and_seeds_decide_it(texts):
 
 
 def test_restored_at_any_step_the_stream_goes_on_also_at_an_epochs_edge(texts):
-    trees = texts.documents(53)
+    trees = texts.documents(56)
     stream = stream_of(trees, steps=11)
     assert 0 < stream.steps_per_epoch < 10
     states, steps = [stream.state()], []
