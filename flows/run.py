@@ -5,18 +5,21 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from flows.server import embedded_server, wait_until_ready
 from models.errors import UserError
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:
     """0 when a champion was promoted, 1 when not, 130 on Ctrl-C. Raises what the flow raised."""
-    from flows.lifecycle import lifecycle
-
     path = recipe.resolve()
     if not path.is_relative_to(project):
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
     try:
-        outcome = lifecycle(str(path.relative_to(project)))
+        with embedded_server(project):
+            from flows.lifecycle import lifecycle
+
+            wait_until_ready(project)
+            outcome = lifecycle(str(path.relative_to(project)))
     except KeyboardInterrupt:
         print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130
