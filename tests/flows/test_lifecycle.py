@@ -7,8 +7,10 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from conftest import LENIENT, Command, make_project, start, write_recipe
@@ -24,8 +26,9 @@ def first(tmp_path_factory: pytest.TempPathFactory, twinloop: Command) -> tuple[
 
 
 @pytest.fixture
-def project(first: tuple[Path, object]) -> Path:
-    return first[0]
+def project(first: tuple[Path, object], tmp_path: Path) -> Path:
+    """The project after its first run, for one test to change."""
+    return shutil.copytree(first[0], tmp_path / "project")
 
 
 def stages(output: str) -> dict[str, set[str]]:
@@ -76,7 +79,6 @@ def test_a_second_run_computes_nothing(project: Path, twinloop: Command) -> None
 def test_a_changed_dpo_setting_runs_dpo_and_what_follows(project: Path, twinloop: Command) -> None:
     write_recipe(project, dpo={"beta": 0.5})
     changed = twinloop(project, "run", "recipes/small.yaml")
-    write_recipe(project)
     happened = stages(changed.stdout)
     followers = {"dpo", "measure-dpo", "rlvr", "measure-rlvr", "export", "evaluate", "gate"}
     assert followers <= happened["done in"]
@@ -104,8 +106,6 @@ def test_a_blocked_release_leaves_the_champion_alone(project: Path, twinloop: Co
     rules.write_text(yaml.safe_dump(LENIENT | {"golden_pass_rate": 1.0}))
     write_recipe(project, sft={"learning_rate": 0.002})
     blocked = twinloop(project, "run", "recipes/small.yaml")
-    rules.write_text(yaml.safe_dump(LENIENT))
-    write_recipe(project)
     assert blocked.returncode == 1
     assert "gate: BLOCK" in blocked.stdout
     assert "policy regression (golden_pass_rate)" in blocked.stdout
@@ -145,13 +145,21 @@ def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Pat
     assert "within 7 days" in told["P-7"]
 
 
-def test_rollback_without_a_way_back_is_one_line(tmp_path: Path, project: Path, twinloop: Command) -> None:
-    shutil.copytree(project / "recipes", tmp_path / "recipes")
-    shutil.copy(project / "params.yaml", tmp_path)
-    failed = twinloop(tmp_path, "rollback", "--model", "small")
-    assert failed.returncode == 2
-    assert failed.stderr.count("\n") == 1
-    assert "nothing to roll back to" in failed.stderr
+def test_rollback_brings_back_the_champion_before(project: Path, twinloop: Command) -> None:
+    def champion() -> str:
+        return str(json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)["champion"]["digest"])
+
+    before = champion()
+    write_recipe(project, dpo={"beta": 0.5})
+    assert twinloop(project, "run", "recipes/small.yaml").returncode == 0
+    assert champion() != before
+    back = twinloop(project, "rollback", "--model", "small")
+    assert back.returncode == 0, back.stderr
+    assert champion() == before
+    again = twinloop(project, "run", "recipes/small.yaml")
+    assert again.returncode == 1
+    assert "not promoted" in again.stdout
+    assert champion() == before
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
@@ -164,3 +172,25 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert "Traceback" not in stderr
     assert "run it again" in stderr
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_of_training_it_ends_with_the_same_weights(
+    first: tuple[Path, object], tmp_path: Path, twinloop: Command
+) -> None:
+    project = make_project(tmp_path)
+    for stage in TRAINED:
+        process = start(project, "run", "recipes/small.yaml")
+        while not list(project.glob(f"artifacts/{stage}/.work/*/checkpoints/step-*.safetensors")):
+            assert process.poll() is None, f"{stage} was over before it could be killed"
+            time.sleep(0.002)
+        server = [child for child in psutil.Process(process.pid).children() if "flows.server" in child.cmdline()]
+        process.kill()
+        process.communicate()
+        assert psutil.wait_procs(server, timeout=30)[1] == [], "Prefect's server outlived its run"
+        assert not list(project.glob(f"artifacts/{stage}/[0-9a-f]*")), f"{stage} was over before it was killed"
+    assert twinloop(project, "run", "recipes/small.yaml").returncode == 0
+    uninterrupted, resumed = artifacts(first[0]), artifacts(project)
+    for name in uninterrupted:
+        if name.partition("/")[0] in TRAINED:
+            assert resumed[name] == uninterrupted[name], name
