@@ -155,11 +155,13 @@ class LiveDisplay:
 def _attach(handler: logging.Handler) -> None:
     for name in OUR_LOGGERS:
         logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).propagate = False  # Prefect's console would say it once more
 
 
 def _detach(handler: logging.Handler) -> None:
     for name in OUR_LOGGERS:
         logging.getLogger(name).removeHandler(handler)
+        logging.getLogger(name).propagate = True
 
 
 def _describe(metrics: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 from prefect.concurrency.sync import concurrency
 from prefect.runtime import deployment
 
@@ -172,7 +173,9 @@ def _release(
 ) -> None:
     """Evaluate the bundle, and the version that it is to beat, and judge."""
     found = evaluate(context, settings.evaluate, runtime, data=data, bundle=bundle.path, digest=bundle)
-    outcome.stages.append(_stage(found, found))
+    told = found.metrics
+    note = f"{told['cases']} cases, p95 first token {told['p95_ttft_ms']:.0f} ms, {told['memory_gib']:.2f} GiB"
+    outcome.stages.append(Stage(found.stage, found.manifest.seconds, found, found, note))
     rival = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
     beaten = (
         evaluate(context, settings.evaluate, runtime, data=data, bundle=rival.path, digest=rival.digest)
@@ -188,6 +191,8 @@ def _release(
         champion_version=rival.version if rival else None,
     )
     outcome.gate = read_gate_report(judged)
+    # For Prefect's UI, beside the run
+    create_markdown_artifact(f"```\n{outcome.gate.text()}\n```", key="gate", description=outcome.gate.decision)
     outcome.stages.append(Stage("gate", judged.manifest.seconds, note=outcome.gate.decision))
 
 

@@ -76,7 +76,7 @@ def show_plan(project: Path, recipe_path: Path) -> int:
 
     recipe = load_recipe(recipe_path)
     runtime = Runtime.of(recipe)
-    plan = make_plan(recipe, project, device=runtime.device)
+    plan = make_plan(recipe, project, runtime)
     console = make_console()
     network = plan.config
     console.print(

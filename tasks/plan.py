@@ -5,20 +5,25 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
+import torch
+import torch.nn.functional as F
 
 from models.config import DecoderConfig
+from models.decoder import Decoder
 from models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
 from tasks.recipe import Packed, Precision, Recipe
+from tasks.runtime import Runtime
 
 BYTES_A_TOKEN = 3.0
 """Of the records of the default domain, under its own tokenizer."""
 TRAINED_SHARE = 0.5
 """The other half of a record is facts for the verifier."""
-REACHED = 0.3
-"""Share of the rate of a bare matrix product that a training step of a small network reaches on a CPU."""
+PROBE_FLOPS = 2e10
+"""Of one probe of the machine: a second on a slow core."""
+PROBES = 5
+LEFT_FOR_STEP = 0.8
+"""Share of the time that is left for forward and backward; the rest is the optimizer and the data."""
 ROLLOUT_COST = 2 / 3
 """A sampled token costs one forward pass, which is a third of training on it; a group in two is informative."""
 
@@ -42,10 +47,11 @@ class Plan:
     flops_per_second: float
 
 
-def make_plan(recipe: Recipe, project: Path, *, device: Literal["cpu", "cuda"]) -> Plan:
+def make_plan(recipe: Recipe, project: Path, runtime: Runtime) -> Plan:
     """Plan with the vocabulary as large as the recipe allows."""
     config = recipe.model.decoder_config(recipe.tokenizer.vocab_size)
-    rate = _flops_per_second(recipe, config)
+    pretrain = recipe.pretrain
+    rate = _flops_per_second(config, runtime, pretrain.row_length, pretrain.batch_tokens)
     stages = []
     for name in ("pretrain", "sft", "dpo", "rlvr"):
         settings = getattr(recipe, name)
@@ -60,7 +66,7 @@ def make_plan(recipe: Recipe, project: Path, *, device: Literal["cpu", "cuda"]) 
             micro_batch_tokens=micro_batch,
             row_length=row_length,
             optimizer=settings.optimizer,
-            device=device,
+            device=runtime.device,
             reference=name == "rlvr" and recipe.rlvr.kl > 0,
         )
         tokens = _tokens(recipe, project, name)
@@ -70,7 +76,7 @@ def make_plan(recipe: Recipe, project: Path, *, device: Literal["cpu", "cuda"]) 
         precision: serving_memory(
             config, precision=precision, slots=recipe.evaluate.slots, max_length=recipe.model.max_length
         )
-        for precision in recipe.export.on(device)
+        for precision in recipe.export.on(runtime.device)
     }
     return Plan(config, stages, serving, rate)
 
@@ -88,15 +94,25 @@ def _tokens(recipe: Recipe, project: Path, stage: str) -> int | None:
     return round(file.stat().st_size * TRAINED_SHARE / BYTES_A_TOKEN) * epochs
 
 
-def _flops_per_second(recipe: Recipe, config: DecoderConfig) -> float:
-    """What a product of the MLP's shape reaches here, now, less what a training step loses around it."""
-    rows = recipe.pretrain.rows_per_step * recipe.pretrain.row_length
-    left = np.ones((rows, config.hidden_size), np.float32)
-    right = np.ones((config.hidden_size, config.intermediate_size), np.float32)
-    left @ right
-    rounds, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.3:
-        left @ right
-        rounds += 1
-    seconds = time.perf_counter() - started
-    return REACHED * rounds * 2 * rows * config.hidden_size * config.intermediate_size / seconds
+def _flops_per_second(config: DecoderConfig, runtime: Runtime, row_length: int, batch_tokens: int) -> float:
+    """What a training step of one such layer reaches on this machine, now."""
+    one_layer = config.model_copy(update={"num_hidden_layers": 1})
+    per_token = flops_per_token(one_layer, context=row_length / 2, training=True)
+    rows = max(1, min(batch_tokens, round(PROBE_FLOPS / per_token)) // row_length)
+    torch.set_num_threads(runtime.threads)
+    network = Decoder(one_layer).to(runtime.device)
+    tokens_BL = torch.randint(config.vocab_size, (rows, row_length), device=runtime.device)
+    positions_BL = torch.arange(row_length, device=runtime.device).expand(rows, -1)
+
+    def step() -> float:
+        started = time.perf_counter()
+        with torch.autocast(runtime.device, torch.bfloat16, enabled=runtime.device == "cuda"):
+            logits_BLV = network.logits(network.hidden(tokens_BL, positions_BL)).float()
+        F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()).backward()
+        if runtime.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    step()  # the first one allocates
+    seconds = min(step() for _ in range(PROBES))
+    return LEFT_FOR_STEP * per_token * rows * row_length / seconds
