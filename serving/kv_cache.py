@@ -119,12 +119,12 @@ class StepBinding:
             "seqlens_k": self.seqlens,
             "logit_rows": self.logit_rows,
         }
-        self._uploads: list[tuple[ort.OrtValue, np.ndarray]] = []
+        self._on_device: dict[str, tuple[ort.OrtValue, np.ndarray]] = {}
         for name, array in inputs.items():
             address = array.ctypes.data
             if arena.device != "cpu":
-                value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype, arena.device, 0)
-                self._uploads.append((value, array))
+                value = ort.OrtValue.ortvalue_from_numpy(array, arena.device, 0)
+                self._on_device[name] = value, array
                 address = value.data_ptr()
             self._binding.bind_input(name, arena.device, 0, array.dtype, array.shape, address)
         # The operator reads this one on the host, and ONNX Runtime brings the logits there.
@@ -135,10 +135,17 @@ class StepBinding:
     def score(self, rows: np.ndarray) -> None:
         """Choose the positions whose logits are computed: int64 [N], indices into B*L. At first: the first N."""
         self.logit_rows[:] = rows
+        self._upload("logit_rows")
 
     def run(self) -> np.ndarray:
         """One pass of the graph. Returns `logits`, valid until the next run of this binding."""
-        for value, array in self._uploads:
-            value.update_inplace(array)
+        self._upload("input_ids", "seqlens_k")
         self._session.run_with_iobinding(self._binding)
         return self.logits
+
+    def _upload(self, *names: str) -> None:
+        """Bring inputs to the device, finished when this returns. On CPU the engine reads them where they are."""
+        for name in names:
+            if name in self._on_device:
+                value, array = self._on_device[name]
+                value.update_inplace(array)

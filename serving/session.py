@@ -117,12 +117,23 @@ def _open(
     providers: list[str | tuple[str, dict[str, str]]] = [_PROVIDER["cpu"]]
     if device == "cuda":
         ort.preload_dlls(msvc=False)
+        ort.set_default_logger_severity(3)  # else it warns of every session that no plug-in provider was found (1.31)
         cuda = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
         providers.insert(0, (_PROVIDER["cuda"], cuda))
     # Read when a session is made. The tiled kernel takes 2 to 4 times longer over a prompt than the plain one, at
     # every length up to a chunk that we measured (x86, head width 32 and 64, 1.31.1); decode steps use neither.
     os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
-    session = ort.InferenceSession(str(path), options, providers=providers, disabled_optimizers=disabled_optimizers)
-    if session.get_providers()[0] != _PROVIDER[device]:
-        raise UserError("engine: ONNX Runtime could not start on CUDA; check that its CUDA and cuDNN libraries load")
-    return session
+    try:
+        session = ort.InferenceSession(
+            str(path), options, providers=providers, disabled_optimizers=disabled_optimizers, enable_fallback=0
+        )
+        if session.get_providers()[0] == _PROVIDER[device]:
+            return session
+        reason = "only its CPU provider answers"
+    except Exception as error:  # what it raises where a library is missing has no type of its own
+        if device == "cpu":
+            raise
+        reason = " ".join(str(error).split())[:200]
+    raise UserError(
+        f"engine: ONNX Runtime could not start on CUDA ({reason}); check that the CUDA 13 and cuDNN 9 libraries load"
+    )
