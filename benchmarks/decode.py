@@ -136,7 +136,11 @@ def rollout_table(network: Decoder, threads: int, *, prompts: int = 8, group: in
     rng = np.random.default_rng(1)
     asked = [rng.integers(0, CONFIG.vocab_size, CONTEXT + int(rng.integers(-40, 40))).tolist() for _ in range(prompts)]
     stops = list(range(6))  # one in 85 tokens of an untrained network: answers of 1 to 80 tokens
-    weights = {name: ort.OrtValue.from_dlpack(tensor.detach()) for name, tensor in network.state_dict().items()}
+    on_cuda = network.model.norm.weight.is_cuda
+    dtype = torch.bfloat16 if on_cuda else torch.float32  # as rollouts have it: a bf16 shadow of the weights on CUDA
+    weights = {name: ort.OrtValue.from_dlpack(tensor.to(dtype)) for name, tensor in network.state_dict().items()}
+    if on_cuda:
+        torch.cuda.synchronize()
     engine = Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH, slots=prompts * group, threads=threads)
     baseline = TorchSampler(network)
     sampled = {"max_tokens": ANSWER, "group": group}
