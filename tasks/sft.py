@@ -15,9 +15,7 @@ from tasks.runtime import Runtime
 
 
 @task(name="sft", cache_policy=NO_CACHE)
-def sft(
-    context: Context, settings: FinetuneSettings, runtime: Runtime, *, data: Artifact, model: Artifact
-) -> Artifact:
+def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data: Artifact, model: Artifact) -> Artifact:
     """A model directory."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, Command, make_project, write_recipe
+from small_project import RECIPE, make_project, twinloop, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["data", "check"], "twinloop data build"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(
-    project: Path, twinloop: Command, arguments: list[str], said: str
-) -> None:
+def test_a_mistake_is_one_line_and_exit_code_2(project: Path, arguments: list[str], said: str) -> None:
     done = twinloop(project, *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -44,19 +42,19 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert "Traceback" not in done.stderr
 
 
-def test_outside_a_project_it_says_where_to_go(tmp_path: Path, twinloop: Command) -> None:
+def test_outside_a_project_it_says_where_to_go(tmp_path: Path) -> None:
     done = twinloop(tmp_path, "status")
     assert done.returncode == 2
     assert "not inside a Twinloop project" in done.stderr
 
 
-def test_without_a_model_status_says_none(project: Path, twinloop: Command) -> None:
+def test_without_a_model_status_says_none(project: Path) -> None:
     done = twinloop(project, "status")
     assert done.returncode == 0
     assert "champion   none" in done.stdout
 
 
-def test_plan_needs_no_data(project: Path, twinloop: Command) -> None:
+def test_plan_needs_no_data(project: Path) -> None:
     write_recipe(project)
     done = twinloop(project, "plan", "recipes/small.yaml")
     assert done.returncode == 0, done.stderr

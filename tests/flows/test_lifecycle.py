@@ -9,17 +9,18 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import yaml
-from conftest import LENIENT, Command, make_project, start, write_recipe
+from small_project import LENIENT, make_project, start, twinloop, write_recipe
 
 TRAINED = ("pretrain", "sft", "dpo", "rlvr")
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, twinloop: Command) -> tuple[Path, subprocess.CompletedProcess[str]]:
+def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A project after its first run, and what that run said."""
     project = make_project(tmp_path_factory.mktemp("project"))
     return project, twinloop(project, "run", "recipes/small.yaml")
@@ -45,9 +46,13 @@ def artifacts(project: Path) -> dict[str, str]:
     return {f"{path.parts[-3]}/{path.parts[-2]}": json.loads(path.read_text())["digest"] for path in manifests}
 
 
-def test_one_command_ships_a_champion_that_answers(
-    first: tuple[Path, subprocess.CompletedProcess[str]], twinloop: Command
-) -> None:
+def status(project: Path) -> dict[str, Any]:
+    """What `twinloop status` says."""
+    content: dict[str, Any] = json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)
+    return content
+
+
+def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     project, run = first
     assert run.returncode == 0, run.stderr
     assert "gate: SHIP" in run.stdout
@@ -59,16 +64,16 @@ def test_one_command_ships_a_champion_that_answers(
         assert re.search(r"\d+\.\d s +[\d,]+ +\d\.\d{3} +[\d.]+% \([\d.]+-[\d.]+\)( +[\d.]+%){7}", row), row
     answer = json.loads(run.stdout[run.stdout.index("over HTTP:") :].splitlines()[1])
     assert (answer["decision"] is None) == answer["escalated"]
-    status = json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)
-    assert status["champion"]["gate"] == "SHIP"
-    kinds = [origin["kind"] for origin in status["origins"]]
+    served = status(project)
+    assert served["champion"]["gate"] == "SHIP"
+    kinds = [origin["kind"] for origin in served["origins"]]
     # rlvr is missing where so small a network earned no reward: its weights are DPO's, and so is their version
     assert [kind for kind in kinds if kind != "rlvr"] == [
         "export", "dpo", "sft", "pretrain", "dataset", "recipe", "code",
     ]  # fmt: skip
 
 
-def test_a_second_run_computes_nothing(project: Path, twinloop: Command) -> None:
+def test_a_second_run_computes_nothing(project: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")}
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 0, again.stderr
@@ -76,10 +81,20 @@ def test_a_second_run_computes_nothing(project: Path, twinloop: Command) -> None
     assert {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")} == before
 
 
-def test_a_changed_dpo_setting_runs_dpo_and_what_follows(project: Path, twinloop: Command) -> None:
+@pytest.fixture(scope="module")
+def changed(
+    first: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The project after a second run, with another setting of DPO."""
+    project = shutil.copytree(first[0], tmp_path_factory.mktemp("changed") / "project")
     write_recipe(project, dpo={"beta": 0.5})
-    changed = twinloop(project, "run", "recipes/small.yaml")
-    happened = stages(changed.stdout)
+    return project, twinloop(project, "run", "recipes/small.yaml")
+
+
+def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
+    changed: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    happened = stages(changed[1].stdout)
     followers = {"dpo", "measure-dpo", "rlvr", "measure-rlvr", "export", "evaluate", "gate"}
     assert followers <= happened["done in"]
     assert happened["done in"].isdisjoint(
@@ -87,43 +102,45 @@ def test_a_changed_dpo_setting_runs_dpo_and_what_follows(project: Path, twinloop
     )
 
 
-def test_a_corrupted_byte_is_noticed_and_built_again(project: Path, twinloop: Command) -> None:
+def test_corrupted_bytes_are_noticed_and_built_again(project: Path) -> None:
     before = artifacts(project)
-    for name in ("model.safetensors", "manifest.json"):
-        [damaged] = project.glob(f"artifacts/sft/[0-9a-f]*/{name}")
+    for place in ("sft/[0-9a-f]*/model.safetensors", "tokenize/[0-9a-f]*/manifest.json"):
+        [damaged] = project.glob(f"artifacts/{place}")
         content = bytearray(damaged.read_bytes())
         content[len(content) // 2] ^= 1
         damaged.write_bytes(content)
-        mended = twinloop(project, "run", "recipes/small.yaml")
-        assert stages(mended.stdout)["done in"] == {"sft"}
-        assert len([line for line in mended.stdout.splitlines() if line.startswith("! sft/")]) == 1
-        assert artifacts(project) == before
+    mended = twinloop(project, "run", "recipes/small.yaml")
+    assert mended.returncode == 0, mended.stderr
+    assert stages(mended.stdout)["done in"] == {"sft", "tokenize"}
+    notices = [line for line in mended.stdout.splitlines() if "building it again" in line]
+    assert [line.split("/")[0] for line in notices] == ["! tokenize", "! sft"]
+    assert artifacts(project) == before
 
 
-def test_a_blocked_release_leaves_the_champion_alone(project: Path, twinloop: Command) -> None:
+def test_a_blocked_release_leaves_the_champion_alone(project: Path) -> None:
     rules = project / "recipes" / "lenient.yaml"
-    served = json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)["champion"]
+    served = status(project)["champion"]
     rules.write_text(yaml.safe_dump(LENIENT | {"golden_pass_rate": 1.0}))
     write_recipe(project, sft={"learning_rate": 0.002})
     blocked = twinloop(project, "run", "recipes/small.yaml")
     assert blocked.returncode == 1
     assert "gate: BLOCK" in blocked.stdout
     assert "policy regression (golden_pass_rate)" in blocked.stdout
-    status = json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)
-    assert status["champion"] == served
-    assert status["candidate"]["gate"] == "BLOCK"
-    refused = twinloop(project, "promote", str(status["candidate"]["version"]), "--model", "small")
+    now = status(project)
+    assert now["champion"] == served
+    assert now["candidate"]["gate"] == "BLOCK"
+    refused = twinloop(project, "promote", str(now["candidate"]["version"]), "--model", "small")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
 
 
-def test_gate_judges_the_candidate_again(project: Path, twinloop: Command) -> None:
+def test_gate_judges_the_candidate_again(project: Path) -> None:
     judged = twinloop(project, "gate", "recipes/small.yaml")
     assert judged.returncode == 0, judged.stderr
     assert "gate: SHIP" in judged.stdout
 
 
-def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Path, twinloop: Command) -> None:
+def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Path) -> None:
     arguments = [
         "--order-id",
         "A10234",
@@ -145,21 +162,19 @@ def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Pat
     assert "within 7 days" in told["P-7"]
 
 
-def test_rollback_brings_back_the_champion_before(project: Path, twinloop: Command) -> None:
-    def champion() -> str:
-        return str(json.loads(twinloop(project, "status", "--model", "small", "--json").stdout)["champion"]["digest"])
-
-    before = champion()
-    write_recipe(project, dpo={"beta": 0.5})
-    assert twinloop(project, "run", "recipes/small.yaml").returncode == 0
-    assert champion() != before
+def test_rollback_brings_back_the_champion_before(
+    first: tuple[Path, object], changed: tuple[Path, object], tmp_path: Path
+) -> None:
+    project = shutil.copytree(changed[0], tmp_path / "project")
+    before = status(first[0])["champion"]["digest"]
+    assert status(project)["champion"]["digest"] != before
     back = twinloop(project, "rollback", "--model", "small")
     assert back.returncode == 0, back.stderr
-    assert champion() == before
+    assert status(project)["champion"]["digest"] == before
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 1
     assert "not promoted" in again.stdout
-    assert champion() == before
+    assert status(project)["champion"]["digest"] == before
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
@@ -176,7 +191,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_in_every_stage_of_training_it_ends_with_the_same_weights(
-    first: tuple[Path, object], tmp_path: Path, twinloop: Command
+    first: tuple[Path, object], tmp_path: Path
 ) -> None:
     project = make_project(tmp_path)
     for stage in TRAINED:

@@ -6,10 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import yaml
 
 PROJECT = Path(__file__).parents[2]
@@ -25,7 +23,6 @@ COPIED = (
 )
 PACKAGES = ("flows", "tasks", "training", "evaluation", "serving", "models", "domains")
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 SIZES = {
     "corpus_cases": 400,
@@ -118,13 +115,8 @@ def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.fixture(scope="session")
-def twinloop() -> Command:
-    """Runs the command in a project and returns what came of it."""
-
-    def run(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-        process = start(project, *arguments)
-        stdout, stderr = process.communicate(timeout=500)
-        return subprocess.CompletedProcess(list(arguments), process.returncode, stdout, stderr)
-
-    return run
+def twinloop(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a project, and what came of it."""
+    process = start(project, *arguments)
+    stdout, stderr = process.communicate(timeout=500)
+    return subprocess.CompletedProcess(list(arguments), process.returncode, stdout, stderr)
