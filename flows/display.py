@@ -17,8 +17,8 @@ from rich.text import Text
 PLAIN_EVERY_S = 10.0
 WIDTH_WITHOUT_TERMINAL = 150
 OUR_LOGGERS = ("tasks", "training", "serving", "evaluation", "domains")
-# What a step says about itself, in the order in which it is shown.
-SHOWN = ("loss", "reward", "tokens_per_second")
+# What a step says about itself, and what people call it.
+SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_second": "tokens/s"}
 
 
 class Display(Protocol):
@@ -165,12 +165,8 @@ def _detach(handler: logging.Handler) -> None:
 
 
 def _describe(metrics: Mapping[str, float]) -> str:
-    names = {"tokens_per_second": "tokens/s"}
-    return "  ".join(
-        f"{names.get(name, name)} {metrics[name]:,.0f}" if metrics[name] >= 1000 else f"{name} {metrics[name]:.3f}"
-        for name in SHOWN
-        if name in metrics
-    )
+    told = {SHOWN[name]: value for name, value in metrics.items() if name in SHOWN}
+    return "  ".join(f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in told.items())
 
 
 def _finished(stage: str, seconds: float | None, name: str) -> str:
