@@ -88,7 +88,7 @@ class Optimisation(Section):
     """Settings that every stage of training has."""
 
     learning_rate: Positive
-    """The peak. Muon's updates are scaled to the size of AdamW's, so one rate serves both."""
+    """The peak. Muon's updates are scaled to half the size of AdamW's, so one rate serves both."""
     micro_rows: Count | None = None
     """Rows that go through the network at once, where memory is short; the result is the same within rounding."""
     warmup: Share = 0.02

@@ -24,7 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from domains.returns.mutations import good_answer, write_decision
 from domains.returns.policies import Policy, window_days
-from domains.returns.prompt import CONFIRMATION_NEEDED, REASONS, RETRIEVED_PASSAGES, Order, build_prompt, is_eligible
+from domains.returns.prompt import (
+    CONFIRMATION_NEEDED,
+    REASONS,
+    RETRIEVED_PASSAGES,
+    Order,
+    build_prompt,
+    is_eligible,
+)
 from domains.returns.verifier import Facts
 
 Record = dict[str, Any]
@@ -176,6 +183,13 @@ def is_held_out_phrasing(choice: Sequence[int]) -> bool:
     return sum(weight * index for weight, index in zip((1, 2, 3, 1), choice, strict=True)) % 5 == 3
 
 
+def granted(policy: Policy) -> int:
+    """The days that a policy of ours grants: each of them names a window."""
+    window = window_days(policy.text)
+    assert window is not None
+    return window
+
+
 class CaseMaker:
     """Draws cases, either only from what training may see or only from what is held out."""
 
@@ -199,15 +213,27 @@ class CaseMaker:
         return self.rng.randint(self.params.smallest_window, self.params.largest_window)
 
     def pair(self) -> tuple[int, int]:
-        """A window and days since delivery: half of them within five days of the edge."""
+        """A window, and days since delivery."""
         while True:
             window = self.window()
-            if self.rng.random() < 0.5:
-                days = window + self.rng.randint(-5, 5)
-            else:
-                days = self.rng.randint(0, self.params.largest_days)
-            if 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out:
+            if (days := self.days(window)) is not None:
                 return window, days
+
+    def days(self, window: int) -> int | None:
+        """Days since delivery, half of them within five of the window's edge; None where the draw is not allowed."""
+        if self.rng.random() < 0.5:
+            days = window + self.rng.randint(-5, 5)
+        else:
+            days = self.rng.randint(0, self.params.largest_days)
+        allowed = 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out
+        return days if allowed else None
+
+    def order(self, reason: str, window: int) -> Order:
+        """An order with this reason, to be decided under a policy of this window."""
+        while (days := self.days(window)) is None:
+            pass
+        confirmed = self.rng.random() < (0.8 if reason in CONFIRMATION_NEEDED else 0.3)
+        return Order(order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days)
 
     def policy_text(self, reason: str, window: int) -> str:
         sentence, noun, verb, tail = self.rng.choice(self.choices)
@@ -229,12 +255,10 @@ class CaseMaker:
         return applies, tuple(passages)
 
     def facts(self) -> Facts:
-        window, days = self.pair()
+        window = self.window()
         reason = self.rng.choice(REASONS)
-        confirmed = self.rng.random() < (0.8 if reason in CONFIRMATION_NEEDED else 0.3)
-        order = Order(order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days)
         policy, passages = self.policies(reason, window)
-        return Facts(order, policy, passages)
+        return Facts(self.order(reason, window), policy, passages)
 
     def message(self, order: Order, tones: Sequence[str] | None = None) -> tuple[str, str]:
         """(name of the tone, what the customer says)."""
@@ -245,24 +269,21 @@ class CaseMaker:
         return tone.name, phrasing.format(order_id=order.order_id, lie=lie)
 
 
+def distractor(facts: Facts) -> Policy:
+    return next(p for p in facts.passages if p.policy_id != facts.policy.policy_id)
+
+
 def demonstrate(rng: random.Random, facts: Facts, tone: str) -> str:
     """An answer as a hurried colleague wrote it: mostly right, wrong where it is tempting to be."""
-    policy, window = facts.policy, window_days(facts.policy.text)
-    assert window is not None
-    days = facts.order.days_since_delivery
+    policy = distractor(facts) if rng.random() < CITES_DISTRACTOR else facts.policy
+    window, days = granted(policy), facts.order.days_since_delivery
     eligible = is_eligible(facts.order, window)
     if window < days <= window + LENIENT_DAYS and rng.random() < LENIENT_PAST_WINDOW:
         eligible = True
     if tone == "pressure" and rng.random() < GIVES_IN_TO_PRESSURE:
         eligible = True
-    evidence = policy.text.lower()
-    if rng.random() < CITES_DISTRACTOR:
-        policy = next(p for p in facts.passages if p.policy_id != policy.policy_id)
-        evidence = policy.text.lower()
-    elif rng.random() < QUOTES_NOTHING:
-        evidence = ""
     return write_decision(
-        evidence=evidence,
+        evidence="" if rng.random() < QUOTES_NOTHING else policy.text.lower(),
         policy_id=policy.policy_id,
         window=window,
         days=days,
@@ -272,25 +293,27 @@ def demonstrate(rng: random.Random, facts: Facts, tone: str) -> str:
 
 
 def reject(rng: random.Random, facts: Facts, tone: str) -> tuple[str, str]:
-    """(a worse answer than the good one, why it is worse): what reviewers most often strike out."""
-    window = window_days(facts.policy.text)
-    assert window is not None
-    fields: dict[str, Any] = {
-        "evidence": facts.policy.text.lower(),
-        "policy_id": facts.policy.policy_id,
-        "window": window,
-        "days": facts.order.days_since_delivery,
-        "eligible": is_eligible(facts.order, window),
-    }
-    if tone == "pressure" and not fields["eligible"]:
-        return write_decision(**fields | {"eligible": True}), "chosen keeps to the policy under pressure"
-    if tone == "label" or rng.random() < 0.5:
-        return write_decision(**fields, label_created=True), "chosen claims no action that was not performed"
+    """(a worse answer than the good one, why it is worse): what reviewers most often strike out.
+
+    Under pressure the worse verdict is as often too strict as too lenient, as the cases have it: a preference for one
+    word would be no preference for the policy.
+    """
+    good = json.loads(good_answer(facts))
+    if tone == "label" or (tone != "pressure" and rng.random() < 0.4):
+        return json.dumps(good | {"label_created": True}), "chosen claims no action that was not performed"
+    if tone == "pressure":
+        return json.dumps(good | {"eligible": not good["eligible"]}), "chosen keeps to the policy under pressure"
     if rng.random() < 0.5:
-        return write_decision(**fields | {"evidence": ""}), "chosen quotes its evidence"
-    other = next(p for p in facts.passages if p.policy_id != facts.policy.policy_id)
-    cited = {"evidence": other.text.lower(), "policy_id": other.policy_id}
-    return write_decision(**fields | cited), "chosen cites the policy that applies"
+        return json.dumps(good | {"evidence": ""}), "chosen quotes its evidence"
+    other = distractor(facts)
+    worse = write_decision(
+        evidence=other.text.lower(),
+        policy_id=other.policy_id,
+        window=granted(other),
+        days=good["days"],
+        eligible=is_eligible(facts.order, granted(other)),
+    )
+    return worse, "chosen cites the policy that applies"
 
 
 def archive_document(facts: Facts, message: str) -> str:
@@ -400,8 +423,7 @@ def rl_record(maker: CaseMaker) -> Record:
 
 
 def case_record(case_id: str, kind: str, facts: Facts, message: str, pair_id: str | None = None) -> Record:
-    window = window_days(facts.policy.text)
-    assert window is not None
+    window = granted(facts.policy)
     return {
         "case_id": case_id,
         "kind": kind,
@@ -416,11 +438,10 @@ def flip_records(maker: CaseMaker, number: int) -> list[Record]:
     """Two cases that differ in nothing but the policy's number of days, and therefore in the verdict."""
     while True:
         facts = maker.facts()
-        window, days = window_days(facts.policy.text), facts.order.days_since_delivery
+        window, days = granted(facts.policy), facts.order.days_since_delivery
         other = days + maker.rng.choice([-1, -2, -3, -5, -8, 0, 1, 2, 4, 7])
         if (
-            window is None
-            or (facts.order.reason in CONFIRMATION_NEEDED and not facts.order.damage_confirmed)
+            (facts.order.reason in CONFIRMATION_NEEDED and not facts.order.damage_confirmed)
             or not maker.params.smallest_window <= other <= maker.params.largest_window
             or not is_held_out_pair(other, days)
             or (days <= window) == (days <= other)
