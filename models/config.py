@@ -40,8 +40,8 @@ class DecoderConfig(BaseModel):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 16:
-            raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 16, as ONNX Runtime asks")
+        if self.head_dim % 8:
+            raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 8: the attention kernels need it")
         return self
 
     @property

@@ -29,7 +29,8 @@ def test_batched_muon_takes_the_steps_of_torchs_own(tiny, texts):
     settings = OptimizerSettings(learning_rate=0.01)
     twin = new_decoder(tiny.config, seed=0)
     hidden = [p for name, p in twin.named_parameters() if p.dim() == 2 and "embed" not in name]
-    theirs = torch.optim.Muon(hidden, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    same_size = 0.01 * UPDATE_RMS / 0.2  # theirs is always the 0.2 of Liu et al.
+    theirs = torch.optim.Muon(hidden, lr=same_size, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     ours = build_optimizer(tiny, settings)
     backward(tiny, texts)
