@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 
 from domains.returns.policies import window_days
 from domains.returns.prompt import is_eligible
 from domains.returns.verifier import Facts
+
+_WINDOW = re.compile(r"\bwithin \d+ days\b", re.IGNORECASE)
 
 
 def good_answer(facts: Facts) -> str:
@@ -42,8 +45,16 @@ def write_decision(
 
 
 def mutate(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    """Every (name, output) that is the good answer with one thing wrong."""
+    """Every (name, output) that is the good answer with one thing wrong.
+
+    What a case makes right is left out: a distractor may say the very words of the policy.
+    """
+    return ((name, output) for name, output in _mutations(good, facts) if output != good)
+
+
+def _mutations(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
     decision = json.loads(good)
+    policy = facts.policy.text.lower()
 
     def changed(**fields: object) -> str:
         return json.dumps(decision | fields, ensure_ascii=False)
@@ -57,16 +68,20 @@ def mutate(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "wrong policy id", changed(policy_id=decision["policy_id"] + "0")
     yield "missing policy id", without("policy_id")
     yield "empty policy id", changed(policy_id="")
+    quoted = [("invented evidence", f"all items may be returned within {decision['window_days']} days.")]
     for distractor in facts.passages:
         if distractor.policy_id != facts.policy.policy_id:
             yield "distractor cited", changed(policy_id=distractor.policy_id)
-            yield "distractor quoted", changed(evidence=distractor.text.lower())
+            quoted.append(("distractor quoted", distractor.text.lower()))
+    for name, text in quoted:
+        if text not in policy:
+            yield name, changed(evidence=text)
     yield "invented label", changed(label_created=True)
     yield "label as string", changed(label_created="false")
     yield "label left out", without("label_created")
-    yield "invented evidence", changed(evidence=f"all items may be returned within {decision['window_days']} days.")
+    yield "embellished evidence", changed(evidence=f"{policy} no exceptions.")
     yield "empty evidence", changed(evidence="")
-    yield "evidence without window", changed(evidence=decision["evidence"].split(" within ")[0])
+    yield "evidence without window", changed(evidence=_WINDOW.sub("", decision["evidence"]))
     yield "evidence as list", changed(evidence=[decision["evidence"]])
     yield "wrong window", changed(window_days=decision["window_days"] + 1)
     yield "wrong days", changed(days=decision["days"] + 1)

@@ -12,22 +12,28 @@ import pytest
 import yaml
 
 from domains.returns.generator import GeneratorParams, generate
-from domains.returns.mutations import good_answer
+from domains.returns.mutations import good_answer, mutate, shortcuts
 from domains.returns.prompt import is_eligible
 from domains.returns.verifier import Facts, verify
+from evaluation.audit import audit_verifier
 
 PROJECT = Path(__file__).parents[2]
 COUNT = 300
-PARAMS = GeneratorParams(**{name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()})
+COUNTS = {name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()}
 TRAIN = ("sft_examples", "preference_pairs", "rl_prompts")
 
 Rows = dict[str, list[dict[str, Any]]]
 
 
+@pytest.fixture(scope="session", params=["reason_first", "free"])
+def params(request: pytest.FixtureRequest) -> GeneratorParams:
+    return GeneratorParams(**COUNTS, phrasing=request.param)
+
+
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(params: GeneratorParams, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("raw")
-    generate(PARAMS, folder)
+    generate(params, folder)
     return folder
 
 
@@ -48,17 +54,21 @@ def test_the_settings_of_params_yaml_are_the_generators() -> None:
     GeneratorParams(**yaml.safe_load((PROJECT / "params.yaml").read_text())["generate"])
 
 
-def test_one_seed_gives_the_same_bytes_and_another_does_not(folder: Path, tmp_path: Path) -> None:
-    generate(PARAMS, tmp_path / "again")
-    generate(PARAMS.model_copy(update={"seed": 2}), tmp_path / "other")
+def test_one_seed_gives_the_same_bytes_and_another_does_not(
+    params: GeneratorParams, folder: Path, tmp_path: Path
+) -> None:
+    generate(params, tmp_path / "again")
+    generate(params.model_copy(update={"seed": 2}), tmp_path / "other")
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
         if path.stem != "policies":
             assert path.read_bytes() != (tmp_path / "other" / path.name).read_bytes()
 
 
-def test_more_of_one_kind_leaves_the_other_files_as_they_are(folder: Path, tmp_path: Path) -> None:
-    generate(PARAMS.model_copy(update={"sft_examples": COUNT + 10}), tmp_path)
+def test_more_of_one_kind_leaves_the_other_files_as_they_are(
+    params: GeneratorParams, folder: Path, tmp_path: Path
+) -> None:
+    generate(params.model_copy(update={"sft_examples": COUNT + 10}), tmp_path)
     changed = {p.stem for p in folder.iterdir() if p.read_bytes() != (tmp_path / p.name).read_bytes()}
     assert changed == {"sft_examples"}
 
@@ -136,6 +146,12 @@ def test_what_a_case_expects_is_what_the_verifier_accepts(rows: Rows) -> None:
         answer = json.loads(good_answer(facts))
         assert verify(good_answer(facts), facts).reward == 1
         assert {name: answer[name] for name in case["expected"]} == case["expected"]
+
+
+def test_the_verifier_pays_for_right_answers_alone_however_policies_are_phrased(rows: Rows) -> None:
+    facts = facts_of(rows, "rl_prompts", "policy_cases")
+    report = audit_verifier(verify, [(good_answer(each), each) for each in facts], mutate, shortcuts)
+    assert report.passed, report.summary
 
 
 def test_verdicts_are_balanced(rows: Rows) -> None:

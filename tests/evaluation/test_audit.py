@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterator
 
+import pytest
+
 from domains.returns.mutations import good_answer, mutate, shortcuts
 from domains.returns.policies import Policy
 from domains.returns.prompt import Order
@@ -30,6 +32,28 @@ def test_the_domains_verifier_passes() -> None:
     assert report.tried["duplicate key"] == 8
     assert report.unparsed > 0
     assert AuditReport.model_validate_json(report.model_dump_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("text", "other"),
+    [
+        ("Within 30 days of delivery any damaged goods qualify.", "late orders may come back within 30 days."),
+        ("damaged goods qualify within 030 days", "late orders may come back within 30 days."),
+        ("all items may be returned within 30 days.", "late orders may come back within 30 days."),
+        ("damaged goods qualify within 30 days.", "Damaged goods qualify within 30 days."),
+        ("within 30 days", "within 30 days"),
+    ],
+)
+@pytest.mark.parametrize("policy_id", ["P-7", ""])
+def test_however_a_policy_is_worded_no_mutation_is_a_right_answer(text: str, other: str, policy_id: str) -> None:
+    policy = Policy(policy_id, text)
+    order = Order(order_id="A10234", reason="damaged", damage_confirmed=True, days_since_delivery=12)
+    facts = Facts(order, policy, (policy, Policy("P-3", other)))
+    good = good_answer(facts)
+    report = audit_verifier(verify, [(good, facts)], mutate, shortcuts)
+    assert report.passed, report.summary
+    assert all(output != good for _, output in mutate(good, facts))
+    assert {"evidence without window", "embellished evidence", "distractor cited"} <= set(report.tried)
 
 
 def test_a_lenient_verifier_is_caught_and_named() -> None:
