@@ -150,6 +150,12 @@ def _fact_rules(*, optional: bool) -> Rules:
     return {reason: rule | pl.col("facts").is_null() for reason, rule in rules.items()} if optional else rules
 
 
+def _judgeable_rules() -> Rules:
+    """Facts by which answers are paid or judged: under a policy without a window none would be right."""
+    window = window_of(_POLICY.struct.field("text"))
+    return {"facts has a policy that names no window": window.is_not_null(), **_fact_rules(optional=False)}
+
+
 def window_of(text: pl.Expr) -> pl.Expr:
     """`policies.window_days` over a column."""
     found = text.str.extract_all(r"(?i)\bwithin \d{1,4} days\b")
@@ -231,7 +237,7 @@ RECORD_TYPES: dict[str, RecordType] = {
         RecordType(
             "rl_prompts",
             {"prompt": MESSAGES, "facts": FACTS},
-            _message_rules("prompt", answered=False) | _fact_rules(optional=False),
+            _message_rules("prompt", answered=False) | _judgeable_rules(),
         ),
         RecordType(
             "policy_cases",
@@ -243,10 +249,7 @@ RECORD_TYPES: dict[str, RecordType] = {
                 "facts": FACTS,
                 "expected": EXPECTED,
             },
-            _text_rules("case_id")
-            | _message_rules("prompt", answered=False)
-            | _fact_rules(optional=False)
-            | _verdict_rules(),
+            _text_rules("case_id") | _message_rules("prompt", answered=False) | _judgeable_rules() | _verdict_rules(),
             optional=frozenset({"pair_id"}),
             identity=("case_id",),
         ),

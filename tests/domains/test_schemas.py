@@ -122,6 +122,32 @@ def test_a_row_that_breaks_a_rule_is_found(
     assert any(check.startswith(reason) for check in found["check"])
 
 
+@pytest.mark.parametrize(
+    "text", ["damaged items are eligible.", "damaged items within 30 days, or within 60 days with a receipt."]
+)
+@pytest.mark.parametrize(("name", "refused"), [("rl_prompts", True), ("policy_cases", True), ("sft_examples", False)])
+def test_answers_are_paid_and_judged_only_under_a_policy_that_names_one_window(
+    text: str, name: str, refused: bool, rows: dict[str, list[dict[str, Any]]]
+) -> None:
+    """A policy may name no window, and then no answer can be right."""
+    record = RECORD_TYPES[name]
+    row = copy.deepcopy(rows[name][2])
+    row["facts"]["policy"] |= {"text": text, "window_days": None}
+    row["facts"]["passages"] = [{"policy_id": row["facts"]["policy"]["policy_id"], "text": text}]
+    if name == "policy_cases":
+        row["expected"]["eligible"] = False
+    bad = [*rows[name][:2], row, *rows[name][3:]]
+    frame = pl.DataFrame(bad, schema=dict(record.columns), strict=True)
+    if not refused:
+        assert len(record.model.validate(frame, lazy=True)) == len(bad)
+        return
+    with pytest.raises(pa.errors.SchemaErrors) as raised:
+        record.model.validate(frame, lazy=True)
+    found = raised.value.failure_cases
+    assert set(found["index"]) == {2}
+    assert list(found["check"]) == ["facts has a policy that names no window"]
+
+
 def test_a_case_whose_expectation_does_not_follow_is_found(rows: dict[str, list[dict[str, Any]]]) -> None:
     record = RECORD_TYPES["policy_cases"]
     bad = [edited(row, "expected.eligible", not row["expected"]["eligible"]) for row in rows["policy_cases"]]
