@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.errors import UserError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+Size = Annotated[int, Field(gt=0)]
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
 
 class DecoderConfig(BaseModel):
     """Sizes and constants of the network. Field names are those of Hugging Face's `config.json`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Size
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: Scale = 1e-5
+    rope_theta: Scale = 10000.0
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     qk_norm: bool = False
@@ -86,30 +89,72 @@ class DecoderConfig(BaseModel):
         }
 
     @classmethod
-    def from_huggingface(cls, fields: dict[str, Any]) -> DecoderConfig:
-        """Read a `config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
+    def from_huggingface(cls, fields: Any) -> DecoderConfig:
+        """Read the content of a `config.json` of a Llama, Mistral, Qwen2 or Qwen3 checkpoint.
 
-        Raises UserError for an architecture, a rotary scaling or an activation that the network does not have.
+        Raises UserError for a field that is missing or of a wrong type, and for what the network does not have: another
+        architecture or activation, rotary scaling, attention within a sliding window.
         """
-        model_type = fields.get("model_type")
-        if model_type not in (*ARCHITECTURES, "mistral"):
-            raise UserError(f"config.json: model_type {model_type!r} is not one of llama, mistral, qwen2, qwen3")
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"config.json: rotary scaling {rope!r} is not supported; use a checkpoint without it")
-        if fields.get("hidden_act", "silu") != "silu":
-            raise UserError(f"config.json: hidden_act {fields['hidden_act']!r} is not supported; only silu is")
-        heads = fields["num_attention_heads"]
-        eos = fields.get("eos_token_id")
+        if not isinstance(fields, dict):
+            raise UserError(f"config.json: it holds a {type(fields).__name__}, not an object with the model's sizes")
+        _refuse_foreign(fields)
+        model_type, eos, rope = fields["model_type"], fields.get("eos_token_id"), _rope(fields)
+        width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
         known = {name: fields[name] for name in cls.model_fields if fields.get(name) is not None}
+        known.setdefault("num_key_value_heads", heads)
+        if _is_size(width) and _is_size(heads):
+            known.setdefault("head_dim", width // heads)
+        if "rope_theta" in rope:
+            known.setdefault("rope_theta", rope["rope_theta"])
         known |= {
-            "num_key_value_heads": fields.get("num_key_value_heads") or heads,
-            "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
-            "rope_theta": fields.get("rope_theta") or rope.get("rope_theta", 10000.0),
-            "tie_word_embeddings": fields.get("tie_word_embeddings", False),
-            "attention_bias": model_type == "qwen2" or bool(fields.get("attention_bias", False)),
+            "tie_word_embeddings": known.get("tie_word_embeddings", False),
+            "attention_bias": model_type == "qwen2" or known.get("attention_bias", False),
             "qk_norm": model_type == "qwen3",
         }
-        if isinstance(eos, list):
+        if isinstance(eos, list) and eos:
             known["eos_token_id"] = eos[0]
-        return cls(**known)
+        try:
+            config = cls(**known)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = "".join(f" {part}:" for part in first["loc"])
+            raise UserError(f"config.json:{where} {first['msg'].removeprefix('Value error, ')}") from None
+        _refuse_sliding_window(fields, config.max_position_embeddings)
+        return config
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _rope(fields: dict[str, Any]) -> dict[str, Any]:
+    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope_parameters: {rope!r} is not an object")
+    return rope
+
+
+def _refuse_foreign(fields: dict[str, Any]) -> None:
+    """Raise UserError for what would load, or fail late, and compute something else."""
+    if fields.get("model_type") not in (*ARCHITECTURES, "mistral"):
+        raise UserError(
+            f"config.json: model_type {fields.get('model_type')!r} is not one of llama, mistral, qwen2, qwen3"
+        )
+    rope = _rope(fields)
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise UserError(f"config.json: rotary scaling {rope!r} is not supported; use a checkpoint without it")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {fields['hidden_act']!r} is not supported; only silu is")
+
+
+def _refuse_sliding_window(fields: dict[str, Any], positions: int) -> None:
+    """Our attention reaches every position. Llama has no window, Qwen none unless it says so, Mistral if it has one."""
+    window = fields.get("sliding_window")
+    used = fields["model_type"] == "mistral" or bool(fields.get("use_sliding_window", False))
+    if fields["model_type"] == "llama" or not used or window is None:
+        return
+    if not _is_size(window) or window < positions:
+        raise UserError(
+            f"config.json: sliding_window {window!r} is shorter than max_position_embeddings ({positions}), and the "
+            "network attends to every position; lower max_position_embeddings to it, or use a checkpoint without it"
+        )

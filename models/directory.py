@@ -46,14 +46,11 @@ def save_model(
 
 def load_config(directory: Path) -> DecoderConfig:
     """The network's shape. Raises UserError where config.json is missing, broken, or of another architecture."""
+    fields = _read_json(directory / CONFIG)
     try:
-        fields = json.loads(_existing(directory / CONFIG).read_text(encoding="utf-8"))
         return DecoderConfig.from_huggingface(fields)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
-    except (ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{directory / CONFIG}: not a decoder's configuration ({reason})") from None
 
 
 def load_tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -61,17 +58,50 @@ def load_tensors(directory: Path) -> dict[str, np.ndarray]:
 
     Raises UserError where a file is missing or damaged.
     """
-    index = directory / WEIGHTS_INDEX
-    files = {WEIGHTS}
-    if index.exists():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     tensors: dict[str, np.ndarray] = {}
-    for name in sorted(files):
+    for name in _weight_files(directory):
         try:
             tensors |= load_file(_existing(directory / name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{directory / name}: damaged weights ({error}); fetch or train them again") from None
+        except (AttributeError, KeyError) as error:  # what safetensors 0.8 raises for a type that numpy has not
+            raise UserError(f"{directory / name}: a type of weights cannot be read ({error}); convert them") from None
     return tensors
+
+
+def check_tensors(
+    wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]], *, tied: bool, where: str
+) -> None:
+    """Compare shapes by name; `tied`: a second copy of the tied matrix is welcome. Raises UserError where they differ.
+
+    wanted: what config.json asks for. given: what the weights are.
+    """
+    for name in sorted(wanted.keys() | given.keys()):
+        if tied and name == "lm_head.weight":  # some exporters write the tied matrix twice
+            continue
+        if wanted.get(name) != given.get(name):
+            raise UserError(
+                f"{where}: {name} has shape {given.get(name, 'none')}, config.json wants {wanted.get(name, 'none')}"
+            )
+
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / WEIGHTS_INDEX
+    if not index.exists():
+        return [WEIGHTS]
+    content = _read_json(index)
+    shards = content.get("weight_map") if isinstance(content, dict) else None
+    files = list(shards.values()) if isinstance(shards, dict) else []
+    if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
+        raise UserError(f"{index}: weight_map does not say which file holds each tensor; fetch the checkpoint again")
+    return sorted(set(files))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_existing(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); fetch the checkpoint again") from None
 
 
 def _existing(path: Path) -> Path:

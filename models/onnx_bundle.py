@@ -17,9 +17,9 @@ import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from models.config import DecoderConfig
-from models.directory import load_config, load_tensors
+from models.directory import check_tensors, load_config, load_tensors
 from models.errors import UserError
-from models.onnx_graph import PRECISIONS, Precision, build_graph, slot_capacity
+from models.onnx_graph import PRECISIONS, Precision, build_graph, slot_capacity, weight_shapes
 
 BUNDLE_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
@@ -44,7 +44,8 @@ class Bundle(BaseModel):
 def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int) -> Bundle:
     """Write the bundle of a model directory. `out_dir` appears whole or not at all, and must not exist yet.
 
-    Raises UserError for an unknown precision, a length out of range, or an `out_dir` that is there already.
+    Raises UserError for an unknown precision, a length out of range, an `out_dir` that is there already, or a model
+    directory that lacks a tensor.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if precision not in PRECISIONS:
@@ -57,7 +58,10 @@ def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Prec
         )
     if out_dir.exists() and any(out_dir.iterdir()):
         raise UserError(f"export: {out_dir} is not empty; remove it or choose another directory")
-    model = build_graph(config, load_tensors(model_dir), precision=precision, capacity=slot_capacity(max_length))
+    tensors = load_tensors(model_dir)
+    shapes = {name: array.shape for name, array in tensors.items()}
+    check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(model_dir))
+    model = build_graph(config, tensors, precision=precision, capacity=slot_capacity(max_length))
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as beside:
         staging = Path(beside) / "bundle"

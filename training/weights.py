@@ -10,8 +10,7 @@ import torch
 
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.directory import load_config, load_tensors
-from models.errors import UserError
+from models.directory import check_tensors, load_config, load_tensors
 
 
 def new_decoder(config: DecoderConfig, *, seed: int) -> Decoder:
@@ -31,15 +30,12 @@ def load_decoder(directory: Path) -> Decoder:
 
 def set_weights(model: Decoder, tensors: Mapping[str, np.ndarray], *, where: str) -> None:
     """Copy arrays into the parameters of the same names. Raises UserError if names or shapes differ."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: array.shape for name, array in tensors.items()}
-    if model.config.tie_word_embeddings:
-        given.pop("lm_head.weight", None)  # some exporters write the tied matrix twice
-    for name in sorted(wanted.keys() | given.keys()):
-        if wanted.get(name) != given.get(name):
-            raise UserError(
-                f"{where}: {name} has shape {given.get(name, 'none')}, config.json wants {wanted.get(name, 'none')}"
-            )
+    check_tensors(
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        {name: array.shape for name, array in tensors.items()},
+        tied=model.config.tie_word_embeddings,
+        where=where,
+    )
     with torch.no_grad():
         for name, parameter in model.state_dict().items():
             parameter.copy_(torch.from_numpy(np.array(tensors[name], dtype=np.float32)))

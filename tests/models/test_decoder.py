@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models.config import DecoderConfig
-from models.decoder import Decoder
+from models.decoder import Decoder, RMSNorm
 from models.errors import UserError
 
 TINY = {
@@ -49,11 +50,66 @@ def test_only_distances_between_positions_matter():
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling"),
+        ({"rope_parameters": "default"}, "rope_parameters: 'default' is not an object"),
         ({"hidden_act": "gelu"}, "only silu is"),
+        ({"num_attention_heads": "4"}, "num_attention_heads: Input should be a valid integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads: Input should be greater than 0"),
+        ({"num_attention_heads": True}, "num_attention_heads: Input should be a valid integer"),
+        ({"num_attention_heads": 4.5, "head_dim": None}, "num_attention_heads: Input should be a valid integer"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads: Input should be greater than 0"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"hidden_size": None}, "hidden_size: Field required"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers: Input should be greater than 0"),
+        ({"rope_parameters": {"rope_theta": "1e4"}, "rope_theta": None}, "rope_theta: Input should be a valid number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps: Input should be"),
+        ({"eos_token_id": []}, "eos_token_id: Input should be a valid integer"),
     ],
 )
-def test_a_foreign_checkpoint_is_refused_in_one_line(change, message):
-    fields = DecoderConfig(**TINY).to_huggingface() | change
-    with pytest.raises(UserError, match=message) as error:
-        DecoderConfig.from_huggingface(fields)
+@pytest.mark.parametrize("stated", [True, False], ids=["head_dim stated", "head_dim derived"])
+def test_a_broken_or_foreign_checkpoint_is_refused_in_one_line_that_names_the_field(change, message, stated):
+    fields = DecoderConfig(**TINY).to_huggingface()
+    if not stated:
+        del fields["head_dim"]
+    with pytest.raises(UserError, match=rf"config\.json: .*{message}") as error:
+        DecoderConfig.from_huggingface(fields | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused"),
+    [
+        ({"model_type": "mistral", "sliding_window": 1024}, True),
+        ({"model_type": "mistral", "sliding_window": "1024"}, True),
+        ({"model_type": "mistral", "sliding_window": 2048}, False),
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "mistral"}, False),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, True),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False}, False),
+        ({"model_type": "qwen3", "sliding_window": 1024}, False),
+        ({"model_type": "llama", "sliding_window": 1024}, False),
+    ],
+)
+def test_a_sliding_window_that_is_used_and_shorter_than_the_context_is_refused(fields, refused):
+    fields = DecoderConfig(**TINY, max_position_embeddings=2048).to_huggingface() | fields
+    if refused:
+        with pytest.raises(UserError, match=r"config\.json: sliding_window '?1024'? is shorter than .*2048"):
+            DecoderConfig.from_huggingface(fields)
+    else:
+        assert DecoderConfig.from_huggingface(fields).max_position_embeddings == 2048
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
+def test_the_norm_by_hand_has_the_values_and_gradients_of_torchs_own(shape):
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(shape[-1], eps=1e-3)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(shape[-1], generator=generator))
+    x = (3 * torch.randn(shape, generator=generator)).requires_grad_()
+    upstream = torch.randn(shape, generator=generator)
+    twin, weight = x.detach().clone().requires_grad_(), norm.weight.detach().clone().requires_grad_()
+    ours, theirs = norm(x), F.rms_norm(twin, weight.shape, weight, norm.eps)
+    torch.testing.assert_close(ours, theirs)
+    ours.backward(upstream)
+    theirs.backward(upstream)
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(norm.weight.grad, weight.grad)

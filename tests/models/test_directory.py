@@ -81,6 +81,27 @@ def test_a_directory_that_transformers_saved_loads_with_the_same_logits(tmp_path
     torch.testing.assert_close(logits_of(load_decoder(tmp_path / "theirs"), tokens), expected, atol=2e-4, rtol=1e-4)
 
 
+def test_a_mistral_checkpoint_loads_with_the_same_logits(tmp_path):
+    """It has no architecture of its own here: without a window in use it is a Llama."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = BASE | {"max_position_embeddings": 128, "rope_theta": 50_000.0, "rms_norm_eps": 1e-5}
+    torch.manual_seed(0)
+    theirs = MistralForCausalLM(MistralConfig(**sizes, sliding_window=128)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter += (0.3 if "norm" in name else 0.1) * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path)
+    tokens = torch.randint(0, 96, (2, 33), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+    torch.testing.assert_close(logits_of(load_decoder(tmp_path), tokens), expected, atol=2e-4, rtol=1e-4)
+
+    MistralConfig(**sizes, sliding_window=16).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: sliding_window 16 is shorter"):
+        load_decoder(tmp_path)
+
+
 def test_weights_come_back_bit_for_bit(tmp_path):
     config = DecoderConfig(**BASE)
     weights = get_weights(trained_looking(config))
@@ -120,6 +141,44 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UserError, match=r"model.safetensors: damaged weights"):
+        load_tensors(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "weight_map does not say"),
+        ("{}", "weight_map does not say"),
+        ('{"weight_map": {}}', "weight_map does not say"),
+        ('{"weight_map": ["model.safetensors"]}', "weight_map does not say"),
+        ('{"weight_map": {"model.norm.weight": 1}}', "weight_map does not say"),
+        ('{"weight_map": {"model.norm.weight": ["a"]}}', "weight_map does not say"),
+        ('{"weight_map": {"model.norm.weight": "../other/model.safetensors"}}', "weight_map does not say"),
+        ('{"weight_map": {"model.norm.weight": "part.safetensors"}}', r"part\.safetensors: no such file"),
+    ],
+)
+def test_a_damaged_index_is_told_in_one_line(tmp_path, index, told):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=told) as error:
+        load_tensors(tmp_path)
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_told_in_one_line(tmp_path):
+    config = DecoderConfig(**BASE)
+    weights = get_weights(trained_looking(config))
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_model(tmp_path, config, weights)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight has shape none, config\.json wants"):
+        load_decoder(tmp_path)
+
+
+def test_weights_of_a_type_that_cannot_be_read_are_told_in_one_line(tmp_path):
+    save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.safetensors: a type of weights cannot be read .*float8"):
         load_tensors(tmp_path)
 
 

@@ -14,6 +14,7 @@ from models.decoder import Decoder
 from models.directory import save_model
 from models.errors import UserError
 from models.onnx_bundle import export_bundle, read_bundle
+from models.onnx_graph import weight_shapes
 from models.onnx_quantize import choose_block_size, quantize_blocks
 from serving.engine import Engine
 
@@ -143,9 +144,24 @@ def test_an_impossible_export_is_refused(tmp_path):
     save_model(model_dir, BASE, {name: tensor.numpy() for name, tensor in network().state_dict().items()})
     with pytest.raises(UserError, match="precision 'int3' is not one of"):
         export_bundle(model_dir, tmp_path / "out", precision="int3", max_length=8)  # type: ignore[arg-type]
-    save_model(tmp_path / "narrow", BASE.model_copy(update={"head_dim": 24}), {})
+    narrow = BASE.model_copy(update={"head_dim": 24})
+    save_model(
+        tmp_path / "narrow", narrow, {name: np.zeros(s, np.float32) for name, s in weight_shapes(narrow).items()}
+    )
     with pytest.raises(UserError, match="head_dim 24 cannot be served"):
         export_bundle(tmp_path / "narrow", tmp_path / "out", precision="fp32", max_length=8)
+    weights = {name: tensor.numpy() for name, tensor in network().state_dict().items()}
+    lacking = {name: array for name, array in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+    save_model(tmp_path / "lacking", BASE, lacking)
+    with pytest.raises(
+        UserError, match=r"layers\.1\.mlp\.up_proj\.weight has shape none, config\.json wants \(160, 64\)"
+    ):
+        export_bundle(tmp_path / "lacking", tmp_path / "out", precision="fp32", max_length=8)
+    # A bias that the network has not: ignored, the bundle would answer otherwise than the checkpoint.
+    save_model(tmp_path / "biased", BASE, weights | {"model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)})
+    with pytest.raises(UserError, match=r"o_proj\.bias has shape \(64,\), config\.json wants none"):
+        export_bundle(tmp_path / "biased", tmp_path / "out", precision="fp32", max_length=8)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="max_length 4096"):
         export_bundle(model_dir, tmp_path / "out", precision="fp32", max_length=4096)
 
