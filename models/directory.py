@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 once it is imported)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
