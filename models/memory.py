@@ -11,17 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
 from models.config import DecoderConfig
 from models.errors import UserError
 from models.onnx_graph import Precision, compute_type, slot_capacity
 from models.onnx_quantize import choose_block_size
-
-GIB = 2**30
-
-PREFILL_CHUNK = 256
-"""Tokens of a prompt that one prefill step takes at most, as in `serving.engine`."""
-LOGIT_CHUNK = 8192
-"""Scored positions whose logits exist at once, as in `training.tree`."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +25,6 @@ class _Plan:
     @property
     def total_bytes(self) -> int:
         return sum(getattr(self, field.name) for field in fields(self))
-
-    @property
-    def total_gib(self) -> float:
-        return self.total_bytes / GIB
 
     def rows(self) -> list[tuple[str, int]]:
         """(name, bytes) of every part, in order, then the total."""
@@ -141,12 +131,6 @@ def flops_per_token(config: DecoderConfig, *, context: float, training: bool) ->
     weights = sum(rows * columns for rows, columns in _hidden_matrices(config)) + projection
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     return (2 * weights + attention) * (3 if training else 1)
-
-
-def training_seconds(config: DecoderConfig, *, tokens: int, row_length: int, flops_per_second: float) -> float:
-    """Time to train on so many tokens in rows of `row_length`, at a rate of arithmetic measured on the machine."""
-    _positive(tokens=tokens, row_length=row_length, flops_per_second=flops_per_second)
-    return tokens * flops_per_token(config, context=row_length / 2, training=True) / flops_per_second
 
 
 def _hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:

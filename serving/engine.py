@@ -16,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import ArrayLike
 
+from models.chunks import PREFILL_CHUNK
 from models.config import DecoderConfig
 from models.errors import UserError
 from models.onnx_bundle import WEIGHTS_FILE, read_bundle
@@ -27,9 +28,6 @@ from serving.session import choose_device, open_bound, open_bundle
 # A binding costs some 30 us a layer to make and keeps its buffers: decode ranges and usual lengths stay, others go.
 _BINDINGS_KEPT = 512
 _BINDING_BYTES_KEPT = 256 << 20
-
-PREFILL_CHUNK = 256
-"""Tokens of a long prompt that go through the network at once."""
 
 
 class Engine:

@@ -7,14 +7,11 @@ Left out: data parallelism and asynchronous checkpoints.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.objectives import Objective, join_metrics
 from training.optim import Optimizer, OptimizerSettings, build_optimizer, learning_rate_at
+from training.reproducible import reproducible
 from training.stream import Batches, Step
 from training.tree import scored_logprobs
 
@@ -113,7 +111,7 @@ def train(
         result = _resume(found, model, optimizer, batches)
     saved_at = time.perf_counter()
     saved_step = result.steps if result.resumed_from_step is not None else -1
-    with _reproducible(target):
+    with reproducible(target):
         while result.steps < batches.total_steps:
             report = _train_step(model, objective, optimizer, batches, result.steps, target)
             result.steps, result.loss, result.metrics = report.step, report.loss, report.metrics
@@ -195,24 +193,6 @@ def _accumulate(
 
 def _diverged(what: str, step: int, settings: OptimizerSettings) -> str:
     return f"training: {what} at step {step}; lower learning_rate (now {settings.learning_rate}) or raise warmup"
-
-
-@contextlib.contextmanager
-def _reproducible(device: torch.device) -> Any:
-    """CUDA kernels that add in a fixed order. On CPU the ones we use already do."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read at its first use
-    memory: Any = torch.utils.deterministic  # its switch is a property of the module, which no type checker sees
-    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False  # a debugging aid that costs a kernel for each allocation
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        memory.fill_uninitialized_memory = before[1]
 
 
 def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batches, result: TrainResult) -> None:

@@ -21,6 +21,7 @@ NEWTON_SCHULZ_STEPS = 5
 # learn sooner when embeddings and the norms of queries and keys, which AdamW moves, go twice as fast as the matrices.
 UPDATE_RMS = 0.1
 BETAS = (0.9, 0.95)
+MAX_GRAD_NORM = 1.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class OptimizerSettings:
     decay: float = 0.5
     optimizer: Literal["muon", "adamw"] = "muon"
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
@@ -77,7 +77,7 @@ class Muon:
     def step(self, learning_rate: float, weight_decay: float) -> None:
         for shape, members in self._buckets.items():
             momentum_KMN = self._momenta[shape]
-            gradient_KMN = torch.stack([_wide(member.grad) for member in members if member.grad is not None])
+            gradient_KMN = torch.stack([_wide(_gradient(member)) for member in members])
             momentum_KMN.lerp_(gradient_KMN, 1 - MOMENTUM)
             update_KMN = orthogonalise(gradient_KMN.lerp_(momentum_KMN, MOMENTUM))  # Nesterov
             if weight_decay:
@@ -88,6 +88,11 @@ class Muon:
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"muon/{m}x{n}": momentum for (m, n), momentum in self._momenta.items()}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "matrices of one shape are stepped together: each needs a gradient"
+    return parameter.grad
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -126,8 +131,8 @@ class Optimizer:
             parameter.grad = None
 
     def clip_gradients(self) -> Tensor:
-        """Scale the gradients down to max_grad_norm; returns their norm before, a scalar."""
-        return nn.utils.clip_grad_norm_(self._parameters.values(), self.settings.max_grad_norm)
+        """Scale the gradients down to MAX_GRAD_NORM; returns their norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRAD_NORM)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, by name. Empty for AdamW before its first step."""

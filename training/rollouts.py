@@ -1,7 +1,9 @@
 """GRPO rollouts: sample groups on the serving engine, judge them, keep the groups that teach something.
 
 Advantages are relative to the group: (reward - mean) / standard deviation. A group whose rewards are all alike has
-none; it is dropped and counted, and further prompts are drawn to fill the step, up to MAX_ROUNDS. The ratio's
+none; it is dropped and counted, and further prompts are drawn to fill the step, up to MAX_ROUNDS. All informative
+groups of the last round are kept, also those past the number wanted, at most twice of it less one: they were paid for,
+and since the loss is a mean over tokens, more of them make the step's direction surer and not its length. The ratio's
 denominator is the sampler's own log-probability, so its distance from 1 in the first update of a rollout measures
 the parity of trainer and engine, at every step. Left out: filtering over-long completions, replay of old rollouts.
 """
@@ -41,7 +43,10 @@ class Verdict(Protocol):
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """prompts_per_step: informative groups wanted. updates_per_rollout: optimizer steps taken on each rollout."""
+    """prompts_per_step: prompts of a round, and informative groups wanted.
+
+    updates_per_rollout: optimizer steps taken on each rollout.
+    """
 
     prompts_per_step: int
     group: int
@@ -86,11 +91,15 @@ class RolloutStream:
         micro_rows: int | None = None,
         reference: Decoder | None = None,
         device: str = "cpu",
+        threads: int | None = None,
     ):
-        """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL."""
+        """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL.
+
+        threads: of the engine that samples; None leaves the choice to it.
+        """
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")
-        self._model, self._reference, self._device = model, reference, device
+        self._model, self._reference, self._device, self._threads = model, reference, device, threads
         self._prompts, self._reward, self._decode = prompts, reward, decode
         self._settings, self._steps, self._seed = settings, steps, seed
         self._stop_ids, self._micro_rows = stop_ids, micro_rows
@@ -163,7 +172,7 @@ class RolloutStream:
         if self._sampler is None:
             max_length = self._longest_prompt + settings.max_tokens
             sequences = settings.prompts_per_step * settings.group
-            self._sampler = BoundSampler(self._model, max_length=max_length, sequences=sequences)
+            self._sampler = BoundSampler(self._model, max_length=max_length, sequences=sequences, threads=self._threads)
         return self._sampler.generate(
             [self._prompts[index] for index in chosen],
             group=settings.group,

@@ -22,8 +22,11 @@ class BoundSampler:
     engine's kernels take 16 bits, they are a bf16 shadow on the same device, refreshed before each use.
     """
 
-    def __init__(self, model: Decoder, *, max_length: int, sequences: int):
-        """max_length: the longest prompt with its completion. sequences: how many are asked for at once."""
+    def __init__(self, model: Decoder, *, max_length: int, sequences: int, threads: int | None = None):
+        """max_length: the longest prompt with its completion. sequences: how many are asked for at once.
+
+        threads: of the engine; None leaves the choice to it.
+        """
         self._weights: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self._bound = self._weights
         self._on_cuda = next(iter(self._weights.values())).is_cuda
@@ -32,7 +35,7 @@ class BoundSampler:
             torch.cuda.synchronize()
         initializers = {name: OrtValue.from_dlpack(tensor) for name, tensor in self._bound.items()}
         self.engine = Engine.from_weights(
-            model.config, initializers, max_length=max_length, slots=min(sequences, SLOTS)
+            model.config, initializers, max_length=max_length, slots=min(sequences, SLOTS), threads=threads
         )
 
     def generate(

@@ -1,36 +1,19 @@
-"""What a frozen network gives to tokens: held-out loss, and the reference of DPO and of KL penalties."""
+"""What a frozen network gives to tokens: the reference of DPO and of KL penalties."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from models.decoder import Decoder
-from training.packing import cut, pack
+from training.packing import pack
+from training.reproducible import reproducible
 from training.tree import Segment, Tree, collate, scored_logprobs
 
 ROWS_AT_ONCE = 16
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """nats: summed negative log-probability of `tokens` scored tokens."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def nats_per_token(self) -> float:
-        return self.nats / self.tokens if self.tokens else 0.0
-
-
-def held_out_loss(model: Decoder, trees: Sequence[Tree], *, row_length: int, device: str = "cpu") -> HeldOut:
-    """Loss on trees that training has not seen. Documents longer than a row are cut, and each token scored once."""
-    values = tree_logprobs(model, cut(trees, row_length), row_length=row_length, device=device)
-    return HeldOut(-sum(float(v.sum(dtype=np.float64)) for v in values), sum(len(v) for v in values))
 
 
 def attach_reference(
@@ -64,7 +47,7 @@ def tree_logprobs(
     rows = pack(trees, row_length).rows
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
-        with torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
+        with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
             batch = collate(some, row_length, temperature=temperature).to(target)
             logprobs = scored_logprobs(model, batch).cpu().numpy()
         for tree in (tree for row in some for tree in row):

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from models.errors import UserError
-from training.packing import Packing, Row, pack
+from training.packing import Packing, Row, cut, pack
 from training.tree import Tree, TreeBatch, collate
 
 
@@ -67,7 +67,8 @@ class BatchStream:
             raise ValueError("give either epochs or steps")
         if not trees:
             raise UserError("training data: no examples are left to train on; look at what validation quarantined")
-        shuffled = [trees[index] for index in np.random.default_rng(seed).permutation(len(trees))]
+        pieces = cut(trees, row_length)  # before they are shuffled, so that an error names the caller's example
+        shuffled = [pieces[index] for index in np.random.default_rng(seed).permutation(len(pieces))]
         self.packing: Packing = pack(shuffled, row_length)
         self.rows_per_step = rows_per_step
         self.micro_rows = micro_rows

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
+from models.chunks import LOGIT_CHUNK
 from models.decoder import Decoder
 from models.errors import UserError
 
@@ -140,7 +141,7 @@ class TreeBatch:
 
     tokens_BL, positions_BL: int64. visible_until_BL: int32, the row index at which a token stops being visible.
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
-    weight_N: float32. sequence_N: int64, ascending. length_S: int64, scored tokens of each sequence.
+    weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence stand together.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
     num_tokens: tokens that are not padding. total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
@@ -152,7 +153,6 @@ class TreeBatch:
     predict_from_N: Tensor
     target_N: Tensor
     weight_N: Tensor
-    sequence_N: Tensor
     length_S: Tensor
     advantage_N: Tensor | None
     old_logprobs_N: Tensor | None
@@ -239,7 +239,6 @@ def collate(rows: Sequence[Sequence[Tree]], row_length: int, *, temperature: flo
         predict_from_N=torch.from_numpy(_joined(predict_from, np.int64)),
         target_N=torch.from_numpy(_joined([s.tokens[scored] for s, scored in scored_segments], np.int64)),
         weight_N=torch.from_numpy(weight_N),
-        sequence_N=torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
         length_S=torch.from_numpy(lengths),
         advantage_N=torch.from_numpy(np.repeat(advantages, lengths)) if _given(old) else None,
         old_logprobs_N=torch.from_numpy(_joined(_given(old), np.float32)) if _given(old) else None,
@@ -291,7 +290,7 @@ def attention_mask(batch: TreeBatch) -> Tensor | BlockMask:
     return (earlier_LL & (order_L[:, None] < visible_until_BL[:, None, :])).unsqueeze(1)
 
 
-def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = 8192) -> Tensor:
+def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUNK) -> Tensor:
     """log p(target) [N] of every scored token, float32, differentiable.
 
     The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece, and again in

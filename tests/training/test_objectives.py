@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,9 @@ import torch
 from training.loop import _accumulate
 from training.objectives import DirectPreference, GroupRelative, NextToken
 from training.packing import pack
-from training.scoring import attach_reference, held_out_loss
+from training.scoring import attach_reference
 from training.stream import BatchStream, Step, micro_batches
-from training.tree import collate, document, example, group, scored_logprobs
+from training.tree import Tree, collate, document, example, group, scored_logprobs
 
 CPU = torch.device("cpu")
 
@@ -81,13 +82,21 @@ def test_grpo_by_hand():
 
 
 def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny, texts):
-    trees = attach_reference(tiny, groups_of(texts, 3), row_length=64)
-    batch = one_batch(trees)
-    logprobs = scored_logprobs(tiny, batch).detach()
-    _, at_reference = GroupRelative(kl=0.1).loss(logprobs, batch)
-    _, away = GroupRelative(kl=0.1).loss(logprobs - 0.5, batch)
-    assert at_reference["reference_kl"].item() == pytest.approx(0, abs=1e-6)
-    assert away["reference_kl"].item() == pytest.approx(math.exp(0.5) - 0.5 - 1, abs=1e-4)
+    """Sampled and judged alike, so that the penalty is all that is left of the loss and its gradient."""
+    trees = groups_of(texts, 3)
+    trees = [Tree(tuple(replace(segment, advantage=0.0) for segment in tree.segments)) for tree in trees]
+    batch = one_batch(attach_reference(tiny, trees, row_length=64))
+    reference = scored_logprobs(tiny, batch).detach()
+    for shift in (0.0, -0.5, 0.5):
+        logprobs = (reference + shift).requires_grad_()
+        loss, metrics = GroupRelative(kl=0.1).loss(logprobs, batch)
+        loss.backward()
+        divergence = math.exp(-shift) + shift - 1
+        assert metrics["reference_kl"].item() == pytest.approx(divergence, abs=1e-4)
+        assert loss.item() == pytest.approx(0.1 * divergence, abs=1e-5)
+        expected = 0.1 * (1 - math.exp(-shift)) / len(logprobs)
+        torch.testing.assert_close(logprobs.grad, torch.full_like(reference, expected), atol=1e-6, rtol=1e-3)
+        assert torch.all(logprobs.grad.sign() == math.copysign(1, shift)) or not shift  # descent leads back
 
 
 @pytest.mark.parametrize("kind", ["next_token", "preference", "group"])
@@ -113,15 +122,6 @@ def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in tiny.parameters()]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     torch.testing.assert_close(gradients[0], gradients[1], atol=2e-6, rtol=1e-4)
-
-
-def test_held_out_loss_counts_each_token_once_and_cuts_long_documents(tiny, texts):
-    long = document(texts.run(150, 150))
-    whole = held_out_loss(tiny, [long, *texts.documents(3)], row_length=256)
-    cut = held_out_loss(tiny, [long], row_length=32)
-    assert cut.tokens == 149
-    assert whole.tokens > 149
-    assert cut.nats_per_token == pytest.approx(math.log(64), abs=0.2)
 
 
 def test_an_answer_weighs_by_its_tokens_not_by_its_example(tiny):

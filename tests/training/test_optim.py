@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from training.objectives import NextToken
-from training.optim import UPDATE_RMS, OptimizerSettings, build_optimizer, learning_rate_at, orthogonalise
+from training.optim import (
+    MAX_GRAD_NORM,
+    UPDATE_RMS,
+    OptimizerSettings,
+    build_optimizer,
+    learning_rate_at,
+    orthogonalise,
+)
 from training.packing import pack
 from training.tree import collate, scored_logprobs
 from training.weights import new_decoder
@@ -85,6 +92,50 @@ def test_restored_state_takes_the_same_next_step(tiny, texts, optimizer):
         backward(model, texts)
         chosen.step(0.01)
     assert all(torch.equal(a, b) for a, b in zip(tiny.parameters(), twin.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weight_decay_shrinks_the_hidden_matrices_and_nothing_else(tiny, texts, optimizer):
+    """The same gradient with and without decay: what differs is the share of the weights that decay takes."""
+    start = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    stepped = {}
+    for decay in (0.0, 0.5):
+        model = new_decoder(tiny.config, seed=0)
+        model.load_state_dict(tiny.state_dict())
+        chosen = build_optimizer(model, OptimizerSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=decay))
+        texts.rng = type(texts)().rng
+        backward(model, texts)
+        chosen.step(0.01)
+        stepped[decay] = dict(model.named_parameters())
+    for name, before in start.items():
+        hidden = before.dim() == 2 and "embed" not in name
+        taken = 0.01 * 0.5 * before if hidden else torch.zeros_like(before)
+        torch.testing.assert_close(stepped[0.0][name] - stepped[0.5][name], taken, atol=1e-6, rtol=1e-3)
+
+
+def test_gradients_are_clipped_to_their_norm_and_small_ones_left_alone(tiny, texts):
+    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+
+    def gradients():
+        return torch.cat([p.grad.flatten() for p in tiny.parameters()])
+
+    backward(tiny, texts)
+    for scale in (100.0, 1e-3):
+        norm = gradients().norm()
+        for parameter in tiny.parameters():
+            parameter.grad *= scale / norm
+        before = gradients()
+        assert optimizer.clip_gradients().item() == pytest.approx(scale, rel=1e-4)
+        kept = before * min(1.0, MAX_GRAD_NORM / scale)
+        torch.testing.assert_close(gradients(), kept, atol=1e-7, rtol=1e-4)
+
+
+def test_a_matrix_without_a_gradient_is_our_own_mistake(tiny, texts):
+    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+    backward(tiny, texts)
+    tiny.model.layers[1].mlp.up_proj.weight.grad = None
+    with pytest.raises(AssertionError, match="each needs a gradient"):
+        optimizer.step(0.01)
 
 
 def test_schedule_warms_up_holds_and_decays_but_never_wastes_a_step():

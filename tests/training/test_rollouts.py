@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from serving.engine import Engine
 from training.loop import TrainSettings, train
 from training.objectives import GroupRelative
 from training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
@@ -106,6 +107,34 @@ def test_groups_without_variance_are_dropped_counted_and_replaced_within_bounds(
     assert 5 < step.metrics["groups"] <= 5 * MAX_ROUNDS
     trained = sum(batch.num_sequences for batch in step.micro_batches)
     assert trained == 4 * step.metrics["informative_groups"] > 0
+
+
+def test_informative_groups_past_the_number_wanted_are_trained_on_too_and_stay_within_bounds(eager_to_stop):
+    def three_in_four(index, text):
+        return by_length(index, text) if index % 4 else Verdict(0.0)
+
+    stream = stream_for(eager_to_stop, reward=three_in_four, steps=20)
+    kept = []
+    for _ in range(20):
+        step = stream.next()
+        kept.append(step.metrics["informative_groups"])
+        assert sum(batch.num_sequences for batch in step.micro_batches) == 4 * kept[-1]
+    assert max(kept) > 5, "no step went past the number wanted: the test shows nothing"
+    assert max(kept) <= 2 * 5 - 1
+
+
+@pytest.mark.parametrize("threads", [None, 1, 2])
+def test_the_engine_samples_on_the_threads_of_the_run(eager_to_stop, threads, monkeypatch):
+    asked = []
+    made = Engine.from_weights
+
+    def from_weights(*args, **kwargs):
+        asked.append(kwargs["threads"])
+        return made(*args, **kwargs)
+
+    monkeypatch.setattr(Engine, "from_weights", from_weights)
+    stream_for(eager_to_stop, threads=threads).next()
+    assert asked == [threads]
 
 
 def test_a_step_without_informative_groups_moves_nothing_and_does_not_stop_the_run(eager_to_stop):

@@ -4,6 +4,7 @@ import pytest
 
 from models.errors import UserError
 from training.stream import BatchStream
+from training.tree import document, example
 
 
 def targets(step):
@@ -45,6 +46,21 @@ def test_restored_at_any_step_the_stream_goes_on_also_at_an_epochs_edge(texts):
         resumed = stream_of(trees, steps=11)
         resumed.restore(state)
         assert [targets(resumed.next()) for _ in range(position, 11)] == steps[position:]
+
+
+def test_an_example_that_does_not_fit_is_named_by_its_place_in_the_data(texts):
+    trees = texts.documents(56)
+    for place in (0, 17, 56):
+        broken = [*trees[:place], example([7] * 40, [8] * 40), *trees[place:]]
+        with pytest.raises(UserError, match=f"training example {place}: 80 tokens do not fit a row of 64"):
+            stream_of(broken, epochs=1)
+
+
+def test_documents_longer_than_a_row_are_trained_whole(texts):
+    trees = [document(texts.run(200, 200)), *texts.documents(20)]
+    stream = stream_of(trees, epochs=1)
+    scored = sum(len(b.target_N) for _ in range(stream.total_steps) for b in stream.next().micro_batches)
+    assert scored == sum(tree.num_scored for tree in trees)
 
 
 def test_no_examples_is_the_users_mistake():
