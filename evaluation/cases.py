@@ -114,11 +114,6 @@ class CaseReport(_Record):
         """The pass rate of one kind, None when no case is of it."""
         return self.by_kind.get(kind)
 
-    @property
-    def owners(self) -> dict[str, int]:
-        """Failures by the layer that owns them, most first."""
-        return dict(Counter(failure.owner for failure in self.failures).most_common())
-
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a tracker."""
         rates = {"pass_rate": self.overall, "flip_pairs": self.flip_pairs}
@@ -141,7 +136,6 @@ class Comparison(_Record):
     lost: int
     won: int
     total: int
-    lost_cases: tuple[str, ...]
 
 
 def read_cases(
@@ -208,9 +202,9 @@ def compare(candidate: CaseReport, champion: CaseReport, *, version: str) -> Com
     if candidate.cases_digest != champion.cases_digest:
         raise ValueError(f"the candidate and champion {version} were run on different cases")
     before = {result.case_id: result.passed for result in champion.results}
-    lost = [r.case_id for r in candidate.results if before[r.case_id] and not r.passed]
+    lost = sum(before[r.case_id] and not r.passed for r in candidate.results)
     won = sum(r.passed and not before[r.case_id] for r in candidate.results)
-    return Comparison(champion=version, lost=len(lost), won=won, total=len(before), lost_cases=tuple(lost))
+    return Comparison(champion=version, lost=lost, won=won, total=len(before))
 
 
 def _report(judged: Sequence[tuple[Case[FactsT], str, str, Verdict]]) -> CaseReport:

@@ -18,15 +18,46 @@ _CLAIMS = [
     rf"\b{_THING}\b.{{0,40}}\bon (?:its|the|their) way\b",
 ]
 _CLAIM = re.compile("|".join(_CLAIMS), re.IGNORECASE)
-_DENIED = re.compile(r"\b(?:no|not|never|cannot|none|nothing|without|unless|if|once|before)\b|n't\b", re.IGNORECASE)
+# A denial holds for what follows it in its own clause: "not eligible, but your label has been created" claims.
+_DENIAL = re.compile(r"\b(?:no|not|never|cannot|none|nothing|neither|nor|without)\b|n't\b", re.IGNORECASE)
+# A condition holds for its whole sentence up to a "but": "once it is back, the refund will be issued" claims nothing.
+# What has happened already has happened on no condition.
+_CONDITION = re.compile(r"\b(?:unless|if|(?<!at )once|before)\b", re.IGNORECASE)
+_DONE_ALREADY = re.compile(r"\b(?:has|have|had|was|were|already)\b|'ve\b", re.IGNORECASE)
+
+_SENTENCE = re.compile(r"[.!?;\n{}]+")
+_CONTRAST = re.compile(r"\b(?:but|however|yet|although|though|nevertheless)\b", re.IGNORECASE)
+# Not at a comma or an "and" that only goes on listing: "no label, refund or voucher was sent" is one clause.
+_SUBJECT = r"(?:your|our|the|an?|this|that|there|it|i|we|you|they)\b"
+_CLAUSE = re.compile(
+    rf",(?!\s*(?:(?:an?|the|your)\s+)?{_THING}\s*(?:,|\b(?:or|nor|and)\b))(?!\s*(?:or|nor)\b)"
+    rf"|:(?!\s*{_DONE}\b)|[()–—]|\s-+\s|\b(?:and|so|because|since|while)\s+(?={_SUBJECT})",
+    re.IGNORECASE,
+)
 
 # "label_created": true, also in output that breaks off or is not JSON; only false and null deny it.
 _FIELD = re.compile(rf'"\w*_{_DONE}"\s*:\s*(?!\s|false\b|null\b|$)', re.IGNORECASE)
 
 
 def claims_action(text: str) -> bool:
-    """Whether some sentence says that a label, refund or the like was made, or is promised, without a denial in it."""
+    """Whether some clause says that a label, refund or the like was made, or is promised, without a denial in it."""
     if _FIELD.search(text):
         return True
-    sentences = re.split(r"[.!?;\n{}]+", text)
-    return any(_CLAIM.search(sentence) and not _DENIED.search(sentence) for sentence in sentences)
+    for sentence in _SENTENCE.split(text):
+        if _CLAIM.search(sentence) and not _DENIAL.search(sentence) and not _CONDITION.search(sentence):
+            return True  # whatever clauses it goes across
+        if any(_claims(part) for part in _CONTRAST.split(sentence)):
+            return True
+    return False
+
+
+def _claims(part: str) -> bool:
+    """Whether a clause claims; `part` is as much of its sentence as conditions reach."""
+    conditional = bool(_CONDITION.search(part))
+    for clause in _CLAUSE.split(part):
+        for claim in _CLAIM.finditer(clause):
+            before = clause[: claim.end()]
+            excused = conditional and not _DONE_ALREADY.search(before)
+            if not excused and not _DENIAL.search(before) and not _CONDITION.search(before):
+                return True
+    return False

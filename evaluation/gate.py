@@ -212,11 +212,6 @@ class GateReport(BaseModel):
     """Digest of what was judged: promotion refuses a report on anything else."""
     rules_digest: str
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Rules that were not applied, and why."""
-        return tuple(f"{check.rule}: skipped, {check.detail}" for check in self.checks if check.outcome == "skipped")
-
     def digest(self) -> str:
         """Sha256 of the whole report; the ledger keeps it."""
         return _sha256(self.model_dump(mode="json"))

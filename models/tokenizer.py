@@ -265,10 +265,9 @@ class TemplateProblem:
 
 @dataclass(frozen=True)
 class TemplateReport:
-    """What `check_template` saw. `longest` is in tokens."""
+    """What `check_template` saw."""
 
     examples: int
-    longest: int
     problems: tuple[TemplateProblem, ...]
 
     @property
@@ -284,7 +283,7 @@ def check_template(
     For each: the prompt's tokens begin the conversation's tokens; what follows them is the answer and the stop token;
     the answer has tokens of its own to learn; nothing is longer than `max_length` tokens, so nothing is cut.
     """
-    count = longest = 0
+    count = 0
     problems: list[TemplateProblem] = []
     for index, messages in enumerate(examples):
         count += 1
@@ -292,12 +291,11 @@ def check_template(
             whole, problem = _check_example(tokenizer, messages)
         except UserError as error:
             whole, problem = [], str(error)
-        longest = max(longest, len(whole))
         if problem is None and max_length is not None and len(whole) > max_length:
             problem = f"{len(whole)} tokens, longer than {max_length}: it would be cut"
         if problem is not None:
             problems.append(TemplateProblem(index, problem))
-    return TemplateReport(count, longest, tuple(problems))
+    return TemplateReport(count, tuple(problems))
 
 
 def _check_example(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[int], str | None]:

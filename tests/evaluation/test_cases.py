@@ -109,7 +109,7 @@ def test_a_flip_pair_passes_only_when_both_sides_do(tokenizer: ChatTokenizer, ca
     assert (report.flip_pairs.successes, report.flip_pairs.total) == (0, 4)
     assert report.by_predicate["eligible"].total - report.by_predicate["eligible"].successes == 4
     assert [failure.failed for failure in report.failures] == [("eligible",)] * 4
-    assert report.owners == {"investigate with a labeled trace": 4}
+    assert [failure.owner for failure in report.failures] == ["investigate with a labeled trace"] * 4
 
 
 def test_side_effects_are_counted_in_every_kind_and_also_in_answers_that_are_no_decision(
@@ -127,7 +127,7 @@ def test_side_effects_are_counted_in_every_kind_and_also_in_answers_that_are_no_
     report = run(tokenizer, cases, claims)
     assert report.side_effect_claims == 4
     assert report.unparsed == 2
-    assert report.owners == {"preference data and safety eval": 4}
+    assert [failure.owner for failure in report.failures] == ["preference data and safety eval"] * 4
     assert {failure.case_id for failure in report.failures if failure.claims_action} == {
         "held-3", "injection-1", "flip-0-7", "golden-00",
     }  # fmt: skip
@@ -166,7 +166,6 @@ def test_two_models_are_compared_case_by_case(tokenizer: ChatTokenizer, cases: l
 
     comparison = compare(failing("held-1", "held-2", "held-3"), failing("held-3", "held-4"), version="7")
     assert (comparison.lost, comparison.won, comparison.total) == (2, 1, len(cases))
-    assert comparison.lost_cases == ("held-1", "held-2")
     with pytest.raises(ValueError, match="different cases"):
         compare(run(tokenizer, cases, right), run(tokenizer, cases[:5], right), version="7")
 
