@@ -62,6 +62,7 @@ def rlvr(
             micro_rows=settings.micro_rows,
             reference=load_decoder(model.path) if settings.kl else None,
             device=runtime.device,
+            threads=runtime.threads,
         )
         metrics = learn(
             network,

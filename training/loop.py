@@ -144,7 +144,7 @@ def _train_step(
     learning_rate = learning_rate_at(done, batches.total_steps, optimizer.settings)
     computed = time.perf_counter()
     grad_norm = 0.0
-    if step.micro_batches:
+    if any(batch.total_weight > 0 for batch in step.micro_batches):
         grad_norm = float(optimizer.clip_gradients())
         if not math.isfinite(grad_norm):
             raise UserError(_diverged(f"the gradient's norm is {grad_norm}", done + 1, optimizer.settings))

@@ -16,6 +16,7 @@ from training import checkpoint
 from training.loop import TrainSettings, train
 from training.objectives import NextToken
 from training.stream import BatchStream
+from training.tree import document
 from training.weights import new_decoder
 
 
@@ -102,6 +103,15 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(tmp_
     with pytest.raises(UserError, match=r"loss is nan at step 1; lower learning_rate \(now 0.1\)"):
         train(tiny, NextToken(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=tmp_path)
     assert checkpoint.latest(tmp_path) is None
+
+
+def test_a_step_in_which_nothing_is_scored_makes_no_nan_and_moves_nothing(tiny):
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    stream = BatchStream([document([7])], row_length=16, rows_per_step=1, seed=0, epochs=2)
+    reports = []
+    train(tiny, NextToken(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None, on_step=reports.append)
+    assert [(report.loss, report.grad_norm) for report in reports] == [(0.0, 0.0)] * 2
+    assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
 
 
 def test_reports_say_where_the_run_stands(texts, tiny):
