@@ -22,34 +22,16 @@ def dpo(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from tasks.learn import learn, open_model
+        from tasks.lessons.dpo import lesson
         from tasks.records import read_records
-        from training.objectives import DirectPreference
-        from training.scoring import attach_reference
-        from training.stream import BatchStream
-        from training.tree import pair
 
         network, tokenizer = open_model(model.path, runtime)
-        pairs = [
-            pair(
-                tokenizer.encode_prompt(record["prompt"]),
-                tokenizer.encode_answer(record["chosen"]),
-                tokenizer.encode_answer(record["rejected"]),
-            )
-            for record in read_records(data.path, "preference_pairs")
-        ]
-        trees = attach_reference(network, pairs, row_length=settings.row_length, device=runtime.device)
-        batches = BatchStream(
-            trees,
-            row_length=settings.row_length,
-            rows_per_step=settings.rows_per_step,
-            micro_rows=settings.micro_rows,
-            epochs=settings.epochs,
-            seed=runtime.seed,
-        )
+        records = read_records(data.path, "preference_pairs")
+        objective, batches = lesson(records, network, tokenizer, settings, runtime)
         metrics = learn(
             network,
             tokenizer,
-            DirectPreference(beta=settings.beta),
+            objective,
             batches,
             settings,
             runtime,
@@ -58,7 +40,7 @@ def dpo(
             report=report,
             checkpoint_every_s=context.checkpoint_every_s,
         )
-        return metrics | {"pairs": len(pairs), "fill": batches.packing.fill}
+        return metrics | {"pairs": len(records), "fill": batches.packing.fill}
 
     return context.run(
         "dpo",

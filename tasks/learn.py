@@ -25,6 +25,19 @@ def open_model(directory: Path, runtime: Runtime) -> tuple[Decoder, ChatTokenize
     return load_decoder(directory), ChatTokenizer.load(directory)
 
 
+def train_settings(settings: Optimisation, runtime: Runtime, *, checkpoint_every_s: float) -> TrainSettings:
+    """What the loop needs of a stage's settings."""
+    return TrainSettings(
+        learning_rate=settings.learning_rate,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        optimizer=settings.optimizer,
+        weight_decay=settings.weight_decay,
+        checkpoint_every_s=checkpoint_every_s,
+        threads=runtime.threads,
+    )
+
+
 def learn(
     model: Decoder,
     tokenizer: ChatTokenizer,
@@ -53,15 +66,7 @@ def learn(
         model,
         objective,
         batches,
-        TrainSettings(
-            learning_rate=settings.learning_rate,
-            warmup=settings.warmup,
-            decay=settings.decay,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            checkpoint_every_s=checkpoint_every_s,
-            threads=runtime.threads,
-        ),
+        train_settings(settings, runtime, checkpoint_every_s=checkpoint_every_s),
         checkpoint_dir=keep / "checkpoints",
         on_step=on_step,
         device=runtime.device,

@@ -30,44 +30,17 @@ def rlvr(
     """A model directory. `audit` is the proof that the verifier may pay rewards; without one nothing is trained."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from domains.returns.verifier import Facts, Verdict, verify
         from tasks.learn import learn, open_model
+        from tasks.lessons.rlvr import lesson
         from tasks.records import read_records
-        from training.objectives import GroupRelative
-        from training.rollouts import RolloutSettings, RolloutStream
-        from training.weights import load_decoder
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "rl_prompts")
-        facts = [Facts.from_record(record["facts"]) for record in records]
-
-        def reward(prompt: int, answer: str) -> Verdict:
-            return verify(answer, facts[prompt])
-
-        rollouts = RolloutStream(
-            network,
-            [tokenizer.encode_prompt(record["prompt"]) for record in records],
-            reward,
-            tokenizer.decode,
-            RolloutSettings(
-                prompts_per_step=settings.prompts_per_step,
-                group=settings.group_size,
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                updates_per_rollout=settings.updates_per_rollout,
-            ),
-            steps=settings.steps,
-            seed=runtime.seed,
-            stop_ids=[tokenizer.stop_id],
-            micro_rows=settings.micro_rows,
-            reference=load_decoder(model.path) if settings.kl else None,
-            device=runtime.device,
-            threads=runtime.threads,
-        )
+        objective, rollouts = lesson(records, network, tokenizer, settings, runtime)
         metrics = learn(
             network,
             tokenizer,
-            GroupRelative(clip=settings.clip, kl=settings.kl),
+            objective,
             rollouts,
             settings,
             runtime,

@@ -20,28 +20,16 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from tasks.learn import learn, open_model
+        from tasks.lessons.sft import lesson
         from tasks.records import read_records
-        from training.objectives import NextToken
-        from training.stream import BatchStream
-        from training.tree import example
 
         network, tokenizer = open_model(model.path, runtime)
-        trees = []
-        for record in read_records(data.path, "sft_examples"):
-            *prompt, answer = record["messages"]
-            trees.append(example(tokenizer.encode_prompt(prompt), tokenizer.encode_answer(answer["content"])))
-        batches = BatchStream(
-            trees,
-            row_length=settings.row_length,
-            rows_per_step=settings.rows_per_step,
-            micro_rows=settings.micro_rows,
-            epochs=settings.epochs,
-            seed=runtime.seed,
-        )
+        records = read_records(data.path, "sft_examples")
+        objective, batches = lesson(records, tokenizer, settings, runtime)
         metrics = learn(
             network,
             tokenizer,
-            NextToken(),
+            objective,
             batches,
             settings,
             runtime,
@@ -50,7 +38,7 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
             report=report,
             checkpoint_every_s=context.checkpoint_every_s,
         )
-        return metrics | {"examples": len(trees), "fill": batches.packing.fill}
+        return metrics | {"examples": len(records), "fill": batches.packing.fill}
 
     return context.run(
         "sft",

@@ -127,7 +127,9 @@ def train(
                 saved_step, saved_at = result.steps, time.perf_counter()
                 result.seconds.checkpoint += saved_at - reported
         if checkpoint_dir is not None and saved_step != result.steps:
+            started = time.perf_counter()
             _save(checkpoint_dir, model, optimizer, batches, result)
+            result.seconds.checkpoint += time.perf_counter() - started
     model.eval()
     return result
 

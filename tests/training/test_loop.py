@@ -134,3 +134,10 @@ def test_untrained_networks_are_the_same_for_the_same_seed(tiny):
     torch.manual_seed(99)
     assert same_weights(tiny, new_decoder(tiny.config, seed=0))
     assert not same_weights(tiny, new_decoder(tiny.config, seed=1))
+
+
+def test_the_last_checkpoint_counts_as_time(tmp_path, texts, tiny):
+    stream = BatchStream(texts.documents(20), row_length=32, rows_per_step=2, seed=0, steps=2)
+    settings = TrainSettings(learning_rate=0.01, checkpoint_every_s=math.inf)
+    result = train(tiny, NextToken(), stream, settings, checkpoint_dir=tmp_path)
+    assert result.seconds.checkpoint > 0
