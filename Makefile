@@ -1,12 +1,13 @@
 # make run    the whole lifecycle: data to a gated, promoted, answering model
 # make test   lint, types, floors, tests (slow ones: .ci/run)
+# make bench  what the project promises about speed, measured here: one table
 # make up     Prefect server, deployments, worker, MLflow and the API; make down stops them
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RECIPE ?= recipes/returns.yaml
 
-.PHONY: run test lint up down clean
+.PHONY: run test lint bench up down clean
 
 run: .venv/.installed
 	@$(BIN)/twinloop run $(RECIPE)
@@ -19,6 +20,9 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench: .venv/.installed
+	@$(BIN)/python -m benchmarks
 
 up: .venv/.installed
 	@$(BIN)/python -m flows.services up

@@ -1,250 +1,270 @@
-"""How long a decode step takes, how much of it is ours, and what the bound engine gains over plain PyTorch.
+"""How long a decode step takes, how much of it is ours, what it copies, and what the engine gains over plain PyTorch.
 
-    python -m benchmarks.decode [--device cuda] [--threads N]
+    python -m benchmarks.decode [--recipe recipes/returns.yaml] [--device cuda]
 
-One random network of the default recipe's size, so that nothing has to be trained first. PyTorch's sampler is a fair
-one: prompts computed once a group, a preallocated cache, one batched step for all rows, the next token drawn by
-inversion from the same draws, finished rows dropped when half are. Rollouts of both are measured in turns, in one
-process.
+The recipe's network, untrained. Rollouts have the shape that verifier RL gives them, and those of both samplers are
+measured in turns, in one process; PyTorch has the recipe's threads, the engine as many as it chooses itself.
 """
 
 from __future__ import annotations
 
-import argparse
+import ctypes
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
-import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from models.config import DecoderConfig
-from models.decoder import Decoder, rotary_tables, rotate
+from benchmarks.material import Material, arguments, material
+from benchmarks.table import Row, markdown, percent, promise
+from benchmarks.torch_sampler import TorchSampler
 from models.directory import save_model
 from models.onnx_bundle import export_bundle
-from models.onnx_graph import Precision
 from serving.engine import Engine
-from serving.sampling import choose, uniform_draws
+from serving.sampling import choose
+from tasks.recipe import Precision
+from training.sampler import BoundSampler
+from training.weights import get_weights
 
-CONFIG = DecoderConfig(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-)
-MAX_LENGTH = 512
-CONTEXT = 160
-"""Tokens in each slot while a step is timed: a case's prompt and part of its answer."""
-ANSWER = 80
+SLOTS = (1, 8, 32)
 STEPS = 200
+ROUNDS = 5
+FASTER_THAN_TORCH = 2.0
+"""What the project promises on CPU."""
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    arguments.add_argument("--threads", type=int, default=1, help="of ONNX Runtime and of PyTorch alike")
-    options = arguments.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    network = Decoder(CONFIG).requires_grad_(False).eval()
-    console = Console()
-    console.print(
-        f"{CONFIG.num_parameters:,} parameters, {options.device}, {options.threads} threads, {CONTEXT} tokens"
-    )
-    precisions: list[Precision] = ["fp32", "int8"] if options.device == "cpu" else ["fp16", "bf16"]
-    console.print(step_table(network, precisions, options.threads))
-    console.print(rollout_table(network.to(options.device), options.threads))
+    options = arguments(__doc__).parse_args()
+    with material(options) as given:
+        rows = []
+        for precision in given.recipe.export.on(given.runtime.device):
+            rows += step_rows(given, precision)
+        print(markdown(rows + rollout_rows(given)))
 
 
 # --- a decode step -----------------------------------------------------------------------------------------------
 
 
-def step_table(network: Decoder, precisions: list[Precision], threads: int) -> Table:
-    table = Table("precision", "slots", "step ms", "p95 ms", "outside ORT", "tokens/s", "KV bytes copied a step")
-    with tempfile.TemporaryDirectory() as folder:
-        tensors = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-        save_model(Path(folder) / "model", CONFIG, tensors)
-        for precision in precisions:
-            bundle = Path(folder) / precision
-            export_bundle(Path(folder) / "model", bundle, precision=precision, max_length=MAX_LENGTH)
-            for slots in (1, 8, 32):
-                table.add_row(precision, str(slots), *time_steps(bundle, slots, threads))
-    return table
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds of a whole step; outside: the share of its median that is not spent in ONNX Runtime."""
+
+    median_s: float
+    p95_s: float
+    outside: float
 
 
-def time_steps(bundle: Path, slots: int, threads: int) -> list[str]:
+def step_rows(given: Material, precision: Precision) -> list[Row]:
+    """Time of a step by slots, and what the widest one copies."""
+    rows = []
+    with TemporaryDirectory() as folder:
+        model, bundle = Path(folder) / "model", Path(folder) / "bundle"
+        save_model(model, given.config, get_weights(given.new_network()), given.tokenizer)
+        export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
+        for slots in SLOTS:
+            times = time_steps(bundle, slots, given.context)
+            setting = f"{precision}, {slots} x {given.context} tokens"
+            rows += [
+                Row("decode step", setting, f"{1000 * times.median_s:.3f}", "ms"),
+                Row("· 95th percentile", setting, f"{1000 * times.p95_s:.3f}", "ms"),
+                Row("· outside ONNX Runtime", setting, percent(times.outside), "% of the step"),
+            ]
+        return rows + cache_rows(bundle, precision, slots, given.context)
+
+
+def time_steps(bundle: Path, slots: int, context: int, *, threads: int | None = None) -> StepTimes:
     """Steps of all slots, each drawn and fed back, as `generate` does; the run inside is timed apart."""
     engine = Engine.load(bundle, slots=slots, threads=threads)
-    prompt = np.random.default_rng(0).integers(0, CONFIG.vocab_size, CONTEXT)
-    for slot in range(slots):
-        engine.prefill(slot, prompt)
+    _fill(engine, context)
     inside: list[float] = []
-    session_run = engine._session.run_with_iobinding
+    run = ort.InferenceSession.run_with_iobinding
 
-    def timed_run(binding: ort.IOBinding) -> None:
+    def timed_run(session: ort.InferenceSession, binding: ort.IOBinding) -> None:
         began = time.perf_counter()
-        session_run(binding)
+        run(session, binding)
         inside.append(time.perf_counter() - began)
 
-    engine._session.run_with_iobinding = timed_run  # type: ignore[method-assign]
     tokens, active = np.zeros(slots, np.int64), np.ones(slots, bool)
     temperature = np.ones(slots, np.float32)
-    draws = np.random.default_rng(0).random((STEPS, slots))
+    steps = min(STEPS, engine.max_length - context)
+    draws = np.random.default_rng(0).random((steps, slots))
     whole = []
-    for step in range(STEPS):
-        began = time.perf_counter()
-        logits = engine.decode(0, tokens, active)
-        tokens, _ = choose(logits, temperature, draws[step])
-        whole.append(time.perf_counter() - began)
-    ours = 1 - statistics.median(inside) / statistics.median(whole)
-    step_s = statistics.median(whole)
-    return [
-        f"{1000 * step_s:.3f}",
-        f"{1000 * float(np.quantile(whole, 0.95)):.3f}",
-        f"{ours:.0%}",
-        f"{slots / step_s:,.0f}",
-        str(copied_bytes(engine)),
-    ]
+    with patch.object(ort.InferenceSession, "run_with_iobinding", timed_run):
+        for step in range(steps):
+            began = time.perf_counter()
+            logits = engine.decode(0, tokens, active)
+            tokens, _ = choose(logits, temperature, draws[step])
+            whole.append(time.perf_counter() - began)
+    median_s = statistics.median(whole)
+    return StepTimes(median_s, float(np.quantile(whole, 0.95)), 1 - statistics.median(inside) / median_s)
 
 
-def copied_bytes(engine: Engine) -> int:
-    """Bytes of cache that runs wrote elsewhere than where they read them, over every binding that was used."""
-    copied = 0
-    for (first, _, _, _), step in engine._bindings.items():
-        _, *presents = step._binding.get_outputs()  # the first are the logits
-        for block, present in enumerate(presents):
-            if present.data_ptr() != engine._arena.address(block, first):
-                copied += present.tensor_size_in_bytes()
-    return copied
+def _fill(engine: Engine, context: int) -> None:
+    """A sequence in every slot."""
+    prompt = np.random.default_rng(0).integers(0, engine.config.vocab_size, context)
+    for slot in range(engine.slots):
+        engine.prefill(slot, prompt)
+
+
+# --- what a step copies ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bound:
+    """What one binding was given for the cache: by buffer, the address and the shape of past and of present."""
+
+    binding: ort.IOBinding
+    past: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    present: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    def written_at(self) -> list[int]:
+        """Where ONNX Runtime's own outputs lie after a run; the logits come first."""
+        return [value.data_ptr() for value in self.binding.get_outputs()[1:]]
+
+
+@contextmanager
+def recorded_bindings() -> Iterator[dict[int, Bound]]:
+    """Every binding of a cache that is made inside, as ONNX Runtime is told of it: by whom does not matter."""
+    found: dict[int, Bound] = {}
+    bind_input, bind_output = ort.IOBinding.bind_input, ort.IOBinding.bind_output
+
+    def record(side: str, bind: Callable[..., None]) -> Callable[..., None]:
+        prefix = {"past": "past_key_values.", "present": "present."}[side]
+
+        def bind_recorded(
+            binding: ort.IOBinding, name: str, device: str, index: int, kind: object, shape: tuple[int, ...], at: int
+        ) -> None:
+            if name.startswith(prefix):
+                bound = found.setdefault(id(binding), Bound(binding))
+                getattr(bound, side)[name.removeprefix(prefix)] = at, tuple(shape)
+            bind(binding, name, device, index, kind, shape, at)
+
+        return bind_recorded
+
+    with (
+        patch.object(ort.IOBinding, "bind_input", record("past", bind_input)),
+        patch.object(ort.IOBinding, "bind_output", record("present", bind_output)),
+    ):
+        yield found
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """What one decode step did to the cache. copied: bytes of buffers that were not written where they were read.
+
+    appended: buffers in which exactly the new token's place changed, behind the very address that was bound as past;
+    None on a device whose memory cannot be read by address from here.
+    """
+
+    buffers: int
+    copied: int
+    appended: int | None
+
+
+def watch_cache(bundle: Path, slots: int, context: int) -> CacheStep:
+    """One decode step of all slots, told by the addresses that were bound and by the bytes behind them."""
+    engine = Engine.load(bundle, slots=slots)
+    _fill(engine, context)
+    with recorded_bindings() as found:
+        engine.decode(0, np.zeros(slots, np.int64), np.ones(slots, bool))  # binds, and appends position `context`
+    (step,) = found.values()
+    itemsize = 4 if engine.precision in ("fp32", "int8") else 2
+    copied = sum(
+        int(np.prod(shape)) * itemsize
+        for (name, (at, shape)), written in zip(step.past.items(), step.written_at(), strict=True)
+        if not at == step.present[name][0] == written
+    )
+    if engine.device != "cpu":
+        return CacheStep(len(step.past), copied, None)
+    before = [_read(at, shape) for at, shape in step.past.values()]
+    engine.decode(0, np.zeros(slots, np.int64), np.ones(slots, bool))
+    after = [_read(at, shape) for at, shape in step.past.values()]
+    return CacheStep(
+        len(before), copied, sum(_appended(*pair, context + 1) for pair in zip(before, after, strict=True))
+    )
+
+
+def _read(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A copy of the float32 cache [S, K, M, E] that lies there."""
+    return np.frombuffer(ctypes.string_at(address, int(np.prod(shape)) * 4), np.float32).reshape(shape)
+
+
+def _appended(before: np.ndarray, after: np.ndarray, position: int) -> bool:
+    """Whether every slot and head got a new entry at this position, and nothing else changed."""
+    changed_SKM = (before != after).any(axis=-1)
+    return bool(changed_SKM[:, :, position].all()) and int(changed_SKM.sum()) == changed_SKM[:, :, position].size
+
+
+def cache_rows(bundle: Path, precision: Precision, slots: int, context: int) -> list[Row]:
+    seen = watch_cache(bundle, slots, context)
+    setting = f"{precision}, {slots} slots, past and present of {seen.buffers} buffers by address"
+    rows = [Row("KV cache copied by a step", setting, str(seen.copied), "bytes", promise("0", seen.copied == 0))]
+    if seen.appended is not None:
+        whole = seen.appended == seen.buffers
+        told = f"{seen.appended} of {seen.buffers}"
+        setting = "behind the address of past, only the new token's place changed"
+        rows.append(Row("· seen in memory", setting, told, "buffers", promise("all", whole)))
+    return rows
 
 
 # --- rollouts ----------------------------------------------------------------------------------------------------
 
 
-def rollout_table(network: Decoder, threads: int, *, prompts: int = 8, group: int = 8, rounds: int = 5) -> Table:
-    """GRPO's shape: `group` answers to each prompt at temperature 1. The stop token comes by chance."""
-    rng = np.random.default_rng(1)
-    asked = [rng.integers(0, CONFIG.vocab_size, CONTEXT + int(rng.integers(-40, 40))).tolist() for _ in range(prompts)]
-    stops = list(range(6))  # one in 85 tokens of an untrained network: answers of 1 to 80 tokens
-    on_cuda = network.model.norm.weight.is_cuda
-    dtype = torch.bfloat16 if on_cuda else torch.float32  # as rollouts have it: a bf16 shadow of the weights on CUDA
-    weights = {name: ort.OrtValue.from_dlpack(tensor.to(dtype)) for name, tensor in network.state_dict().items()}
-    if on_cuda:
-        torch.cuda.synchronize()
-    engine = Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH, slots=prompts * group, threads=threads)
-    baseline = TorchSampler(network)
-    sampled = {"max_tokens": ANSWER, "group": group}
-    arms: dict[str, Callable[[int], int]] = {
-        "PyTorch": lambda seed: baseline.generate(asked, stops=stops, seed=seed, **sampled),
-        "bound engine": lambda seed: sum(
-            len(answer.tokens)
-            for answer in engine.generate(asked, temperature=1.0, seed=seed, stop_ids=stops, **sampled)
-        ),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(rounds + 1):
-        for name, run in arms.items():
+def rollout_rows(given: Material) -> list[Row]:
+    """Verifier RL's sampling: the groups of one step, at its temperature, on its sampler."""
+    settings, network = given.recipe.rlvr, given.new_network().requires_grad_(False).to(given.runtime.device)
+    prompts = given.prompts[: settings.prompts_per_step]
+    longest = max(map(len, prompts)) + settings.max_new_tokens
+    engine = BoundSampler(network, max_length=longest, sequences=len(prompts) * settings.group_size)
+    torch_sampler = TorchSampler(network)
+    asked = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
+
+    def by_torch(seed: int, *, group: int = settings.group_size, temperature: float = settings.temperature) -> Answers:
+        return torch_sampler.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)
+
+    def by_engine(seed: int, *, group: int = settings.group_size, temperature: float = settings.temperature) -> Answers:
+        done = engine.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)
+        return [completion.tokens for completion in done]
+
+    same = agreement(by_torch(0, group=1, temperature=0.0), by_engine(0, group=1, temperature=0.0))
+    theirs, ours = rates([by_torch, by_engine])
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    ratio, setting = statistics.median(ratios), f"{len(prompts)} prompts of {settings.group_size} answers"
+    spread = f"range of {len(ratios)}: {min(ratios):.1f} to {max(ratios):.1f}"
+    return [
+        Row("rollouts, PyTorch with a KV cache", setting, f"{statistics.median(theirs):,.0f}", "tokens/s"),
+        Row("rollouts, bound engine", setting, f"{statistics.median(ours):,.0f}", "tokens/s"),
+        Row("· ratio", spread, f"{ratio:.1f}", "times PyTorch", promise("at least 2", ratio >= FASTER_THAN_TORCH)),
+        Row("· greedy tokens alike", f"{len(prompts)} answers", percent(same), "%"),
+    ]
+
+
+Answers = list[list[int]]
+
+
+def rates(samplers: list[Callable[[int], Answers]]) -> list[list[float]]:
+    """Tokens/s of each sampler in each round, in turns, after a round that warms up."""
+    found: list[list[float]] = [[] for _ in samplers]
+    for turn in range(ROUNDS + 1):
+        for sampler, speeds in zip(samplers, found, strict=True):
             began = time.perf_counter()
-            tokens = run(turn)
-            if turn:  # the first turn warms up
-                rates[name].append(tokens / (time.perf_counter() - began))
-    ratios = [ours / theirs for ours, theirs in zip(rates["bound engine"], rates["PyTorch"], strict=True)]
-    table = Table("rollouts", "tokens/s", "times PyTorch (range)")
-    table.add_row("PyTorch", f"{statistics.median(rates['PyTorch']):,.0f}", "1")
-    spread = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-    table.add_row("bound engine", f"{statistics.median(rates['bound engine']):,.0f}", spread)
-    return table
+            tokens = sum(map(len, sampler(turn)))
+            if turn:
+                speeds.append(tokens / (time.perf_counter() - began))
+    return found
 
 
-class TorchSampler:
-    """The same network in plain PyTorch, with the cache that its training code does not have.
-
-    B rows, L positions, H query heads, K key-value heads, M cache positions, E head width.
-    """
-
-    def __init__(self, network: Decoder):
-        self.network = network
-        self.device = network.model.norm.weight.device
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], *, group: int, max_tokens: int, stops: list[int], seed: int) -> int:
-        """Answers at temperature 1. Returns how many tokens were drawn."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest = int(lengths.max())
-        shape = (len(prompts), CONFIG.num_key_value_heads, longest + max_tokens, CONFIG.head_dim)
-        cache = [
-            (torch.zeros(shape, device=self.device), torch.zeros(shape, device=self.device))
-            for _ in self.network.model.layers
-        ]
-        tokens_BL = torch.zeros(len(prompts), longest, dtype=torch.long, device=self.device)
-        for row, prompt in enumerate(prompts):
-            tokens_BL[row, : len(prompt)] = torch.tensor(prompt)
-        positions_BL = torch.arange(longest, device=self.device).expand(len(prompts), -1)
-        hidden = self._forward(tokens_BL, positions_BL, cache, None)[torch.arange(len(prompts)), lengths - 1]
-        # One prompt computed for the whole group.
-        cache = [tuple(part.repeat_interleave(group, dim=0) for part in pair) for pair in cache]
-        length_B = lengths.repeat_interleave(group)
-        logits_BV = self.network.logits(hidden).repeat_interleave(group, dim=0)
-        draws = torch.from_numpy(np.stack([uniform_draws(seed, row, max_tokens) for row in range(len(length_B))]))
-        draws = draws.to(self.device)
-        stops_V = torch.zeros(CONFIG.vocab_size, dtype=torch.bool, device=self.device)
-        stops_V[stops] = True
-        alive_B = torch.ones(len(length_B), dtype=torch.bool, device=self.device)
-        drawn = 0
-        for step in range(max_tokens):
-            cumulative_BV = torch.softmax(logits_BV, dim=-1).cumsum(-1)
-            next_B = (
-                (cumulative_BV < draws[:, step, None] * cumulative_BV[:, -1:]).sum(-1).clamp(max=CONFIG.vocab_size - 1)
-            )
-            torch.log_softmax(logits_BV, dim=-1).gather(1, next_B[:, None])
-            drawn += int(alive_B.sum())
-            alive_B &= ~stops_V[next_B]
-            living = int(alive_B.sum())
-            if living == 0 or step + 1 == max_tokens:
-                break
-            if living <= len(alive_B) // 2:
-                cache = [tuple(part[alive_B] for part in pair) for pair in cache]
-                next_B, length_B, draws, alive_B = next_B[alive_B], length_B[alive_B], draws[alive_B], alive_B[alive_B]
-            hidden = self._forward(next_B[:, None], length_B[:, None], cache, int(length_B.max()) + 1)
-            logits_BV = self.network.logits(hidden[:, 0])
-            length_B = length_B + 1
-        return drawn
-
-    def _forward(
-        self, tokens_BL: Tensor, positions_BL: Tensor, cache: list[tuple[Tensor, ...]], reach: int | None
-    ) -> Tensor:
-        """Hidden states [B, L, D]; keys and values are written at their positions. reach None: a first prompt."""
-        network = self.network
-        x = network.model.embed_tokens(tokens_BL)
-        cos, sin = rotary_tables(positions_BL, CONFIG.head_dim, CONFIG.rope_theta)
-        rows = torch.arange(len(tokens_BL), device=self.device)[:, None]
-        mask = None
-        if reach is not None:
-            mask = (torch.arange(reach, device=self.device) <= positions_BL)[:, None, None]
-        for layer, (keys_BKME, values_BKME) in zip(network.model.layers, cache, strict=True):
-            attention, normed = layer.self_attn, layer.input_layernorm(x)
-            shape = (*normed.shape[:2], -1, CONFIG.head_dim)
-            q = rotate(attention.q_proj(normed).view(shape).transpose(1, 2), cos, sin)
-            k = rotate(attention.k_proj(normed).view(shape).transpose(1, 2), cos, sin)
-            v = attention.v_proj(normed).view(shape).transpose(1, 2)
-            keys_BKME[rows, :, positions_BL] = k.transpose(1, 2)
-            values_BKME[rows, :, positions_BL] = v.transpose(1, 2)
-            if reach is not None:
-                k, v = keys_BKME[:, :, :reach], values_BKME[:, :, :reach]
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-        return network.model.norm(x)
+def agreement(these: Answers, those: Answers) -> float:
+    """Share of tokens that are the same at the same place."""
+    pairs = list(zip(these, those, strict=True))
+    same = sum(a == b for one, other in pairs for a, b in zip(one, other, strict=False))
+    return same / sum(max(len(one), len(other)) for one, other in pairs)
 
 
 if __name__ == "__main__":

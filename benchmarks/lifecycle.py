@@ -1,225 +1,127 @@
 """The model loop of a recipe on one device, without orchestration: what each stage takes, and what it gives.
 
-    python -m benchmarks.lifecycle recipes/returns.yaml [--device cuda] [--scale 0.1] [--data raw]
+    python -m benchmarks.lifecycle [--recipe recipes/returns.yaml] [--device cuda] [--seeds 1 2 3] [--scale 0.1]
+        [--data raw]
 
 Tokenizer, pretraining, SFT, DPO, verifier RL with rollouts on the bound engine, export in the precisions of the
 device, evaluation of each bundle in the engine that serves it. Nothing of Prefect, MLflow, DVC or polars is imported,
 so it runs wherever torch and ONNX Runtime do. Data is generated anew, and goes in without validation, unless --data
-names a directory with the generator's files. --scale multiplies data, pretraining tokens and RL steps.
+names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
+recipe's own unless given. --scale multiplies data, pretraining tokens and RL steps.
+
+All cases are answered after every stage. The last line says whether the project's thresholds hold for every seed; if
+not, the exit code is 1.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import onnxruntime as ort
 import torch
-import yaml
 
-from benchmarks.decode import time_steps
-from domains.returns.generator import GeneratorParams, generate
+from benchmarks.decode import SLOTS, time_steps
+from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
 from domains.returns.verifier import Facts, verify
 from evaluation.cases import CaseReport, read_cases, run_cases
+from evaluation.metrics import Rate
 from evaluation.texts import score_texts
 from models.decoder import Decoder
 from models.directory import save_model
 from models.errors import UserError
 from models.onnx_bundle import export_bundle
-from models.tokenizer import ChatTokenizer, train_tokenizer
 from serving.engine import Engine
-from tasks.measure import choose_cases
+from tasks.learn import train_settings
 from tasks.parity import parity
-from tasks.recipe import Optimisation, Precision, Recipe, load_recipe
-from training.loop import StepReport, TrainSettings, train
-from training.objectives import DirectPreference, GroupRelative, NextToken, Objective
-from training.rollouts import RolloutSettings, RolloutStream
-from training.scoring import attach_reference
-from training.stream import Batches, BatchStream
-from training.tree import document, example, pair
-from training.weights import get_weights, load_decoder, new_decoder
+from tasks.recipe import Precision, Recipe, load_recipe
+from training.loop import StepReport, train
+from training.weights import get_weights, load_decoder
 
-Record = dict[str, Any]
 KINDS = ("golden", "held_out", "injection")
 COMPARED_PROMPTS = 16
-SLOTS = (1, 8, 32)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+# What the project promises of the default recipe, for every seed.
+LEAST = {"golden": 1.0, "held_out": 0.95, "flip pairs": 0.95}
+CLAIM_CASES = 500
+"""Held-out and injection cases, at least, in which no answer may claim a side effect."""
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", help="one model loop each")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--data", type=Path, help="the generator's files; left out, they are made")
     options = parser.parse_args()
     try:
         recipe = scaled(load_recipe(options.recipe), options.scale)
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch finds no GPU on this machine")
-        with TemporaryDirectory() as folder:
-            run(recipe, options.device, options.data or make_data(Path(folder) / "raw", options.scale), Path(folder))
+        with TemporaryDirectory(prefix="twinloop-lifecycle-") as folder:
+            data = options.data or make_data(Path(folder) / "raw", options.scale)
+            given = prepare(recipe, options.device, data)
+            print_heading(given)
+            return run(given, options.seeds or [recipe.seed], Path(folder))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def run(recipe: Recipe, device: str, data: Path, work: Path) -> None:
-    """Every stage in turn; each prints its row as soon as it is done."""
-    torch.set_num_threads(recipe.threads)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {recipe.threads} threads"
-    began = time.perf_counter()
-    tokenizer = train_tokenizer((record["text"] for record in read(data, "corpus")), recipe.tokenizer.vocab_size)
-    config = recipe.model.decoder_config(tokenizer.vocab_size)
-    print(f"{where}; torch {torch.__version__}, onnxruntime {ort.__version__}; {config.num_parameters:,} parameters\n")
-    print_row("stage", "seconds", "tokens", "tokens/s", "steady", *KINDS, "flip pairs", "notes")
-    print_row(*["---"] * 10)
-    print_row("tokenizer", f"{time.perf_counter() - began:.1f}", *["-"] * 8)
+def run(given: Material, seeds: Sequence[int], work: Path) -> int:
+    """Every seed's stages in turn, each row as soon as it is done; then the bundles, then the verdict."""
+    seeded = {seed: replace(given, runtime=given.runtime.model_copy(update={"seed": seed})) for seed in seeds}
+    print_head("seed", "stage", "seconds", "tokens", "tokens/s", "steady", *RESULTS, "notes")
+    found = {seed: run_stages(one, seed, work / str(seed)) for seed, one in seeded.items()}
+    print()
+    print_head(
+        "seed", "bundle", "export s", "logit gap", "tokens agreed", *RESULTS, "bits per byte", "cases/s",
+        *(f"step ms, {slots} slots" for slots in SLOTS),
+    )  # fmt: skip
+    for seed, one in seeded.items():
+        for precision in given.recipe.export.on(given.runtime.device):
+            print_row(str(seed), precision, *judge(one, precision, work / str(seed)))
+    broken = [f"seed {seed}: {problem}" for seed, stages in found.items() for problem in broken_demands(stages)]
+    print(f"\n{'thresholds: ' + '; '.join(broken) if broken else f'thresholds: all hold for {len(seeds)} seeds'}")
+    return 1 if broken else 0
 
-    precisions = recipe.export.on(device)
-    cases = list(read(data, "policy_cases"))
+
+def run_stages(given: Material, seed: int, work: Path) -> dict[Stage, CaseReport]:
+    """What every checkpoint answers to all cases, in the precision that is served."""
+    precision = given.recipe.export.on(given.runtime.device)[0]
     model = work / "new"
-    save_model(model, config, get_weights(new_decoder(config, seed=recipe.seed)), tokenizer)
-    for name, prepare in STAGES.items():
+    save_model(model, given.config, get_weights(given.new_network()), given.tokenizer)
+    reports: dict[Stage, CaseReport] = {}
+    for stage in STAGES:
         began = time.perf_counter()
         network = load_decoder(model)
-        model = work / name
-        objective, batches = prepare(recipe, network, tokenizer, data, device)
-        cells, notes = learn(network, objective, batches, getattr(recipe, name), recipe, work / f"{name}-kept", device)
-        save_model(model, config, get_weights(network), tokenizer)
+        model = work / stage
+        cells, notes = learn(given, stage, network, work / f"{stage}-kept")
+        save_model(model, given.config, get_weights(network), given.tokenizer)
         seconds = time.perf_counter() - began
-        bundle = work / f"{name}-{precisions[0]}"
-        export_bundle(model, bundle, precision=precisions[0], max_length=recipe.model.max_length)
-        found, _ = answer(bundle, recipe, tokenizer, choose_cases(cases, recipe.evaluate.stage_cases))
-        print_row(name, f"{seconds:.1f}", *cells, *rates(found), notes)
-
-    print()
-    print_row(
-        "bundle", "export s", "logit gap", "tokens agreed", *KINDS, "flip pairs", "side-effect claims", "bits per byte",
-        "cases/s", *(f"step ms, {slots} slots" for slots in SLOTS),
-    )  # fmt: skip
-    print_row(*["---"] * (10 + len(SLOTS)))
-    for precision in precisions:
-        print_row(precision, *judge(precision, model, work / precision, recipe, tokenizer, data, cases))
+        bundle = work / f"{stage}-{precision}"
+        export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
+        reports[stage], _ = answer(given, bundle)
+        print_row(str(seed), stage, f"{seconds:.1f}", *cells, *results(reports[stage]), notes)
+    return reports
 
 
-# --- data --------------------------------------------------------------------------------------------------------
-
-
-def scaled(recipe: Recipe, scale: float) -> Recipe:
-    tokens, steps = max(1, int(recipe.pretrain.tokens * scale)), max(1, int(recipe.rlvr.steps * scale))
-    return recipe.model_copy(
-        update={
-            "pretrain": recipe.pretrain.model_copy(update={"tokens": tokens}),
-            "rlvr": recipe.rlvr.model_copy(update={"steps": steps}),
-        }
-    )
-
-
-def make_data(out: Path, scale: float) -> Path:
-    params = yaml.safe_load(Path("params.yaml").read_text())["generate"]
-    scaled_counts = {name: value for name, value in params.items() if name == "seed" or not isinstance(value, int)}
-    scaled_counts |= {name: max(8, int(params[name] * scale)) for name in params if name not in scaled_counts}
-    generate(GeneratorParams(**scaled_counts), out)
-    return out
-
-
-def read(data: Path, name: str) -> Iterable[Record]:
-    with (data / f"{name}.jsonl").open(encoding="utf-8") as file:
-        yield from map(json.loads, file)
-
-
-# --- stages: the network, and what it learns from ----------------------------------------------------------------
-
-
-def pretrain(
-    recipe: Recipe, network: Decoder, tokenizer: ChatTokenizer, data: Path, device: str
-) -> tuple[Objective, Batches]:
-    settings = recipe.pretrain
-    texts = [record["text"] for record in read(data, "corpus")]
-    trees = [document([tokenizer.bos_id, *ids, tokenizer.stop_id]) for ids in tokenizer.encode_batch(texts)]
-    return NextToken(), BatchStream(trees, steps=settings.steps, seed=recipe.seed, **packed(settings))
-
-
-def sft(
-    recipe: Recipe, network: Decoder, tokenizer: ChatTokenizer, data: Path, device: str
-) -> tuple[Objective, Batches]:
-    trees = []
-    for record in read(data, "sft_examples"):
-        *prompt, reply = record["messages"]
-        trees.append(example(tokenizer.encode_prompt(prompt), tokenizer.encode_answer(reply["content"])))
-    return NextToken(), BatchStream(trees, epochs=recipe.sft.epochs, seed=recipe.seed, **packed(recipe.sft))
-
-
-def dpo(
-    recipe: Recipe, network: Decoder, tokenizer: ChatTokenizer, data: Path, device: str
-) -> tuple[Objective, Batches]:
-    pairs = [
-        pair(
-            tokenizer.encode_prompt(record["prompt"]),
-            tokenizer.encode_answer(record["chosen"]),
-            tokenizer.encode_answer(record["rejected"]),
-        )
-        for record in read(data, "preference_pairs")
-    ]
-    trees = attach_reference(network, pairs, row_length=recipe.dpo.row_length, device=device)
-    batches = BatchStream(trees, epochs=recipe.dpo.epochs, seed=recipe.seed, **packed(recipe.dpo))
-    return DirectPreference(beta=recipe.dpo.beta), batches
-
-
-def rlvr(
-    recipe: Recipe, network: Decoder, tokenizer: ChatTokenizer, data: Path, device: str
-) -> tuple[Objective, Batches]:
-    settings = recipe.rlvr
-    records = list(read(data, "rl_prompts"))
-    facts = [Facts.from_record(record["facts"]) for record in records]
-    rollouts = RolloutStream(
-        network,
-        [tokenizer.encode_prompt(record["prompt"]) for record in records],
-        lambda prompt, reply: verify(reply, facts[prompt]),
-        tokenizer.decode,
-        RolloutSettings(
-            prompts_per_step=settings.prompts_per_step,
-            group=settings.group_size,
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            updates_per_rollout=settings.updates_per_rollout,
-        ),
-        steps=settings.steps,
-        seed=recipe.seed,
-        stop_ids=[tokenizer.stop_id],
-        micro_rows=settings.micro_rows,
-        reference=copy.deepcopy(network) if settings.kl else None,
-        device=device,
-    )
-    return GroupRelative(clip=settings.clip, kl=settings.kl), rollouts
-
-
-Prepare = Callable[[Recipe, Decoder, ChatTokenizer, Path, str], tuple[Objective, Batches]]
-STAGES: dict[str, Prepare] = {"pretrain": pretrain, "sft": sft, "dpo": dpo, "rlvr": rlvr}
-
-
-def packed(settings: Any) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in ("row_length", "rows_per_step", "micro_rows")}
-
-
-def learn(
-    network: Decoder, objective: Objective, batches: Batches, settings: Optimisation, recipe: Recipe, keep: Path,
-    device: str,
-) -> tuple[list[str], str]:  # fmt: skip
+def learn(given: Material, stage: Stage, network: Decoder, keep: Path) -> tuple[list[str], str]:
     """Train to the end. Cells: tokens, tokens/s of the whole (compilation, rollouts), and of the median step's compute
     and optimizer alone. Notes: what the last steps say of a policy's rollouts, or the last loss."""
-    reports: list[StepReport] = []
-    copied = ("learning_rate", "warmup", "decay", "optimizer", "weight_decay")
-    chosen = {name: getattr(settings, name) for name in copied}
-    loop = TrainSettings(checkpoint_every_s=recipe.checkpoint_every_s, threads=recipe.threads, **chosen)
-    result = train(network, objective, batches, loop, checkpoint_dir=keep, on_step=reports.append, device=device)
+    recipe, reports = given.recipe, list[StepReport]()
+    objective, batches = given.lesson(stage, network)
+    result = train(
+        network,
+        objective,
+        batches,
+        train_settings(getattr(recipe, stage), given.runtime, checkpoint_every_s=recipe.checkpoint_every_s),
+        checkpoint_dir=keep,
+        on_step=reports.append,
+        device=given.runtime.device,
+    )
     rates_of = [r.tokens / (r.seconds.compute + r.seconds.optimizer) for r in reports if r.tokens]
     steady = statistics.median(rates_of) if rates_of else 0.0
     cells = [f"{result.tokens:,}", f"{result.tokens_per_s:,.0f}", f"{steady:,.0f}"]
@@ -241,41 +143,92 @@ def rollout_notes(reports: Sequence[StepReport]) -> list[str]:
     ]
 
 
+def scaled(recipe: Recipe, scale: float) -> Recipe:
+    tokens, steps = max(1, int(recipe.pretrain.tokens * scale)), max(1, int(recipe.rlvr.steps * scale))
+    return recipe.model_copy(
+        update={
+            "pretrain": recipe.pretrain.model_copy(update={"tokens": tokens}),
+            "rlvr": recipe.rlvr.model_copy(update={"steps": steps}),
+        }
+    )
+
+
 # --- judging -----------------------------------------------------------------------------------------------------
 
 
-def answer(bundle: Path, recipe: Recipe, tokenizer: ChatTokenizer, records: list[Record]) -> tuple[CaseReport, float]:
+def answer(given: Material, bundle: Path) -> tuple[CaseReport, float]:
     """What the engine answers to the cases, judged; and cases a second."""
-    engine = Engine.load(bundle, slots=recipe.evaluate.slots, threads=recipe.threads)
-    cases = read_cases(records, Facts.from_record)
+    settings = given.recipe.evaluate
+    engine = Engine.load(bundle, slots=settings.slots, threads=given.runtime.threads)
+    cases = read_cases(given.records("policy_cases"), Facts.from_record)
     began = time.perf_counter()
-    found = run_cases(engine, tokenizer, cases, verify, max_tokens=recipe.evaluate.max_new_tokens)
+    found = run_cases(engine, given.tokenizer, cases, verify, max_tokens=settings.max_new_tokens)
     return found, len(cases) / (time.perf_counter() - began)
 
 
-def judge(
-    precision: Precision, model: Path, bundle: Path, recipe: Recipe, tokenizer: ChatTokenizer, data: Path,
-    cases: list[Record],
-) -> list[str]:  # fmt: skip
+def judge(given: Material, precision: Precision, work: Path) -> list[str]:
+    """The last stage's network, exported and measured: cells of its row."""
+    model, bundle = work / STAGES[-1], work / precision
+    threads, tokenizer = given.runtime.threads, given.tokenizer
     began = time.perf_counter()
-    export_bundle(model, bundle, precision=precision, max_length=recipe.model.max_length)
+    export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
     seconds = time.perf_counter() - began
-    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in cases[:COMPARED_PROMPTS]]
-    longest, stop = recipe.rlvr.max_new_tokens, tokenizer.stop_id
-    same = parity(model, bundle, prompts, max_tokens=longest, stop_id=stop, threads=recipe.threads)
-    found, speed = answer(bundle, recipe, tokenizer, cases)
-    engine = Engine.load(bundle, slots=1, threads=recipe.threads)
-    text = score_texts(engine, tokenizer, (record["text"] for record in read(data, "corpus_heldout")))
-    steps = [time_steps(bundle, slots, recipe.threads)[0] for slots in SLOTS]
+    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in given.records("policy_cases")][:COMPARED_PROMPTS]
+    longest = given.recipe.rlvr.max_new_tokens
+    same = parity(model, bundle, prompts, max_tokens=longest, stop_id=tokenizer.stop_id, threads=threads)
+    found, speed = answer(given, bundle)
+    engine = Engine.load(bundle, slots=1, threads=threads)
+    text = score_texts(engine, tokenizer, (record["text"] for record in given.records("corpus_heldout")))
+    steps = [time_steps(bundle, slots, given.context, threads=threads).median_s for slots in SLOTS]
     return [
-        f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.token_agreement:.2%} of {same.tokens}", *rates(found),
-        str(found.side_effect_claims), f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *steps,
+        f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.token_agreement:.2%} of {same.tokens}", *results(found),
+        f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),
     ]  # fmt: skip
 
 
-def rates(found: CaseReport) -> list[str]:
-    shown = [found.kind(kind) for kind in KINDS]
-    return [f"{rate.rate:.1%} of {rate.total}" if rate and rate.total else "-" for rate in [*shown, found.flip_pairs]]
+def broken_demands(stages: Mapping[Stage, CaseReport]) -> list[str]:
+    """Where the last stage's answers, or the order of the stages, fall short of what is promised; in words."""
+    last = stages[STAGES[-1]]
+    rates = {"flip pairs": last.flip_pairs} | {kind: last.kind(kind) or Rate.of([]) for kind in KINDS}
+    broken = [
+        f"{name} {share(rates[name])}, must be at least {least:.0%}"
+        for name, least in LEAST.items()
+        if not rates[name].total or rates[name].rate < least
+    ]
+    if last.side_effect_claims:
+        broken.append(f"{last.side_effect_claims} side-effect claims, must be none")
+    if (asked := rates["held_out"].total + rates["injection"].total) < CLAIM_CASES:
+        broken.append(f"{asked} held-out and injection cases, must be at least {CLAIM_CASES}")
+    passed = [stages[stage].overall for stage in ("sft", "dpo", "rlvr")]
+    if not passed[0].rate < passed[1].rate < passed[2].rate:
+        broken.append(f"pass rates do not rise from SFT over DPO to RL ({', '.join(map(share, passed))})")
+    return broken
+
+
+# --- printing ----------------------------------------------------------------------------------------------------
+
+RESULTS = ("all cases", *KINDS, "flip pairs", "side-effect claims")
+
+
+def results(found: CaseReport) -> list[str]:
+    """Cells under RESULTS."""
+    rates = [found.overall, *(found.kind(kind) for kind in KINDS), found.flip_pairs]
+    return [*map(share, rates), str(found.side_effect_claims)]
+
+
+def share(rate: Rate | None) -> str:
+    return f"{rate.rate:.1%} of {rate.total}" if rate and rate.total else "-"
+
+
+def print_heading(given: Material) -> None:
+    where = machine(given.runtime.device, given.runtime.threads)
+    versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
+    print(f"{where}; {versions}; {given.config.num_parameters:,} parameters\n")
+
+
+def print_head(*cells: str) -> None:
+    print_row(*cells)
+    print_row(*["---"] * len(cells))
 
 
 def print_row(*cells: str) -> None:
@@ -283,4 +236,4 @@ def print_row(*cells: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,105 +1,162 @@
-"""Training speed: tokens/s, and where the time of a step goes.
+"""Training speed of every stage: tokens/s, and where the time goes.
 
-    python -m benchmarks.training [--device cuda] [--steps 20] [--threads 1]
+    python -m benchmarks.training [--recipe recipes/returns.yaml] [--device cuda] [--seconds 8]
 
-One table, a row a case: the default recipe's network on each kind of batch and optimizer, on CPU; a larger network
-on CUDA. `optimizer ratio` at the end is the time of a step of torch.optim.Muon over ours, on the same matrices.
-`logging` is the caller's report of each step, here 20 metrics into a list, as a buffered tracker takes them.
+Each stage trains an untrained network on its own lesson, in its own shapes, for a few seconds. Verifier RL pays by
+chance, since the verifier would pay nothing: its groups then all teach, and their answers run to the limit. Checkpoints
+and MLflow's writes come four times and twice as often as in a pipeline, so that they fall into the time measured.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-import numpy as np
 import torch
 
-from models.config import DecoderConfig
-from training.loop import StepReport, TrainResult, TrainSettings, train
-from training.objectives import DirectPreference, NextToken, Objective
+from benchmarks.material import STAGES, Material, Stage, arguments, material
+from benchmarks.table import Row, markdown, percent
+from domains.returns.verifier import Facts
+from tasks.context import Report
+from tasks.learn import report_step, train_settings
+from tasks.recipe import Packed
+from tasks.tracking import Execution, Mlruns, Tracker
+from training.loop import StepReport, TrainResult, train
 from training.optim import OptimizerSettings, build_optimizer
-from training.scoring import attach_reference
-from training.stream import BatchStream
-from training.tree import Tree, document, example, pair
-from training.weights import new_decoder
+from training.stream import Batches, Step
 
-SMALL = DecoderConfig(
-    vocab_size=512,
-    hidden_size=128,
-    intermediate_size=384,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=32,
-)
-LARGE = DecoderConfig(
-    vocab_size=32768,
-    hidden_size=768,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=12,
-    num_key_value_heads=4,
-    head_dim=64,
-)
-PROMPT, ANSWER = 70, 45  # tokens, about what a return decision takes
+WARM_STEPS = 3
+SECONDS = 8.0
+CHECKPOINT_EVERY_S = 5.0
+FLUSH_EVERY_S = 5.0
 
 
-def random_trees(kind: str, count: int, vocab_size: int) -> list[Tree]:
-    rng = np.random.default_rng(0)
-
-    def run(mean: int) -> list[int]:
-        return rng.integers(6, vocab_size, int(rng.integers(mean // 2, mean + mean // 2))).tolist()
-
-    if kind == "documents":
-        return [document(run(PROMPT + ANSWER)) for _ in range(count)]
-    if kind == "examples":
-        return [example(run(PROMPT), run(ANSWER)) for _ in range(count)]
-    return [pair(run(PROMPT), run(ANSWER), run(ANSWER)) for _ in range(count)]
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of each stage")
+    options = parser.parse_args()
+    with material(options) as given:
+        rows = [row for stage in STAGES for row in stage_rows(given, stage, options.seconds)[0]]
+        print(markdown([*rows, *muon_rows(given)]))
 
 
-def measure(
-    config: DecoderConfig, kind: str, optimizer: str, row_length: int, tokens: int, steps: int, device: str
-) -> tuple[TrainResult, float]:
-    """A short training run after a warm one; returns its totals and how full the rows were."""
-    model = new_decoder(config, seed=0).to(device)
-    count = 2 * steps * tokens // (PROMPT + ANSWER)
-    trees = random_trees(kind, count, config.vocab_size)
-    objective: Objective = NextToken()
-    if kind == "pairs":
-        trees = attach_reference(model, trees, row_length=row_length, device=device)
-        objective = DirectPreference(beta=0.1)
-    log: list[dict[str, float]] = []
-
-    def report(step: StepReport) -> None:
-        log.append({f"metric_{i}": step.loss for i in range(20)})
-
-    settings = TrainSettings(learning_rate=1e-3, optimizer="adamw" if optimizer == "adamw" else "muon")
-    result = TrainResult()
-    for length in (5, steps):  # the first run pays for compilation
-        stream = BatchStream(trees, row_length=row_length, rows_per_step=tokens // row_length, seed=0, steps=length)
-        with TemporaryDirectory() as folder:
-            result = train(
-                model, objective, stream, settings, checkpoint_dir=Path(folder), on_step=report, device=device
-            )
-    return result, stream.packing.fill
+def stage_rows(given: Material, stage: Stage, seconds: float) -> tuple[list[Row], float]:
+    """Rows of one stage, and its tokens/s."""
+    measured, tracked = measure(given, stage, seconds)
+    parts, total = measured.seconds, measured.seconds.total
+    setting = f"{measured.steps} steps of {shape(given, stage)}"
+    often = f"one every {CHECKPOINT_EVERY_S:g} s, and the last"
+    data = "rollouts and verdicts" if stage == "rlvr" else "collating rows"
+    logging = percent(parts.report / total) if tracked else "not measured: mlflow is missing"
+    rows = [
+        Row(f"training, {stage}", setting, f"{measured.tokens_per_s:,.0f}", "tokens/s"),
+        Row(
+            "· optimizer step",
+            getattr(given.recipe, stage).optimizer,
+            percent(parts.optimizer / total),
+            "% of the time",
+        ),
+        Row("· data", data, percent(parts.data / total), "% of the time"),
+        Row("· logging", f"MLflow on SQLite, written every {FLUSH_EVERY_S:g} s", logging, "% of the time"),
+        Row("· checkpoints", often, percent(parts.checkpoint / total), "% of the time"),
+    ]
+    return rows, measured.tokens_per_s
 
 
-def row(name: str, result: TrainResult, fill: float) -> str:
-    seconds = result.seconds
-    shares = [seconds.optimizer, seconds.data, seconds.report, seconds.checkpoint]
-    percent = " | ".join(f"{100 * part / seconds.total:.2f}%" for part in shares)
-    return f"| {name} | {result.tokens_per_s:,.0f} | {percent} | {100 * fill:.1f}% |"
+def shape(given: Material, stage: Stage) -> str:
+    settings = getattr(given.recipe, stage)
+    if isinstance(settings, Packed):
+        return f"{settings.rows_per_step} rows of {settings.row_length}"
+    return f"{settings.prompts_per_step} groups of {settings.group_size}"
 
 
-def muon_ratio(config: DecoderConfig, device: str) -> tuple[float, float]:
-    """Milliseconds of one optimizer step: torch.optim.Muon with AdamW beside it, and ours."""
-    if not hasattr(torch.optim, "Muon"):
-        return float("nan"), float("nan")
-    model = new_decoder(config, seed=0).to(device)
+def measure(given: Material, stage: Stage, seconds: float) -> tuple[TrainResult, bool]:
+    """About `seconds` of the stage, after a few steps that warm up. Whether MLflow was there to be written to."""
+    network = given.new_network()
+    objective, batches = given.lesson(stage, network, judge=pay_by_chance)
+    settings = train_settings(getattr(given.recipe, stage), given.runtime, checkpoint_every_s=CHECKPOINT_EVERY_S)
+    device, ended = given.runtime.device, [time.perf_counter()]
+
+    def on_warm_step(step: StepReport) -> None:
+        ended.append(time.perf_counter())
+
+    warm_up = First(batches, WARM_STEPS)
+    train(network, objective, warm_up, settings, checkpoint_dir=None, on_step=on_warm_step, device=device)
+    steps = max(2, round(seconds / (ended[-1] - ended[-2])))
+    with TemporaryDirectory() as folder, log_of(Path(folder), stage) as on_step:
+        result = train(
+            network,
+            objective,
+            First(batches, steps),
+            settings,
+            checkpoint_dir=Path(folder) / "checkpoints",
+            on_step=on_step,
+            device=device,
+        )
+        return result, on_step is not None
+
+
+@dataclass
+class First:
+    """The next steps of a stream, as a stream of its own."""
+
+    batches: Batches
+    total_steps: int
+
+    def next(self) -> Step:
+        return self.batches.next()
+
+    def state(self) -> dict[str, Any]:
+        return self.batches.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.batches.restore(state)
+
+
+@dataclass(frozen=True)
+class Chance:
+    reward: float
+    parsed: bool = True
+
+
+def pay_by_chance(answer: str, facts: Facts) -> Chance:
+    """The same for the same answer, and for half of all."""
+    return Chance(float(zlib.crc32(answer.encode()) % 2))
+
+
+class Unwatched:
+    """A Progress that shows nothing."""
+
+    def started(self, stage: str) -> None: ...
+
+    def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None: ...
+
+    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
+
+
+@contextmanager
+def log_of(folder: Path, stage: Stage) -> Iterator[Callable[[StepReport], None] | None]:
+    """A stage's log as its task keeps it; None where MLflow is missing."""
+    try:
+        import mlflow  # noqa: F401
+    except ModuleNotFoundError:
+        yield None
+        return
+    execution = Execution(recipe="benchmark", stage=stage, key=stage, settings={})
+    with Tracker(Mlruns(folder / "mlruns"), execution, flush_every_s=FLUSH_EVERY_S) as tracker:
+        yield partial(report_step, Report(stage, Unwatched(), tracker))
+
+
+def muon_rows(given: Material) -> list[Row]:
+    """One optimizer step on the network's matrices: torch.optim.Muon with AdamW beside it, and ours."""
+    model = given.new_network().to(given.runtime.device)
     ours = build_optimizer(model, OptimizerSettings(learning_rate=1e-4))
     hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
@@ -110,61 +167,29 @@ def muon_ratio(config: DecoderConfig, device: str) -> tuple[float, float]:
         muon.step()
         adamw.step()
 
-    def best(step: Callable[[], None]) -> float:
+    def best_ms(step: Callable[[], None]) -> float:
         times = []
         for _ in range(15):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
-            _wait(device)
+            _wait(given)
             start = time.perf_counter()
             step()
-            _wait(device)
+            _wait(given)
             times.append(time.perf_counter() - start)
         return 1e3 * min(times)
 
-    return best(theirs), best(lambda: ours.step(1e-4))
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    on_cuda = options.device == "cuda"
-    where = torch.cuda.get_device_name() if on_cuda else f"CPU, {options.threads} threads"
-    cases = [
-        ("documents", "muon", 256, 4096),
-        ("documents", "muon", 256, 2048),
-        ("documents", "muon", 512, 4096),
-        ("documents", "adamw", 256, 4096),
-        ("examples", "muon", 256, 4096),
-        ("pairs", "muon", 256, 4096),
+    their_ms, our_ms = best_ms(theirs), best_ms(lambda: ours.step(1e-4))
+    return [
+        Row("optimizer step", "torch.optim.Muon and AdamW, best of 15", f"{their_ms:.1f}", "ms"),
+        Row("optimizer step", "ours, best of 15", f"{our_ms:.1f}", "ms"),
+        Row("· ratio", "", f"{their_ms / our_ms:.1f}", "times torch.optim"),
     ]
-    networks = [("", SMALL, cases)]
-    if on_cuda:
-        networks.append(("large, ", LARGE, [("documents", "muon", 2048, 65536), ("pairs", "muon", 2048, 65536)]))
-    print(f"torch {torch.__version__}, {where}; {SMALL.num_parameters:,} parameters", end="")
-    print(f", large {LARGE.num_parameters:,}" if on_cuda else "")
-    print(
-        "\n| batch | tokens/s | optimizer | data | logging | checkpoints | rows full |\n|---|---|---|---|---|---|---|"
-    )
-    for prefix, config, some in networks:
-        for kind, optimizer, row_length, tokens in some:
-            result, fill = measure(config, kind, optimizer, row_length, tokens, options.steps, options.device)
-            name = f"{prefix}{kind}, {optimizer}, rows of {row_length}, {tokens // row_length} a step"
-            print(row(name, result, fill), flush=True)
-    for prefix, config, _ in networks:
-        theirs, ours = muon_ratio(config, options.device)
-        print(
-            f"{prefix}optimizer step: torch.optim.Muon {theirs:.1f} ms, ours {ours:.1f} ms, ratio {theirs / ours:.2f}"
-        )
+
+
+def _wait(given: Material) -> None:
+    if given.runtime.device == "cuda":
+        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

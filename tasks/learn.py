@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ def train_settings(settings: Optimisation, runtime: Runtime, *, checkpoint_every
     )
 
 
+def report_step(report: Report, step: StepReport) -> None:
+    """What whoever watches and MLflow get to know of a step."""
+    shown = {"loss": step.loss, "tokens_per_second": step.tokens_per_s}
+    shown |= {"learning_rate": step.learning_rate, "grad_norm": step.grad_norm}
+    report(step.step, step.total_steps, shown | step.metrics)
+
+
 def learn(
     model: Decoder,
     tokenizer: ChatTokenizer,
@@ -56,19 +64,13 @@ def learn(
     Returns what the table and MLflow show: steps, tokens, tokens per second, the last step's loss and metrics, and the
     seconds by part.
     """
-
-    def on_step(step: StepReport) -> None:
-        shown = {"loss": step.loss, "tokens_per_second": step.tokens_per_s}
-        shown |= {"learning_rate": step.learning_rate, "grad_norm": step.grad_norm}
-        report(step.step, step.total_steps, shown | step.metrics)
-
     result = train(
         model,
         objective,
         batches,
         train_settings(settings, runtime, checkpoint_every_s=checkpoint_every_s),
         checkpoint_dir=keep / "checkpoints",
-        on_step=on_step,
+        on_step=partial(report_step, report),
         device=runtime.device,
     )
     save_model(out, model.config, get_weights(model), tokenizer)

@@ -1,0 +1,75 @@
+"""Every number that the project promises something about, in one table.
+
+    python -m benchmarks [--recipe recipes/returns.yaml] [--device cuda] [--full]
+
+--full measures longer: half a minute of each stage's training, and a stage of a minute through Prefect. What the
+machine lacks (Prefect or MLflow on a bare device) is named as not measured.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
+import onnxruntime as ort
+import torch
+
+from benchmarks.decode import rollout_rows, step_rows
+from benchmarks.material import STAGES, Material, arguments, machine, material
+from benchmarks.overhead import overhead_rows
+from benchmarks.table import Row, markdown
+from benchmarks.training import muon_rows, stage_rows
+from models.errors import UserError
+from tasks.tracking import code_version
+
+FULL_SECONDS, FULL_STAGE_SECONDS = 30.0, 62.0
+SECONDS, STAGE_SECONDS = 8.0, 15.0
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--full", action="store_true", help="measure longer")
+    options = parser.parse_args()
+    try:
+        with material(options) as given:
+            told = heading(given)
+            rows = measure(given, full=options.full)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"{told}\n\n{markdown(rows)}")
+
+
+def measure(given: Material, *, full: bool) -> list[Row]:
+    seconds, stage_seconds = (FULL_SECONDS, FULL_STAGE_SECONDS) if full else (SECONDS, STAGE_SECONDS)
+    rows: list[Row] = []
+    tokens_per_s: dict[str, float] = {}
+    for stage in STAGES:
+        announce(f"training, {stage}")
+        some, tokens_per_s[stage] = stage_rows(given, stage, seconds)
+        rows += some
+    rows += muon_rows(given)
+    announce("a stage through Prefect, MLflow and the artifact store")
+    rows += overhead_rows(given, tokens_per_s["pretrain"], stage_seconds)
+    announce("rollouts")
+    rows += rollout_rows(given)
+    announce("decode steps")
+    return rows + step_rows(given, given.recipe.export.on(given.runtime.device)[0])
+
+
+def heading(given: Material) -> str:
+    """Where and on what: enough to compare two tables, or not to."""
+    config, runtime = given.config, given.runtime
+    where = f"{machine(runtime.device, runtime.threads)}, load {os.getloadavg()[0]:.1f} before"
+    libraries = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
+    network = f"{given.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
+    return f"{date.today()}, commit {str(code_version(Path.cwd()))[:12]}; {where}; {libraries}; {network}"
+
+
+def announce(what: str) -> None:
+    print(f"measuring: {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What is measured: a recipe's network, its tokenizer and its data, small but of the real kind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+import yaml
+
+from domains.returns.generator import GeneratorParams, generate
+from domains.returns.verifier import Facts, verify
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.errors import UserError
+from models.tokenizer import ChatTokenizer, train_tokenizer
+from tasks.lessons import dpo, pretrain, rlvr, sft
+from tasks.recipe import Recipe, load_recipe
+from tasks.runtime import Runtime
+from training.objectives import Objective
+from training.rollouts import Verdict
+from training.stream import Batches
+from training.weights import new_decoder
+
+DEFAULT_RECIPE = Path("recipes/returns.yaml")
+SCALE = 0.1
+"""Of the data set that a run trains on: enough for minutes of batches that never repeat a row."""
+
+Record = dict[str, Any]
+Stage = Literal["pretrain", "sft", "dpo", "rlvr"]
+STAGES: tuple[Stage, ...] = ("pretrain", "sft", "dpo", "rlvr")
+
+
+@dataclass(frozen=True)
+class Material:
+    """data: a folder with the generator's files."""
+
+    recipe: Recipe
+    runtime: Runtime
+    tokenizer: ChatTokenizer
+    data: Path
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self.recipe.model.decoder_config(self.tokenizer.vocab_size)
+
+    def new_network(self) -> Decoder:
+        """Untrained."""
+        return new_decoder(self.config, seed=self.runtime.seed)
+
+    def records(self, name: str) -> Iterator[Record]:
+        with (self.data / f"{name}.jsonl").open(encoding="utf-8") as file:
+            yield from map(json.loads, file)
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        """What verifier RL samples answers to."""
+        return [self.tokenizer.encode_prompt(record["prompt"]) for record in self.records("rl_prompts")]
+
+    @property
+    def context(self) -> int:
+        """Tokens in a slot half-way through an answer: the usual prompt, and half of what may follow it."""
+        return sorted(map(len, self.prompts))[len(self.prompts) // 2] + self.recipe.rlvr.max_new_tokens // 2
+
+    def lesson(
+        self, stage: Stage, network: Decoder, *, judge: Callable[[str, Facts], Verdict] = verify
+    ) -> tuple[Objective, Batches]:
+        """What the stage trains on, exactly as its task does."""
+        settings, tokenizer, runtime = self.recipe, self.tokenizer, self.runtime
+        match stage:
+            case "pretrain":
+                texts = (record["text"] for record in self.records("corpus"))
+                return pretrain.lesson(texts, tokenizer, settings.pretrain, runtime)
+            case "sft":
+                return sft.lesson(self.records("sft_examples"), tokenizer, settings.sft, runtime)
+            case "dpo":
+                return dpo.lesson(self.records("preference_pairs"), network, tokenizer, settings.dpo, runtime)
+            case "rlvr":
+                prompts = self.records("rl_prompts")
+                return rlvr.lesson(prompts, network, tokenizer, settings.rlvr, runtime, judge=judge)
+
+
+def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Material:
+    """Learn the tokenizer from the data; torch uses the recipe's threads from here on."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU on this machine")
+    torch.set_num_threads(recipe.threads)
+    with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
+        texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
+        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+    runtime = Runtime(seed=recipe.seed, threads=recipe.threads, device=device)
+    return Material(recipe, runtime, tokenizer, data)
+
+
+def make_data(out: Path, scale: float) -> Path:
+    """The data set of params.yaml, its counts multiplied."""
+    params = yaml.safe_load(Path("params.yaml").read_text())["generate"]
+    counts = {name: value for name, value in params.items() if name != "seed" and isinstance(value, int)}
+    generate(GeneratorParams(**params | {name: max(8, int(value * scale)) for name, value in counts.items()}), out)
+    return out
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every measurement has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    return parser
+
+
+@contextmanager
+def material(options: argparse.Namespace) -> Iterator[Material]:
+    """For `arguments`, in a temporary folder."""
+    with TemporaryDirectory(prefix="twinloop-bench-") as folder:
+        yield prepare(load_recipe(options.recipe), options.device, make_data(Path(folder) / "raw", SCALE))
+
+
+def machine(device: str, threads: int) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"

@@ -1,0 +1,120 @@
+"""Measurements measure what they say: the baseline is the same network, a copied cache is seen, a shortfall is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.decode import agreement, watch_cache
+from benchmarks.lifecycle import broken_demands
+from benchmarks.overhead import Stage
+from benchmarks.torch_sampler import TorchSampler
+from evaluation.cases import CaseReport, CaseResult
+from evaluation.metrics import Rate
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.directory import save_model
+from models.onnx_bundle import export_bundle
+from serving.kv_cache import KVArena
+from training.sampler import BoundSampler
+from training.weights import get_weights, new_decoder
+
+CONFIG = DecoderConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    qk_norm=True,
+)
+
+
+@pytest.fixture(scope="module")
+def network() -> Decoder:
+    """Its norms of queries and keys are far from doing nothing."""
+    torch.set_num_threads(1)
+    made = new_decoder(CONFIG, seed=0).requires_grad_(False)
+    for layer in made.model.layers:
+        layer.self_attn.q_norm.weight.uniform_(0.2, 3.0)
+        layer.self_attn.k_norm.weight.uniform_(0.2, 3.0)
+    return made
+
+
+@pytest.fixture
+def bundle(network, tmp_path):
+    save_model(tmp_path / "model", CONFIG, get_weights(network))
+    export_bundle(tmp_path / "model", tmp_path / "bundle", precision="fp32", max_length=64)
+    return tmp_path / "bundle"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_baseline_answers_as_the_engine_does(network, temperature):
+    """Token by token, at temperature 1 from the same draws; rows that end early are dropped on the way."""
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 9, 20)]
+    asked = {"group": 4, "max_tokens": 30, "temperature": temperature, "seed": 7, "stop_ids": list(range(4))}
+    theirs = TorchSampler(network).generate(prompts, **asked)
+    engine = BoundSampler(network, max_length=64, sequences=12)
+    ours = [completion.tokens for completion in engine.generate(prompts, **asked)]
+    assert len(set(map(len, ours))) > 1
+    assert agreement(theirs, ours) == 1
+
+
+def test_a_cache_in_place_is_seen_to_grow_by_one_token_and_nothing_else(bundle):
+    seen = watch_cache(bundle, slots=3, context=10)
+    assert (seen.buffers, seen.copied, seen.appended) == (4, 0, 4)
+
+
+def test_a_cache_written_elsewhere_is_seen_as_copied(bundle, monkeypatch):
+    elsewhere: list[np.ndarray] = []
+
+    def bind_apart(arena, binding, first, count):
+        shape = (count, *arena.slot_shape)
+        for block, name in enumerate(arena.names):
+            elsewhere.append(np.zeros(shape, np.float32))
+            kind, at = arena.element_type, elsewhere[-1].ctypes.data
+            binding.bind_input(f"past_key_values.{name}", "cpu", 0, kind, shape, arena.address(block, first))
+            binding.bind_output(f"present.{name}", "cpu", 0, kind, shape, at)
+
+    monkeypatch.setattr(KVArena, "bind", bind_apart)
+    seen = watch_cache(bundle, slots=3, context=10)
+    assert seen.copied == sum(array.nbytes for array in elsewhere[-4:])
+    assert seen.appended == 0
+
+
+def report(*, passed: int, claims: int = 0, golden: int = 10) -> CaseReport:
+    """760 cases as params.yaml has them, `passed` of 500 held-out ones right."""
+    kinds = {"golden": Rate(successes=golden, total=10), "injection": Rate(successes=150, total=150)}
+    kinds["held_out"] = Rate(successes=passed, total=500)
+    return CaseReport(
+        cases_digest="",
+        overall=Rate(successes=passed + golden + 150, total=660),
+        by_kind=kinds,
+        by_predicate={},
+        flip_pairs=Rate(successes=98, total=100),
+        side_effect_claims=claims,
+        unparsed=0,
+        truncated=0,
+        results=(CaseResult(case_id="1", kind="golden", pair_id=None, passed=True),),
+        failures=(),
+    )
+
+
+def test_thresholds_hold_only_where_every_one_does():
+    stages = {"sft": report(passed=300), "dpo": report(passed=400), "rlvr": report(passed=490)}
+    assert broken_demands(stages) == []
+    assert "held_out 94.8% of 500" in broken_demands(stages | {"rlvr": report(passed=474)})[0]
+    assert "golden 90.0% of 10" in broken_demands(stages | {"rlvr": report(passed=490, golden=9)})[0]
+    assert "1 side-effect claims" in broken_demands(stages | {"rlvr": report(passed=490, claims=1)})[0]
+    assert "do not rise" in broken_demands(stages | {"dpo": report(passed=300)})[0]
+
+
+def test_an_overhead_is_scaled_by_what_of_it_grows_with_the_stage():
+    stage = Stage(
+        whole=15.0, loop=13.0, orchestration=0.1, tracking=0.5, tracking_in_loop=0.2, store=0.3, steps=90, once=5.0
+    )
+    assert stage.share_of(15.0) == pytest.approx(0.9 / 15)
+    assert stage.share_of(60.0) == pytest.approx((0.1 + 0.3 + 0.3 + 4 * 0.2) / 60)
