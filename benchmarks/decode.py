@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -34,7 +35,7 @@ from training.weights import get_weights
 
 SLOTS = (1, 8, 32)
 STEPS = 200
-ROUNDS = 5
+ROUNDS = 7
 FASTER_THAN_TORCH = 2.0
 """What the project promises on CPU."""
 
@@ -223,7 +224,7 @@ def rollout_rows(given: Material) -> list[Row]:
     longest = max(map(len, prompts)) + settings.max_new_tokens
     engine = BoundSampler(network, max_length=longest, sequences=len(prompts) * settings.group_size)
     torch_sampler = TorchSampler(network)
-    asked = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
+    asked: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
 
     def by_torch(seed: int, *, group: int = settings.group_size, temperature: float = settings.temperature) -> Answers:
         return torch_sampler.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)

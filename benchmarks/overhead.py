@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -94,12 +95,9 @@ class Stage:
 
 def overhead_rows(given: Material, tokens_per_s: float, seconds: float) -> list[Row]:
     """Rows of a pretraining stage of about `seconds`, its length chosen by the speed measured before."""
-    try:
-        import mlflow  # noqa: F401
-        import pandera  # noqa: F401
-        import prefect  # noqa: F401
-    except ModuleNotFoundError as missing:
-        return [Row("orchestration, tracking, hashing", "", f"not measured: {missing.name} is missing", "")]
+    # Looked for, not imported: Prefect reads the address of its server when it is.
+    if missing := next((name for name in ("prefect", "mlflow", "pandera") if find_spec(name) is None), None):
+        return [Row("orchestration, tracking, hashing", "", f"not measured: {missing} is missing", "")]
     found = run_stage(given, int(tokens_per_s * seconds))
     minute = found.share_of(max(MINUTE_S, found.whole))
     least = f"a stage of {max(MINUTE_S, found.whole):.0f} s" + (", scaled" if found.whole < MINUTE_S else "")

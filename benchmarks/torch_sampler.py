@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.decoder import Attention, Decoder, rotary_tables, rotate
+from models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
 from serving.sampling import uniform_draws
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -96,6 +96,7 @@ class TorchSampler:
         if reach is not None:
             mask = (torch.arange(reach, device=self.device) <= positions_BL)[:, None, None]
         for layer, (keys_BKME, values_BKME) in zip(network.model.layers, cache, strict=True):
+            assert isinstance(layer, Layer)
             q, k, v = _heads(layer.self_attn, layer.input_layernorm(x_BLD), cos, sin)
             rows = torch.arange(len(tokens_BL), device=self.device)[:, None]
             keys_BKME[rows, :, positions_BL] = k.transpose(1, 2)
