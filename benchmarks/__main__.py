@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from benchmarks.decode import rollout_rows, step_rows
 from benchmarks.material import STAGES, Material, arguments, machine, material
 from benchmarks.overhead import overhead_rows
-from benchmarks.table import Row, markdown
+from benchmarks.table import Row, show
 from benchmarks.training import muon_rows, stage_rows
 from models.errors import UserError
 from tasks.tracking import code_version
@@ -34,28 +35,26 @@ def main() -> None:
     options = parser.parse_args()
     try:
         with material(options) as given:
-            told = heading(given)
-            rows = measure(given, full=options.full)
+            print(f"{heading(given)}\n", flush=True)
+            show(measure(given, full=options.full))
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(f"{told}\n\n{markdown(rows)}")
 
 
-def measure(given: Material, *, full: bool) -> list[Row]:
+def measure(given: Material, *, full: bool) -> Iterator[Row]:
     seconds, stage_seconds = (FULL_SECONDS, FULL_STAGE_SECONDS) if full else (SECONDS, STAGE_SECONDS)
-    rows: list[Row] = []
+    announce("decode steps")
+    yield from step_rows(given, given.recipe.export.on(given.runtime.device)[0])
+    announce("rollouts")
+    yield from rollout_rows(given)
     tokens_per_s: dict[str, float] = {}
     for stage in STAGES:
         announce(f"training, {stage}")
-        some, tokens_per_s[stage] = stage_rows(given, stage, seconds)
-        rows += some
-    rows += muon_rows(given)
+        rows, tokens_per_s[stage] = stage_rows(given, stage, seconds)
+        yield from rows
+    yield from muon_rows(given)
     announce("a stage through Prefect, MLflow and the artifact store")
-    rows += overhead_rows(given, tokens_per_s["pretrain"], stage_seconds)
-    announce("rollouts")
-    rows += rollout_rows(given)
-    announce("decode steps")
-    return rows + step_rows(given, given.recipe.export.on(given.runtime.device)[0])
+    yield from overhead_rows(given, tokens_per_s["pretrain"], stage_seconds)
 
 
 def heading(given: Material) -> str:
@@ -64,7 +63,9 @@ def heading(given: Material) -> str:
     where = f"{machine(runtime.device, runtime.threads)}, load {os.getloadavg()[0]:.1f} before"
     libraries = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
     network = f"{given.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
-    return f"{date.today()}, commit {str(code_version(Path.cwd()))[:12]}; {where}; {libraries}; {network}"
+    code = code_version(Path.cwd())
+    commit = f"{(code.commit or 'unknown')[:12]}{' with changes' if code.dirty else ''}"
+    return f"{date.today()}, commit {commit}; {where}; {libraries}; {network}"
 
 
 def announce(what: str) -> None:

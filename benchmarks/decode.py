@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.material import Material, arguments, material
-from benchmarks.table import Row, markdown, percent, promise
+from benchmarks.table import Row, percent, promise, show
 from benchmarks.torch_sampler import TorchSampler
 from models.directory import save_model
 from models.onnx_bundle import export_bundle
@@ -43,10 +43,13 @@ FASTER_THAN_TORCH = 2.0
 def main() -> None:
     options = arguments(__doc__).parse_args()
     with material(options) as given:
-        rows = []
-        for precision in given.recipe.export.on(given.runtime.device):
-            rows += step_rows(given, precision)
-        print(markdown(rows + rollout_rows(given)))
+        show(measure(given))
+
+
+def measure(given: Material) -> Iterator[Row]:
+    for precision in given.recipe.export.on(given.runtime.device):
+        yield from step_rows(given, precision)
+    yield from rollout_rows(given)
 
 
 # --- a decode step -----------------------------------------------------------------------------------------------

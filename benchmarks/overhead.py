@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 from benchmarks.material import Material, arguments, material
-from benchmarks.table import Row, markdown, percent, promise
+from benchmarks.table import Row, percent, promise, show
 from benchmarks.training import Unwatched, stage_rows
 from flows.environment import prepare_environment, quiet_prefect
 from flows.server import embedded_server, wait_until_ready
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     with material(options) as given:
         _, tokens_per_s = stage_rows(given, "pretrain", 5.0)
-        print(markdown(overhead_rows(given, tokens_per_s, options.seconds)))
+        show(overhead_rows(given, tokens_per_s, options.seconds))
 
 
 @dataclass

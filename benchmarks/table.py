@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+HEADS = ("what", "setting", "value", "unit", "must be")
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,16 @@ class Row:
     must_be: str = ""
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    heads = ("what", "setting", "value", "unit", "must be")
-    lines = [heads, ("---",) * len(heads), *((r.what, r.setting, r.value, r.unit, r.must_be) for r in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
+def show(rows: Iterable[Row]) -> None:
+    """Print the table, each row as soon as it is measured: a run that is cut off has not measured in vain."""
+    for cells in (HEADS, ("---",) * len(HEADS)):
+        print(_line(cells), flush=True)
+    for row in rows:
+        print(_line((row.what, row.setting, row.value, row.unit, row.must_be)), flush=True)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
 
 
 def promise(demand: str, holds: bool) -> str:

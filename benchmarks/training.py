@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.material import STAGES, Material, Stage, arguments, material
-from benchmarks.table import Row, markdown, percent
+from benchmarks.table import Row, percent, show
 from domains.returns.verifier import Facts
 from tasks.context import Report
 from tasks.learn import report_step, train_settings
@@ -43,8 +43,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each stage")
     options = parser.parse_args()
     with material(options) as given:
-        rows = [row for stage in STAGES for row in stage_rows(given, stage, options.seconds)[0]]
-        print(markdown([*rows, *muon_rows(given)]))
+        show(measure_all(given, options.seconds))
+
+
+def measure_all(given: Material, seconds: float) -> Iterator[Row]:
+    for stage in STAGES:
+        rows, _ = stage_rows(given, stage, seconds)
+        yield from rows
+    yield from muon_rows(given)
 
 
 def stage_rows(given: Material, stage: Stage, seconds: float) -> tuple[list[Row], float]:
