@@ -22,7 +22,7 @@ lint: .venv/.installed-dev
 	$(BIN)/lint-imports
 
 bench: .venv/.installed
-	@$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks $(RECIPE)
 
 up: .venv/.installed
 	@$(BIN)/python -m flows.services up

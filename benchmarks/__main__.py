@@ -1,6 +1,6 @@
 """Every number that the project promises something about, in one table.
 
-    python -m benchmarks [--recipe recipes/returns.yaml] [--device cuda] [--full]
+    python -m benchmarks [recipes/returns.yaml] [--device cuda] [--full]
 
 --full measures longer: half a minute of each stage's training, and a stage of a minute through Prefect. What the
 machine lacks (Prefect or MLflow on a bare device) is named as not measured.

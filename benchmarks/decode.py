@@ -1,6 +1,6 @@
 """How long a decode step takes, how much of it is ours, what it copies, and what the engine gains over plain PyTorch.
 
-    python -m benchmarks.decode [--recipe recipes/returns.yaml] [--device cuda]
+    python -m benchmarks.decode [recipes/returns.yaml] [--device cuda]
 
 The recipe's network, untrained. Rollouts have the shape that verifier RL gives them, and those of both samplers are
 measured in turns, in one process, on one thread each.

@@ -1,6 +1,6 @@
 """The model loop of a recipe on one device, without orchestration: what each stage takes, and what it gives.
 
-    python -m benchmarks.lifecycle [--recipe recipes/returns.yaml] [--device cuda] [--seeds 1 2 3] [--scale 0.1]
+    python -m benchmarks.lifecycle [recipes/returns.yaml] [--device cuda] [--seeds 1 2 3] [--scale 0.1]
         [--data raw]
 
 Tokenizer, pretraining, SFT, DPO, verifier RL with rollouts on the bound engine, export in the precisions of the

@@ -110,7 +110,7 @@ def make_data(out: Path, scale: float) -> Path:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that every measurement has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE)
+    parser.add_argument("recipe", type=Path, nargs="?", default=DEFAULT_RECIPE)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
 

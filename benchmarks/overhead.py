@@ -1,6 +1,6 @@
 """What orchestration, tracking and hashing cost a stage: pretraining through Prefect, MLflow and the artifact store.
 
-    python -m benchmarks.overhead [--recipe recipes/returns.yaml] [--device cuda] [--seconds 60]
+    python -m benchmarks.overhead [recipes/returns.yaml] [--device cuda] [--seconds 60]
 
 The real task on real data, in a project of its own in a temporary folder, on an embedded Prefect server. What happens
 once a run (the server, imports, tables of both databases) is told apart: no stage pays it.

@@ -1,6 +1,6 @@
 """Training speed of every stage: tokens/s, and where the time goes.
 
-    python -m benchmarks.training [--recipe recipes/returns.yaml] [--device cuda] [--seconds 8]
+    python -m benchmarks.training [recipes/returns.yaml] [--device cuda] [--seconds 8]
 
 Each stage trains an untrained network on its own lesson, in its own shapes, for a few seconds. Verifier RL pays by
 chance, since the verifier would pay nothing: its groups then all teach, and their answers run to the limit. Checkpoints
