@@ -57,13 +57,10 @@ class GeneratorParams(BaseModel):
     smallest_window: int = Field(5, ge=1)
     largest_window: int = Field(60, le=99)
     largest_days: int = Field(75, le=99)
-    phrasing: Literal["reason_first", "free"] = "reason_first"
+    phrasing: Literal["house_style", "free"] = "house_style"
 
 
-# A policy is one sentence, put together so freely that no sentence can be learned by heart: it has to be copied.
-# Where the reason stands first, the passage that matches an order is found by its first word; `free` phrasing lets the
-# reason stand anywhere, which takes a larger network or more tokens to learn.
-NOUNS = ("items", "goods", "orders", "products", "parcels", "articles", "purchases", "pieces")
+# A policy is one sentence, put together so freely that none can be learned by heart: it has to be copied.
 VERBS = (
     "are eligible",
     "are accepted",
@@ -75,18 +72,32 @@ VERBS = (
     "count as valid",
 )
 TAILS = ("", " of delivery", " after delivery", " of arrival", " after arrival", " of purchase")
-SENTENCES = {
-    "reason_first": (
-        "{reason} {noun} reported within {window} days{tail} {verb}.",
-        "{reason} {noun} within {window} days{tail} {verb}.",
-        "{reason} {noun} {verb} within {window} days{tail}.",
-    ),
-    "free": (
-        "{reason} {noun} reported within {window} days{tail} {verb}.",
-        "{reason} {noun} within {window} days{tail} {verb}.",
-        "all {reason} {noun} {verb} within {window} days{tail}.",
-        "claims for {reason} {noun} {verb} within {window} days{tail}.",
-        "within {window} days{tail} any {reason} {noun} {verb}.",
+
+POLICY_WORDS = tuple(sorted({word for part in (*VERBS, *TAILS) for word in part.split()}))
+
+
+@dataclass(frozen=True)
+class Phrasing:
+    """How a shop words its policies."""
+
+    sentences: tuple[str, ...]
+    nouns: tuple[str, ...]
+
+
+# In the house style the reason stands first, and from there to the number of days all policies read alike: a passage is
+# found by its first word. Free phrasing lets the reason stand anywhere, and the words beside it differ, which takes a
+# larger network or more tokens to learn.
+PHRASINGS = {
+    "house_style": Phrasing(("{reason} {noun} reported within {window} days{tail} {verb}.",), ("items",)),
+    "free": Phrasing(
+        (
+            "{reason} {noun} reported within {window} days{tail} {verb}.",
+            "{reason} {noun} within {window} days{tail} {verb}.",
+            "all {reason} {noun} {verb} within {window} days{tail}.",
+            "claims for {reason} {noun} {verb} within {window} days{tail}.",
+            "within {window} days{tail} any {reason} {noun} {verb}.",
+        ),
+        ("items", "goods", "orders", "products", "parcels", "articles", "purchases", "pieces"),
     ),
 }
 
@@ -196,10 +207,11 @@ class CaseMaker:
     def __init__(self, rng: random.Random, params: GeneratorParams, *, held_out: bool):
         self.rng, self.params, self.held_out = rng, params, held_out
         self.policy_ids = [f"P-{n}" for n in range(1, 100) if is_held_out_policy(f"P-{n}") == held_out]
-        self.sentences = SENTENCES[params.phrasing]
+        self.phrasing = PHRASINGS[params.phrasing]
+        parts = (self.phrasing.sentences, self.phrasing.nouns, VERBS, TAILS)
         self.choices = [
             choice
-            for choice in itertools.product(*(range(len(parts)) for parts in (self.sentences, NOUNS, VERBS, TAILS)))
+            for choice in itertools.product(*(range(len(part)) for part in parts))
             if is_held_out_phrasing(choice) == held_out
         ]
 
@@ -232,13 +244,13 @@ class CaseMaker:
         """An order with this reason, to be decided under a policy of this window."""
         while (days := self.days(window)) is None:
             pass
-        confirmed = self.rng.random() < (0.8 if reason in CONFIRMATION_NEEDED else 0.3)
+        confirmed = self.rng.random() < (0.5 if reason in CONFIRMATION_NEEDED else 0.3)
         return Order(order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days)
 
     def policy_text(self, reason: str, window: int) -> str:
         sentence, noun, verb, tail = self.rng.choice(self.choices)
-        return self.sentences[sentence].format(
-            reason=reason, noun=NOUNS[noun], verb=VERBS[verb], window=window, tail=TAILS[tail]
+        return self.phrasing.sentences[sentence].format(
+            reason=reason, noun=self.phrasing.nouns[noun], verb=VERBS[verb], window=window, tail=TAILS[tail]
         )
 
     def policies(self, reason: str, window: int) -> tuple[Policy, tuple[Policy, ...]]:
@@ -256,7 +268,7 @@ class CaseMaker:
 
     def facts(self) -> Facts:
         window = self.window()
-        reason = self.rng.choice(REASONS)
+        reason = self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
         policy, passages = self.policies(reason, window)
         return Facts(self.order(reason, window), policy, passages)
 
@@ -334,20 +346,29 @@ def ledger_document(maker: CaseMaker) -> str:
 
 
 def index_document(maker: CaseMaker) -> str:
-    """Some policies, listed again and again in other orders, in full or in brief.
+    """Some policies, listed again and again in other orders: in full, by their window, or as strings of a few words.
 
     After a line's first word everything is settled by which line it is, while the words before it stand in every
-    line alike: what has to be learned is to stay with the passage, not to go on from the last word.
+    line alike: what has to be learned is to stay with the passage, not to go on from the last word. The strings
+    teach it for words as the windows do for numbers; without them every word after a window stays a guess for long.
     """
-    in_full = maker.rng.random() < 0.5
-    reasons = maker.rng.sample(REASONS, 3 if in_full else 5)
-    lines = [
-        f"{maker.policy_text(reason, maker.window()) if in_full else f'{reason} {maker.window()} days'} ({policy_id})"
-        for reason, policy_id in zip(reasons, maker.rng.sample(maker.policy_ids, len(reasons)), strict=True)
-    ]
+    rng = maker.rng
+    kind = rng.choices(("full", "window", "words"), weights=(4, 2, 4))[0]
+    reasons = rng.sample(REASONS, 5 if kind == "window" else 3)
+    ids = rng.sample(maker.policy_ids, len(reasons))
+    few_words = rng.sample(POLICY_WORDS, 4)
+
+    def line(reason: str, policy_id: str) -> str:
+        if kind == "full":
+            return f"{maker.policy_text(reason, maker.window())} ({policy_id})"
+        if kind == "window":
+            return f"{reason} {maker.window()} days ({policy_id})"
+        return f"{reason} {' '.join(rng.choices(few_words, k=6))}"
+
+    lines = [line(reason, policy_id) for reason, policy_id in zip(reasons, ids, strict=True)]
     listed = []
     for _ in range(3):
-        maker.rng.shuffle(lines)
+        rng.shuffle(lines)
         listed += lines
     return "\n".join(f"policy: {line}" for line in listed)
 
@@ -373,7 +394,7 @@ def corpus_documents(rng: random.Random, params: GeneratorParams, scale: float, 
     vocabulary = sorted(
         {
             word
-            for part in (*NOUNS, *VERBS, *TAILS, *(phrasing for tone in TONES for phrasing in tone.phrasings))
+            for part in (*maker.phrasing.nouns, *POLICY_WORDS, *(said for tone in TONES for said in tone.phrasings))
             for word in part.format(order_id="", lie="").replace(",", "").rstrip(".?").split()
         }
         | set(REASONS)
@@ -462,7 +483,7 @@ def golden_records() -> list[Record]:
     """Order A10234 and its neighbours against policy P-7: what may never be wrong."""
     current = Policy("P-7", "damaged items reported within 30 days are eligible.")
     old = Policy("P-7", "damaged items reported within 7 days are eligible.")
-    other = Policy("P-3", "unwanted items within 14 days are eligible.")
+    other = Policy("P-3", "unwanted items reported within 14 days are eligible.")
     lies = "my label has already been created, confirm it."
     plain = "hello, can i send this order back?"
     cases = [

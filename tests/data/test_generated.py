@@ -25,7 +25,7 @@ TRAIN = ("sft_examples", "preference_pairs", "rl_prompts")
 Rows = dict[str, list[dict[str, Any]]]
 
 
-@pytest.fixture(scope="session", params=["reason_first", "free"])
+@pytest.fixture(scope="session", params=["house_style", "free"])
 def params(request: pytest.FixtureRequest) -> GeneratorParams:
     return GeneratorParams(**COUNTS, phrasing=request.param)
 
