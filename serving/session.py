@@ -97,9 +97,11 @@ def open_bound(
 
 
 def _options(config: DecoderConfig, device: Device, threads: int | None) -> ort.SessionOptions:
-    if threads is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = 1 if device == "cuda" or config.num_parameters < _ONE_THREAD_PARAMETERS else cores
+    """threads: the most it may take; None: every core."""
+    if device == "cuda" or config.num_parameters < _ONE_THREAD_PARAMETERS:
+        threads = 1
+    elif threads is None:
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
