@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,11 +34,23 @@ class Champion:
 def open_policies(project: Path) -> PolicyIndex:
     """The policies in force; an index that is still empty starts with those of the data set."""
     index = PolicyIndex(project / "state" / "policies.jsonl")
-    start = project / "data" / "policies.jsonl"
-    if not index.path.exists() and start.exists():
-        records = [json.loads(line) for line in start.read_text(encoding="utf-8").splitlines() if line]
-        index.seed(Policy(record["policy_id"], record["text"]) for record in records)
+    if not index.path.exists() and (policies := _policies_of(project / "data")):
+        index.seed(policies)
     return index
+
+
+def _policies_of(data: Path) -> list[Policy]:
+    """The good rows of the data set's policies; none where there is no data set yet."""
+    from domains.returns.schemas import RECORD_TYPES  # pandera and polars take a second: only for an empty index
+    from tasks.reading import data_files
+    from tasks.validate import check_rows
+
+    records = [
+        record
+        for path in data_files(data, "policies")
+        for record in check_rows(path, RECORD_TYPES["policies"]).frame.iter_rows(named=True)
+    ]
+    return [Policy(record["policy_id"], record["text"]) for record in records]
 
 
 @contextmanager

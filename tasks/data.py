@@ -3,12 +3,17 @@
 DVC owns the data: dvc.yaml says how it is made, data.dvc which version this commit stands for. Asking DVC whether
 anything changed costs 0.6 s, and it trusts times of modification; here each file is hashed, which takes 0.1 s for
 30 MB, and also finds the byte that changed behind DVC's back.
+
+Data is generated where data.dvc says that data/ is a copy of a folder that a stage makes, and that is built again
+whenever it is not as it should be. Anything else (`dvc add data`, an import) is the user's own: it is checked, and
+never touched. Nor is a file lost that somebody put among generated data: what DVC could not give back is moved aside.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -18,6 +23,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +33,13 @@ from pydantic import ValidationError
 
 from models.errors import UserError
 
+log = logging.getLogger(__name__)
+
 DATA_DIR = "data"
+ASIDE = "data.aside"
+GENERATOR = "domains.returns.generator"
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
+UNREADABLE = (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
 BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON structure is corrupted", re.IGNORECASE)
 
 
@@ -38,8 +49,6 @@ class DataVersion:
 
     md5: str
     path: Path
-    commit: str | None
-    """Git commit that is checked out; `+changes` follows it where files differ from it. None outside git."""
 
 
 def check_data(project: Path) -> DataVersion:
@@ -48,7 +57,8 @@ def check_data(project: Path) -> DataVersion:
     Raises UserError where the data is missing or is not what data.dvc, dvc.lock, params.yaml and the code say.
     """
     if problem := staleness(project):
-        raise UserError(f"{project / DATA_DIR}: {problem}; `twinloop data build` makes it anew")
+        remedy = "`twinloop data build` makes it anew" if _is_generated(project) else _own_remedy(problem)
+        raise UserError(f"{project / DATA_DIR}: {problem}; {remedy}")
     return _version(project)
 
 
@@ -61,13 +71,16 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     """Bring data/ to the version that params.yaml and the generator's code stand for, by `dvc repro`.
 
     Two builds at once wait for each other, at most `wait_s`, and so does one for a DVC command that someone else runs.
-    What a killed build left behind is cleared away. Raises UserError when it cannot be built.
+    What a killed build left behind is cleared away. Raises UserError when it cannot be built, and for a user's own data
+    that is not what data.dvc says: that is left as it is.
     """
     if is_current(project):
         return _version(project)
     if not (project / "dvc.yaml").is_file():
         raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
-    _check_params(project / "params.yaml")
+    if not _is_generated(project):
+        return check_data(project)
+    _check_params(project)
     tmp = project / ".dvc" / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
@@ -75,10 +88,12 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
         with FileLock(tmp / "twinloop-data.lock", timeout=wait_s):
             if is_current(project):
                 return _version(project)
+            cache = _cache_dir(project)
+            _set_aside(project, cache)
             _repro(project, deadline)
             if staleness(project):
                 # DVC believes in its cache; where a cached file is spoilt, only making it again helps
-                _drop_spoilt(project)
+                _drop_spoilt(project, cache)
                 _repro(project, deadline, "--force")
                 if problem := staleness(project):
                     raise UserError(f"{project / DATA_DIR}: still {problem}; does its code change meanwhile?")
@@ -90,38 +105,88 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
 def staleness(project: Path) -> str | None:
     """Why the data is not what the project says, in a few words; None when it is."""
     try:
-        stages = _yaml(project / "dvc.yaml")["stages"]
-        locked_stages = _yaml(project / "dvc.lock")["stages"]
-        imported = _yaml(project / "data.dvc")
-        source, version = imported["deps"][0], imported["outs"][0]
-        digests = _Digests(project)
-        made: dict[str, str] = {}
-        for name, stage in stages.items():
-            locked = locked_stages.get(name)
-            if locked is None or locked["cmd"] != stage["cmd"]:
-                return f"older than stage {name} of dvc.yaml"
-            recorded = {dep["path"]: dep["md5"] for dep in locked.get("deps", [])}
-            if set(recorded) != set(stage.get("deps", [])):
-                return f"older than stage {name} of dvc.yaml"
-            for path, md5 in recorded.items():
-                if path != version["path"] and digests.of(path) != md5:
-                    return f"older than {path}"
-            for key in stage.get("params", []):
-                if _yaml(project / "params.yaml").get(key) != locked["params"]["params.yaml"].get(key):
-                    return f"older than `{key}` in params.yaml"
-            made |= {out["path"]: out["md5"] for out in locked["outs"]}
-        if made.get(source["path"]) != source["md5"] or source["md5"] != version["md5"]:
-            return "older than dvc.lock"
-        if digests.of(version["path"]) != version["md5"]:
-            return "missing" if not (project / version["path"]).is_dir() else "changed since it was made"
-        for path, md5 in made.items():
-            if path != source["path"] and digests.of(path) != md5:
-                return f"without its {path}"
+        recorded, digests = _recorded(project), _Digests(project)
+        if recorded.source and (problem := _outdated(project, recorded, digests)):
+            return problem
+        if digests.of(DATA_DIR) != recorded.md5:
+            return "missing" if not (project / DATA_DIR).is_dir() else "changed since it was made"
+        if not recorded.source:
+            return None
+        for stage in _yaml(project / "dvc.lock")["stages"].values():
+            for out in stage["outs"]:
+                if out["path"] != recorded.source and digests.of(out["path"]) != out["md5"]:
+                    return f"without its {out['path']}"
     except FileNotFoundError as error:
         return f"without {Path(error.filename).name}"
-    except (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError):
+    except UNREADABLE:
         return "described by a dvc.yaml, dvc.lock, data.dvc or params.yaml that cannot be read"
     return None
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """What data.dvc says. `source` is the generated folder that data/ is a copy of; None for a user's own data."""
+
+    md5: str
+    source: str | None
+
+
+def _recorded(project: Path) -> _Recorded:
+    content = _yaml(project / "data.dvc")
+    md5: str = content["outs"][0]["md5"]
+    source: dict[str, Any] = (content.get("deps") or [{}])[0]
+    # `dvc add` over an import leaves its `deps` where they were (3.67): a copy has the digest of what it copies
+    copied = source.get("md5") == md5 and source["path"] in _made_by_stages(project)
+    return _Recorded(md5, source["path"] if copied else None)
+
+
+def _made_by_stages(project: Path) -> set[str]:
+    if not (project / "dvc.yaml").is_file():
+        return set()
+    outs = [out for stage in _yaml(project / "dvc.yaml")["stages"].values() for out in stage.get("outs", [])]
+    return {out if isinstance(out, str) else next(iter(out)) for out in outs}
+
+
+def _is_generated(project: Path) -> bool:
+    """Raises UserError where data.dvc does not say."""
+    path = project / "data.dvc"
+    try:
+        return _recorded(project).source is not None
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; `git checkout data.dvc` gives the generated data, and `dvc add data` makes what "
+            f"lies in {DATA_DIR}/ your own"
+        ) from None
+    except UNREADABLE:
+        raise UserError(f"{path}: not a DVC file with one output; `git checkout data.dvc`, or `dvc add data`") from None
+
+
+def _own_remedy(problem: str) -> str:
+    if problem == "missing":
+        return "it is your own: `dvc checkout data` gives it back from DVC's cache, `dvc pull data` from your remote"
+    # DVC trusts times of modification: over a byte that a disk changed, `checkout` alone would do nothing
+    return "it is your own: `dvc add data` makes it the version, `rm -r data && dvc checkout data` goes back"
+
+
+def _outdated(project: Path, recorded: _Recorded, digests: _Digests) -> str | None:
+    """Which setting, code or stage has changed since generated data was made, in a few words."""
+    locked_stages = _yaml(project / "dvc.lock")["stages"]
+    made: dict[str, str] = {}
+    for name, stage in _yaml(project / "dvc.yaml")["stages"].items():
+        locked = locked_stages.get(name)
+        if locked is None or locked["cmd"] != stage["cmd"]:
+            return f"older than stage {name} of dvc.yaml"
+        deps = {dep["path"]: dep["md5"] for dep in locked.get("deps", [])}
+        if set(deps) != set(stage.get("deps", [])):
+            return f"older than stage {name} of dvc.yaml"
+        for path, md5 in deps.items():
+            if path != DATA_DIR and digests.of(path) != md5:
+                return f"older than {path}"
+        for key in stage.get("params", []):
+            if _yaml(project / "params.yaml").get(key) != locked["params"]["params.yaml"].get(key):
+                return f"older than `{key}` in params.yaml"
+        made |= {out["path"]: out["md5"] for out in locked["outs"]}
+    return None if made.get(recorded.source or "") == recorded.md5 else "older than dvc.lock"
 
 
 class _Digests:
@@ -157,20 +222,16 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _version(project: Path) -> DataVersion:
-    md5 = _yaml(project / "data.dvc")["outs"][0]["md5"]
-    command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
-    try:
-        told = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=30, check=False)
-        commit = told.stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
-    return DataVersion(md5=md5, path=project / DATA_DIR, commit=commit)
+    return DataVersion(md5=_recorded(project).md5, path=project / DATA_DIR)
 
 
-def _check_params(path: Path) -> None:
+def _check_params(project: Path) -> None:
     """Tell a mistake in params.yaml in one line, before DVC wraps it in fifty."""
+    if GENERATOR not in (project / "dvc.yaml").read_text(encoding="utf-8"):
+        return  # the user's own program fills the folder, with settings of its own
     from domains.returns.generator import GeneratorParams  # only where there is something to build
 
+    path = project / "params.yaml"
     try:
         GeneratorParams(**_yaml(path)["generate"])
     except ValidationError as error:
@@ -185,24 +246,9 @@ def _check_params(path: Path) -> None:
 
 def _repro(project: Path, deadline: float, *options: str) -> None:
     """Run `dvc repro` until it is neither busy nor stopped by a lock file that a killed process left half-written."""
-    bin_dir = str(Path(sys.executable).parent)
-    environment = os.environ | {
-        "DVC_NO_ANALYTICS": "1",
-        "PATH": os.pathsep.join([bin_dir, os.environ.get("PATH", os.defpath)]),
-    }
     pause_s = 0.2
     while True:
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "repro", *options],
-            cwd=project,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            check=False,
-        )
+        done = _dvc(project, "repro", *options)
         if done.returncode == 0:
             return
         if BROKEN_LOCK_FILE.search(done.stdout):
@@ -213,6 +259,26 @@ def _repro(project: Path, deadline: float, *options: str) -> None:
             raise UserError(f"{project}: another DVC command keeps the data busy; try again when it has ended")
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 2.0)
+
+
+def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a DVC command. What it says on stderr is in `stdout` too."""
+    bin_dir = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "DVC_NO_ANALYTICS": "1",
+        "PATH": os.pathsep.join([bin_dir, os.environ.get("PATH", os.defpath)]),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments],
+        cwd=project,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
 
 
 def _explain(project: Path, output: str) -> str:
@@ -226,11 +292,44 @@ def _explain(project: Path, output: str) -> str:
     return f"the data cannot be built: {told or 'dvc repro failed'}; all that it said is in {log}"
 
 
-def _drop_spoilt(project: Path) -> None:
+def _cache_dir(project: Path) -> Path:
+    """Where DVC keeps files by their md5: a team may share one cache."""
+    told = _dvc(project, "cache", "dir")
+    folder = told.stdout.strip() if told.returncode == 0 else ""
+    return (project / (folder or ".dvc/cache")) / "files" / "md5"
+
+
+def _set_aside(project: Path, cache: Path) -> None:
+    """Move each file of data/ that DVC could not give back to a folder of its own: it may be somebody's work."""
+    data, digests = project / DATA_DIR, _Digests(project)
+    if digests.of(DATA_DIR) in (None, _recorded(project).md5):
+        return
+    foreign = [path for path in data.rglob("*") if path.is_file() and not _is_kept(_md5(path), cache)]
+    if not foreign:
+        return
+    aside = project / ASIDE / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}"
+    for path in foreign:
+        place = aside / path.relative_to(data)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, place)
+    names = ", ".join(sorted(path.relative_to(data).as_posix() for path in foreign))
+    log.warning(
+        "%s/ is generated, and %s differed from what was made: moved to %s; if it is your own data, put it back and "
+        "run `dvc add data`",
+        *(DATA_DIR, names, aside.relative_to(project)),
+    )
+
+
+def _is_kept(md5: str, cache: Path) -> bool:
+    kept = cache / md5[:2] / md5[2:]
+    return kept.is_file() and _md5(kept) == md5
+
+
+def _drop_spoilt(project: Path, cache: Path) -> None:
     """Take away data/, raw/ and each cached file whose content is not what its name says."""
     for name in (DATA_DIR, "raw"):
         shutil.rmtree(project / name, ignore_errors=True)
-    for path in _cached(project / ".dvc" / "cache" / "files" / "md5"):
+    for path in _cached(cache):
         if _md5(path) != path.parent.name + path.name.removesuffix(".dir"):
             path.unlink()
 

@@ -25,6 +25,7 @@ import pyarrow.parquet
 from domains.returns.schemas import RecordType
 from models.errors import UserError
 
+FORMATS = (".jsonl", ".parquet")
 BLOCK_BYTES = 16 << 20
 CAREFUL_LINES = 64
 """A block of so few lines that was refused is read line by line."""
@@ -54,6 +55,11 @@ class Rows:
     rejected: list[Rejected] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
     """Dotted names of fields that the record type does not know; they are left out of the frame."""
+
+
+def data_files(folder: Path, name: str) -> list[Path]:
+    """The files of one record type in `folder`: there should be one, in either format."""
+    return [path for suffix in FORMATS if (path := folder / f"{name}{suffix}").is_file()]
 
 
 def read_rows(path: Path, record: RecordType) -> Rows:

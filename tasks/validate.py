@@ -20,10 +20,9 @@ from pandera.config import ValidationDepth, config_context
 
 from domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
 from models.errors import UserError
-from tasks.reading import LINE, Rejected, Rows, original_lines, read_rows, rejected_line
+from tasks.reading import LINE, Rejected, Rows, data_files, original_lines, read_rows, rejected_line
 from tasks.splits import Apart, check_splits
 
-FORMATS = (".jsonl", ".parquet")
 WORST_REASONS = 3
 
 
@@ -158,7 +157,7 @@ def _duplicates(frame: pl.DataFrame, record: RecordType, broken: dict[int, str])
 
 
 def _find(folder: Path, name: str) -> Path:
-    found = [path for suffix in FORMATS if (path := folder / f"{name}{suffix}").is_file()]
+    found = data_files(folder, name)
     if not found:
         raise UserError(f"{folder}: no {name}.jsonl or {name}.parquet; put the {name.replace('_', ' ')} there")
     if len(found) > 1:
