@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict
 
 from evaluation.cases import CaseReport, Comparison
 from evaluation.metrics import Rate, sign_test
 from evaluation.router import LATENCY, RELEASE, SIDE_EFFECT
 from models.errors import UserError
+from models.strict_yaml import read_yaml
 
 TRAINING = "training data and verifier RL"
 EXPORT = "ONNX export"
@@ -238,15 +238,7 @@ class GateReport(BaseModel):
 
 def load_rules(path: Path | str) -> GateRules:
     """Read a rule file. Raises UserError: one line with the file, the key and what is allowed there."""
-    try:
-        limits = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; gate rules are YAML such as recipes/gate.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    return GateRules(limits, source=str(path))
+    return GateRules(read_yaml(path, "gate rules are YAML such as recipes/gate.yaml"), source=str(path))
 
 
 def judge(rules: GateRules, measurements: Measurements, *, candidate: str = "") -> GateReport:
@@ -291,18 +283,3 @@ def _known() -> str:
 
 def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a rule that stands twice is a mistake: the laxer one would win unseen."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [key.value for key, _ in node.value]
-    for key, _ in node.value:
-        if keys.count(key.value) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor("tag:yaml.org,2002:map", _mapping)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
+from tasks.champion import EXAMPLE_MESSAGE, EXAMPLE_ORDER
 
-EXAMPLE_ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
-EXAMPLE_MESSAGE = "hello, can i send this order back?"
-ANSWER_WITHIN_S = 60
+START_WITHIN_S = 120.0
+ANSWER_WITHIN_S = 60.0
+STOP_WITHIN_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
 
 
 def answer_over_http(project: Path, model: str) -> Answer:
-    """Start the server as a user would, ask it about order A10234, stop it."""
+    """Start the server as a user would, ask it about order A10234, stop it. Raises UserError where no answer comes."""
     server = subprocess.Popen(
         [sys.executable, "-m", "flows.cli", "serve", "--model", model, "--port", "0"],
         cwd=project,
@@ -77,17 +80,34 @@ def answer_over_http(project: Path, model: str) -> Answer:
         stderr=subprocess.PIPE,
         text=True,
     )
+    # A server that hangs is ended, and then its pipes end too, which is what reading them waits for.
+    too_late = threading.Timer(START_WITHIN_S, server.kill)
+    too_late.start()
     try:
         assert server.stdout is not None
         assert server.stderr is not None
         address = server.stdout.readline().split(maxsplit=1)
+        too_late.cancel()
         if not address:
-            raise UserError(f"serve: {server.stderr.read().strip() or 'the server did not start'}")
-        body = json.dumps({"order": EXAMPLE_ORDER, "message": EXAMPLE_MESSAGE}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{address[0]}/v1/decisions", body, headers)
-        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as response:
-            return Answer(EXAMPLE_ORDER, json.load(response))
+            said = server.stderr.read().strip().splitlines()
+            raise UserError(f"serve: {said[-1] if said else f'no address within {START_WITHIN_S:.0f} s'}")
+        return Answer(EXAMPLE_ORDER, _ask(address[0]))
     finally:
+        too_late.cancel()
         server.terminate()
-        server.wait(ANSWER_WITHIN_S)
+        try:
+            server.communicate(timeout=STOP_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.communicate()
+
+
+def _ask(address: str) -> dict[str, Any]:
+    body = json.dumps({"order": EXAMPLE_ORDER, "message": EXAMPLE_MESSAGE}).encode()
+    request = urllib.request.Request(f"{address}/v1/decisions", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as response:
+            answer: dict[str, Any] = json.load(response)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # HTTPError and a timeout are OSErrors
+        raise UserError(f"{request.full_url}: no answer ({' '.join(str(error).split())})") from None
+    return answer

@@ -18,7 +18,7 @@ PLAIN_EVERY_S = 10.0
 WIDTH_WITHOUT_TERMINAL = 150
 OUR_LOGGERS = ("tasks", "training", "serving", "evaluation", "domains")
 # What a step says about itself, and what people call it.
-SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_second": "tokens/s"}
+SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_s": "tokens/s"}
 
 
 class Display(Protocol):

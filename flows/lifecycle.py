@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-from prefect.concurrency.sync import concurrency
-from prefect.runtime import deployment
 
 from evaluation.gate import GateReport, GateRules, load_rules
 from flows.answer import Answer, answer_over_http
 from flows.display import Display, make_display
 from flows.environment import prepare_environment
+from flows.gpu import gpu_slot
 from models.errors import UserError
 from tasks.artifact import Artifact
 from tasks.audit import audit
@@ -25,6 +22,7 @@ from tasks.dpo import dpo
 from tasks.evaluate import evaluate
 from tasks.export import export
 from tasks.gate import gate, read_gate_report, version_to_beat
+from tasks.lengths import check_lengths
 from tasks.measure import measure
 from tasks.prepare import prepare_data, validate_data
 from tasks.pretrain import pretrain
@@ -32,25 +30,26 @@ from tasks.promote import Promotion
 from tasks.recipe import Recipe, load_recipe
 from tasks.register import promote_if_shipped, register
 from tasks.registry import CHAMPION, Registry, Version
-from tasks.release import check_release
+from tasks.release import check_release, version_to_judge
 from tasks.rlvr import rlvr
 from tasks.runtime import Runtime
 from tasks.sft import sft
 from tasks.tokenize import tokenize
-from tasks.tracking import code_version
-
-GPU_SLOT = "gpu"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the final table. `measured` is what the checkpoint, or the bundle, can do."""
+    """One row of the final table. `measured` is what the checkpoint, or the bundle, can do.
+
+    seconds: what the stage took, by this run or, where it is `reused`, by the run that made it.
+    """
 
     name: str
     seconds: float | None
     artifact: Artifact | None = None
     measured: Artifact | None = None
     note: str = ""
+    reused: bool = False
 
 
 @dataclass
@@ -65,26 +64,39 @@ class Outcome:
     refusal: str | None = None
     """Why the registry would not promote what the gate had let through."""
     answer: Answer | None = None
+    silence: str | None = None
+    """Why the server that was started on the champion did not answer."""
 
     @property
-    def shipped(self) -> bool:
-        return self.promotion is not None
+    def shortfall(self) -> str | None:
+        """What keeps this from being a champion that answers, in one line."""
+        if self.promotion is None:
+            decision = self.gate.decision if self.gate else "none"
+            return self.refusal or f"gate: {decision}; {self.version} stays candidate"
+        return self.silence
+
+
+class NotShippedError(UserError):
+    """The lifecycle went through and ended without a champion that answers. Prefect shows its run as failed."""
 
 
 @flow(name="lifecycle", validate_parameters=False)
 def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
-    """Data to a gated champion that answers over HTTP. What is already done is verified and skipped."""
+    """Data to a gated champion that answers over HTTP. What is already done is verified and skipped.
+
+    Raises NotShippedError at its end, everything shown, where the gate says BLOCK or no champion answers.
+    """
     project = find_project()
     prepare_environment(project)
     settings = load_recipe(project / recipe)
     runtime = Runtime.of(settings)
     outcome = Outcome(settings)
     rules = load_rules(project / settings.gate.rules)
-    with make_display() as display, _gpu(runtime):
-        context, data = _let_in(project, recipe, settings, display, outcome)
-        longest = min(settings.sft.row_length, settings.model.max_length)
-        tokenizer = tokenize(context, settings.tokenizer, longest, data=data)
+    with make_display() as display, gpu_slot(project, runtime):
+        context, data = _let_in(Context.of(project, Path(recipe), settings, display), settings, outcome)
+        tokenizer = tokenize(context, settings.tokenizer, data=data)
         outcome.stages.append(_stage(tokenizer))
+        check_lengths(settings, tokenizer)
 
         def measured(checkpoint: Artifact) -> Artifact:
             results = measure(context, checkpoint.stage, settings.evaluate, runtime, data=data, model=checkpoint)
@@ -108,8 +120,10 @@ def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
         _release(context, settings, runtime, rules, outcome, data=data, bundle=bundle)
         _hand_over(context, outcome, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
         if outcome.promotion:
-            outcome.answer = answer_over_http(project, settings.name)
+            _ask_champion(project, outcome)
     _show(outcome, display)
+    if outcome.shortfall:
+        raise NotShippedError(f"{settings.name}: {outcome.shortfall}")
     return outcome
 
 
@@ -121,8 +135,10 @@ def release_check(recipe: str = "recipes/returns.yaml") -> str:
     settings = load_recipe(project / recipe)
     rules = load_rules(project / settings.gate.rules)
     runtime = Runtime.of(settings)
-    with make_display() as display, _gpu(runtime):
-        context, data = _let_in(project, recipe, settings, display, Outcome(settings))
+    with make_display() as display, gpu_slot(project, runtime):
+        context = Context.of(project, Path(recipe), settings, display)
+        version_to_judge(Registry(context.mlruns, context.recipe), CHAMPION)
+        context, data = _let_in(context, settings, Outcome(settings))
         report = check_release(context, settings.evaluate, runtime, rules, CHAMPION, data=data)
         display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
     if report.decision == "BLOCK":
@@ -137,24 +153,13 @@ def data_refresh(recipe: str = "recipes/returns.yaml") -> None:
     prepare_environment(project)
     settings = load_recipe(project / recipe)
     with make_display() as display:
-        _let_in(project, recipe, settings, display, Outcome(settings))
+        _let_in(Context.of(project, Path(recipe), settings, display), settings, Outcome(settings))
 
 
-def _let_in(
-    project: Path, recipe: str, settings: Recipe, display: Display, outcome: Outcome
-) -> tuple[Context, Artifact]:
-    """Build and validate the data; the context names their version."""
-    context = Context(
-        project=project,
-        recipe=settings.name,
-        recipe_path=Path(recipe),
-        dataset_digest=None,
-        progress=display,
-        code=code_version(project),
-        checkpoint_every_s=settings.checkpoint_every_s,
-    )
+def _let_in(context: Context, settings: Recipe, outcome: Outcome) -> tuple[Context, Artifact]:
+    """Build and validate the data; the context that comes back names their version."""
     version, seconds = prepare_data(context)
-    outcome.stages.append(Stage("data", seconds, note=f"DVC {version.md5[:12]}"))
+    outcome.stages.append(Stage("data", seconds, note=f"DVC {version.md5[:12]}", reused=seconds is None))
     context = context.on_data(version.md5)
     data = validate_data(context, settings.validate_, data=version)
     outcome.stages.append(_stage(data))
@@ -175,7 +180,7 @@ def _release(
     found = evaluate(context, settings.evaluate, runtime, data=data, bundle=bundle.path, digest=bundle)
     told = found.metrics
     note = f"{told['cases']} cases, p95 first token {told['p95_ttft_ms']:.0f} ms, {told['memory_gib']:.2f} GiB"
-    outcome.stages.append(Stage(found.stage, found.manifest.seconds, found, found, note))
+    outcome.stages.append(_stage(found, found, note=note))
     rival = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
     beaten = (
         evaluate(context, settings.evaluate, runtime, data=data, bundle=rival.path, digest=rival.digest)
@@ -193,7 +198,7 @@ def _release(
     outcome.gate = read_gate_report(judged)
     # For Prefect's UI, beside the run
     create_markdown_artifact(f"```\n{outcome.gate.text()}\n```", key="gate", description=outcome.gate.decision)
-    outcome.stages.append(Stage("gate", judged.manifest.seconds, note=outcome.gate.decision))
+    outcome.stages.append(_stage(judged, note=outcome.gate.decision))
 
 
 def _hand_over(
@@ -214,18 +219,17 @@ def _hand_over(
         outcome.stages.append(Stage("promote", time.perf_counter() - registered, note=note))
 
 
-@contextmanager
-def _gpu(runtime: Runtime) -> Iterator[None]:
-    """One GPU job at a time among the runs of a deployment; a run from the command line has nobody to wait for."""
-    if runtime.device == "cuda" and deployment.id:
-        with concurrency(GPU_SLOT, occupy=1, strict=True):
-            yield
-    else:
-        yield
+def _ask_champion(project: Path, outcome: Outcome) -> None:
+    try:
+        outcome.answer = answer_over_http(project, outcome.recipe.name)
+    except UserError as error:
+        outcome.silence = str(error)
 
 
-def _stage(artifact: Artifact, measured: Artifact | None = None, *, name: str | None = None) -> Stage:
-    return Stage(name or artifact.stage, artifact.manifest.seconds, artifact, measured)
+def _stage(artifact: Artifact, measured: Artifact | None = None, *, name: str | None = None, note: str = "") -> Stage:
+    return Stage(
+        name or artifact.stage, artifact.manifest.seconds, artifact, measured, note=note, reused=artifact.reused
+    )
 
 
 def _show(outcome: Outcome, display: Display) -> None:

@@ -10,17 +10,20 @@ from models.errors import UserError
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:
-    """0 when a champion was promoted, 1 when not, 130 on Ctrl-C. Raises what the flow raised."""
+    """0 when a champion was promoted and answers, 1 when not, 130 on Ctrl-C. Raises what the flow raised."""
     path = recipe.resolve()
     if not path.is_relative_to(project):
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
     try:
-        with embedded_server(project):
-            from flows.lifecycle import lifecycle
+        with embedded_server(project) as server:
+            from flows.lifecycle import NotShippedError, lifecycle
 
-            wait_until_ready(project)
-            outcome = lifecycle(str(path.relative_to(project)))
+            wait_until_ready(server)
+            try:
+                lifecycle(str(path.relative_to(project)))
+            except NotShippedError:
+                return 1  # the last page has told why
     except KeyboardInterrupt:
         print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130
-    return 0 if outcome.shipped else 1
+    return 0

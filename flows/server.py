@@ -13,9 +13,11 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
@@ -25,14 +27,23 @@ START_WITHIN_S = 180.0
 STOP_WITHIN_S = 5.0
 
 
-@contextmanager
-def embedded_server(project: Path) -> Iterator[None]:
-    """PREFECT_API_URL names a server of this run's own, unless it names one already. Before Prefect is imported.
+_own_urls: set[str] = set()
 
-    Raises UserError when the server does not come up.
-    """
+
+@dataclass(frozen=True)
+class Embedded:
+    """A server of this run's own."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+@contextmanager
+def embedded_server(project: Path) -> Iterator[Embedded | None]:
+    """PREFECT_API_URL names a server of this run's own, unless it names one already: then there is none to yield.
+    Before Prefect is imported."""
     if os.environ.get("PREFECT_API_URL"):
-        yield
+        yield None
         return
     log = project / "state" / "prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -47,10 +58,12 @@ def embedded_server(project: Path) -> Iterator[None]:
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
         )
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    _own_urls.add(url)
     try:
-        yield
+        yield Embedded(child, log)
     finally:
+        _own_urls.discard(url)
         del os.environ["PREFECT_API_URL"]
         assert child.stdin is not None
         child.stdin.close()
@@ -61,7 +74,15 @@ def embedded_server(project: Path) -> Iterator[None]:
             child.wait()
 
 
-def wait_until_ready(project: Path) -> None:
+def has_shared_server() -> bool:
+    """Whether runs report to a Prefect server that others may use too. Imports Prefect."""
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    return bool(url) and url not in _own_urls
+
+
+def wait_until_ready(server: Embedded | None) -> None:
     """Return when the server of PREFECT_API_URL answers. Raises UserError when it does not."""
     url = f"{os.environ['PREFECT_API_URL']}/health"
     deadline = time.monotonic() + START_WITHIN_S
@@ -70,9 +91,12 @@ def wait_until_ready(project: Path) -> None:
             with urllib.request.urlopen(url, timeout=max(1.0, deadline - time.monotonic())):
                 return
         except OSError as error:
-            if time.monotonic() > deadline or isinstance(error, ConnectionRefusedError):
-                log = project / "state" / "prefect" / "server.log"
-                raise UserError(f"{url}: Prefect's server does not answer ({error}); see {log}") from None
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
+            gone = isinstance(reason, ConnectionRefusedError) or (server and server.process.poll() is not None)
+            if gone or time.monotonic() > deadline:
+                see = f"see {server.log}" if server else "start it, or unset PREFECT_API_URL"
+                raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
             time.sleep(0.2)
 
 

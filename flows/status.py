@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tasks.registry import Registry
 from tasks.tracking import Mlruns
+
+if TYPE_CHECKING:
+    from serving.decisions import DecisionResponse
+
+FOLLOW = "running servers follow within seconds"
 
 
 def show_status(project: Path, model: str, *, as_json: bool) -> int:
@@ -21,47 +28,53 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from tasks.register import who
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
-    print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest})")
+    print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
     return 0
 
 
 def roll_back(project: Path, model: str) -> int:
-    from tasks.champion import prove_answers
+    from tasks.champion import EXAMPLE_ORDER, prove_answers
     from tasks.promote import rollback
     from tasks.register import who
 
-    done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), prove_answers)
-    print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}")
+    proofs: list[DecisionResponse] = []
+    done = rollback(
+        Registry(Mlruns(project / "mlruns"), model), who(), lambda bundle: proofs.append(prove_answers(bundle))
+    )
+    print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
+    print(f"its proof, order {EXAMPLE_ORDER['order_id']}: {_told(proofs[-1])}")
     return 0
+
+
+def _told(answer: DecisionResponse) -> str:
+    if answer.decision is not None:
+        return f"{json.dumps(answer.decision)}, all checks passed"
+    return f"escalated: {'; '.join(f'{reason.predicate}: {reason.reason}' for reason in answer.reasons)}"
 
 
 def judge_now(project: Path, recipe_path: Path) -> int:
     """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK."""
     from evaluation.gate import load_rules
     from flows.display import make_display
+    from flows.gpu import gpu_slot
     from tasks.context import Context
     from tasks.prepare import prepare_data, validate_data
     from tasks.recipe import load_recipe
     from tasks.registry import CANDIDATE, CHAMPION
-    from tasks.release import check_release
+    from tasks.release import check_release, version_to_judge
     from tasks.runtime import Runtime
-    from tasks.tracking import code_version
 
     recipe = load_recipe(recipe_path)
     rules = load_rules(project / recipe.gate.rules)
-    with make_display() as display:
-        context = Context(
-            project=project,
-            recipe=recipe.name,
-            recipe_path=recipe_path,
-            dataset_digest=None,
-            progress=display,
-            code=code_version(project),
-            checkpoint_every_s=recipe.checkpoint_every_s,
-        )
+    runtime = Runtime.of(recipe)
+    aliases = (CANDIDATE, CHAMPION)
+    with make_display() as display, gpu_slot(project, runtime, shared=False):
+        context = Context.of(project, recipe_path, recipe, display)
+        version_to_judge(Registry(context.mlruns, context.recipe), *aliases)
         version, _ = prepare_data.fn(context)
+        context = context.on_data(version.md5)
         data = validate_data.fn(context, recipe.validate_, data=version)
-        report = check_release.fn(context, recipe.evaluate, Runtime.of(recipe), rules, CANDIDATE, CHAMPION, data=data)
+        report = check_release.fn(context, recipe.evaluate, runtime, rules, *aliases, data=data)
     print(report.text())
     return 0 if report.decision == "SHIP" else 1
 

@@ -37,6 +37,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     elif version:
         why = outcome.refusal or f"{version} stays candidate, and what is served has not changed"
         console.print(f"\nnot promoted: {why}", highlight=False, markup=False, soft_wrap=True)
+    if outcome.silence:
+        console.print(f"no answer over HTTP: {outcome.silence}", highlight=False, markup=False, soft_wrap=True)
     if outcome.answer:
         order = outcome.answer.order
         console.print(f"order {order['order_id']} over HTTP:", highlight=False)
@@ -46,7 +48,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def stage_table(stages: list[Stage]) -> Table:
-    """One row a stage; rates are of held-out cases, their interval is Wilson's at 95%."""
+    """One row a stage; a time in brackets is an earlier run's. Rates are of held-out cases, with Wilson's interval."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
     for head in ("time", "tokens/s", "bits/byte", "pass rate (95% CI)", *HEADS.values()):
@@ -58,8 +60,8 @@ def stage_table(stages: list[Stage]) -> Table:
         made = stage.artifact.metrics if stage.artifact else {}
         table.add_row(
             stage.name,
-            "" if stage.seconds is None else f"{stage.seconds:.1f} s",
-            f"{made['tokens_per_second']:,.0f}" if "tokens_per_second" in made else "",
+            _time(stage),
+            f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else "",
             f"{measured['bits_per_byte']:.3f}" if measured else "",
             _pass_rate(measured),
             *(_percent(measured.get("predicates", {}).get(name)) for name in HEADS),
@@ -67,6 +69,13 @@ def stage_table(stages: list[Stage]) -> Table:
         )
         before = measured or before
     return table
+
+
+def _time(stage: Stage) -> str:
+    """In brackets where another run took it, and this one only verified the bytes."""
+    if stage.seconds is None:
+        return "verified" if stage.reused else ""
+    return f"({stage.seconds:.1f} s)" if stage.reused else f"{stage.seconds:.1f} s"
 
 
 def improvement(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CLOCK = "clock.json"
 KEY_CHARS = 24  # 96 bits: short enough to read, long enough never to collide
 # A working directory is worth keeping while somebody may still come back to its run.
 ABANDONED_AFTER_S = 14 * 24 * 3600
@@ -123,7 +124,7 @@ class ArtifactStore:
 
         inputs: other artifacts, or the digest of something outside the store. code: see `tasks.fingerprint`.
         build(out, work): fills `out`, returns metrics for the manifest; `work` is kept when the process dies, and is
-        there again when the same key is built next.
+        there again when the same key is built next. The manifest's seconds count what went into it before.
         """
         plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else dict(settings)
         sources = {name: _as_input(value) for name, value in sorted(inputs.items())}
@@ -136,9 +137,10 @@ class ArtifactStore:
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir(parents=True)
             work.mkdir(parents=True, exist_ok=True)
+            before = _spent(work)
             started = time.perf_counter()
             metrics = build(out, work)
-            seconds = time.perf_counter() - started
+            seconds = before + time.perf_counter() - started
             files = hash_files(out)
             manifest = Manifest(
                 stage=stage,
@@ -157,31 +159,9 @@ class ArtifactStore:
             shutil.rmtree(work)
             return Artifact(final, manifest)
 
-    def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact as it was finished, its content not hashed again; None where there is none."""
-        path = self.root / stage / key
-        try:
-            return Artifact(path, Manifest.read(path / MANIFEST), reused=True)
-        except (OSError, ValueError):
-            return None
-
     def damage(self, artifact: Artifact) -> str | None:
         """What differs from the manifest, in words; None if every byte is as it was written."""
         return _damage(artifact.path, artifact.manifest)
-
-    def lineage(self, artifact: Artifact) -> list[Manifest]:
-        """The manifests this artifact came from, itself first, each once."""
-        chain: dict[tuple[str, str], Manifest] = {}
-        pending = [artifact.manifest]
-        while pending:
-            manifest = pending.pop(0)
-            if (manifest.stage, manifest.key) in chain:
-                continue
-            chain[manifest.stage, manifest.key] = manifest
-            for source in manifest.inputs.values():
-                if source.stage and source.key and (parent := self.find(source.stage, source.key)):
-                    pending.append(parent.manifest)
-        return list(chain.values())
 
     def _verified(self, stage: str, key: str) -> Artifact | None:
         path = self.root / stage / key
@@ -293,7 +273,23 @@ def _walk(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path) -> float:
-    return max((path.stat().st_mtime for path in [folder, *folder.rglob("*")]), default=0.0)
+    try:
+        return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
+    except FileNotFoundError:  # its owner is at work: a checkpoint has made room for the next
+        return time.time()
+
+
+def _spent(work: Path) -> float:
+    """Seconds that went into what processes before this one left in `work`, up to its newest file."""
+    clock = work / CLOCK
+    before = 0.0
+    if clock.exists():
+        begun = json.loads(clock.read_text())
+        before = begun["before"] + max(0.0, _newest(work) - begun["since"])
+    new = clock.with_suffix(".new")
+    new.write_text(json.dumps({"before": before, "since": time.time()}))
+    new.replace(clock)
+    return before
 
 
 def _fsync(path: Path) -> None:

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from models.errors import UserError
 from tasks.artifact import Artifact, ArtifactStore
 from tasks.fingerprint import fingerprint
-from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker
+from tasks.recipe import Recipe
+from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
 
 
 class Progress(Protocol):
@@ -61,6 +62,19 @@ class Context:
     code: CodeVersion
     checkpoint_every_s: float
 
+    @classmethod
+    def of(cls, project: Path, path: Path, recipe: Recipe, progress: Progress) -> Context:
+        """An execution that begins now. path: the recipe's file."""
+        return cls(
+            project=project,
+            recipe=recipe.name,
+            recipe_path=path,
+            dataset_digest=None,
+            progress=progress,
+            code=code_version(project),
+            checkpoint_every_s=recipe.checkpoint_every_s,
+        )
+
     def on_data(self, digest: str) -> Context:
         """The same, once it is known which data it reads."""
         return replace(self, dataset_digest=digest)
@@ -88,6 +102,8 @@ class Context:
         change makes the artifact anew.
         """
 
+        made_by: list[Tracker] = []
+
         def build(out: Path, keep: Path) -> dict[str, Any]:
             execution = Execution(
                 recipe=self.recipe,
@@ -103,10 +119,13 @@ class Context:
                 metrics = work(out, keep, Report(stage, self.progress, tracker))
                 numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
                 tracker.log(numbers)
+            made_by.append(tracker)
             return metrics | {"mlflow_run_id": tracker.run_id}
 
         self.progress.started(stage)
         artifact = self.store.run(stage, settings=settings, inputs=inputs, code=fingerprint(*modules), build=build)
+        for tracker in made_by:
+            tracker.output(artifact.digest)
         self.progress.finished(stage, seconds=None if artifact.reused else artifact.manifest.seconds, name=artifact.key)
         return artifact
 

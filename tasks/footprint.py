@@ -31,7 +31,7 @@ class Footprint(BaseModel):
 
     p50_ttft_ms: float
     p95_ttft_ms: float
-    tokens_per_second: float
+    tokens_per_s: float
     """Of all answers together."""
     memory_gib: float
     """The most that the process ever held, libraries included."""
@@ -78,7 +78,7 @@ def _serve(
     return Footprint(
         p50_ttft_ms=percentile(first_tokens_ms, 0.5),
         p95_ttft_ms=percentile(first_tokens_ms, 0.95),
-        tokens_per_second=sum(tokens for _, tokens in answers) / seconds,
+        tokens_per_s=sum(tokens for _, tokens in answers) / seconds,
         memory_gib=_peak_bytes() / 2**30,
     )
 

@@ -41,7 +41,7 @@ def train_settings(settings: Optimisation, runtime: Runtime, *, checkpoint_every
 
 def report_step(report: Report, step: StepReport) -> None:
     """What whoever watches and MLflow get to know of a step."""
-    shown = {"loss": step.loss, "tokens_per_second": step.tokens_per_s}
+    shown = {"loss": step.loss, "tokens_per_s": step.tokens_per_s}
     shown |= {"learning_rate": step.learning_rate, "grad_norm": step.grad_norm}
     report(step.step, step.total_steps, shown | step.metrics)
 
@@ -78,7 +78,7 @@ def learn(
     return {
         "steps": result.steps,
         "tokens": result.tokens,
-        "tokens_per_second": result.tokens_per_s,
+        "tokens_per_s": result.tokens_per_s,
         "loss": result.loss,
         **result.metrics,
         **seconds,

@@ -6,10 +6,12 @@ An artifact of its own: a new metric measures every checkpoint again, and trains
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 
 from tasks.artifact import Artifact
 from tasks.context import Context, OnProgress, Report
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 REPORT = "cases.json"
 
 
+@task(name="measure", cache_policy=NO_CACHE)
 def measure(
     context: Context,
     stage: str,
@@ -112,9 +115,3 @@ def choose_cases(records: Iterable[Mapping[str, Any]], limit: int | None) -> lis
             break
         chosen += members
     return chosen
-
-
-def read_report(artifact: Artifact) -> dict[str, Any]:
-    """The whole case report of a measurement."""
-    content: dict[str, Any] = json.loads((artifact.path / REPORT).read_text())
-    return content

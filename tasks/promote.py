@@ -72,7 +72,8 @@ def record_gate(registry: Registry, version: Version, report: GateReport) -> Non
         new.replace(path)
     if version.tags.get("gate_digest") != digest:
         when = datetime.now(UTC).isoformat()
-        registry.tag(version, {"gate_digest": digest, "gate_decision": report.decision, "gate_when": when})
+        # The digest last: killed in between, it differs, and the next recording writes all three again.
+        registry.tag(version, {"gate_decision": report.decision, "gate_when": when, "gate_digest": digest})
 
 
 def read_gate(registry: Registry, version: Version) -> GateReport | None:
@@ -101,8 +102,8 @@ def promote(
     report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
     back and not both a person and a new report want it.
     """
-    target = registry.version(version)
     with _settled(registry, who) as (ledger, contents):
+        target = registry.version(version)  # now, not before the wait: its gate may have been judged again
         champions = contents.champions(registry.name)
         settled = contents.settled(registry.name)
         if champions[-1:] == [version]:  # nor is its report kept: a later check of the champion may say otherwise
@@ -125,22 +126,19 @@ def promote(
         return _carry_out(registry, ledger, intent)
 
 
-def rollback(registry: Registry, who: str, prove: Callable[[Path], None], *, to: int | None = None) -> Promotion:
+def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> Promotion:
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
-    prove(bundle): loads the bundle and lets it answer; raises if it does not. to: an earlier champion instead.
-    Rolled back twice, it goes back two champions. Raises UserError, and moves nothing, if there is no way back, if
-    the target's bytes are not as they were registered, or if `prove` raised.
+    prove(bundle): loads the bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
+    champions. Raises UserError, and moves nothing, if there is no way back, if the target's bytes are not as they were
+    registered, or if `prove` raised.
     """
     with _settled(registry, who) as (ledger, contents):
         champions = contents.champions(registry.name)
         if len(champions) < 2:
             raise UserError(f"{registry.name}: nothing to roll back to, there was no champion before this one")
         *earlier, champion = champions
-        if to is not None and to not in earlier:
-            known = ", ".join(str(number) for number in earlier)
-            raise UserError(f"{registry.name}: version {to} was no champion before version {champion} (those: {known})")
-        target = registry.version(earlier[-1] if to is None else to)
+        target = registry.version(earlier[-1])
         served = registry.verify(target)
         try:
             prove(served.path)
@@ -160,18 +158,6 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], None], *, to:
             gate_digest=target.tags.get("gate_digest"),
         )
         return _carry_out(registry, ledger, intent)
-
-
-def recover(registry: Registry, who: str) -> None:
-    """Finish what a process that died had begun, if it had. `promote` and `rollback` do this first by themselves."""
-    with _settled(registry, who):
-        pass
-
-
-def history(registry: Registry) -> list[Promotion]:
-    """Every move of this model's champion, oldest first. Raises UserError if the ledger was changed."""
-    head = registry.snapshot().tags.get(LEDGER_HEAD)
-    return [Promotion.of(entry) for entry in open_ledger(registry.mlruns).read(head=head).settled(registry.name)]
 
 
 @contextmanager

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from models.config import DecoderConfig
 from models.errors import UserError
+from models.strict_yaml import read_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -111,8 +111,10 @@ class Packed(Optimisation):
     batch_tokens: Annotated[int, Field(ge=32)]
     row_length: Annotated[int, Field(ge=32)] = 512
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def rows_per_step(self) -> int:
+        """Derived, and still part of every key: another derivation is another training."""
         return max(1, self.batch_tokens // self.row_length)
 
     @model_validator(mode="after")
@@ -128,6 +130,7 @@ class Packed(Optimisation):
 class PretrainSettings(Packed):
     tokens: Count
 
+    @computed_field  # type: ignore[prop-decorator]
     @property
     def steps(self) -> int:
         return max(1, self.tokens // (self.rows_per_step * self.row_length))
@@ -169,6 +172,10 @@ class ExportSettings(Section):
     def on(self, device: str) -> list[Precision]:
         return self.precisions or (["fp16", "bf16"] if device == "cuda" else ["fp32", "int8"])
 
+    def only_on_cuda(self) -> Precision | None:
+        """The first precision asked for that the engine does not run on CPU."""
+        return next((each for each in self.precisions or [] if each in ("fp16", "bf16")), None)
+
 
 class GateSettings(Section):
     rules: str = "recipes/gate.yaml"
@@ -205,8 +212,8 @@ class Recipe(Section):
                     f"{name}.max_new_tokens ({longest}) leaves no room for a prompt in "
                     f"model.max_length ({self.model.max_length})"
                 )
-        if self.device == "cpu" and (wrong := {"bf16"} & set(self.export.precisions or [])):
-            raise ValueError(f"export.precisions has {wrong.pop()}, which only CUDA runs, and device is cpu")
+        if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
+            raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
         for name in ("pretrain", "sft"):  # a row of trees may be longer: positions count along a branch
             row_length = getattr(self, name).row_length
             if row_length > self.model.max_length:
@@ -218,14 +225,7 @@ class Recipe(Section):
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe. Raises UserError: one line with the file, the key, and what is allowed there."""
-    try:
-        fields = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; recipes are YAML files such as recipes/returns.yaml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    fields = read_yaml(path, "recipes are YAML files such as recipes/returns.yaml")
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, such as `pretrain: {{tokens: 1000000, ...}}`")
     try:
@@ -273,22 +273,3 @@ def _keys(location: list[str]) -> list[str]:
             return []
         section = found.annotation
     return [found.alias or name for name, found in section.model_fields.items()]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everywhere else, and a key that stands twice is a mistake."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key, _ in node.value:
-        if key.value in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-        seen.add(key.value)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d+)?[eE][-+]?\d+$"), list("-+0123456789")
-)

@@ -14,6 +14,7 @@ from tasks.artifact import Artifact
 from tasks.context import Context
 from tasks.promote import Promotion, promote, record_gate
 from tasks.registry import Lineage, Registry, Version
+from tasks.tracking import code_of_run
 
 
 @task(name="register", cache_policy=NO_CACHE)
@@ -34,14 +35,16 @@ def register(
 def _register(
     context: Context, registry: Registry, artifact: Artifact, parent: int | None, *, servable: bool
 ) -> Version:
+    run_id = artifact.metrics["mlflow_run_id"]
+    # The code that made it: what was skipped today was made at another commit.
+    made_by = code_of_run(context.mlruns, run_id)
     lineage = Lineage(
         recipe=str(context.recipe_path or context.recipe),
         dataset_digest=context.dataset_digest,
-        code=context.code,
+        code=made_by or context.code,
         parent_version=parent,
     )
-    run_id = artifact.metrics.get("mlflow_run_id")
-    return registry.register(artifact.path, lineage, run_id=run_id, servable=servable)
+    return registry.register(artifact.path, lineage, run_id=run_id if made_by else None, servable=servable)
 
 
 @task(name="promote", cache_policy=NO_CACHE)

@@ -75,10 +75,6 @@ class Version:
     def parent_version(self) -> int | None:
         return int(self.tags["parent_version"]) if self.tags.get("parent_version") else None
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        return json.loads(self.tags.get("metrics", "{}"))
-
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"
 

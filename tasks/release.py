@@ -19,8 +19,17 @@ from tasks.gate import measurements, version_to_beat
 from tasks.measure import REPORT
 from tasks.promote import record_gate
 from tasks.recipe import EvaluateSettings
-from tasks.registry import Registry
+from tasks.registry import Registry, Version
 from tasks.runtime import Runtime
+
+
+def version_to_judge(registry: Registry, *aliases: str) -> Version:
+    """What the first of `aliases` that names a version names. Raises UserError where none does."""
+    snapshot = registry.snapshot()
+    version = next((found for alias in aliases if (found := snapshot.alias(alias))), None)
+    if version is None:
+        raise UserError(f"{registry.name}: no {' and no '.join(aliases)} to judge; `twinloop run` makes one")
+    return version
 
 
 @task(name="check-release", cache_policy=NO_CACHE)
@@ -32,15 +41,10 @@ def check_release(
     *aliases: str,
     data: Artifact,
 ) -> GateReport:
-    """Judge the version that the first of `aliases` with one names, now, and keep the report with it.
-
-    Raises UserError where none of them names a version.
-    """
+    """Judge the version that the first of `aliases` with one names, now, and keep the report with it. Raises UserError
+    where none of them names a version."""
     registry = Registry(context.mlruns, context.recipe)
-    snapshot = registry.snapshot()
-    version = next((found for alias in aliases if (found := snapshot.alias(alias))), None)
-    if version is None:
-        raise UserError(f"{registry.name}: no {' and no '.join(aliases)} to judge; `twinloop run` makes one")
+    version = version_to_judge(registry, *aliases)
     registry.verify(version)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -23,11 +22,15 @@ class Runtime(BaseModel):
 
     @classmethod
     def of(cls, recipe: Recipe) -> Runtime:
-        """Raises UserError where the recipe wants CUDA and there is none."""
+        """Raises UserError where the recipe wants CUDA, or a precision that only CUDA runs, and there is none."""
         here = cuda_is_here()
         if recipe.device == "cuda" and not here:
             raise UserError("device: cuda, but torch finds no GPU on this machine; set it to auto or cpu")
         device: Literal["cpu", "cuda"] = "cuda" if here and recipe.device != "cpu" else "cpu"
+        if device == "cpu" and (wrong := recipe.export.only_on_cuda()):
+            raise UserError(
+                f"export.precisions: {wrong} runs on CUDA only, and this machine has no GPU; take fp32 or int8"
+            )
         return cls(seed=recipe.seed, threads=recipe.threads, device=device)
 
     @property
@@ -37,12 +40,11 @@ class Runtime(BaseModel):
 
 
 def cuda_is_here() -> bool:
-    """Whether a GPU and a torch that can use it are here. The driver is asked: importing torch takes 1.5 s."""
+    """Whether a GPU is here that both torch and ONNX Runtime can use. Torch itself is not asked: its import takes
+    1.5 s."""
+    from serving.session import cuda_devices  # a recipe may be checked without ONNX Runtime's 0.1 s
+
     try:
-        if version("torch").endswith("+cpu"):
-            return False
-        driver = ctypes.CDLL("libcuda.so.1")
-    except (PackageNotFoundError, OSError):
+        return not version("torch").endswith("+cpu") and cuda_devices() > 0
+    except PackageNotFoundError:
         return False
-    count = ctypes.c_int(0)
-    return bool(driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0)

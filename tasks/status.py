@@ -28,7 +28,7 @@ class VersionStatus:
 
     @classmethod
     def of(cls, version: Version) -> VersionStatus:
-        gate = version.tags.get("gate_decision")
+        gate = version.tags.get("gate_decision") if "gate_digest" in version.tags else None
         return cls(version.version, version.stage, version.digest, str(version.path), version.run_id, gate)
 
 
@@ -151,7 +151,7 @@ def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[s
 
 
 def _last_gate(registry: Registry, snapshot: Snapshot) -> GateStatus | None:
-    judged = [version for version in snapshot.versions.values() if "gate_when" in version.tags]
+    judged = [version for version in snapshot.versions.values() if "gate_digest" in version.tags]
     if not judged:
         return None
     latest = max(judged, key=lambda version: version.tags["gate_when"])

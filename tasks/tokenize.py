@@ -13,19 +13,21 @@ from tasks.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import TokenizerSettings
 
+SIDES = ("chosen", "rejected")
+
 
 @task(name="tokenize", cache_policy=NO_CACHE)
-def tokenize(context: Context, settings: TokenizerSettings, longest: int, *, data: Artifact) -> Artifact:
-    """A directory with tokenizer.json and tokenizer_config.json.
+def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -> Artifact:
+    """A directory with tokenizer.json and tokenizer_config.json; how long records are stands in the metrics.
 
-    Every demonstration and preference is put through the chat template: the stop token must be trained, a prompt's
-    tokens must begin its conversation's, and none may be longer than `longest`. Raises UserError naming the first that
-    fails, before any training.
+    Every demonstration and preference is put through the chat template: the stop token must be trained, and a prompt's
+    tokens must begin its conversation's. Raises UserError naming the first that fails, before any training.
     """
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from models.tokenizer import check_template, train_tokenizer
-        from tasks.records import read_records
+        from tasks.lengths import measure_lengths
+        from tasks.records import read_records, source_line
 
         tokenizer = train_tokenizer((r["text"] for r in read_records(data.path, "corpus")), settings.vocab_size)
         conversations = {
@@ -33,16 +35,18 @@ def tokenize(context: Context, settings: TokenizerSettings, longest: int, *, dat
             "preference_pairs": [
                 [*record["prompt"], {"role": "assistant", "content": record[side]}]
                 for record in read_records(data.path, "preference_pairs")
-                for side in ("chosen", "rejected")
+                for side in SIDES
             ],
         }
         for name, examples in conversations.items():
-            checked = check_template(tokenizer, examples, max_length=longest)
+            checked = check_template(tokenizer, examples)
             if not checked.passed:
                 first = checked.problems[0]
+                row = first.index // len(SIDES) if name == "preference_pairs" else first.index
+                file, line = source_line(data.path, name, row)
                 raise UserError(
-                    f"{name}: {len(checked.problems)} of {checked.examples} would be trained wrongly; the first is "
-                    f"number {first.index + 1}: {first.problem}; shorten it, or raise row_length and model.max_length"
+                    f"data/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "
+                    "trained wrongly"
                 )
         tokenizer.save(out)
         heldout = [record["text"] for record in read_records(data.path, "corpus_heldout")]
@@ -50,12 +54,7 @@ def tokenize(context: Context, settings: TokenizerSettings, longest: int, *, dat
         return {
             "vocab_size": tokenizer.vocab_size,
             "bytes_per_token": sum(len(text.encode()) for text in heldout) / max(1, tokens),
+            "longest": measure_lengths(tokenizer, data.path),
         }
 
-    return context.run(
-        "tokenize",
-        work,
-        settings={**settings.model_dump(), "longest": longest},
-        inputs={"data": data},
-        modules=("tasks.tokenize",),
-    )
+    return context.run("tokenize", work, settings=settings, inputs={"data": data}, modules=("tasks.tokenize",))

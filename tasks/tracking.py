@@ -2,7 +2,7 @@
 
 MLflow's database and artifacts live together in the project's `mlruns/`. A run says what was executed (stage, key,
 settings), on what (dataset digest, parent keys), by which code (commit, and whether it had uncommitted changes) and how
-it went. A skipped stage opens no run: `find_run` gives the one that made its artifact.
+it went. A skipped stage opens no run: its artifact names the one that made it.
 
 Left out on purpose: MLflow's fluent API (`mlflow.start_run` and its globals), so that stages may run in threads;
 autologging; artifacts of runs, because the artifact store has them.
@@ -25,11 +25,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-import yaml
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
-
-from models.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Run
@@ -45,6 +42,7 @@ RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
 PARAMETER_CHARS = 6000
+NO_COMMIT = "no commit"
 
 
 class Mlruns:
@@ -113,8 +111,14 @@ class CodeVersion:
     commit: str | None
     dirty: bool = False
 
+    @classmethod
+    def parse(cls, text: str) -> CodeVersion:
+        """What `str` wrote."""
+        commit = text.removesuffix("+dirty")
+        return cls(None if commit == NO_COMMIT else commit, dirty=text.endswith("+dirty"))
+
     def __str__(self) -> str:
-        return (self.commit or "no commit") + ("+dirty" if self.dirty else "")
+        return (self.commit or NO_COMMIT) + ("+dirty" if self.dirty else "")
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Tracker:
 
         with Tracker(mlruns, execution) as run:
             run.log({"loss": 2.1}, step=10)
-            run.output(manifest_digest)
+        run.output(manifest_digest)  # once the artifact is in its place
 
     The run ends FINISHED, or FAILED where the body raises, or KILLED on Ctrl-C. A process that dies without a word
     leaves its run RUNNING; the next `Tracker` of the same recipe on this machine marks it KILLED.
@@ -228,7 +232,7 @@ class Tracker:
 
     def output(self, manifest_digest: str) -> None:
         """Say which artifact this run made."""
-        self.mlruns.client.set_tag(self.run_id, "twinloop.manifest_digest", manifest_digest)
+        _patiently(lambda: self.mlruns.client.set_tag(self.run_id, "twinloop.manifest_digest", manifest_digest))
 
     def _log_parameters(self) -> None:
         from mlflow.entities import Param
@@ -256,13 +260,15 @@ class Tracker:
             Path(self._alive.lock_file).unlink(missing_ok=True)
 
 
-def find_run(mlruns: Mlruns, recipe: str, key: str) -> str | None:
-    """The id of the latest finished run that made the artifact with this key; None where MLflow knows none."""
-    if not (experiment := mlruns.client.get_experiment_by_name(recipe)):
+def code_of_run(mlruns: Mlruns, run_id: str) -> CodeVersion | None:
+    """The code that a run executed; None where MLflow does not know the run (its database was lost, say)."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        told = mlruns.client.get_run(run_id).data.tags.get("twinloop.commit")
+    except MlflowException:
         return None
-    quoted = f"tags.`twinloop.key` = '{key}' and attributes.status = 'FINISHED'"
-    found = mlruns.client.search_runs([experiment.experiment_id], quoted, max_results=1)
-    return found[0].info.run_id if found else None
+    return CodeVersion.parse(told) if told else None
 
 
 def flatten(settings: Settings) -> dict[str, str]:
@@ -279,22 +285,6 @@ def code_version(project: Path) -> CodeVersion:
     except (OSError, subprocess.SubprocessError):
         return CodeVersion(None)
     return CodeVersion(commit, dirty=bool(changed))
-
-
-def dataset_digest(data_dvc: Path) -> str | None:
-    """The md5 by which DVC knows the dataset of a `.dvc` file; None where the file is missing or not yet filled.
-
-    Read with yaml, because importing `dvc.api` costs 0.3 s. Raises UserError for a file that is not DVC's.
-    """
-    try:
-        digest = yaml.safe_load(data_dvc.read_text())["outs"][0].get("md5")
-    except FileNotFoundError:
-        return None
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{data_dvc}: not a DVC file with one output; write it with `dvc add` or `dvc repro`"
-        ) from error
-    return digest
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

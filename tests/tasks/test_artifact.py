@@ -174,7 +174,7 @@ def test_leftovers_go_when_nobody_holds_them(store: ArtifactStore) -> None:
             run(store, fail, code=code)
     works = sorted((store.root / "pretrain" / ".work").iterdir(), key=lambda path: path.stat().st_mtime)
     long_ago = time.time() - ABANDONED_AFTER_S - 60
-    for path in [works[0] / "checkpoint", works[0]]:
+    for path in [*works[0].iterdir(), works[0]]:
         os.utime(path, (long_ago, long_ago))
     run(store, Counter())
     assert not works[0].exists()
@@ -182,11 +182,35 @@ def test_leftovers_go_when_nobody_holds_them(store: ArtifactStore) -> None:
     assert list((store.root / "pretrain" / ".new").iterdir()) == []
 
 
-def test_lineage_is_the_chain_of_manifests(store: ArtifactStore) -> None:
-    data = store.run("data", settings={}, inputs={"dvc": "md5"}, code="c", build=Counter())
-    model = store.run("sft", settings={}, inputs={"data": data}, code="c", build=Counter())
-    assert [manifest.stage for manifest in store.lineage(model)] == ["sft", "data"]
-    assert store.lineage(model)[1].inputs["dvc"].digest == "md5"
+def test_a_working_directory_that_changes_while_it_is_looked_at_is_fresh(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = store.root / "pretrain" / ".work" / "another"
+    other.mkdir(parents=True)
+    (other / "step-7").write_text("")
+    stat = Path.stat
+
+    def vanishing(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "step-7":
+            raise FileNotFoundError(path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    run(store, Counter())
+    assert other.exists()
+
+
+def test_seconds_count_what_dead_processes_put_into_the_work_that_they_left(store: ArtifactStore) -> None:
+    def cut_off(out: Path, work: Path) -> dict[str, float]:
+        began = time.time()
+        (work / "checkpoint").write_text("step 7")
+        os.utime(work / "checkpoint", (began + 40, began + 40))  # written 40 s after the start
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            run(store, cut_off)
+    assert 80 <= run(store, Counter()).manifest.seconds < 85
 
 
 def test_fingerprint_follows_imports_and_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

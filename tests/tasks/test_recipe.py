@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 from models.errors import UserError
-from tasks.recipe import load_recipe
+from tasks import runtime
+from tasks.recipe import ExportSettings, PretrainSettings, load_recipe
+from tasks.runtime import Runtime
 
 PROJECT = Path(__file__).parents[2]
 TINY = (PROJECT / "recipes" / "tiny.yaml").read_text()
@@ -39,7 +41,8 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
         ({"sft": {"warmup": 0.7, "decay": 0.7}}, "together at most 1"),
         ({"rlvr": {"max_new_tokens": 512}}, "leaves no room for a prompt"),
         ({"model": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
-        ({"export": {"precisions": ["bf16"]}}, "which only CUDA runs"),
+        ({"export": {"precisions": ["bf16"]}}, "export.precisions has bf16, which only CUDA runs"),
+        ({"export": {"precisions": ["fp32", "fp16"]}}, "export.precisions has fp16, which only CUDA runs"),
         ({"name": "Bad name"}, "name: 'Bad name'"),
     ],
 )
@@ -95,3 +98,21 @@ def test_one_dial_gives_the_network() -> None:
         config = recipe.model.model_copy(update={"depth": depth, "hidden_size": None}).decoder_config(512)
         assert config.num_hidden_layers == depth
         assert config.num_attention_heads * config.head_dim == config.hidden_size
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_precision_that_no_gpu_is_here_to_run_is_told_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    export = ExportSettings.model_validate({"precisions": [precision]})
+    recipe = load_recipe(PROJECT / "recipes" / "returns.yaml").model_copy(update={"device": "auto", "export": export})
+    monkeypatch.setattr(runtime, "cuda_is_here", lambda: False)
+    with pytest.raises(UserError, match=rf"export\.precisions: {precision} runs on CUDA only.*take fp32 or int8"):
+        Runtime.of(recipe)
+    monkeypatch.setattr(runtime, "cuda_is_here", lambda: True)
+    assert Runtime.of(recipe).device == "cuda"
+
+
+def test_what_is_derived_is_part_of_a_stages_key() -> None:
+    settings = PretrainSettings(tokens=10_000, batch_tokens=1100, row_length=512, learning_rate=0.1)
+    assert settings.model_dump(mode="json").items() >= {"rows_per_step": 2, "steps": 9}.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ def test_every_stage_becomes_a_version_with_its_lineage(registry: Registry, make
     assert bundle.tags["dataset_digest"] == lineage.dataset_digest
     assert bundle.tags["commit"] == lineage.code.commit
     assert bundle.tags["recipe"] == "recipes/returns.yaml"
-    assert bundle.metrics == {"bits_per_byte": 1.5}
+    assert json.loads(bundle.tags["metrics"]) == {"bits_per_byte": 1.5}
     assert registry.snapshot().aliases == {"candidate": bundle.version}
 
 

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 import pytest
 from pydantic import BaseModel
 
-from models.errors import UserError
 from tasks import tracking
-from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version, dataset_digest, find_run, flatten
+from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_of_run, code_version, flatten
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -58,7 +57,7 @@ def test_a_run_says_what_ran_on_what(mlruns: Mlruns) -> None:
     with Tracker(mlruns, EXECUTION) as tracker:
         tracker.log({"loss": 2.5, "tokens_per_s": 1000.0}, step=1)
         tracker.log({"loss": 2.0}, step=2)
-        tracker.output("abc")
+    tracker.output("abc")
     run = read(mlruns, tracker.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params == {
@@ -81,16 +80,15 @@ def test_a_run_says_what_ran_on_what(mlruns: Mlruns) -> None:
     assert [m.value for m in mlruns.client.get_metric_history(tracker.run_id, "loss")] == [2.5, 2.0]
 
 
-def test_a_run_is_found_by_its_dataset_and_its_key(mlruns: Mlruns) -> None:
+def test_a_run_is_found_by_its_dataset_and_tells_its_code(mlruns: Mlruns) -> None:
     with Tracker(mlruns, EXECUTION) as tracker:
         pass
     found = mlruns.client.search_runs(
         [mlruns.experiment_id("returns")], f"dataset.digest = '{EXECUTION.dataset_digest}'"
     )
     assert [run.info.run_id for run in found] == [tracker.run_id]
-    assert find_run(mlruns, "returns", "k1") == tracker.run_id
-    assert find_run(mlruns, "returns", "k2") is None
-    assert find_run(mlruns, "another", "k1") is None
+    assert code_of_run(mlruns, tracker.run_id) == EXECUTION.code
+    assert code_of_run(mlruns, "0" * 32) is None
 
 
 def test_metrics_are_written_in_few_batches(mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +242,7 @@ def test_settings_are_flattened() -> None:
 
 
 def test_code_version_knows_uncommitted_changes(tmp_path: Path) -> None:
-    assert code_version(tmp_path) == CodeVersion(None)
+    assert code_version(tmp_path) == CodeVersion.parse(str(CodeVersion(None))) == CodeVersion(None)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "a").write_text("1")
     for arguments in (["init", "-q"], ["add", "a"], ["commit", "-q", "-m", "a"]):
@@ -253,21 +251,10 @@ def test_code_version_knows_uncommitted_changes(tmp_path: Path) -> None:
     clean = code_version(tmp_path)
     assert clean.commit
     assert str(clean) == clean.commit
+    assert CodeVersion.parse(str(clean)) == clean
     (tmp_path / "a").write_text("2")
     assert str(code_version(tmp_path)) == f"{clean.commit}+dirty"
-
-
-def test_dataset_digest_is_dvcs(tmp_path: Path) -> None:
-    path = tmp_path / "data.dvc"
-    assert dataset_digest(path) is None
-    path.write_text("deps:\n- path: raw\nouts:\n- md5: 0123.dir\n  path: data\n")
-    assert dataset_digest(path) == "0123.dir"
-    path.write_text("outs:\n- path: data\n")
-    assert dataset_digest(path) is None
-    for text in ("- 1\n", "outs: 3\n", "outs: []\n", "a: [", ""):
-        path.write_text(text)
-        with pytest.raises(UserError, match=r"data\.dvc: not a DVC file"):
-            dataset_digest(path)
+    assert CodeVersion.parse(f"{clean.commit}+dirty") == code_version(tmp_path)
 
 
 def test_tracking_is_imported_without_mlflow() -> None:
