@@ -1,0 +1,81 @@
+"""What goes wrong while the champion is asked over HTTP is one line, and does not hide what was shipped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from small_project import make_project
+
+from flows import answer
+from flows.answer import answer_over_http
+from flows.lifecycle import Outcome, Stage
+from flows.summary import show_outcome
+from models.errors import UserError
+from tasks.promote import Promotion
+from tasks.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[int, bytes], str]]:
+    """Starts a server that answers every request with this status and body; gives its address."""
+    running: list[HTTPServer] = []
+
+    def start(status: int, body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        running.append(HTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=running[-1].serve_forever).start()
+        return f"http://127.0.0.1:{running[-1].server_port}"
+
+    yield start
+    for each in running:
+        each.shutdown()
+        each.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"), [(500, b"", "HTTP Error 500"), (200, b"<html>", "Expecting value")]
+)
+def test_an_answer_that_is_none_is_one_line(server, status: int, body: bytes, said: str) -> None:
+    with pytest.raises(UserError, match=rf"/v1/decisions: no answer \(.*{said}") as raised:
+        answer._ask(server(status, body))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_that_does_not_start_tells_why(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="serve: .*no champion"):
+        answer_over_http(make_project(tmp_path), "small")
+
+
+def test_a_server_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").write_text("")
+    (tmp_path / "flows" / "cli.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(answer, "START_WITHIN_S", 0.5)
+    with pytest.raises(UserError, match="no address within"):
+        answer_over_http(tmp_path, "small")
+
+
+def test_a_champion_that_does_not_answer_is_shown_beside_all_that_was_done(capsys: pytest.CaptureFixture[str]) -> None:
+    promotion = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")
+    outcome = Outcome(load_recipe(RECIPES / "tiny.yaml"), stages=[Stage("pretrain", 406.0, reused=True)])
+    outcome.promotion, outcome.silence = promotion, "serve: port in use"
+    show_outcome(outcome, Console(width=150))
+    shown = capsys.readouterr().out
+    assert "pretrain  (406.0 s)" in shown
+    assert "no answer over HTTP: serve: port in use" in shown
+    assert outcome.shortfall == "serve: port in use"

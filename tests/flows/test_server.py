@@ -1,0 +1,76 @@
+"""A Prefect server that is not there is told at once, and only a shared one counts jobs for others."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.server import Embedded, embedded_server, has_shared_server, wait_until_ready
+from models.errors import UserError
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An address where nothing listens, as PREFECT_API_URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    return url
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An address that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/api")
+        yield
+
+
+def test_a_server_that_refuses_is_told_at_once(nobody: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with embedded_server(tmp_path) as server:
+        assert server is None  # the user named one
+        with pytest.raises(UserError, match=r"Prefect's server does not answer .*refused.*unset PREFECT_API_URL"):
+            wait_until_ready(server)
+    assert time.monotonic() - started < 5
+
+
+def test_a_server_that_dies_at_its_start_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    started = time.monotonic()
+    with (
+        embedded_server(tmp_path) as server,
+        pytest.raises(UserError, match=r"Prefect's server does not answer .*see .*server\.log"),
+    ):
+        wait_until_ready(server)
+    assert time.monotonic() - started < 10
+
+
+def test_a_dead_server_behind_a_silent_address_is_noticed(
+    silent: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.server.ASK_WITHIN_S", 0.2)
+    dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    dead.wait()
+    with pytest.raises(UserError, match="does not answer"):
+        wait_until_ready(Embedded(dead, tmp_path / "server.log"))
+
+
+def test_only_a_server_of_others_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    # Prefect reads its settings once, when it is imported: here that was long ago.
+    with temporary_settings({PREFECT_API_URL: "http://prefect.example/api"}):
+        assert has_shared_server()
+    with embedded_server(tmp_path), temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
+        assert not has_shared_server()
+    assert not has_shared_server()
