@@ -57,7 +57,7 @@ def test_an_answer_that_is_none_is_one_line(server, status: int, body: bytes, sa
 
 
 def test_a_server_that_does_not_start_tells_why(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="serve: .*no champion"):
+    with pytest.raises(UserError, match=r"serve: .*no champion"):
         answer_over_http(make_project(tmp_path), "small")
 
 

@@ -61,3 +61,20 @@ def test_plan_needs_no_data(project: Path) -> None:
     for stage in ("pretrain", "sft", "dpo", "rlvr", "fp32", "int8"):
         assert stage in done.stdout
     assert str(RECIPE["name"]) in done.stdout
+
+
+def test_data_is_built_and_then_checked(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    built = twinloop(project, "data", "build")
+    assert built.returncode == 0, built.stderr
+    checked = twinloop(project, "data", "check")
+    assert checked.returncode == 0, checked.stderr
+    assert checked.stdout == built.stdout.rstrip("\n") + ", as data.dvc says\n"
+
+
+def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(project: Path) -> None:
+    write_recipe(project)
+    done = twinloop(project, "gate", "recipes/small.yaml")
+    assert done.returncode == 2
+    assert "no candidate and no champion to judge" in done.stderr
+    assert not (project / "data").exists()

@@ -6,8 +6,10 @@ import json
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,20 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     ]  # fmt: skip
 
 
+def prefect_states(project: Path) -> list[str]:
+    """How Prefect saw each run of the lifecycle end, oldest first."""
+    with closing(sqlite3.connect(project / "state" / "prefect" / "prefect.db")) as database:
+        rows = database.execute("SELECT state_type FROM flow_run ORDER BY created").fetchall()
+    return [state for (state,) in rows]
+
+
 def test_a_second_run_computes_nothing(project: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")}
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 0, again.stderr
     assert stages(again.stdout)["done in"] == set()
+    for stage in TRAINED:  # the time that it took once is told apart
+        assert re.search(rf"^{stage} +\(\d+\.\d s\)", again.stdout, re.MULTILINE), stage
     assert {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")} == before
 
 
@@ -102,42 +113,75 @@ def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
     )
 
 
-def test_corrupted_bytes_are_noticed_and_built_again(project: Path) -> None:
+def test_corrupted_bytes_and_lost_files_are_noticed_and_built_again(project: Path) -> None:
     before = artifacts(project)
     for place in ("sft/[0-9a-f]*/model.safetensors", "tokenize/[0-9a-f]*/manifest.json"):
         [damaged] = project.glob(f"artifacts/{place}")
         content = bytearray(damaged.read_bytes())
         content[len(content) // 2] ^= 1
         damaged.write_bytes(content)
+    [lost] = project.glob("artifacts/audit/[0-9a-f]*/audit.json")
+    lost.unlink()
     mended = twinloop(project, "run", "recipes/small.yaml")
     assert mended.returncode == 0, mended.stderr
-    assert stages(mended.stdout)["done in"] == {"sft", "tokenize"}
+    assert stages(mended.stdout)["done in"] == {"sft", "tokenize", "audit"}
     notices = [line for line in mended.stdout.splitlines() if "building it again" in line]
-    assert [line.split("/")[0] for line in notices] == ["! tokenize", "! sft"]
+    assert [line.split("/")[0] for line in notices] == ["! tokenize", "! sft", "! audit"]
+    assert "audit.json is missing" in notices[-1]
     assert artifacts(project) == before
 
 
-def test_a_blocked_release_leaves_the_champion_alone(project: Path) -> None:
-    rules = project / "recipes" / "lenient.yaml"
-    served = status(project)["champion"]
-    rules.write_text(yaml.safe_dump(LENIENT | {"golden_pass_rate": 1.0}))
+@pytest.fixture(scope="module")
+def blocked(
+    first: tuple[Path, object], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The project after a second run, with another candidate and a rule that it breaks."""
+    project = shutil.copytree(first[0], tmp_path_factory.mktemp("blocked") / "project")
+    set_rules(project, golden_pass_rate=1.0)
     write_recipe(project, sft={"learning_rate": 0.002})
-    blocked = twinloop(project, "run", "recipes/small.yaml")
-    assert blocked.returncode == 1
-    assert "gate: BLOCK" in blocked.stdout
-    assert "policy regression (golden_pass_rate)" in blocked.stdout
+    return project, twinloop(project, "run", "recipes/small.yaml")
+
+
+def set_rules(project: Path, **changes: float) -> None:
+    (project / "recipes" / "lenient.yaml").write_text(yaml.safe_dump(LENIENT | changes))
+
+
+def test_a_blocked_release_leaves_the_champion_alone(
+    first: tuple[Path, object], blocked: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    project, run = blocked
+    assert run.returncode == 1
+    assert "gate: BLOCK" in run.stdout
+    assert "policy regression (golden_pass_rate)" in run.stdout
+    assert "bits/byte" in run.stdout
+    assert "Traceback" not in run.stderr
+    assert prefect_states(project) == ["COMPLETED", "FAILED"]
     now = status(project)
-    assert now["champion"] == served
+    assert now["champion"]["digest"] == status(first[0])["champion"]["digest"]
     assert now["candidate"]["gate"] == "BLOCK"
     refused = twinloop(project, "promote", str(now["candidate"]["version"]), "--model", "small")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
 
 
-def test_gate_judges_the_candidate_again(project: Path) -> None:
+def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_through(
+    blocked: tuple[Path, object], tmp_path: Path
+) -> None:
+    project = shutil.copytree(blocked[0], tmp_path / "project")
+    candidate = status(project)["candidate"]
+    judged = twinloop(project, "gate", "recipes/small.yaml")
+    assert judged.returncode == 1, judged.stderr
+    assert "policy regression (golden_pass_rate)" in judged.stdout
+    set_rules(project)
     judged = twinloop(project, "gate", "recipes/small.yaml")
     assert judged.returncode == 0, judged.stderr
     assert "gate: SHIP" in judged.stdout
+    promoted = twinloop(project, "promote", str(candidate["version"]), "--model", "small")
+    assert promoted.returncode == 0, promoted.stderr
+    assert f"small version {candidate['version']} is the champion" in promoted.stdout
+    now = status(project)
+    assert now["champion"]["digest"] == candidate["digest"]
+    assert now["candidate"] is None
 
 
 def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Path) -> None:
@@ -170,10 +214,13 @@ def test_rollback_brings_back_the_champion_before(
     assert status(project)["champion"]["digest"] != before
     back = twinloop(project, "rollback", "--model", "small")
     assert back.returncode == 0, back.stderr
+    assert "running servers follow" in back.stdout
+    assert "order A10234: " in back.stdout
     assert status(project)["champion"]["digest"] == before
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 1
     assert "not promoted" in again.stdout
+    assert prefect_states(project)[-1] == "FAILED"
     assert status(project)["champion"]["digest"] == before
 
 

@@ -40,5 +40,5 @@ def test_an_answer_that_is_escalated_is_an_answer_and_tells_its_checks(tmp_path:
 
 
 def test_a_bundle_that_cannot_read_the_order_proves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="it loads and answers nothing .*too many for this model to read"):
+    with pytest.raises(UserError, match=r"it loads and answers nothing .*too many for this model to read"):
         prove_answers(make_bundle(tmp_path, 64))
