@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from tasks.champion import EXAMPLE_MESSAGE, EXAMPLE_ORDER
+from tasks.proof import EXAMPLE_MESSAGE, EXAMPLE_ORDER
 
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 60.0

@@ -15,10 +15,10 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
     if not path.is_relative_to(project):
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
     try:
-        with embedded_server(project) as server:
+        with embedded_server(project):
             from flows.lifecycle import NotShippedError, lifecycle
 
-            wait_until_ready(server)
+            wait_until_ready(project)
             try:
                 lifecycle(str(path.relative_to(project)))
             except NotShippedError:

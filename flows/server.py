@@ -17,7 +17,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from models.errors import UserError
@@ -28,25 +27,17 @@ ASK_WITHIN_S = 10.0
 STOP_WITHIN_S = 5.0
 
 
-_own_urls: set[str] = set()
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A server of this run's own."""
-
-    process: subprocess.Popen[bytes]
-    log: Path
+_own: dict[str, subprocess.Popen[bytes]] = {}
+"""Servers of this process by their address."""
 
 
 @contextmanager
-def embedded_server(project: Path) -> Iterator[Embedded | None]:
-    """PREFECT_API_URL names a server of this run's own, unless it names one already: then there is none to yield.
-    Before Prefect is imported."""
+def embedded_server(project: Path) -> Iterator[None]:
+    """PREFECT_API_URL names a server of this run's own, unless it names one already. Before Prefect is imported."""
     if os.environ.get("PREFECT_API_URL"):
-        yield None
+        yield
         return
-    log = project / "state" / "prefect" / "server.log"
+    log = _log(project)
     log.parent.mkdir(parents=True, exist_ok=True)
     with socket.create_server(("127.0.0.1", 0)) as listener, log.open("wb") as output:
         port = listener.getsockname()[1]
@@ -60,11 +51,11 @@ def embedded_server(project: Path) -> Iterator[Embedded | None]:
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
         )
     url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    _own_urls.add(url)
+    _own[url] = child
     try:
-        yield Embedded(child, log)
+        yield
     finally:
-        _own_urls.discard(url)
+        del _own[url]
         del os.environ["PREFECT_API_URL"]
         assert child.stdin is not None
         child.stdin.close()
@@ -80,12 +71,13 @@ def has_shared_server() -> bool:
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
-    return bool(url) and url not in _own_urls
+    return bool(url) and url not in _own
 
 
-def wait_until_ready(server: Embedded | None) -> None:
+def wait_until_ready(project: Path) -> None:
     """Return when the server of PREFECT_API_URL answers. Raises UserError when it does not."""
-    url = f"{os.environ['PREFECT_API_URL']}/health"
+    api = os.environ["PREFECT_API_URL"]
+    url, own = f"{api}/health", _own.get(api)
     deadline = time.monotonic() + START_WITHIN_S
     while True:
         try:
@@ -94,11 +86,15 @@ def wait_until_ready(server: Embedded | None) -> None:
         except OSError as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
-            gone = isinstance(reason, ConnectionRefusedError) or (server and server.process.poll() is not None)
+            gone = isinstance(reason, ConnectionRefusedError) or (own and own.poll() is not None)
             if gone or time.monotonic() > deadline:
-                see = f"see {server.log}" if server else "start it, or unset PREFECT_API_URL"
+                see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
                 raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
             time.sleep(0.2)
+
+
+def _log(project: Path) -> Path:
+    return project / "state" / "prefect" / "server.log"
 
 
 def _serve(listener: int) -> None:

@@ -33,8 +33,8 @@ def promote_version(project: Path, model: str, version: int) -> int:
 
 
 def roll_back(project: Path, model: str) -> int:
-    from tasks.champion import EXAMPLE_ORDER, prove_answers
     from tasks.promote import rollback
+    from tasks.proof import EXAMPLE_ORDER, prove_answers
     from tasks.register import who
 
     proofs: list[DecisionResponse] = []

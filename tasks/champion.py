@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from domains.returns.policies import Policy
 from domains.returns.prompt import Order
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer
-from serving.decisions import DecisionResponse, DecisionService, ModelInfo
+from serving.decisions import DecisionService, ModelInfo
 from serving.engine import Engine
 from serving.retrieval import PolicyIndex
 from serving.returns import RETURNS
@@ -21,18 +18,6 @@ from serving.scheduler import Scheduler
 from serving.traces import TraceStore
 from tasks.registry import CHAMPION, Registry
 from tasks.tracking import Mlruns
-
-EXAMPLE_ORDER: dict[str, Any] = {
-    "order_id": "A10234",
-    "reason": "damaged",
-    "damage_confirmed": True,
-    "days_since_delivery": 12,
-}
-EXAMPLE_MESSAGE = "hello, can i send this order back?"
-EXAMPLE_POLICIES = (
-    Policy("P-7", "damaged items reported within 30 days are eligible."),
-    Policy("P-13", "defective items reported within 45 days are eligible."),
-)
 
 
 @dataclass(frozen=True)
@@ -83,26 +68,3 @@ def open_champion(project: Path, name: str, *, slots: int = 8, threads: int | No
     finally:
         scheduler.close()
         traces.close()
-
-
-def prove_answers(bundle: Path) -> DecisionResponse:
-    """Load a bundle and let it answer the example order, through the service that would serve it.
-
-    What it answers may be escalated: that is for the gate to judge. Raises UserError, or whatever breaks, where no
-    answer comes at all.
-    """
-    tokenizer = ChatTokenizer.load(bundle)
-    scheduler = Scheduler(Engine.load(bundle, slots=1))
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            index = PolicyIndex(Path(folder) / "policies.jsonl")
-            index.seed(EXAMPLE_POLICIES)
-            model = ModelInfo(name="rollback", version="target", digest="")
-            service = DecisionService(scheduler, tokenizer, index, model, RETURNS)
-            response = service.decide(Order(**EXAMPLE_ORDER), EXAMPLE_MESSAGE)
-    finally:
-        scheduler.close()
-    if response.timings.ttft_ms is None or any(reason.predicate == "generation" for reason in response.reasons):
-        told = "; ".join(reason.reason for reason in response.reasons)
-        raise UserError(f"{bundle}: it loads and answers nothing ({told})")
-    return response

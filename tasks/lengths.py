@@ -20,7 +20,7 @@ from tasks.records import read_records, source_line
 if TYPE_CHECKING:
     from models.tokenizer import ChatTokenizer
 
-Length = Callable[["ChatTokenizer", Mapping[str, Any]], int]
+Lengths = Callable[["ChatTokenizer", Mapping[str, Any]], dict[str, int]]
 
 
 class Longest(BaseModel):
@@ -33,44 +33,42 @@ class Longest(BaseModel):
     line: int
 
 
-def _prompt(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> int:
-    return len(tokenizer.encode_prompt(record["prompt"]))
-
-
-def _example(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> int:
+def _example(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> dict[str, int]:
     *prompt, answer = record["messages"]
-    return len(tokenizer.encode_prompt(prompt)) + len(tokenizer.encode_answer(answer["content"]))
+    return {"example": len(tokenizer.encode_prompt(prompt)) + len(tokenizer.encode_answer(answer["content"]))}
 
 
-def _sides(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> list[int]:
-    return [len(tokenizer.encode_answer(record[side])) for side in ("chosen", "rejected")]
+def _pair(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> dict[str, int]:
+    prompt = len(tokenizer.encode_prompt(record["prompt"]))
+    sides = [len(tokenizer.encode_answer(record[side])) for side in ("chosen", "rejected")]
+    return {"pair": prompt + sum(sides), "pair_side": prompt + max(sides)}
 
 
-def _pair(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> int:
-    return _prompt(tokenizer, record) + sum(_sides(tokenizer, record))
+def _rl_prompt(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> dict[str, int]:
+    return {"rl_prompt": len(tokenizer.encode_prompt(record["prompt"]))}
 
 
-def _side(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> int:
-    return _prompt(tokenizer, record) + max(_sides(tokenizer, record))
+def _case_prompt(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> dict[str, int]:
+    return {"case_prompt": len(tokenizer.encode_prompt(record["prompt"]))}
 
 
-MEASURED: Mapping[str, tuple[str, Length]] = {
-    "example": ("sft_examples", _example),
-    "pair": ("preference_pairs", _pair),
-    "pair_side": ("preference_pairs", _side),
-    "rl_prompt": ("rl_prompts", _prompt),
-    "case_prompt": ("policy_cases", _prompt),
+MEASURED: Mapping[str, Lengths] = {
+    "sft_examples": _example,
+    "preference_pairs": _pair,
+    "rl_prompts": _rl_prompt,
+    "policy_cases": _case_prompt,
 }
 
 
 def measure_lengths(tokenizer: ChatTokenizer, data: Path) -> dict[str, Any]:
     """By kind of record, `Longest` as plain values. data: the directory of a validate artifact."""
     found = {}
-    for kind, (name, length) in MEASURED.items():
-        lengths = [length(tokenizer, record) for record in read_records(data, name)]
-        longest = max(range(len(lengths)), key=lengths.__getitem__)
-        file, line = source_line(data, name, longest)
-        found[kind] = Longest(tokens=lengths[longest], file=file, line=line).model_dump()
+    for name, lengths in MEASURED.items():
+        measured = [lengths(tokenizer, record) for record in read_records(data, name)]
+        for kind in measured[0]:
+            longest = max(range(len(measured)), key=lambda index: measured[index][kind])
+            file, line = source_line(data, name, longest)
+            found[kind] = Longest(tokens=measured[longest][kind], file=file, line=line).model_dump()
     return found
 
 

@@ -46,8 +46,8 @@ from flows.environment import prepare_environment
 from flows.server import embedded_server, wait_until_ready
 project = Path({str(tmp_path)!r})
 prepare_environment(project)
-with embedded_server(project) as server:
-    wait_until_ready(server)
+with embedded_server(project):
+    wait_until_ready(project)
     from flows.gpu import gpu_slot
     from models.errors import UserError
     from tasks.runtime import Runtime

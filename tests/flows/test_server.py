@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.server import Embedded, embedded_server, has_shared_server, wait_until_ready
+from flows import server
+from flows.server import embedded_server, has_shared_server, wait_until_ready
 from models.errors import UserError
 
 
@@ -27,19 +28,20 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """An address that takes connections and says nothing."""
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An address that takes connections and says nothing, as PREFECT_API_URL."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{listener.getsockname()[1]}/api")
-        yield
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+        monkeypatch.setenv("PREFECT_API_URL", url)
+        yield url
 
 
 def test_a_server_that_refuses_is_told_at_once(nobody: str, tmp_path: Path) -> None:
     started = time.monotonic()
-    with embedded_server(tmp_path) as server:
-        assert server is None  # the user named one
+    with embedded_server(tmp_path):
+        assert os.environ["PREFECT_API_URL"] == nobody
         with pytest.raises(UserError, match=r"Prefect's server does not answer .*refused.*unset PREFECT_API_URL"):
-            wait_until_ready(server)
+            wait_until_ready(tmp_path)
     assert time.monotonic() - started < 5
 
 
@@ -48,21 +50,22 @@ def test_a_server_that_dies_at_its_start_is_told_at_once(tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "executable", "/bin/false")
     started = time.monotonic()
     with (
-        embedded_server(tmp_path) as server,
+        embedded_server(tmp_path),
         pytest.raises(UserError, match=r"Prefect's server does not answer .*see .*server\.log"),
     ):
-        wait_until_ready(server)
+        wait_until_ready(tmp_path)
     assert time.monotonic() - started < 10
 
 
 def test_a_dead_server_behind_a_silent_address_is_noticed(
-    silent: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.server.ASK_WITHIN_S", 0.2)
     dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     dead.wait()
+    monkeypatch.setitem(server._own, silent, dead)
     with pytest.raises(UserError, match="does not answer"):
-        wait_until_ready(Embedded(dead, tmp_path / "server.log"))
+        wait_until_ready(tmp_path)
 
 
 def test_only_a_server_of_others_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

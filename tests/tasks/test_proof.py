@@ -11,7 +11,7 @@ from models.directory import save_model
 from models.errors import UserError
 from models.onnx_bundle import export_bundle
 from models.tokenizer import train_tokenizer
-from tasks.champion import EXAMPLE_POLICIES, prove_answers
+from tasks.proof import EXAMPLE_POLICIES, prove_answers
 from training.weights import get_weights, new_decoder
 
 
