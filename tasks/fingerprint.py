@@ -26,7 +26,7 @@ LIBRARIES = {
     "tokenizers": ("tokenizers",),
     "torch": ("torch",),
 }
-# Modules that carry results and don't shape them. Settings reach the key as settings.
+# Modules that carry results and don't shape them. Settings reach the key as settings, what is derived from them too.
 PLUMBING = frozenset(
     {"tasks.artifact", "tasks.context", "tasks.fingerprint", "tasks.recipe", "tasks.runtime", "tasks.tracking"}
 )
