@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -32,22 +33,26 @@ class Answer:
 
 def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
-    from serving.api import create_app, run_server
-    from tasks.champion import open_champion
+    from serving.api import create_app, is_this_machine, run_server
+    from serving.live import Live
+    from tasks.champion import following_champion, open_champion
+    from tasks.registry import Registry
+    from tasks.tracking import Mlruns
 
-    with open_champion(project, model, slots=slots) as champion:
-        app = create_app(
-            champion.service,
-            champion.scheduler,
-            champion.tokenizer,
-            champion.model,
-            admin_token=os.environ.get("TWINLOOP_ADMIN_TOKEN"),
-        )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("tasks.champion").setLevel(logging.INFO)
+    registry = Registry(Mlruns(project / "mlruns"), model)
+    with open_champion(project, model, slots=slots) as service:
+        live = Live(service)
+        # An empty token is none: it would let everybody in who sends none.
+        token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
+        app = create_app(live, admin_token=token, local_admin=is_this_machine(host))
 
         def ready(address: str) -> None:
-            print(f"{address}  {champion.model.name} version {champion.model.version}", flush=True)
+            print(f"{address}  {service.model.name} version {service.model.version}", flush=True)
 
-        run_server(app, host, port, on_ready=ready)
+        with following_champion(registry, live, slots=slots):
+            run_server(app, host, port, on_ready=ready)
     return 0
 
 
@@ -66,7 +71,7 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
         told = Order.model_fields[str(problem["loc"][0])].description or problem["msg"].lower()
         raise UserError(f"--{option} {problem['input']!r}: must be {told}") from None
     with open_champion(project, model, slots=1) as champion:
-        response = champion.service.decide(checked, message)
+        response = champion.decide(checked, message)
     print(response.model_dump_json(indent=2))
     return 1 if response.escalated else 0
 

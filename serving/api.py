@@ -22,17 +22,18 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import UserError
-from models.tokenizer import ChatTokenizer
 from serving.chat import chat_router
 from serving.console import CONTENT_SECURITY_POLICY, PAGE
-from serving.decisions import DecisionResponse, DecisionService, ModelInfo, Passage
+from serving.decisions import DecisionResponse, Passage
 from serving.errors import ApiError, error_body, install
+from serving.live import Live
 from serving.metrics import Metrics
-from serving.retrieval import MAX_TEXT_CHARACTERS
-from serving.scheduler import Scheduler
+from serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex
+from serving.traces import TraceStore
 from serving.work import Workers
 
 MAX_BODY_BYTES = 256 * 1024
+PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
@@ -43,38 +44,37 @@ class PolicyText(BaseModel):
     text: str = Field(max_length=2 * MAX_TEXT_CHARACTERS, description="a sentence that names its window in days")
 
 
-def create_app(
-    service: DecisionService[Any],
-    scheduler: Scheduler,
-    tokenizer: ChatTokenizer,
-    model: ModelInfo,
-    *,
-    admin_token: str | None = None,
-) -> FastAPI:
-    """The application that answers with one frozen model.
+def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
+    """The application that answers with the frozen model that is live.
 
-    Policies are changed, and traces are read, only with `admin_token` as the bearer token, or, where none is set, only
-    from this machine: a policy decides money, and a trace holds a customer's words. The caller owns scheduler and
-    traces and closes them after the server has stopped.
+    Policies are changed, and traces are read, only with `admin_token` as the bearer token: a policy decides money, and
+    a trace holds a customer's words. Where none is set, `local_admin` lets this machine in, as far as a request can
+    show that it comes from here; a proxy can hide that it does not, so behind one a token must be set. The caller owns
+    scheduler and traces and closes them after the server has stopped.
     """
     metrics, workers = Metrics(), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
-    app = FastAPI(title="Twinloop", version=model.version, docs_url=None, redoc_url=None)
-    fields = service.domain.order_model.model_fields
+    app = FastAPI(title="Twinloop", docs_url=None, redoc_url=None)
+    domain, traces, index = live.service.domain, live.service.traces, live.service.index
+    fields = domain.order_model.model_fields
     install(app, {f"order.{name}": field.description for name, field in fields.items() if field.description})
     app.add_middleware(_CountRequests, metrics=metrics)
     app.add_middleware(_LimitBody)
-    app.include_router(chat_router(scheduler, tokenizer, model, metrics, workers))
-    app.include_router(_decision_router(service, metrics, workers))
-    app.include_router(_policy_router(service, admin_token))
+    app.include_router(chat_router(live, metrics, workers))
+    app.include_router(_decision_router(live, metrics, workers))
+    app.include_router(_policy_router(index, traces, _admin_only(admin_token, local_admin)))
 
     @app.get("/health")
     def health() -> Response:
-        queue = {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity}
-        traces = {"dropped": service.traces.dropped} if service.traces is not None else None
-        body: dict[str, Any] = {"model": model.model_dump(), "queue": queue, "traces": traces}
+        scheduler = live.service.scheduler
+        body: dict[str, Any] = {
+            "model": live.service.model.model_dump(),
+            "refused_champion": asdict(live.refusal) if live.refusal else None,
+            "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
+            "traces": {"dropped": traces.dropped} if traces is not None else None,
+        }
         try:
-            body["index"] = {"digest": service.index.digest(), "policies": len(service.index.list())}
+            body["index"] = {"digest": index.digest(), "policies": len(index.list())}
         except UserError as error:
             return JSONResponse({"status": "failing", "reason": str(error)} | body, 503)
         if not scheduler.running:
@@ -83,12 +83,11 @@ def create_app(
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        metrics.set("twinloop_queued_requests", scheduler.queued)
-        metrics.set("twinloop_active_requests", scheduler.active)
-        if service.traces is not None:
-            metrics.set("twinloop_traces_dropped", service.traces.dropped)
+        _read_schedulers(metrics, live)
+        if traces is not None:
+            metrics.set("twinloop_traces_dropped", traces.dropped)
         with suppress(UserError):  # /health says what is wrong with the index
-            metrics.set("twinloop_policies", len(service.index.list()))
+            metrics.set("twinloop_policies", len(index.list()))
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)
@@ -99,9 +98,22 @@ def create_app(
     return app
 
 
-def _decision_router(service: DecisionService[Any], metrics: Metrics, workers: Workers) -> APIRouter:
+def _read_schedulers(metrics: Metrics, live: Live[Any]) -> None:
+    now, totals = live.service.scheduler.metrics(), live.totals()
+    metrics.set("twinloop_queued_requests", now.queued)
+    metrics.set("twinloop_active_requests", now.active)
+    metrics.set("twinloop_slots", now.slots)
+    metrics.set("twinloop_tokens_per_second", now.tokens_per_s)
+    metrics.set("twinloop_champion_refused", live.refusal is not None)
+    metrics.set("twinloop_tokens_total", totals.prompt_tokens, kind="prompt")
+    metrics.set("twinloop_tokens_total", totals.completion_tokens, kind="completion")
+    for end in ("finished", "failed", "cancelled"):
+        metrics.set("twinloop_answers_total", getattr(totals, end), end=end)
+
+
+def _decision_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRouter:
     router = APIRouter()
-    order_model, limit = service.domain.order_model, service.domain.max_message_characters
+    order_model, limit = live.service.domain.order_model, live.service.domain.max_message_characters
     decision_request = create_model(
         "DecisionRequest",
         __config__=ConfigDict(frozen=True, extra="forbid", strict=True),
@@ -113,7 +125,7 @@ def _decision_router(service: DecisionService[Any], metrics: Metrics, workers: W
     async def decide(request: Request, body: decision_request) -> DecisionResponse:  # type: ignore[valid-type]
         started = time.perf_counter()
         order, message = body.order, body.message  # type: ignore[attr-defined]
-        pending = await anyio.to_thread.run_sync(service.begin, order, message)
+        pending = await anyio.to_thread.run_sync(live.submit, lambda service: service.begin(order, message))
         response = await workers.run_unless_gone(request, pending.finish, pending.cancel)
         _observe(metrics, response, time.perf_counter() - started)
         return response
@@ -134,29 +146,29 @@ def _observe(metrics: Metrics, response: DecisionResponse, seconds: float) -> No
         metrics.observe("twinloop_time_to_first_token_seconds", response.timings.ttft_ms / 1000, route="decisions")
 
 
-def _policy_router(service: DecisionService[Any], admin_token: str | None) -> APIRouter:
+def _policy_router(index: PolicyIndex, traces: TraceStore | None, admin_only: Callable[[Request], None]) -> APIRouter:
     router = APIRouter()
-    guarded = [Depends(_admin_only(admin_token))]
+    guarded = [Depends(admin_only)]
 
     @router.get("/v1/policies")
     def policies() -> dict[str, Any]:
-        return {"policies": [asdict(policy) for policy in service.index.list()], "digest": service.index.digest()}
+        return {"policies": [asdict(policy) for policy in index.list()], "digest": index.digest()}
 
     @router.get("/v1/policies/{policy_id}")
     def history(policy_id: str) -> dict[str, Any]:
-        versions = service.index.history(policy_id)
+        versions = index.history(policy_id)
         if not versions:
             raise ApiError(404, f"policy {policy_id!r} is not in the index", param="policy_id")
         return {"policy_id": policy_id, "versions": [asdict(policy) for policy in versions]}
 
     @router.put("/v1/policies/{policy_id}", dependencies=guarded)
     def put(policy_id: str, body: PolicyText) -> Passage:
-        policy = service.index.put(policy_id, body.text)
+        policy = index.put(policy_id, body.text)
         return Passage(policy_id=policy.policy_id, version=policy.version, text=policy.text)
 
     @router.get("/v1/traces/{trace_id}", dependencies=guarded)
     def trace(trace_id: str) -> dict[str, Any]:
-        found = service.traces.get(trace_id) if service.traces is not None else None
+        found = traces.get(trace_id) if traces is not None else None
         if found is None:
             raise ApiError(404, "no trace of that id is kept", param="trace_id")
         return found
@@ -164,20 +176,31 @@ def _policy_router(service: DecisionService[Any], admin_token: str | None) -> AP
     return router
 
 
-def _admin_only(token: str | None) -> Callable[[Request], None]:
+def _admin_only(token: str | None, local_admin: bool) -> Callable[[Request], None]:
     def check(request: Request) -> None:
         if token is not None:
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), token.encode()):
                 raise ApiError(401, "this needs the administrator's token: Authorization: Bearer <token>")
-        elif not (_is_this_machine(request.client and request.client.host) and _is_this_machine(request.url.hostname)):
-            raise ApiError(403, "this is open to the server's own machine only, unless an administrator's token is set")
+        elif not (local_admin and _comes_from_here(request)):
+            raise ApiError(
+                403,
+                "this is open to the server's own machine only; "
+                "to open it to an administrator elsewhere, start the server with TWINLOOP_ADMIN_TOKEN",
+            )
 
     return check
 
 
-def _is_this_machine(host: str | None) -> bool:
+def _comes_from_here(request: Request) -> bool:
     """The Host header is asked too, so that a web page whose name was pointed at 127.0.0.1 does not count."""
+    if any(name in request.headers for name in PROXY_HEADERS):
+        return False
+    return is_this_machine(request.client and request.client.host) and is_this_machine(request.url.hostname)
+
+
+def is_this_machine(host: str | None) -> bool:
+    """Whether a host name or an address is the loopback interface's."""
     if host == "localhost":
         return True
     try:
@@ -248,7 +271,12 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
     """
     listener = _bind(host, port)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=SHUTDOWN_S, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        server_header=False,
+        proxy_headers=False,  # who asks is the socket's other end, not what it says of itself
     )
     server = uvicorn.Server(config)
     # uvicorn raises the signal again once it has shut down; a server that was asked to stop has not failed.

@@ -16,13 +16,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.tokenizer import ChatTokenizer
-from serving.decisions import ModelInfo
+from serving.decisions import DecisionService, ModelInfo
 from serving.errors import ApiError, error_body
 from serving.generation import TextStream
+from serving.live import Live
 from serving.metrics import Metrics
 from serving.sampling import SamplingParams
-from serving.scheduler import Scheduler
 from serving.work import Workers
 
 MAX_STOP_STRINGS = 4
@@ -141,43 +140,12 @@ class Completion:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
 
 
-def chat_router(
-    scheduler: Scheduler, tokenizer: ChatTokenizer, model: ModelInfo, metrics: Metrics, workers: Workers
-) -> APIRouter:
+def chat_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRouter:
     """`POST /v1/chat/completions` and `GET /v1/models`."""
     router = APIRouter()
     created = int(time.time())
 
-    def submit(body: ChatRequest) -> Completion:
-        """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
-        started = time.perf_counter()
-        _refuse_unserved(body, model)
-        prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
-        room = scheduler.max_length - len(prompt)
-        wanted = body.max_completion_tokens or body.max_tokens
-        if room < (wanted or 1):
-            raise ApiError(
-                400,
-                f"the model reads and writes at most {scheduler.max_length} tokens; the messages have {len(prompt)}"
-                + (f" and {wanted} were asked for" if wanted else ""),
-                code="context_length_exceeded",
-                param="messages",
-            )
-        params = SamplingParams(
-            max_tokens=wanted or room,
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
-            stop=(tokenizer.stop_id,),
-        )
-        stream = scheduler.submit(prompt, params)
-        text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
-        return Completion(text, len(prompt), model)
-
     def observe(completion: Completion, started: float) -> None:
-        usage = completion.usage()
-        metrics.count("twinloop_tokens_total", usage["prompt_tokens"], kind="prompt")
-        metrics.count("twinloop_tokens_total", usage["completion_tokens"], kind="completion")
         metrics.observe("twinloop_request_seconds", time.perf_counter() - started, route="chat")
         if completion.text.ttft_s is not None:
             metrics.observe("twinloop_time_to_first_token_seconds", completion.text.ttft_s, route="chat")
@@ -198,7 +166,7 @@ def chat_router(
     @router.post("/v1/chat/completions")
     async def complete(request: Request, body: ChatRequest) -> Response:
         started = time.perf_counter()
-        completion = await anyio.to_thread.run_sync(submit, body)
+        completion = await anyio.to_thread.run_sync(live.submit, lambda service: _submit(service, body, started))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
@@ -212,14 +180,41 @@ def chat_router(
 
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(model, created)]}
+        return {"object": "list", "data": [_model_object(live.service.model, created)]}
 
     @router.get("/v1/models/{name}")
     def one_model(name: str) -> dict[str, Any]:
-        _refuse_other_model(name, model)
-        return _model_object(model, created)
+        _refuse_other_model(name, live.service.model)
+        return _model_object(live.service.model, created)
 
     return router
+
+
+def _submit(service: DecisionService[Any], body: ChatRequest, started: float) -> Completion:
+    """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
+    _refuse_unserved(body, service.model)
+    tokenizer, longest = service.tokenizer, service.scheduler.max_length
+    prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
+    room = longest - len(prompt)
+    wanted = body.max_completion_tokens or body.max_tokens
+    if room < (wanted or 1):
+        raise ApiError(
+            400,
+            f"the model reads and writes at most {longest} tokens; the messages have {len(prompt)}"
+            + (f" and {wanted} were asked for" if wanted else ""),
+            code="context_length_exceeded",
+            param="messages",
+        )
+    params = SamplingParams(
+        max_tokens=wanted or room,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=(tokenizer.stop_id,),
+    )
+    stream = service.scheduler.submit(prompt, params)
+    text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
+    return Completion(text, len(prompt), service.model)
 
 
 def _model_object(model: ModelInfo, created: int) -> dict[str, Any]:

@@ -159,22 +159,6 @@ class Engine:
             logits_V = self._append(slot, part_L, start + begin, rows=1)[0]
         return logits_V
 
-    def prefill_many(self, first: int, prompts: Sequence[ArrayLike]) -> np.ndarray:
-        """Put whole prompts into the slots from `first` on, in one padded pass. Returns logits [B, V], a view."""
-        rows = [self._tokens(prompt, 0) for prompt in prompts]
-        lengths_B = np.array([len(row) for row in rows], np.int32)
-        longest = int(lengths_B.max())
-        step = self._binding(first, len(rows), longest, len(rows))
-        for index, row in enumerate(rows):
-            step.tokens[index, : len(row)] = row
-            step.tokens[index, len(row) :] = 0
-        step.seqlens[:] = lengths_B - 1
-        step.total[()] = longest
-        step.score(np.arange(len(rows)) * longest + lengths_B - 1)
-        logits_BV = step.run()
-        self.lengths[first : first + len(rows)] = lengths_B
-        return logits_BV
-
     def decode(self, first: int, tokens_B: np.ndarray, active_B: np.ndarray) -> np.ndarray:
         """One step of the slots first .. first + B: append a token to each active one, whatever their lengths.
 

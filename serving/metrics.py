@@ -19,11 +19,15 @@ class Metrics:
         "twinloop_requests_total": ("counter", "HTTP requests by route and status"),
         "twinloop_decisions_total": ("counter", "Decisions by outcome: eligible, not_eligible, escalated"),
         "twinloop_escalations_total": ("counter", "Reasons for which decisions were escalated, by predicate"),
-        "twinloop_tokens_total": ("counter", "Tokens by kind: prompt, completion"),
+        "twinloop_tokens_total": ("counter", "Tokens that the engine read and wrote, by kind: prompt, completion"),
         "twinloop_time_to_first_token_seconds": ("histogram", "From the request's arrival to its first token"),
         "twinloop_request_seconds": ("histogram", "From the request's arrival to its last token"),
+        "twinloop_answers_total": ("counter", "Generated answers by end: finished, failed, cancelled"),
+        "twinloop_tokens_per_second": ("gauge", "Completion tokens a second, over the last ten seconds"),
         "twinloop_queued_requests": ("gauge", "Requests that wait for a slot"),
         "twinloop_active_requests": ("gauge", "Requests that have a slot"),
+        "twinloop_slots": ("gauge", "Answers that can be generated at the same time"),
+        "twinloop_champion_refused": ("gauge", "1 while the registry's champion cannot be served and another one is"),
         "twinloop_traces_dropped": ("gauge", "Traces that could not be kept since the server started"),
         "twinloop_policies": ("gauge", "Policies in force"),
     }
@@ -38,10 +42,10 @@ class Metrics:
         with self._lock:
             self._values[name, tuple(sorted(labels.items()))] += amount
 
-    def set(self, name: str, value: float) -> None:
-        """Set a gauge."""
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge, or a counter that is kept elsewhere."""
         with self._lock:
-            self._values[name, ()] = value
+            self._values[name, tuple(sorted(labels.items()))] = value
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add one duration to a histogram."""

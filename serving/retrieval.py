@@ -128,10 +128,6 @@ class PolicyIndex:
             self._refresh()
             return [*self._state.versions.get(int(match[1]), [])] if match else []
 
-    def search(self, query: str, k: int) -> Policies:
-        """The k policies in force that fit the query best, best first; see `find`."""
-        return self.find(query, k).passages
-
     def find(self, query: str, k: int) -> SearchResult:
         """The k policies in force that fit the query best, and the digest of the index at that moment.
 

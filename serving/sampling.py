@@ -19,13 +19,12 @@ from models.errors import UserError
 class SamplingParams:
     """How one answer is drawn.
 
-    temperature 0 takes the likeliest token. top_k 0 and top_p 1 keep the whole vocabulary. An answer ends with a token
-    of `stop` (which is its last) or after max_tokens. Without a seed every answer is another one.
+    temperature 0 takes the likeliest token. top_p 1 keeps the whole vocabulary. An answer ends with a token of `stop`
+    (which is its last) or after max_tokens. Without a seed every answer is another one.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
-    top_k: int = 0
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
     seed: int | None = None
@@ -34,7 +33,6 @@ class SamplingParams:
         bounds = {
             "max_tokens": (self.max_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature <= 100, "between 0 and 100"),
-            "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
         }
         for name, (good, words) in bounds.items():
@@ -55,13 +53,12 @@ def choose(
     temperature_B: np.ndarray,
     uniform_B: np.ndarray,
     *,
-    top_k_B: np.ndarray | None = None,
     top_p_B: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Next tokens, int64 [B], and their log-probabilities, float32 [B], under the distribution drawn from.
 
-    That is the softmax of logits / temperature, cut to the top_k likeliest and then to the smallest set that holds
-    top_p. At temperature 0 the likeliest token is taken, and its log-probability is the plain softmax's.
+    That is the softmax of logits / temperature, cut to the smallest set that holds top_p. At temperature 0 the
+    likeliest token is taken, and its log-probability is the plain softmax's.
     """
     greedy_B = temperature_B == 0
     if greedy_B.all():
@@ -70,8 +67,8 @@ def choose(
     scale_B = np.where(greedy_B, 1, temperature_B).astype(np.float32) if plain else temperature_B
     scaled_BV = logits_BV if (scale_B == 1).all() else logits_BV / scale_B[:, None].astype(np.float32)
     shifted_BV = scaled_BV - scaled_BV.max(axis=1, keepdims=True)
-    if top_k_B is not None or top_p_B is not None:
-        _cut(shifted_BV, top_k_B, top_p_B, spared_B=greedy_B)
+    if top_p_B is not None:
+        _cut(shifted_BV, np.where(greedy_B, 1, top_p_B))
     cumulative_BV = np.cumsum(np.exp(shifted_BV), axis=1, dtype=np.float64)
     total_B = cumulative_BV[:, -1]
     # A draw just below 1 may round up to the total, which no entry exceeds.
@@ -89,21 +86,13 @@ def _likeliest(logits_BV: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return tokens_B, -np.log(np.exp(logits_BV - best_B1).sum(axis=1))
 
 
-def _cut(
-    shifted_BV: np.ndarray, top_k_B: np.ndarray | None, top_p_B: np.ndarray | None, *, spared_B: np.ndarray
-) -> None:
-    """Set what falls outside top_k and top_p to minus infinity, in place. Greedy rows are spared."""
-    vocab_size = shifted_BV.shape[1]
+def _cut(shifted_BV: np.ndarray, top_p_B: np.ndarray) -> None:
+    """Set what falls outside top_p to minus infinity, in place."""
     order_BV = np.argsort(-shifted_BV, axis=1, kind="stable")
-    kept_BV = np.ones(shifted_BV.shape, bool)  # by rank
-    if top_k_B is not None:
-        limit_B = np.where((top_k_B == 0) | spared_B, vocab_size, top_k_B)
-        kept_BV &= np.arange(vocab_size) < limit_B[:, None]
-    if top_p_B is not None:
-        weight_BV = np.where(kept_BV, np.exp(np.take_along_axis(shifted_BV, order_BV, axis=1)), 0).astype(np.float64)
-        before_BV = np.cumsum(weight_BV, axis=1) - weight_BV
-        share_B = np.where(spared_B, 2.0, np.where(top_p_B >= 1, 2.0, top_p_B))
-        kept_BV &= before_BV < (share_B * weight_BV.sum(axis=1))[:, None]
-    rank_kept_BV = np.empty_like(kept_BV)
+    weight_BV = np.exp(np.take_along_axis(shifted_BV, order_BV, axis=1)).astype(np.float64)
+    before_BV = np.cumsum(weight_BV, axis=1) - weight_BV
+    share_B = np.where(top_p_B >= 1, 2.0, top_p_B)  # above 1, so that rounding cuts nothing off the whole
+    rank_kept_BV = np.empty(shifted_BV.shape, bool)
+    kept_BV = before_BV < (share_B * weight_BV.sum(axis=1))[:, None]  # by rank
     np.put_along_axis(rank_kept_BV, order_BV, kept_BV, axis=1)
     shifted_BV[~rank_kept_BV] = -np.inf

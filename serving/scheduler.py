@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -95,17 +95,28 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Totals:
+    """Counts since the start: tokens read and written, and how answers ended."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
+
+
+@dataclass(frozen=True)
 class SchedulerMetrics:
-    """Requests waiting and in a slot; tokens a second over the last ten; totals since the start."""
+    """Requests waiting and in a slot; completion tokens a second over the last ten."""
 
     queued: int
     active: int
     slots: int
     tokens_per_s: float
-    tokens: int
-    finished: int
-    failed: int
-    cancelled: int
+    totals: Totals
 
 
 class Scheduler:
@@ -125,12 +136,11 @@ class Scheduler:
         self._next_S = np.zeros(slots, np.int64)
         self._produced_S = np.zeros(slots, np.int64)
         self._temperature_S = np.zeros(slots, np.float32)
-        self._top_k_S = np.zeros(slots, np.int64)
         self._top_p_S = np.ones(slots, np.float64)
         self._uniforms: list[np.ndarray] = [np.zeros(1)] * slots
         self._stops: list[frozenset[int]] = [frozenset()] * slots
         self._counts = {"finished": 0, "failed": 0, "cancelled": 0}
-        self._tokens = 0
+        self._prompt_tokens = self._tokens = 0
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)])
         engine.reset()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -190,8 +200,7 @@ class Scheduler:
             active=self.active,
             slots=self._engine.slots,
             tokens_per_s=rate,
-            tokens=self._tokens,
-            **self._counts,
+            totals=Totals(self._prompt_tokens, self._tokens, **self._counts),
         )
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
@@ -262,7 +271,6 @@ class Scheduler:
             params = stream.params
             self._engine.lengths[slot] = 0
             self._temperature_S[slot] = params.temperature
-            self._top_k_S[slot] = params.top_k
             self._top_p_S[slot] = params.top_p
             self._stops[slot] = frozenset(params.stop)
             room = min(params.max_tokens, self._engine.max_length - len(stream.prompt))
@@ -282,6 +290,7 @@ class Scheduler:
             budget -= len(part)
             try:
                 logits_V = self._engine.prefill(slot, part, start=done)
+                self._prompt_tokens += len(part)
                 if done + len(part) < len(stream.prompt):
                     continue
                 self._reading.popleft()
@@ -299,12 +308,11 @@ class Scheduler:
 
     def _take(self, slots: np.ndarray, logits: np.ndarray) -> None:
         """Draw the next token of each slot and hand it to its stream."""
-        top_k, top_p = self._top_k_S[slots], self._top_p_S[slots]
+        top_p = self._top_p_S[slots]
         tokens, logprobs = choose(
             logits,
             self._temperature_S[slots],
             np.array([self._uniforms[slot][self._produced_S[slot]] for slot in slots]),
-            top_k_B=top_k if top_k.any() else None,
             top_p_B=top_p if (top_p < 1).any() else None,
         )
         self._next_S[slots] = tokens

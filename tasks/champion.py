@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from domains.returns.policies import Policy
 from domains.returns.prompt import Order
+from models.errors import UserError
 from models.tokenizer import ChatTokenizer
 from serving.decisions import DecisionService, ModelInfo
 from serving.engine import Engine
+from serving.live import Live, Refusal
 from serving.retrieval import PolicyIndex
 from serving.returns import RETURNS
 from serving.scheduler import Scheduler
 from serving.traces import TraceStore
-from tasks.registry import CHAMPION, Registry
+from tasks.proof import prove
+from tasks.registry import CHAMPION, Registry, Served
 from tasks.tracking import Mlruns
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Champion:
-    """Ready to answer."""
-
-    service: DecisionService[Order]
-    scheduler: Scheduler
-    tokenizer: ChatTokenizer
-    model: ModelInfo
+LOOK_EVERY_S = 1.0
+"""Reading the alias from the project's own database takes 2 ms."""
+ASK_EVERY_S = 10.0
+"""Asking an MLflow server takes longer, and others ask it too."""
+RETRY_EVERY_S = 5.0
+"""A champion that was refused is read and hashed again at each try."""
 
 
 def open_policies(project: Path) -> PolicyIndex:
@@ -53,18 +56,61 @@ def _policies_of(data: Path) -> list[Policy]:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8, threads: int | None = None) -> Iterator[Champion]:
+def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[DecisionService[Order]]:
     """Verify the champion's bytes, load it, and close it at the end. Raises UserError where there is none."""
     served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
-    tokenizer = ChatTokenizer.load(served.path)
-    model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
-    scheduler = Scheduler(Engine.load(served.path, slots=slots, threads=threads))
     traces = TraceStore(project / "state" / "traces")
     try:
-        index = open_policies(project)
-        yield Champion(
-            DecisionService(scheduler, tokenizer, index, model, RETURNS, traces), scheduler, tokenizer, model
-        )
+        service = _load(served, open_policies(project), traces, slots)
+        try:
+            yield service
+        finally:
+            service.scheduler.close()
     finally:
-        scheduler.close()
         traces.close()
+
+
+@contextmanager
+def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> Iterator[None]:
+    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
+    over = threading.Event()
+    every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
+
+    def follow() -> None:
+        while not over.wait(RETRY_EVERY_S if live.refusal else every_s):
+            follow_champion(registry, live, slots=slots)
+
+    thread = threading.Thread(target=follow, name="champion", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        live.service.scheduler.close()
+
+
+def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> None:
+    """Serve the version that is champion now, once it is proven; where it is not, the one that answers goes on."""
+    current, version = live.service, "unknown"
+    try:
+        champion = registry.snapshot().alias(CHAMPION)
+        if champion is None or str(champion.version) == current.model.version:
+            live.refusal = None
+            return
+        version = str(champion.version)
+        live.replace(_load(registry.verify(champion), current.index, current.traces, slots))
+        log.info("%s answers now, after version %s", champion, current.model.version)
+    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        refusal = Refusal(version, " ".join(reason.split()))
+        if refusal != live.refusal:
+            log.warning("%s is not served, version %s goes on: %s", version, current.model.version, refusal.reason)
+        live.refusal = refusal
+
+
+def _load(served: Served, index: PolicyIndex, traces: TraceStore | None, slots: int) -> DecisionService[Order]:
+    tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
+    prove(engine, tokenizer, served.path)
+    model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
+    return DecisionService(Scheduler(engine), tokenizer, index, model, RETURNS, traces)

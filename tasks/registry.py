@@ -291,11 +291,6 @@ class Registry:
         return Snapshot(dict(sorted(versions.items())), aliases, _unprefixed(tags))
 
 
-def champion_version(project: Path, name: str = "returns") -> int | None:
-    """The number of the champion; None where nothing was promoted. Takes 2 ms, and looks at no file of it."""
-    return Registry(Mlruns(project / "mlruns"), name).snapshot().aliases.get(CHAMPION)
-
-
 def verified_manifest(folder: Path) -> Manifest:
     """The manifest of an artifact whose every byte is as it says. Raises UserError."""
     try:

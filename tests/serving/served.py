@@ -15,7 +15,7 @@ from domains.returns.policies import Policy
 from domains.returns.prompt import REASONS, Order, build_prompt
 from models.tokenizer import ChatTokenizer, train_tokenizer
 from serving.sampling import SamplingParams
-from serving.scheduler import QueueFullError, Timings
+from serving.scheduler import QueueFullError, SchedulerMetrics, Timings, Totals
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
@@ -71,6 +71,9 @@ class ScriptedScheduler:
         self.queued = self.active = 0
         self.full = False
         self._tokenizer = tokenizer
+
+    def metrics(self) -> SchedulerMetrics:
+        return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals())
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         if self.full:

@@ -23,6 +23,7 @@ from models.onnx_graph import weight_shapes
 from serving.api import MAX_BODY_BYTES, create_app, run_server
 from serving.decisions import DecisionService, ModelInfo
 from serving.engine import Engine
+from serving.live import Live
 from serving.retrieval import PolicyIndex
 from serving.returns import RETURNS
 from serving.scheduler import Scheduler
@@ -42,7 +43,7 @@ def make_app(folder, scheduler, tokenizer, **settings):
     index = PolicyIndex(folder / "index.jsonl")
     index.seed(POLICIES)
     service = DecisionService(scheduler, tokenizer, index, MODEL, RETURNS, TraceStore(folder / "traces"))
-    return create_app(service, scheduler, tokenizer, MODEL, **settings)
+    return create_app(Live(service), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -438,9 +439,18 @@ def test_with_an_admin_token_only_its_bearer_changes_policies_and_reads_traces(t
 
 def test_without_a_token_only_this_machine_changes_policies(scripted):
     body = {"text": "damaged items within 7 days."}
-    for headers in ({"Host": "evil.example"}, {"X-Forwarded-For": "203.0.113.9"}):
+    through_a_proxy = [{name: "127.0.0.1"} for name in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via")]
+    for headers in ({"Host": "evil.example"}, *through_a_proxy):
         assert scripted.put("/v1/policies/P-7", json=body, headers=headers).status_code == 403
     assert scripted.put("/v1/policies/P-7", json=body).status_code == 200
+
+
+def test_a_server_open_to_the_network_lets_nobody_change_policies_without_a_token(tmp_path, script, tokenizer):
+    with running(make_app(tmp_path, script, tokenizer, local_admin=False)) as client:
+        refused = client.put("/v1/policies/P-7", json={"text": "damaged items within 7 days."})
+        assert refused.status_code == 403
+        assert "TWINLOOP_ADMIN_TOKEN" in refused.json()["error"]["message"]
+        assert client.post("/v1/decisions", json=CASE).status_code == 200
 
 
 def test_a_web_page_from_elsewhere_cannot_change_policies(scripted):
@@ -484,6 +494,23 @@ def test_metrics_count_what_happened(scripted, script):
     assert 'twinloop_requests_total{route="none",status="404"} 1' in lines
     assert 'twinloop_time_to_first_token_seconds_count{route="decisions"} 2' in lines
     assert "twinloop_policies 3" in lines
+
+
+def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
+    def tokens():
+        lines = client.get("/metrics").text.splitlines()
+        found = (line.split() for line in lines if line.startswith("twinloop_tokens_total{"))
+        return {name.split('"')[1]: int(count) for name, count in found}
+
+    before = tokens()
+    trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
+    asked = client.get(f"/v1/traces/{trace}").json()
+    usage = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}).json()["usage"]
+    wait_until(lambda: engine_scheduler.active == 0)
+    after = tokens()
+    for kind in ("prompt", "completion"):
+        assert after[kind] - before[kind] == asked[f"{kind}_tokens"] + usage[f"{kind}_tokens"]
+    assert f"twinloop_slots {engine_scheduler.metrics().slots}" in client.get("/metrics").text.splitlines()
 
 
 def test_the_console_needs_nothing_from_elsewhere(scripted):

@@ -104,14 +104,6 @@ def test_a_prompt_in_chunks_equals_the_prompt_at_once(engine, network, chunk):
     assert_close(engine, decode_one(engine, 0, 5), forced_logits(network, np.append(tokens, 5))[-1])
 
 
-def test_prompts_of_many_lengths_in_one_pass_equal_each_alone(engine, network):
-    prompts = [some_tokens(length, seed=length) for length in (3, 17, 9)]
-    logits = engine.prefill_many(1, prompts).copy()
-    for row, prompt in enumerate(prompts):
-        assert_close(engine, logits[row], forced_logits(network, prompt)[-1])
-        assert_close(engine, decode_one(engine, 1 + row, 5), forced_logits(network, np.append(prompt, 5))[-1])
-
-
 def test_a_step_over_mixed_lengths_equals_each_slot_alone(engine, network):
     histories = {slot: some_tokens(length, seed=slot).tolist() for slot, length in enumerate((5, 30, 1, 17))}
     for slot, tokens in histories.items():
@@ -319,21 +311,20 @@ def test_draws_follow_the_distribution():
         return share
 
     np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
-    np.testing.assert_allclose(shares(top_k_B=2), [0.625, 0.375, 0, 0], atol=0.015)
     np.testing.assert_allclose(shares(top_p_B=0.9), [0.526, 0.316, 0.158, 0], atol=0.015)
-    np.testing.assert_allclose(shares(top_k_B=3, top_p_B=0.5), [1, 0, 0, 0])
+    np.testing.assert_allclose(shares(top_p_B=0.5), [1, 0, 0, 0])
     np.testing.assert_allclose(shares(temperature=0.5), [0.685, 0.247, 0.062, 0.007], atol=0.015)
 
 
 def test_rows_of_a_batch_are_drawn_each_in_its_own_way():
     logits = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
-    temperature, top_k, top_p = np.array([0, 1, 0.5, 2], np.float32), np.array([0, 0, 5, 0]), np.array([1, 1, 1, 0.6])
+    temperature, top_p = np.array([0, 1, 0.5, 2], np.float32), np.array([1, 1, 0.3, 0.6])
     uniform = np.array([0.1, 0.9999999999999999, 0.5, 0.3])
-    tokens, logprobs = choose(logits, temperature, uniform, top_k_B=top_k, top_p_B=top_p)
+    tokens, logprobs = choose(logits, temperature, uniform, top_p_B=top_p)
     assert tokens[0] == logits[0].argmax()
     for row in range(4):
         one = slice(row, row + 1)
-        token, logprob = choose(logits[one], temperature[one], uniform[one], top_k_B=top_k[one], top_p_B=top_p[one])
+        token, logprob = choose(logits[one], temperature[one], uniform[one], top_p_B=top_p[one])
         assert (token[0], logprob[0]) == (tokens[row], pytest.approx(logprobs[row], abs=1e-6))
 
 
@@ -346,7 +337,7 @@ def test_draws_depend_on_seed_and_sequence_alone():
 
 
 def test_sampling_out_of_bounds_is_refused():
-    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"top_k": -1}, {"max_tokens": 0}):
+    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"max_tokens": 0}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             SamplingParams(**wrong)
 

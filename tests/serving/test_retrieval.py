@@ -49,31 +49,31 @@ def test_policies_are_listed_in_order_of_their_numbers(index):
 
 
 def test_the_reason_finds_its_policy_and_distractors_fill_the_rest(index):
-    assert [policy.policy_id for policy in index.search("damaged", 2)] == ["P-7", "P-3"]
-    assert [policy.policy_id for policy in index.search("unwanted", 2)] == ["P-12", "P-3"]
-    assert [policy.policy_id for policy in index.search("LATE arrival", 5)] == ["P-3", "P-7", "P-12"]
+    assert [policy.policy_id for policy in index.find("damaged", 2).passages] == ["P-7", "P-3"]
+    assert [policy.policy_id for policy in index.find("unwanted", 2).passages] == ["P-12", "P-3"]
+    assert [policy.policy_id for policy in index.find("LATE arrival", 5).passages] == ["P-3", "P-7", "P-12"]
 
 
 def test_only_the_newest_version_is_found(index):
     index.put("P-7", "broken goods may come back within 7 days.")
-    assert [policy.policy_id for policy in index.search("damaged", 1)] == ["P-3"]
-    assert index.search("broken", 1)[0].version == 2
+    assert [policy.policy_id for policy in index.find("damaged", 1).passages] == ["P-3"]
+    assert index.find("broken", 1).passages[0].version == 2
 
 
 def test_other_forms_of_a_word_find_the_policy(index):
-    assert index.search("damages", 1)[0].policy_id == "P-7"
-    assert index.search("DAMAGE", 1)[0].policy_id == "P-7"
+    assert index.find("damages", 1).passages[0].policy_id == "P-7"
+    assert index.find("DAMAGE", 1).passages[0].policy_id == "P-7"
 
 
 def test_equal_scores_are_ordered_by_number(tmp_path):
     index = PolicyIndex(tmp_path / "index.jsonl")
     index.seed([Policy(f"P-{number}", DAMAGED) for number in (30, 4, 11)])
-    assert [policy.policy_id for policy in index.search("damaged", 3)] == ["P-4", "P-11", "P-30"]
+    assert [policy.policy_id for policy in index.find("damaged", 3).passages] == ["P-4", "P-11", "P-30"]
 
 
 def test_an_empty_index_finds_nothing(tmp_path):
     index = PolicyIndex(tmp_path / "absent" / "index.jsonl")
-    assert index.search("damaged", 2) == []
+    assert index.find("damaged", 2).passages == []
     assert index.list() == []
     assert index.history("P-7") == []
     assert index.digest() == EMPTY_DIGEST
@@ -132,9 +132,10 @@ def test_what_no_decision_could_rest_on_is_refused_in_one_line(index, policy_id,
 
 def test_a_reader_sees_another_process_at_once(index):
     reader = PolicyIndex(index.path)
-    assert reader.search("damaged", 1)[0].version == 1
+    assert reader.find("damaged", 1).passages[0].version == 1
     put_in_another_process(index.path, "P-7", "damaged items reported within 7 days are eligible.")
-    assert reader.search("damaged", 1)[0] == Policy("P-7", "damaged items reported within 7 days are eligible.", 2)
+    [found] = reader.find("damaged", 1).passages
+    assert found == Policy("P-7", "damaged items reported within 7 days are eligible.", 2)
 
 
 def _put_many(path, worker, count):
@@ -149,7 +150,7 @@ def test_writers_in_many_processes_lose_nothing(index):
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        index.search("damaged", 2)  # a reader in the middle of it all never sees a damaged line
+        index.find("damaged", 2)  # a reader in the middle of it all never sees a damaged line
     assert all(writer.exitcode == 0 for writer in writers)
     history = PolicyIndex(index.path).history("P-7")
     assert [policy.version for policy in history] == list(range(1, 82))
@@ -201,7 +202,7 @@ while True:
 def test_a_changed_line_is_named_and_never_served(index):
     index.path.write_bytes(index.path.read_bytes().replace(b"within 14 days", b"within 99 days"))
     with pytest.raises(UserError, match="line 2 is damaged"):
-        PolicyIndex(index.path).search("late", 1)
+        PolicyIndex(index.path).find("late", 1)
     with pytest.raises(UserError, match="line 2 is damaged"):
         PolicyIndex(index.path).put("P-1", DAMAGED)
 
@@ -237,8 +238,8 @@ def test_ten_thousand_policies_are_searched_in_milliseconds(tmp_path):
         for word in [("damaged", "late", "wrong", "unwanted", "defective")[number % 5]]
     )
     reader = PolicyIndex(index.path)
-    assert reader.search("damaged k77", 1)[0].policy_id == "P-77"  # reads the file
+    assert reader.find("damaged k77", 1).passages[0].policy_id == "P-77"  # reads the file
     started = time.perf_counter()
     for _ in range(20):
-        assert reader.search("damaged", 2)[0].policy_id == "P-5"
+        assert reader.find("damaged", 2).passages[0].policy_id == "P-5"
     assert (time.perf_counter() - started) / 20 < 0.05

@@ -88,13 +88,15 @@ def test_concurrent_answers_equal_those_of_the_engine_alone(scheduler):
     for index, prompt in enumerate(prompts):
         alone = engine.generate([prompt], max_tokens=20, temperature=1.0, seed=index, stop_ids=[7])[0]
         assert answers[index] == alone.tokens
-    assert scheduler.metrics().finished == 24
-    assert scheduler.metrics().tokens == sum(map(len, answers.values()))
+    totals = scheduler.metrics().totals
+    assert totals.finished == 24
+    assert totals.prompt_tokens == sum(map(len, prompts))
+    assert totals.completion_tokens == sum(map(len, answers.values()))
 
 
 def test_greedy_and_cut_requests_share_a_step(scheduler):
     greedy = scheduler.submit(prompt_of(1), SamplingParams(max_tokens=30))
-    narrow = scheduler.submit(prompt_of(2), SamplingParams(max_tokens=30, temperature=1.0, top_k=1))
+    narrow = scheduler.submit(prompt_of(2), SamplingParams(max_tokens=30, temperature=1.0, top_p=1e-6))
     engine = small_engine(slots=1)
     assert list(greedy) == engine.generate([prompt_of(1)], max_tokens=30)[0].tokens
     assert list(narrow) == engine.generate([prompt_of(2)], max_tokens=30)[0].tokens
@@ -141,7 +143,7 @@ def test_a_cancelled_answer_frees_its_slot(scheduler, monkeypatch):
     assert len(list(streams[0])) < 200
     assert {streams[0].finish_reason, streams[3].finish_reason} == {"cancelled"}
     assert [len(list(streams[index])) for index in (1, 2, 4)] == [200, 200, 200]
-    assert scheduler.metrics().cancelled == 2
+    assert scheduler.metrics().totals.cancelled == 2
     streams[1].cancel()
 
 
@@ -180,7 +182,8 @@ def test_an_error_in_one_prompt_leaves_the_others_alone(scheduler, monkeypatch):
         list(bad)
     assert bad.finish_reason == "error"
     assert len(list(good)) == 50
-    assert (scheduler.metrics().failed, scheduler.metrics().finished) == (1, 1)
+    totals = scheduler.metrics().totals
+    assert (totals.failed, totals.finished) == (1, 1)
 
 
 def test_a_failed_step_ends_its_answers_and_nothing_else(scheduler, monkeypatch):
@@ -212,6 +215,6 @@ def test_closing_at_once_ends_every_stream():
 def test_the_rate_of_tokens_is_measured(scheduler):
     list(scheduler.submit([1, 2], SamplingParams(max_tokens=100)))
     metrics = scheduler.metrics()
-    assert metrics.tokens == 100
+    assert metrics.totals.completion_tokens == 100
     assert metrics.tokens_per_s > 0
     assert (metrics.queued, metrics.active, metrics.slots) == (0, 0, 3)
