@@ -1,0 +1,75 @@
+"""A model is replaced while requests are in the house: nobody's answer is cut off, and nobody is turned away."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from served import POLICIES, small_tokenizer
+from test_scheduler import Gate, small_engine, wait_for
+
+from serving.decisions import DecisionService, ModelInfo
+from serving.live import Live, Refusal
+from serving.retrieval import PolicyIndex
+from serving.returns import RETURNS
+from serving.sampling import SamplingParams
+from serving.scheduler import Scheduler, SchedulerClosedError, Stream
+
+LONG = SamplingParams(max_tokens=50)
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Callable[[str], DecisionService]:
+    index, tokenizer = PolicyIndex(tmp_path / "index.jsonl"), small_tokenizer()
+    index.seed(POLICIES)
+
+    def make(version: str) -> DecisionService:
+        model = ModelInfo(name="returns", version=version, digest=version * 64)
+        return DecisionService(Scheduler(small_engine(slots=2)), tokenizer, index, model, RETURNS)
+
+    return make
+
+
+def ask(service: DecisionService) -> tuple[str, Stream]:
+    return service.model.version, service.scheduler.submit([1, 2], LONG)
+
+
+def test_what_was_begun_ends_on_the_old_model_and_what_comes_goes_to_the_new(service, monkeypatch):
+    gate = Gate(monkeypatch)
+    old, new = service("1"), service("2")
+    live = Live(old)
+    live.refusal = Refusal("2", "it was damaged")
+    begun = [live.submit(ask) for _ in range(4)]  # two of them wait for a slot
+    replacing = threading.Thread(target=live.replace, args=(new,))
+    replacing.start()
+    wait_for(lambda: live.service is new)
+    later = live.submit(ask)
+    assert live.refusal is None
+    assert replacing.is_alive()
+    gate.opened.set()
+    assert [version for version, _ in begun] == ["1"] * 4
+    assert [len(list(stream)) for _, stream in begun] == [50] * 4
+    assert (later[0], len(list(later[1]))) == ("2", 50)
+    replacing.join(10)
+    assert not old.scheduler.running
+    assert new.scheduler.running
+    new.scheduler.close()
+    assert (live.totals().finished, live.totals().completion_tokens) == (5, 250)
+
+
+def test_a_request_that_meets_the_change_is_asked_again_of_the_new_model(service):
+    live = Live(service("1"))
+    new = service("2")
+
+    def overtaken(now: DecisionService) -> tuple[str, Stream]:
+        if now is not new:
+            live.replace(new)
+        return ask(now)
+
+    version, stream = live.submit(overtaken)
+    assert (version, len(list(stream))) == ("2", 50)
+    new.scheduler.close()
+    with pytest.raises(SchedulerClosedError):
+        live.submit(ask)
