@@ -17,7 +17,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import httpx
@@ -124,11 +124,12 @@ def main() -> None:
     arguments.add_argument("--seconds", type=float, default=10.0, help="length of each run")
     options = arguments.parse_args()
     console = Console(width=100)  # the same table in a terminal and in a file
-    if options.url:
-        console.print(measure(options.url, options.seconds))
-        return
-    with champion() as url:
-        console.print(measure(url, options.seconds))
+    server = nullcontext(options.url) if options.url else champion()
+    with server as url:
+        try:
+            console.print(measure(url, options.seconds))
+        except httpx.TransportError as error:
+            sys.exit(f"{url}: {error or type(error).__name__}; is `twinloop serve` running there?")
 
 
 if __name__ == "__main__":

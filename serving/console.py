@@ -20,7 +20,7 @@ main { display: grid; grid-template-columns: minmax(280px, 5fr) 7fr; gap: 20px; 
 section { border: 1px solid var(--line); border-radius: 8px; padding: 16px; margin-bottom: 20px; }
 label { display: block; margin-bottom: 10px; font-size: 13px; }
 input, textarea, button { font: inherit; }
-input[type=text], input[type=number], textarea { display: block; width: 100%; padding: 6px 8px; margin-top: 2px;
+input:not([type=checkbox]), textarea { display: block; width: 100%; padding: 6px 8px; margin-top: 2px;
   border: 1px solid var(--line); border-radius: 6px; background: var(--soft); color: inherit; }
 button { padding: 7px 16px; border: 1px solid var(--line); border-radius: 6px; cursor: pointer; }
 button:disabled { opacity: .5; }
@@ -44,6 +44,8 @@ async function call(path, options) {
   return body;
 }
 const send = (method, body) => ({ method, headers: {'Content-Type': 'application/json'}, body: JSON.stringify(body) });
+const admin = options => $('token').value
+  ? { ...options, headers: { ...options.headers, Authorization: `Bearer ${$('token').value}` } } : options;
 function row(...cells) { const r = make('tr'); r.append(...cells.map(c => make('td', c))); return r; }
 async function health() {
   try {
@@ -51,7 +53,9 @@ async function health() {
     $('model').textContent = `${h.model.name} version ${h.model.version}, digest ${h.model.digest.slice(0, 12)}`;
     $('index').textContent = `index ${h.index.digest.slice(0, 12)}, ${h.index.policies} policies`;
     $('queue').textContent = `${h.queue.active} active, ${h.queue.queued} queued`;
-  } catch (error) { $('model').textContent = `not healthy: ${error.message}`; }
+    const no = h.refused_champion;
+    $('alarm').textContent = no ? `version ${no.version} was promoted and is not served: ${no.reason}` : '';
+  } catch (error) { $('alarm').textContent = `not healthy: ${error.message}`; }
 }
 async function policies() {
   const found = await call('/v1/policies');
@@ -82,11 +86,12 @@ async function decide(event) {
     show($('answer'), verdict, why, make('pre', d === null ? '' : JSON.stringify(d, null, 2)));
     const own = d && answer.passages.find(p => p.policy_id === d.policy_id);
     show($('passages'), ...answer.passages.map(p => passage(p, p === own ? d.evidence : null)));
-    const t = answer.timings, ms = v => v === null ? 'none' : `${v.toFixed(1)} ms`;
+    const t = answer.timings, m = answer.model, ms = v => v === null ? 'none' : `${v.toFixed(1)} ms`;
     show($('timings'), row('retrieval', ms(t.retrieval_ms)), row('queue', ms(t.queue_ms)),
          row('first token', ms(t.ttft_ms)), row('total', ms(t.total_ms)),
-         row('answered by', `${answer.model.name} version ${answer.model.version}`), row('trace', answer.trace_id));
-    try { $('trace').textContent = JSON.stringify(await call(`/v1/traces/${answer.trace_id}`), null, 2); }
+         row('answered by', `${m.name} version ${m.version}, digest ${m.digest.slice(0, 12)}`),
+         row('trace', answer.trace_id));
+    try { $('trace').textContent = JSON.stringify(await call(`/v1/traces/${answer.trace_id}`, admin({})), null, 2); }
     catch (error) { $('trace').textContent = error.message; }
   } catch (error) {
     show($('answer'), make('div', error.message, 'verdict bad'));
@@ -98,7 +103,7 @@ async function put(event) {
   event.preventDefault();
   try {
     const p = await call(`/v1/policies/${encodeURIComponent($('policy_id').value)}`,
-                         send('PUT', { text: $('policy_text').value }));
+                         admin(send('PUT', { text: $('policy_text').value })));
     $('saved').textContent = `${p.policy_id} is now at version ${p.version}`;
     policies(); health();
   } catch (error) { $('saved').textContent = error.message; }
@@ -109,7 +114,7 @@ health(); policies(); setInterval(health, 5000);
 
 _BODY = """
 <header><h1>Twinloop</h1><span id="model" class="small mono"></span><span id="index" class="small mono"></span>
-<span id="queue" class="small mono"></span></header>
+<span id="queue" class="small mono"></span><div id="alarm" class="small bad"></div></header>
 <main><div>
 <section><h2>A case</h2><form id="case">
 <label>Order id <input type="text" id="order_id" value="A10234" required></label>
@@ -123,6 +128,9 @@ _BODY = """
 <label>Policy id <input type="text" id="policy_id" value="P-7" required></label>
 <label>Text <textarea id="policy_text" rows="2">damaged items reported within 7 days are eligible.</textarea></label>
 <button>Put a new version</button> <span id="saved" class="small"></span></form></section>
+<section><h2>Administrator</h2>
+<label>Token, where the server has one: it is asked for when a policy is changed or a trace is read
+<input type="password" id="token" autocomplete="off"></label></section>
 </div><div>
 <section><h2>Decision</h2><div id="answer">Nothing asked yet.</div></section>
 <section><h2>Retrieved passages</h2><ul id="passages"></ul></section>
