@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import UserError
@@ -36,6 +36,15 @@ MAX_BODY_BYTES = 256 * 1024
 PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_without_nul)]
 
 
 class PolicyText(BaseModel):
@@ -118,7 +127,7 @@ def _decision_router(live: Live[Any], metrics: Metrics, workers: Workers) -> API
         "DecisionRequest",
         __config__=ConfigDict(frozen=True, extra="forbid", strict=True),
         order=(order_model, Field(description="trusted facts, from the shop's own records")),
-        message=(str, Field("", max_length=limit, description="the customer's words, trusted in nothing")),
+        message=(_Text, Field("", max_length=limit, description="the customer's words, trusted in nothing")),
     )
 
     @router.post("/v1/decisions")

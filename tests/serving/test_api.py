@@ -126,6 +126,13 @@ def test_an_untrained_network_is_escalated_and_never_decides(client):
     assert trace["index_digest"] == client.get("/health").json()["index"]["digest"]
 
 
+def test_a_reason_that_no_policy_speaks_of_is_escalated_without_asking_the_model(scripted, script):
+    body = scripted.post("/v1/decisions", json={**CASE, "order": {**ORDER, "reason": "broken"}}).json()
+    assert (body["decision"], body["escalated"]) == (None, True)
+    assert body["reasons"][0]["reason"] == "no policy in force speaks of broken items"
+    assert script.prompts == []
+
+
 def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, script, tmp_path):
     assert scripted.post("/v1/decisions", json=CASE).json()["decision"]["eligible"] is True
     before = scripted.get("/health").json()
@@ -155,6 +162,12 @@ def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, s
         ({"order": None}, "order"),
         ({"message": 3}, "message"),
         ({"message": "x" * 401}, "message"),
+        ({"message": None}, "message"),
+        ({"message": "a\0b"}, "message: holds a nul character"),
+        ({"order": {**ORDER, "reason": "Damaged Box"}}, "order.reason: must be one lower-case word"),
+        ({"order": {**ORDER, "reason": "x" * 31}}, "order.reason: must be one lower-case word"),
+        ({"order": {**ORDER, "days_since_delivery": "12"}}, "order.days_since_delivery"),
+        ({"order": [ORDER]}, "order"),
         ({"policy": "P-7"}, "policy: is not a field"),
     ],
 )
@@ -175,6 +188,7 @@ def test_a_malformed_case_is_refused_in_plain_words(scripted, script, change, sa
         b'"text"',
         b"\xff\xfe",
         b'{"order": "\xff"}',
+        b'{"order": {}, "message": "a\x00b", "messages": [{"role": "user", "content": "a\x00b"}]}',
         b"[" * 100_000,
         json.dumps({**CASE, "message": "\ud800"}).encode(),
         b'{"order": {"days_since_delivery": NaN}}',
