@@ -75,9 +75,10 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
 
     @app.get("/health")
     def health() -> Response:
-        scheduler = live.service.scheduler
+        service = live.service
+        scheduler = service.scheduler
         body: dict[str, Any] = {
-            "model": live.service.model.model_dump(),
+            "model": service.model.model_dump(),
             "refused_champion": asdict(live.refusal) if live.refusal else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,

@@ -105,7 +105,8 @@ def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> Non
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         refusal = Refusal(version, " ".join(reason.split()))
         if refusal != live.refusal:
-            log.warning("%s is not served, version %s goes on: %s", version, current.model.version, refusal.reason)
+            words = "version %s is not served, version %s goes on: %s"
+            log.warning(words, version, current.model.version, refusal.reason)
         live.refusal = refusal
 
 
