@@ -87,8 +87,12 @@ class Services:
         self.project = make_project(folder)
         for name in ("prefect.yaml", "prefect.toml"):
             shutil.copy(PROJECT / name, self.project / name)
-        (self.project / "recipes" / "returns.yaml").write_text(yaml.safe_dump(RECIPE | {"name": "returns"}))
+        self.write_recipe(tokens=20_000)
         self.ports = {name: _free_port() for name in ("prefect", "mlflow", "api")}
+
+    def write_recipe(self, *, tokens: int) -> None:
+        recipe = RECIPE | {"name": "returns", "pretrain": RECIPE["pretrain"] | {"tokens": tokens}}
+        (self.project / "recipes" / "returns.yaml").write_text(yaml.safe_dump(recipe))
 
     def say(self, word: str) -> subprocess.CompletedProcess[str]:
         ports = {f"TWINLOOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()}
@@ -114,6 +118,16 @@ class Services:
     def trigger(self, name: str) -> str:
         run = self.ask("prefect", f"/api/deployments/{self.deployments()[name]['id']}/create_flow_run", {})
         return str(run["id"])
+
+    def start_long_run(self) -> str:
+        """A lifecycle that will not end by itself within a test."""
+        self.write_recipe(tokens=50_000_000)
+        run = self.trigger("lifecycle")
+        wait_for(lambda: self.state(run) == "RUNNING")
+        return run
+
+    def kill_worker(self) -> None:
+        os.kill(int((self.project / "state" / "services" / "worker.pid").read_text()), signal.SIGKILL)
 
     def state(self, run: str) -> str:
         return str(self.ask("prefect", f"/api/flow_runs/{run}")["state_type"])
@@ -189,18 +203,25 @@ def test_the_worker_runs_what_is_triggered_and_the_api_serves_it(running: Servic
 
 
 @pytest.mark.slow
+def test_a_run_that_died_with_its_worker_does_not_keep_the_others_waiting(running: Services) -> None:
+    run = running.start_long_run()
+    running.kill_worker()
+    for process in services._marked(running.project, "worker"):
+        process.kill()
+    assert running.state(run) == "RUNNING"
+    assert "was cut off; it is marked as crashed" in running.say("up").stderr
+    assert running.state(run) == "CRASHED"
+
+
+@pytest.mark.slow
 def test_down_leaves_nothing_even_when_the_worker_was_killed(running: Services) -> None:
-    run = running.trigger("lifecycle")
-    wait_for(lambda: running.state(run) == "RUNNING")
-    os.kill(int((running.project / "state" / "services" / "worker.pid").read_text()), signal.SIGKILL)
+    running.start_long_run()
+    running.kill_worker()
     assert any("prefect.engine" in line for line in running.processes())
     down = running.say("down")
     assert down.returncode == 0, down.stderr
-    assert [line.split()[0] for line in down.stdout.splitlines()] == ["api", "worker", "mlflow", "prefect"]
+    assert [line.split()[0] for line in down.stdout.splitlines()][-3:] == ["worker", "mlflow", "prefect"]
     assert running.processes() == []
     for port in running.ports.values():
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0
-    up = running.say("up")
-    assert "was cut off; it is marked as crashed" in up.stderr
-    assert running.state(run) == "CRASHED"
