@@ -1,4 +1,4 @@
-"""The lifecycle from the command line, on Prefect's embedded server or on the one that PREFECT_API_URL names."""
+"""The lifecycle from the command line, on Prefect's embedded server, or on the one of `make up` or of PREFECT_API_URL."""
 
 from __future__ import annotations
 

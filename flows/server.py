@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from flows.services import running_prefect
 from models.errors import UserError
 
 START_WITHIN_S = 180.0
@@ -33,9 +34,19 @@ _own: dict[str, subprocess.Popen[bytes]] = {}
 
 @contextmanager
 def embedded_server(project: Path) -> Iterator[None]:
-    """PREFECT_API_URL names a server of this run's own, unless it names one already. Before Prefect is imported."""
+    """PREFECT_API_URL names a server of this run's own, unless it names one already. Before Prefect is imported.
+
+    While `make up` runs, its server is taken: two on one SQLite file would wait for each other.
+    """
     if os.environ.get("PREFECT_API_URL"):
         yield
+        return
+    if url := running_prefect(project):
+        os.environ["PREFECT_API_URL"] = url
+        try:
+            yield
+        finally:
+            del os.environ["PREFECT_API_URL"]
         return
     log = _log(project)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -131,6 +131,15 @@ def down(project: Path) -> None:
             print(f"{name:<8} stopped")
 
 
+def running_prefect(project: Path) -> str | None:
+    """The API of the Prefect server that `up` started, while it runs."""
+    process = _alive(project, "prefect")
+    if process is None:
+        return None
+    command = process.cmdline()
+    return f"http://127.0.0.1:{command[command.index('--port') + 1]}/api"
+
+
 def _deploy(project: Path) -> None:
     """What docs/operations.md tells a person to type. One job at a time in the pool: each measures, or trains."""
     _prefect(project, "work-pool", "create", POOL, "--type", "process", "--overwrite")

@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 import yaml
-from small_project import PROJECT, RECIPE, environment, make_project
+from small_project import PROJECT, RECIPE, environment, make_project, twinloop
 
 from flows import services
 from flows.services import MARK, Ports
@@ -200,6 +200,13 @@ def test_the_worker_runs_what_is_triggered_and_the_api_serves_it(running: Servic
     assert f"api      http://127.0.0.1:{running.ports['api']}" in again.stdout
     answer = running.ask("api", "/v1/decisions", {"order": ORDER, "message": "hello"})
     assert answer["model"] == running.ask("api", "/health")["model"]
+
+
+@pytest.mark.slow
+def test_a_run_from_the_command_line_reports_to_the_server_that_is_up(running: Services) -> None:
+    before = running.ask("prefect", "/api/flow_runs/count", {})
+    assert twinloop(running.project, "run", "recipes/returns.yaml").returncode == 0
+    assert running.ask("prefect", "/api/flow_runs/count", {}) > before
 
 
 @pytest.mark.slow
