@@ -1,4 +1,4 @@
-"""The lifecycle from the command line, on Prefect's embedded server, or on the one of `make up` or of PREFECT_API_URL."""
+"""The lifecycle from the command line: on an embedded Prefect server, or on one that runs already."""
 
 from __future__ import annotations
 
