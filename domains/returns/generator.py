@@ -55,21 +55,22 @@ class GeneratorParams(BaseModel):
     flip_pairs: int = Field(ge=1)
     injection_cases: int = Field(ge=1)
     smallest_window: int = Field(5, ge=1)
-    largest_window: int = Field(60, le=99)
+    largest_window: int = Field(59, le=99)
     largest_days: int = Field(75, le=99)
     phrasing: Literal["house_style", "free"] = "house_style"
 
 
 # A policy is one sentence, put together so freely that none can be learned by heart: it has to be copied.
+# Each begins with a word of its own: what follows a tail is then told by the passage, never by habit alone.
 VERBS = (
     "are eligible",
-    "are accepted",
     "qualify",
     "may come back",
     "can be returned",
-    "may be sent back",
-    "are taken back",
     "count as valid",
+    "earn a refund",
+    "go back",
+    "remain returnable",
 )
 TAILS = ("", " of delivery", " after delivery", " of arrival", " after arrival", " of purchase")
 
