@@ -3,7 +3,7 @@
     python -m benchmarks.decode [recipes/returns.yaml] [--device cuda]
 
 The recipe's network, untrained. Rollouts have the shape that verifier RL gives them, and those of both samplers are
-measured in turns, in one process, on one thread each.
+measured in turns, in one process, on the recipe's threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
-import torch
 
 from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
@@ -226,7 +225,9 @@ def rollout_rows(given: Material) -> list[Row]:
     settings, network = given.recipe.rlvr, given.new_network().requires_grad_(False).to(given.runtime.device)
     prompts = given.prompts[: settings.prompts_per_step]
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    engine = BoundSampler(network, max_length=longest, sequences=len(prompts) * settings.group_size)
+    threads = given.runtime.threads
+    sequences = len(prompts) * settings.group_size
+    engine = BoundSampler(network, max_length=longest, sequences=sequences, threads=threads)
     torch_sampler = TorchSampler(network)
     asked: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
 
@@ -237,12 +238,10 @@ def rollout_rows(given: Material) -> list[Row]:
         done = engine.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)
         return [completion.tokens for completion in done]
 
-    threads, on_cpu = torch.get_num_threads(), given.runtime.device == "cpu"
-    torch.set_num_threads(1)  # as many as the engine takes for so small a network
+    on_cpu = given.runtime.device == "cpu"
     same = agreement(by_torch(0, group=1, temperature=0.0), by_engine(0, group=1, temperature=0.0))
     theirs, ours = rates([by_torch, by_engine])
-    torch.set_num_threads(threads)
-    setting = f"{len(prompts)} prompts of {settings.group_size} answers, one thread each"
+    setting = f"{len(prompts)} prompts of {settings.group_size} answers, {threads} threads each"
     wall = [one.wall / other.wall for one, other in zip(ours, theirs, strict=True)]
     cpu = [one.cpu / other.cpu for one, other in zip(ours, theirs, strict=True)]
     return [

@@ -41,6 +41,7 @@ def generate(
     seed: int | None,
     group: int,
     stop_ids: Sequence[int],
+    first_sequence: int,
 ) -> list[Completion]:
     """See `Engine.generate`."""
     if max_tokens < 1 or group < 1 or temperature < 0:
@@ -50,7 +51,7 @@ def generate(
         )
     for prompt in prompts:
         engine.check_prompt(prompt)
-    batch = _Batch(engine, prompts, max_tokens, temperature, seed, group, stop_ids)
+    batch = _Batch(engine, prompts, max_tokens, temperature, seed, group, stop_ids, first_sequence)
     while batch.fill():
         batch.step()
     return [completion for completion in batch.done if completion is not None]
@@ -68,8 +69,10 @@ class _Batch:
         seed: int | None,
         group: int,
         stop_ids: Sequence[int],
+        first_sequence: int,
     ):
         engine.reset()
+        self.first_sequence = first_sequence
         self.engine, self.prompts, self.group, self.seed = engine, prompts, group, seed
         slots = engine.slots
         self.waiting = deque(range(len(prompts) * group))
@@ -125,7 +128,7 @@ class _Batch:
         self.active_S[slots] = True
         if self.temperature_S[0] > 0:
             for slot, sequence in zip(slots, sequences, strict=True):
-                self.uniforms[slot] = uniform_draws(self.seed, sequence, self.max_tokens)
+                self.uniforms[slot] = uniform_draws(self.seed, self.first_sequence + sequence, self.max_tokens)
         self._take(np.array(slots), np.broadcast_to(self.prompt_logits_V, (len(slots), len(self.prompt_logits_V))))
 
     def step(self) -> None:

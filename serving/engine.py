@@ -204,8 +204,11 @@ class Engine:
         seed: int | None = None,
         group: int = 1,
         stop_ids: Sequence[int] = (),
+        first_sequence: int = 0,
     ) -> list[Completion]:
         """Complete every prompt `group` times; completion i of prompt p stands at p * group + i.
+
+        first_sequence: which one the first completion is to the seed, where several engines share the work of one call.
 
         Synchronous, and takes all slots. The result is a function of weights, arguments and number of slots alone,
         bit for bit (with a seed, or at temperature 0). Raises UserError for a prompt that leaves no room to answer.
@@ -218,6 +221,7 @@ class Engine:
             seed=seed,
             group=group,
             stop_ids=stop_ids,
+            first_sequence=first_sequence,
         )
 
     def check_prompt(self, tokens: Sequence[int]) -> None:

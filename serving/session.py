@@ -96,14 +96,18 @@ def open_bound(
         return _open(path, options, device, disabled_optimizers=["ConstantFolding"])
 
 
-def _options(config: DecoderConfig, device: Device, threads: int | None) -> ort.SessionOptions:
-    """threads: the most it may take; None: every core."""
+def session_threads(config: DecoderConfig, device: Device, threads: int | None) -> int:
+    """How many threads a session takes, of at most `threads` (None: every core)."""
     if device == "cuda" or config.num_parameters < _ONE_THREAD_PARAMETERS:
-        threads = 1
-    elif threads is None:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return 1
+    if threads is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return threads
+
+
+def _options(config: DecoderConfig, device: Device, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = session_threads(config, device, threads)
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Threads that spin while they wait slow everything else on the cores, the HTTP server first.

@@ -91,11 +91,11 @@ class RolloutStream:
         micro_rows: int | None = None,
         reference: Decoder | None = None,
         device: str = "cpu",
-        threads: int | None = None,
+        threads: int = 1,
     ):
         """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL.
 
-        threads: of the engine that samples; None leaves the choice to it.
+        threads: of the CPU, for sampling.
         """
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")

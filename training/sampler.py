@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from onnxruntime import OrtValue
@@ -11,6 +12,7 @@ from torch import Tensor
 from models.decoder import Decoder
 from serving.batch import Completion
 from serving.engine import Engine
+from serving.session import session_threads
 
 SLOTS = 64  # rows of a decode step; more only wait longer for the longest of them
 
@@ -20,12 +22,15 @@ class BoundSampler:
 
     On CPU the graph's initializers are the parameters themselves. On CUDA, where the network keeps float32 and the
     engine's kernels take 16 bits, they are a bf16 shadow on the same device, refreshed before each use.
+
+    A small network's engine is no faster with a second thread, so several engines over the same weights share the
+    prompts, a thread each.
     """
 
-    def __init__(self, model: Decoder, *, max_length: int, sequences: int, threads: int | None = None):
+    def __init__(self, model: Decoder, *, max_length: int, sequences: int, threads: int = 1):
         """max_length: the longest prompt with its completion. sequences: how many are asked for at once.
 
-        threads: of the engine; None leaves the choice to it.
+        threads: of the CPU, together.
         """
         self._weights: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self._bound = self._weights
@@ -34,9 +39,13 @@ class BoundSampler:
             self._bound = {name: tensor.bfloat16() for name, tensor in self._weights.items()}
             torch.cuda.synchronize()
         initializers = {name: OrtValue.from_dlpack(tensor) for name, tensor in self._bound.items()}
-        self.engine = Engine.from_weights(
-            model.config, initializers, max_length=max_length, slots=min(sequences, SLOTS), threads=threads
-        )
+        engines = 1 if self._on_cuda else threads // session_threads(model.config, "cpu", threads)
+        slots = min(-(-sequences // engines), SLOTS)
+        self.engines = [
+            Engine.from_weights(model.config, initializers, max_length=max_length, slots=slots, threads=threads)
+            for _ in range(engines)
+        ]
+        self._pool = ThreadPoolExecutor(engines, thread_name_prefix="sampler")
 
     def generate(
         self,
@@ -48,10 +57,25 @@ class BoundSampler:
         seed: int,
         stop_ids: Sequence[int],
     ) -> list[Completion]:
-        """Complete each prompt `group` times with the weights as they stand; see Engine.generate."""
+        """Complete each prompt `group` times with the weights as they stand; see Engine.generate.
+
+        A function of weights, arguments, slots and number of threads.
+        """
         if self._on_cuda:
             torch._foreach_copy_(list(self._bound.values()), list(self._weights.values()))
             torch.cuda.synchronize()
-        return self.engine.generate(
-            prompts, max_tokens=max_tokens, temperature=temperature, seed=seed, group=group, stop_ids=stop_ids
-        )
+        share = -(-len(prompts) // len(self.engines))
+
+        def complete(engine: Engine, start: int) -> list[Completion]:
+            return engine.generate(
+                prompts[start : start + share],
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                group=group,
+                stop_ids=stop_ids,
+                first_sequence=start * group,
+            )
+
+        parts = self._pool.map(complete, self.engines, range(0, len(prompts), share))
+        return [completion for part in parts for completion in part]

@@ -37,6 +37,7 @@ def network() -> Decoder:
     """Its norms of queries and keys are far from doing nothing."""
     torch.set_num_threads(1)
     made = new_decoder(CONFIG, seed=0).requires_grad_(False)
+    torch.manual_seed(0)
     for layer in made.model.layers:
         layer.self_attn.q_norm.weight.uniform_(0.2, 3.0)
         layer.self_attn.k_norm.weight.uniform_(0.2, 3.0)
