@@ -226,8 +226,7 @@ def rollout_rows(given: Material) -> list[Row]:
     prompts = given.prompts[: settings.prompts_per_step]
     longest = max(map(len, prompts)) + settings.max_new_tokens
     threads = given.runtime.threads
-    sequences = len(prompts) * settings.group_size
-    engine = BoundSampler(network, max_length=longest, sequences=sequences, threads=threads)
+    engine = BoundSampler(network, max_length=longest, prompts=len(prompts), group=settings.group_size, threads=threads)
     torch_sampler = TorchSampler(network)
     asked: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
 

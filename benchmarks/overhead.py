@@ -144,9 +144,9 @@ def run_stage(given: Material, tokens: int) -> Stage:
             @flow(name="overhead", validate_parameters=False)
             def measured() -> Stage:
                 once = time.perf_counter() - began + _open_mlflow(context)
-                raw = DataVersion(md5="benchmark", path=given.data, commit=None)
+                raw = DataVersion(md5="benchmark", path=given.data)
                 data = validate_data(context, given.recipe.validate_, data=raw)
-                tokenizer = tokenize(context, given.recipe.tokenizer, settings.row_length, data=data)
+                tokenizer = tokenize(context, given.recipe.tokenizer, data=data)
                 with clock.watching(
                     run=(Context, "run"),
                     opening=(Tracker, "__enter__"),

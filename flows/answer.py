@@ -34,7 +34,6 @@ class Answer:
 def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
     from serving.api import create_app, is_this_machine, run_server
-    from serving.live import Live
     from tasks.champion import following_champion, open_champion
     from tasks.registry import Registry
     from tasks.tracking import Mlruns
@@ -42,14 +41,14 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tasks.champion").setLevel(logging.INFO)
     registry = Registry(Mlruns(project / "mlruns"), model)
-    with open_champion(project, model, slots=slots) as service:
-        live = Live(service)
+    with open_champion(project, model, slots=slots) as live:
         # An empty token is none: it would let everybody in who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
         app = create_app(live, admin_token=token, local_admin=is_this_machine(host))
 
         def ready(address: str) -> None:
-            print(f"{address}  {service.model.name} version {service.model.version}", flush=True)
+            answers = live.service.model
+            print(f"{address}  {answers.name} version {answers.version}", flush=True)
 
         with following_champion(registry, live, slots=slots):
             run_server(app, host, port, on_ready=ready)
@@ -71,7 +70,7 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
         told = Order.model_fields[str(problem["loc"][0])].description or problem["msg"].lower()
         raise UserError(f"--{option} {problem['input']!r}: must be {told}") from None
     with open_champion(project, model, slots=1) as champion:
-        response = champion.decide(checked, message)
+        response = champion.service.decide(checked, message)
     print(response.model_dump_json(indent=2))
     return 1 if response.escalated else 0
 

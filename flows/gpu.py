@@ -1,4 +1,4 @@
-"""One GPU job at a time: on this machine by a lock file, and among all machines of a Prefect server by its limit `gpu`.
+"""One GPU job at a time: of this project by a lock file, and among all machines of a Prefect server by its limit `gpu`.
 
 A shared server's runs hold both, so that they and a run on its own embedded server, or a gate without Prefect, wait for
 each other where they share a machine.
@@ -14,12 +14,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from flows.server import has_shared_server
+from flows.services import GPU_SLOT
 from models.errors import UserError
 from tasks.runtime import Runtime
 
 log = logging.getLogger(__name__)
-
-GPU_SLOT = "gpu"
 
 
 @contextmanager

@@ -72,7 +72,7 @@ class Outcome:
         """What keeps this from being a champion that answers, in one line."""
         if self.promotion is None:
             decision = self.gate.decision if self.gate else "none"
-            return self.refusal or f"gate: {decision}; {self.version} stays candidate"
+            return self.refusal or f"gate: {decision}; {self.version} is not promoted"
         return self.silence
 
 
@@ -214,6 +214,9 @@ def _hand_over(
         outcome.promotion = promote_if_shipped(context, version=outcome.version, report=outcome.gate)
     except UserError as error:
         outcome.refusal = str(error)
+    champion = Registry(context.mlruns, context.recipe).snapshot().alias(CHAMPION)
+    if outcome.gate.decision == "BLOCK" and champion and champion.version == outcome.version.version:
+        outcome.refusal = f"{champion} is the champion and no longer passes the gate; `twinloop rollback` goes back"
     if outcome.promotion:
         note = f"champion: version {outcome.promotion.to_version}"
         outcome.stages.append(Stage("promote", time.perf_counter() - registered, note=note))

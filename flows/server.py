@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.services import running_prefect
 from models.errors import UserError
 
 START_WITHIN_S = 180.0
@@ -30,6 +29,8 @@ STOP_WITHIN_S = 5.0
 
 _own: dict[str, subprocess.Popen[bytes]] = {}
 """Servers of this process by their address."""
+_adopted: set[str] = set()
+"""Those of `make up`, which may still be starting."""
 
 
 @contextmanager
@@ -41,11 +42,15 @@ def embedded_server(project: Path) -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
+    from flows.services import running_prefect  # psutil, which a bare device may lack
+
     if url := running_prefect(project):
         os.environ["PREFECT_API_URL"] = url
+        _adopted.add(url)
         try:
             yield
         finally:
+            _adopted.discard(url)
             del os.environ["PREFECT_API_URL"]
         return
     log = _log(project)
@@ -97,9 +102,10 @@ def wait_until_ready(project: Path) -> None:
         except OSError as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
-            gone = isinstance(reason, ConnectionRefusedError) or (own and own.poll() is not None)
-            if gone or time.monotonic() > deadline:
+            refused = isinstance(reason, ConnectionRefusedError) and api not in _adopted
+            if refused or (own and own.poll() is not None) or time.monotonic() > deadline:
                 see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
+                see = "`make down` and `make up` start it anew" if api in _adopted else see
                 raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
             time.sleep(0.2)
 

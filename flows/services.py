@@ -133,11 +133,12 @@ def down(project: Path) -> None:
 
 def running_prefect(project: Path) -> str | None:
     """The API of the Prefect server that `up` started, while it runs."""
-    process = _alive(project, "prefect")
-    if process is None:
+    try:
+        process = _alive(project, "prefect")
+        command = process.cmdline() if process else []
+        return f"http://127.0.0.1:{command[command.index('--port') + 1]}/api"
+    except (ValueError, psutil.Error):  # there is none, or no more
         return None
-    command = process.cmdline()
-    return f"http://127.0.0.1:{command[command.index('--port') + 1]}/api"
 
 
 def _deploy(project: Path) -> None:

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -284,8 +284,9 @@ def _spent(work: Path) -> float:
     clock = work / CLOCK
     before = 0.0
     if clock.exists():
-        begun = json.loads(clock.read_text())
-        before = begun["before"] + max(0.0, _newest(work) - begun["since"])
+        with suppress(ValueError, KeyError, TypeError):  # torn by a power cut: a time for the table, nothing more
+            begun = json.loads(clock.read_text())
+            before = begun["before"] + max(0.0, _newest(work) - begun["since"])
     new = clock.with_suffix(".new")
     new.write_text(json.dumps({"before": before, "since": time.time()}))
     new.replace(clock)

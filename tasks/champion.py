@@ -56,16 +56,17 @@ def _policies_of(data: Path) -> list[Policy]:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[DecisionService[Order]]:
-    """Verify the champion's bytes, load it, and close it at the end. Raises UserError where there is none."""
+def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Live[Order]]:
+    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
     served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
     traces = TraceStore(project / "state" / "traces")
     try:
-        service = _load(served, open_policies(project), traces, slots)
+        # Held by `live` alone: a model that was replaced leaves memory.
+        live = Live(_load(served, open_policies(project), traces, slots))
         try:
-            yield service
+            yield live
         finally:
-            service.scheduler.close()
+            live.service.scheduler.close()
     finally:
         traces.close()
 
@@ -87,21 +88,24 @@ def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> 
     finally:
         over.set()
         thread.join()
-        live.service.scheduler.close()
 
 
 def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> None:
     """Serve the version that is champion now, once it is proven; where it is not, the one that answers goes on."""
-    current, version = live.service, "unknown"
+    current = live.service
     try:
         champion = registry.snapshot().alias(CHAMPION)
-        if champion is None or str(champion.version) == current.model.version:
-            live.refusal = None
-            return
-        version = str(champion.version)
+    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+        log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
+        return
+    if champion is None or str(champion.version) == current.model.version:
+        live.refusal = None
+        return
+    version = str(champion.version)
+    try:
         live.replace(_load(registry.verify(champion), current.index, current.traces, slots))
         log.info("%s answers now, after version %s", champion, current.model.version)
-    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+    except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         refusal = Refusal(version, " ".join(reason.split()))
         if refusal != live.refusal:

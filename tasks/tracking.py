@@ -266,7 +266,9 @@ def code_of_run(mlruns: Mlruns, run_id: str) -> CodeVersion | None:
 
     try:
         told = mlruns.client.get_run(run_id).data.tags.get("twinloop.commit")
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
         return None
     return CodeVersion.parse(told) if told else None
 

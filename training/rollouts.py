@@ -171,8 +171,13 @@ class RolloutStream:
         settings = self._settings
         if self._sampler is None:
             max_length = self._longest_prompt + settings.max_tokens
-            sequences = settings.prompts_per_step * settings.group
-            self._sampler = BoundSampler(self._model, max_length=max_length, sequences=sequences, threads=self._threads)
+            self._sampler = BoundSampler(
+                self._model,
+                max_length=max_length,
+                prompts=settings.prompts_per_step,
+                group=settings.group,
+                threads=self._threads,
+            )
         return self._sampler.generate(
             [self._prompts[index] for index in chosen],
             group=settings.group,

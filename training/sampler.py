@@ -27,8 +27,8 @@ class BoundSampler:
     prompts, a thread each.
     """
 
-    def __init__(self, model: Decoder, *, max_length: int, sequences: int, threads: int = 1):
-        """max_length: the longest prompt with its completion. sequences: how many are asked for at once.
+    def __init__(self, model: Decoder, *, max_length: int, prompts: int, group: int, threads: int = 1):
+        """max_length: the longest prompt with its completion. prompts, group: how many are asked for at once.
 
         threads: of the CPU, together.
         """
@@ -39,8 +39,8 @@ class BoundSampler:
             self._bound = {name: tensor.bfloat16() for name, tensor in self._weights.items()}
             torch.cuda.synchronize()
         initializers = {name: OrtValue.from_dlpack(tensor) for name, tensor in self._bound.items()}
-        engines = 1 if self._on_cuda else threads // session_threads(model.config, "cpu", threads)
-        slots = min(-(-sequences // engines), SLOTS)
+        engines = 1 if self._on_cuda else min(threads // session_threads(model.config, "cpu", threads), prompts)
+        slots = min(-(-prompts // engines) * group, SLOTS)
         self.engines = [
             Engine.from_weights(model.config, initializers, max_length=max_length, slots=slots, threads=threads)
             for _ in range(engines)

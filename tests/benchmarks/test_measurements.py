@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +24,7 @@ from serving.kv_cache import KVArena
 from training.sampler import BoundSampler
 from training.weights import get_weights, new_decoder
 
+PROJECT = Path(__file__).parents[2]
 CONFIG = DecoderConfig(
     vocab_size=96,
     hidden_size=64,
@@ -58,7 +63,7 @@ def test_the_baseline_answers_as_the_engine_does(network, temperature):
     prompts = [random.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 9, 20)]
     asked = {"group": 4, "max_tokens": 30, "temperature": temperature, "seed": 7, "stop_ids": list(range(4))}
     theirs = TorchSampler(network).generate(prompts, **asked)
-    engine = BoundSampler(network, max_length=64, sequences=12)
+    engine = BoundSampler(network, max_length=64, prompts=3, group=4)
     ours = [completion.tokens for completion in engine.generate(prompts, **asked)]
     assert len(set(map(len, ours))) > 1
     assert agreement(theirs, ours) == 1
@@ -119,3 +124,15 @@ def test_an_overhead_is_scaled_by_what_of_it_grows_with_the_stage():
     )
     assert stage.share_of(15.0) == pytest.approx(0.9 / 15)
     assert stage.share_of(60.0) == pytest.approx((0.1 + 0.3 + 0.3 + 4 * 0.2) / 60)
+
+
+@pytest.mark.slow
+def test_a_stage_through_prefect_mlflow_and_the_store_is_measured():
+    command = [sys.executable, "-m", "benchmarks.overhead", "recipes/tiny.yaml", "--seconds", "3"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if "|" in line]
+    found = {row[0]: row[2] for row in rows}
+    parts = [float(found[f"· {part}"]) for part in ("orchestration", "tracking", "hashing and storing")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) < float(found["a whole stage"])

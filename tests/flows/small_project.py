@@ -27,6 +27,7 @@ PACKAGES = ("flows", "tasks", "training", "evaluation", "serving", "models", "do
 SIZES = {
     "corpus_cases": 400,
     "corpus_ledgers": 100,
+    "corpus_indexes": 100,
     "corpus_repeats": 100,
     "heldout_documents": 20,
     "sft_examples": 200,

@@ -61,7 +61,7 @@ def test_first_grpo_ratio_is_one_within_rounding_on_the_real_engine(eager_to_sto
 
 
 def test_an_optimizer_step_is_seen_by_the_next_sample(eager_to_stop):
-    sampler = BoundSampler(eager_to_stop, max_length=24, sequences=4)
+    sampler = BoundSampler(eager_to_stop, max_length=24, prompts=1, group=4)
 
     def sample():
         return sampler.generate([[1, 2, 3]], group=4, max_tokens=12, temperature=1.0, seed=0, stop_ids=[STOP])
@@ -77,9 +77,9 @@ def test_engines_that_share_the_prompts_answer_as_one_would(eager_to_stop):
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1, 9], [3, 3, 3]]
     asked = {"group": 3, "max_tokens": 12, "temperature": 1.0, "seed": 5, "stop_ids": [STOP]}
     answers = []
-    for threads in (1, 2, 3):
-        sampler = BoundSampler(eager_to_stop, max_length=24, sequences=15, threads=threads)
-        assert len(sampler.engines) == threads
+    for threads in (1, 2, 8):
+        sampler = BoundSampler(eager_to_stop, max_length=24, prompts=5, group=3, threads=threads)
+        assert len(sampler.engines) == min(threads, 5)
         answers.append([completion.tokens for completion in sampler.generate(prompts, **asked)])
     assert len({tuple(tokens) for tokens in answers[0]}) > 5
     assert answers[1] == answers[0]
