@@ -1,7 +1,7 @@
 """Muon for the hidden matrices, AdamW for embeddings, norms and biases; one learning rate for both.
 
-Why not torch.optim.Muon: it walks the matrices one by one, in bf16, which a CPU emulates; see
-`benchmarks/training.py` for the ratio. Here matrices of one shape are orthogonalised together, in float32 on CPU.
+Why not torch.optim.Muon: it walks the matrices one by one, in bf16, which many CPUs emulate; `make bench` prints the
+ratio. Here matrices of one shape are orthogonalised together, in float32 on CPU.
 Left out: per-group learning rates, since Muon's update is scaled to half the size of AdamW's (after Liu et al., 2025).
 """
 
