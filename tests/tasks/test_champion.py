@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +27,7 @@ from models.onnx_bundle import export_bundle
 from models.tokenizer import train_tokenizer
 from serving.retrieval import PolicyIndex
 from tasks.artifact import ArtifactStore
+from tasks.champion import follow_champion, open_champion
 from tasks.promote import promote
 from tasks.registry import Lineage, Registry, Version
 
@@ -165,3 +168,29 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
     told = (project / "serve.log").read_text().splitlines()
     assert len([line for line in told if "WARNING" in line and "version 1 goes on" in line]) == 1
     assert any("returns version 2 answers now" in line for line in told)
+
+
+def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[[int], Version]) -> None:
+    release(1)
+    with open_champion(project, "returns", slots=1) as live:
+        first = weakref.ref(live.service)
+        second = release(2)
+        follow_champion(registry, live, slots=1)
+        assert live.service.model.version == str(second.version)
+        gc.collect()
+        assert first() is None
+
+
+def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
+    project: Path, registry: Registry, release: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = release(1)
+
+    def away() -> None:
+        raise OSError("the registry is away")
+
+    with open_champion(project, "returns", slots=1) as live:
+        monkeypatch.setattr(registry, "snapshot", away)
+        follow_champion(registry, live, slots=1)
+        assert live.refusal is None
+        assert live.service.model.version == str(version.version)
