@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from evaluation.gate import GateReport, GateRules, load_rules
-from flows.answer import Answer, answer_over_http
-from flows.display import Display, make_display
+from evaluation.gate import GateRules, load_rules
+from flows.answer import answer_over_http
+from flows.display import make_display
 from flows.environment import prepare_environment
 from flows.gpu import gpu_slot
+from flows.outcome import Outcome, Stage
+from flows.summary import show_outcome
 from models.errors import UserError
 from tasks.artifact import Artifact
 from tasks.audit import audit
@@ -26,54 +27,14 @@ from tasks.lengths import check_lengths
 from tasks.measure import measure
 from tasks.prepare import prepare_data, validate_data
 from tasks.pretrain import pretrain
-from tasks.promote import Promotion
 from tasks.recipe import Recipe, load_recipe
 from tasks.register import promote_if_shipped, register
-from tasks.registry import CHAMPION, Registry, Version
+from tasks.registry import CHAMPION, Registry
 from tasks.release import check_release, version_to_judge
 from tasks.rlvr import rlvr
 from tasks.runtime import Runtime
 from tasks.sft import sft
 from tasks.tokenize import tokenize
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of the final table. `measured` is what the checkpoint, or the bundle, can do.
-
-    seconds: what the stage took, by this run or, where it is `reused`, by the run that made it.
-    """
-
-    name: str
-    seconds: float | None
-    artifact: Artifact | None = None
-    measured: Artifact | None = None
-    note: str = ""
-    reused: bool = False
-
-
-@dataclass
-class Outcome:
-    """What a lifecycle came to."""
-
-    recipe: Recipe
-    stages: list[Stage] = field(default_factory=list)
-    gate: GateReport | None = None
-    version: Version | None = None
-    promotion: Promotion | None = None
-    refusal: str | None = None
-    """Why the registry would not promote what the gate had let through."""
-    answer: Answer | None = None
-    silence: str | None = None
-    """Why the server that was started on the champion did not answer."""
-
-    @property
-    def shortfall(self) -> str | None:
-        """What keeps this from being a champion that answers, in one line."""
-        if self.promotion is None:
-            decision = self.gate.decision if self.gate else "none"
-            return self.refusal or f"gate: {decision}; {self.version} is not promoted"
-        return self.silence
 
 
 class NotShippedError(UserError):
@@ -121,7 +82,7 @@ def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
         _hand_over(context, outcome, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
         if outcome.promotion:
             _ask_champion(project, outcome)
-    _show(outcome, display)
+    show_outcome(outcome, display.console)
     if outcome.shortfall:
         raise NotShippedError(f"{settings.name}: {outcome.shortfall}")
     return outcome
@@ -233,9 +194,3 @@ def _stage(artifact: Artifact, measured: Artifact | None = None, *, name: str | 
     return Stage(
         name or artifact.stage, artifact.manifest.seconds, artifact, measured, note=note, reused=artifact.reused
     )
-
-
-def _show(outcome: Outcome, display: Display) -> None:
-    from flows.summary import show_outcome
-
-    show_outcome(outcome, display.console)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from flows.lifecycle import Outcome, Stage
+from flows.outcome import Outcome, Stage
 
 # A predicate's name in one short word, in the verifier's order.
 HEADS = {

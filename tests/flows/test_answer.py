@@ -13,7 +13,7 @@ from small_project import make_project
 
 from flows import answer
 from flows.answer import answer_over_http
-from flows.lifecycle import Outcome, Stage
+from flows.outcome import Outcome, Stage
 from flows.summary import show_outcome
 from models.errors import UserError
 from tasks.promote import Promotion
