@@ -107,7 +107,7 @@ def _number(value: float | None) -> _Measured:
 
 def _net_loss(champion: Comparison | Literal["none"] | None) -> _Measured:
     if champion == "none":
-        return _Measured(None, "no champion yet: nothing to regress from", skipped=True)
+        return _Measured(None, "no other champion: nothing to regress from", skipped=True)
     if champion is None or not champion.total:
         return _Measured(None)
     p_value = sign_test(champion.lost, champion.won)

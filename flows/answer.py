@@ -67,7 +67,10 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
     except ValidationError as error:
         problem = error.errors()[0]
         option = {"days_since_delivery": "days"}.get(str(problem["loc"][0]), str(problem["loc"][0]).replace("_", "-"))
-        told = Order.model_fields[str(problem["loc"][0])].description or problem["msg"].lower()
+        told = (
+            Order.model_fields[str(problem["loc"][0])].description
+            or problem["msg"].removeprefix("Input should be ").lower()
+        )
         raise UserError(f"--{option} {problem['input']!r}: must be {told}") from None
     with open_champion(project, model, slots=1) as champion:
         response = champion.service.decide(checked, message)

@@ -105,6 +105,8 @@ def up(project: Path, ports: Ports) -> None:
     # Ten processes of 265 MB otherwise (MLflow 3.17).
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     ours = services(project, ports)
+    for service in ours.values():
+        _check_port(project, service)
     _start(project, ours["prefect"])
     _start(project, ours["mlflow"])
     _deploy(project)
@@ -182,10 +184,10 @@ def _worker_answers(since: datetime) -> bool:
     return any(worker.last_heartbeat_time and worker.last_heartbeat_time > since for worker in workers)
 
 
-def _start(project: Path, service: Service) -> None:
-    if _alive(project, service.name):
+def _check_port(project: Path, service: Service) -> None:
+    """Before anything is started. Raises UserError where another program has the port."""
+    if service.health is None or _alive(project, service.name):
         return
-    assert service.health is not None
     health = urlsplit(service.health)
     with socket.socket() as client:
         if client.connect_ex((health.hostname, health.port)) == 0:
@@ -193,7 +195,14 @@ def _start(project: Path, service: Service) -> None:
                 f"{service.name}: something else listens at {service.url}; stop it, or choose another port "
                 f"(TWINLOOP_{service.name.upper()}_PORT)"
             )
-    _launch(project, service, ready=lambda: _answers(health.geturl()))
+
+
+def _start(project: Path, service: Service) -> None:
+    if _alive(project, service.name):
+        return
+    assert service.health is not None
+    health = service.health
+    _launch(project, service, ready=lambda: _answers(health))
 
 
 def _launch(project: Path, service: Service, *, ready: Callable[[], bool]) -> None:

@@ -71,7 +71,7 @@ class Context:
             recipe_path=path,
             dataset_digest=None,
             progress=progress,
-            code=code_version(project),
+            code=code_version(project, path),
             checkpoint_every_s=recipe.checkpoint_every_s,
         )
 

@@ -243,7 +243,8 @@ def _aliases(champions: list[int], snapshot: Snapshot) -> dict[str, int | None]:
 def _ship(version: Version, report: GateReport | None) -> GateReport:
     """The report, if it lets this very version through. Raises UserError if it does not."""
     if not version.servable:
-        raise UserError(f"{version}: a {version.stage} checkpoint is not served; promote an exported bundle")
+        what = "an export of this precision" if version.stage == "export" else f"a {version.stage} checkpoint"
+        raise UserError(f"{version}: {what} is not served; `twinloop status` names the candidate")
     if report is None:
         raise UserError(f"{version}: not promoted, it stood before no gate; run `twinloop gate`")
     _is_about(version, report)

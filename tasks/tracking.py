@@ -279,11 +279,14 @@ def flatten(settings: Settings) -> dict[str, str]:
     return dict(_flat(plain, ""))
 
 
-def code_version(project: Path) -> CodeVersion:
-    """The commit that `project` stands at. Files that git does not know don't make it dirty: outputs lie among them."""
+def code_version(project: Path, *needed: Path) -> CodeVersion:
+    """The commit that `project` stands at. Of the files that git does not know only `needed` make it dirty: outputs lie
+    among the others."""
     try:
         commit = _git(project, "rev-parse", "HEAD")
         changed = _git(project, "status", "--porcelain", "--untracked-files=no")
+        if needed:
+            changed += _git(project, "status", "--porcelain", "--untracked-files=all", "--", *map(str, needed))
     except (OSError, subprocess.SubprocessError):
         return CodeVersion(None)
     return CodeVersion(commit, dirty=bool(changed))

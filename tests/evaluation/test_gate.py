@@ -53,7 +53,7 @@ def test_the_shipped_rules_use_every_rule_and_a_good_candidate_ships(rules: Gate
 
 def test_without_a_champion_the_comparison_is_skipped_and_says_so(rules: GateRules) -> None:
     [check] = [check for check in judge(rules, GOOD).checks if check.outcome == "skipped"]
-    assert (check.rule, check.detail) == ("champion_net_loss", "no champion yet: nothing to regress from")
+    assert (check.rule, check.detail) == ("champion_net_loss", "no other champion: nothing to regress from")
     assert "skipped  champion_net_loss" in judge(rules, GOOD).text()
 
 

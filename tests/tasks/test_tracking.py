@@ -249,6 +249,9 @@ def test_code_version_knows_uncommitted_changes(tmp_path: Path) -> None:
         subprocess.run([*git, *arguments], check=True)
     (tmp_path / "untracked").write_text("1")
     clean = code_version(tmp_path)
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    assert code_version(tmp_path) == clean
+    assert code_version(tmp_path, Path("mine.yaml")).dirty
     assert clean.commit
     assert str(clean) == clean.commit
     assert CodeVersion.parse(str(clean)) == clean
