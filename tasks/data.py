@@ -264,10 +264,7 @@ def _repro(project: Path, deadline: float, *options: str) -> None:
 def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a DVC command. What it says on stderr is in `stdout` too."""
     bin_dir = str(Path(sys.executable).parent)
-    environment = os.environ | {
-        "DVC_NO_ANALYTICS": "1",
-        "PATH": os.pathsep.join([bin_dir, os.environ.get("PATH", os.defpath)]),
-    }
+    environment = os.environ | {"PATH": os.pathsep.join([bin_dir, os.environ.get("PATH", os.defpath)])}
     return subprocess.run(
         [sys.executable, "-m", "dvc", *arguments],
         cwd=project,
