@@ -27,8 +27,9 @@ from tasks.lengths import check_lengths
 from tasks.measure import measure
 from tasks.prepare import prepare_data, validate_data
 from tasks.pretrain import pretrain
+from tasks.promote import finish_interrupted
 from tasks.recipe import Recipe, load_recipe
-from tasks.register import promote_if_shipped, register
+from tasks.register import promote_if_shipped, register, who
 from tasks.registry import CHAMPION, Registry
 from tasks.release import check_release, version_to_judge
 from tasks.rlvr import rlvr
@@ -54,7 +55,9 @@ def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
     outcome = Outcome(settings)
     rules = load_rules(project / settings.gate.rules)
     with make_display() as display, gpu_slot(project, runtime):
-        context, data = _let_in(Context.of(project, Path(recipe), settings, display), settings, outcome)
+        context = Context.of(project, Path(recipe), settings, display)
+        finish_interrupted(Registry(context.mlruns, context.recipe), who())
+        context, data = _let_in(context, settings, outcome)
         tokenizer = tokenize(context, settings.tokenizer, data=data)
         outcome.stages.append(_stage(tokenizer))
         check_lengths(settings, tokenizer)
@@ -98,7 +101,9 @@ def release_check(recipe: str = "recipes/returns.yaml") -> str:
     runtime = Runtime.of(settings)
     with make_display() as display, gpu_slot(project, runtime):
         context = Context.of(project, Path(recipe), settings, display)
-        version_to_judge(Registry(context.mlruns, context.recipe), CHAMPION)
+        registry = Registry(context.mlruns, context.recipe)
+        finish_interrupted(registry, who())
+        version_to_judge(registry, CHAMPION)
         context, data = _let_in(context, settings, Outcome(settings))
         report = check_release(context, settings.evaluate, runtime, rules, CHAMPION, data=data)
         display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)

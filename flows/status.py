@@ -42,6 +42,11 @@ def roll_back(project: Path, model: str) -> int:
         Registry(Mlruns(project / "mlruns"), model), who(), lambda bundle: proofs.append(prove_answers(bundle))
     )
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
+    if done.finished_later:
+        print(
+            f"this rollback, begun by {done.who} on {done.when}, had been interrupted; say it again to go back further"
+        )
+        return 0
     print(f"its proof, order {EXAMPLE_ORDER['order_id']}: {_told(proofs[-1])}")
     return 0
 
@@ -59,7 +64,9 @@ def judge_now(project: Path, recipe_path: Path) -> int:
     from flows.gpu import gpu_slot
     from tasks.context import Context
     from tasks.prepare import prepare_data, validate_data
+    from tasks.promote import finish_interrupted
     from tasks.recipe import load_recipe
+    from tasks.register import who
     from tasks.registry import CANDIDATE, CHAMPION
     from tasks.release import check_release, version_to_judge
     from tasks.runtime import Runtime
@@ -70,7 +77,9 @@ def judge_now(project: Path, recipe_path: Path) -> int:
     aliases = (CANDIDATE, CHAMPION)
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
-        version_to_judge(Registry(context.mlruns, context.recipe), *aliases)
+        registry = Registry(context.mlruns, context.recipe)
+        finish_interrupted(registry, who())
+        version_to_judge(registry, *aliases)
         version, _ = prepare_data.fn(context)
         context = context.on_data(version.md5)
         data = validate_data.fn(context, recipe.validate_, data=version)

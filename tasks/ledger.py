@@ -27,6 +27,7 @@ from models.errors import UserError
 GENESIS = "0" * 64
 
 Action = Literal["promote", "rollback", "adopt"]
+ENDS = ("commit", "adopt")
 
 
 class Entry(BaseModel):
@@ -78,6 +79,11 @@ class Contents:
         done = {entry.of for entry in self.entries if entry.event == "commit"}
         of_model = [entry for entry in self.entries if entry.model == model]
         return [e for e in of_model if e.event == "adopt" or (e.event == "intent" and e.sequence in done)]
+
+    def end(self, model: str) -> str | None:
+        """The digest of the line that ended this model's last move, None where it never moved."""
+        ended = (d for e, d in zip(self.entries, self.digests, strict=True) if e.model == model and e.event in ENDS)
+        return next(reversed([*ended]), None)
 
     def champions(self, model: str) -> list[int]:
         """The versions one can go back through, the served one last: promotions pile up, rollbacks take off."""

@@ -1,8 +1,10 @@
 """Promotion and rollback: the only code that moves `champion` and `previous`.
 
-Under one lock for the whole project, in this order: check, write the intent, move the aliases, write the commit. A
-process that dies in between leaves either nothing but a note, or an intent that the next promotion or rollback carries
-out (its checks had passed) before its own work. At every moment `champion` names a whole, verified bundle.
+Under one lock for the whole project, in this order: check, write the intent, move the aliases, write the commit, tell
+MLflow the commit's digest. A process that dies in between leaves either nothing but a note, or a move that the next
+command carries out (its checks had passed) before its own work. Where that is the very move that the next command asks
+for, a rollback repeated by somebody who saw the first one die, it is all that the command does. At every moment
+`champion` names a whole, verified bundle.
 
 There is no force. A version is promoted on a gate report that says SHIP for its very digest, and a version that was
 rolled back comes back only by hand and on a new report: the old one has been refuted by production.
@@ -10,6 +12,7 @@ rolled back comes back only by hand and on a new report: the old one has been re
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +31,8 @@ from tasks.tracking import Mlruns
 if TYPE_CHECKING:
     from evaluation.gate import GateReport  # imported where a report is read
 
+log = logging.getLogger(__name__)
+
 # A rollback loads its target under the lock; a big bundle takes its time.
 LOCK_TIMEOUT_S = 600.0
 LEDGER_HEAD = "ledger_head"  # tag of the registered model
@@ -45,10 +50,31 @@ class Promotion:
     when: str
     gate_digest: str | None
     manifest_digest: str
+    finished_later: bool = False
+    """Whether another process had begun it and died."""
 
     @classmethod
-    def of(cls, entry: Entry) -> Promotion:
-        return cls(**{name: getattr(entry, name) for name in cls.__dataclass_fields__})
+    def of(cls, entry: Entry, *, finished_later: bool = False) -> Promotion:
+        return cls(
+            action=entry.action,
+            model=entry.model,
+            from_version=entry.from_version,
+            to_version=entry.to_version,
+            who=entry.who,
+            when=entry.when,
+            gate_digest=entry.gate_digest,
+            manifest_digest=entry.manifest_digest,
+            finished_later=finished_later,
+        )
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """The ledger with nothing pending, and what it says. `finished`: a move that had been interrupted until now."""
+
+    ledger: Ledger
+    contents: Contents
+    finished: Promotion | None
 
 
 def open_ledger(mlruns: Mlruns) -> Ledger:
@@ -102,10 +128,12 @@ def promote(
     report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
     back and not both a person and a new report want it.
     """
-    with _settled(registry, who) as (ledger, contents):
+    with _settled(registry, who) as found:
+        if found.finished and (found.finished.action, found.finished.to_version) == ("promote", version):
+            return found.finished
         target = registry.version(version)  # now, not before the wait: its gate may have been judged again
-        champions = contents.champions(registry.name)
-        settled = contents.settled(registry.name)
+        champions = found.contents.champions(registry.name)
+        settled = found.contents.settled(registry.name)
         if champions[-1:] == [version]:  # nor is its report kept: a later check of the champion may say otherwise
             return Promotion.of(settled[-1])
         if gate:
@@ -113,7 +141,7 @@ def promote(
         report = _ship(target, gate or read_gate(registry, target))
         _not_refuted(target, report, settled, by_hand=by_hand)
         registry.verify(target)
-        intent, _ = ledger.append(
+        intent, _ = found.ledger.append(
             "intent",
             action="promote",
             model=registry.name,
@@ -123,18 +151,21 @@ def promote(
             manifest_digest=target.digest,
             gate_digest=report.digest(),
         )
-        return _carry_out(registry, ledger, intent)
+        return _carry_out(registry, found.ledger, intent)
 
 
 def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> Promotion:
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
     prove(bundle): loads the bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
-    champions. Raises UserError, and moves nothing, if there is no way back, if the target's bytes are not as they were
-    registered, or if `prove` raised.
+    champions; a rollback that was interrupted and is repeated goes back one, and is not proven again. Raises UserError,
+    and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if `prove`
+    raised.
     """
-    with _settled(registry, who) as (ledger, contents):
-        champions = contents.champions(registry.name)
+    with _settled(registry, who) as found:
+        if found.finished and found.finished.action == "rollback":
+            return found.finished
+        champions = found.contents.champions(registry.name)
         if len(champions) < 2:
             raise UserError(f"{registry.name}: nothing to roll back to, there was no champion before this one")
         *earlier, champion = champions
@@ -147,7 +178,7 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> P
                 f"{target}: not rolled back to, it does not load and answer ({type(error).__name__}: {error}); "
                 f"version {champion} stays champion"
             ) from error
-        intent, _ = ledger.append(
+        intent, _ = found.ledger.append(
             "intent",
             action="rollback",
             model=registry.name,
@@ -157,11 +188,20 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> P
             manifest_digest=target.digest,
             gate_digest=target.tags.get("gate_digest"),
         )
-        return _carry_out(registry, ledger, intent)
+        return _carry_out(registry, found.ledger, intent)
+
+
+def finish_interrupted(registry: Registry, who: str) -> Promotion | None:
+    """Finish the move in which an earlier process died, if there is one: what is judged next is then judged against
+    the champion that serves. Waits for no lock where nothing is pending."""
+    if open_ledger(registry.mlruns).read().pending() is None:
+        return None
+    with _settled(registry, who) as found:
+        return found.finished
 
 
 @contextmanager
-def _settled(registry: Registry, who: str) -> Iterator[tuple[Ledger, Contents]]:
+def _settled(registry: Registry, who: str) -> Iterator[_Settled]:
     """Hold the promotion lock, with nothing pending, and a ledger that says what the aliases say."""
     lock = registry.mlruns.lock("promotions")
     try:
@@ -175,9 +215,11 @@ def _settled(registry: Registry, who: str) -> Iterator[tuple[Ledger, Contents]]:
         ledger.read(head=registry.snapshot().tags.get(LEDGER_HEAD))
         ledger.mend()
         if pending := ledger.read().pending():
-            _finish(Registry(registry.mlruns, pending.model), ledger, pending)
+            finished = _finish(Registry(registry.mlruns, pending.model), ledger, pending)
+        else:
+            finished = _acknowledge(registry, ledger.read())
         _adopt(registry, ledger, who)
-        yield ledger, ledger.read()
+        yield _Settled(ledger, ledger.read(), finished if finished and finished.model == registry.name else None)
     finally:
         lock.release()
 
@@ -191,15 +233,35 @@ def _carry_out(registry: Registry, ledger: Ledger, intent: Entry, *, note: str |
     return Promotion.of(intent)
 
 
-def _finish(registry: Registry, ledger: Ledger, intent: Entry) -> None:
-    """Carry out an intent whose process died. Its checks had passed; only its target's bytes may have changed since."""
+def _finish(registry: Registry, ledger: Ledger, intent: Entry) -> Promotion | None:
+    """Carry out an intent whose process died; None where it had to be given up. Its checks had passed; since then its
+    target's bytes may have changed, and a gate may have blocked what was to be promoted."""
+    move = f"the interrupted {intent.action} to {intent.model} version {intent.to_version}"
     try:
-        registry.verify(registry.version(intent.to_version))
+        target = registry.version(intent.to_version)
+        registry.verify(target)
+        if intent.action == "promote":
+            _ship(target, read_gate(registry, target))
     except UserError as error:
         registry.move(_aliases(ledger.read().champions(registry.name), registry.snapshot()))
         ledger.end(intent, "abort", note=f"interrupted, and then: {error}")
-    else:
-        _carry_out(registry, ledger, intent, note="interrupted, finished later")
+        log.warning("%s, begun by %s, was given up: %s", move, intent.who, error)
+        return None
+    _carry_out(registry, ledger, intent, note="interrupted, finished later")
+    log.warning("%s, begun by %s, was finished now", move, intent.who)
+    return Promotion.of(intent, finished_later=True)
+
+
+def _acknowledge(registry: Registry, contents: Contents) -> Promotion | None:
+    """The model's last move, where its process died between the commit and telling MLflow of it: it had moved the
+    aliases, and whoever asked for it has not heard."""
+    end, told = contents.end(registry.name), registry.snapshot().tags.get(LEDGER_HEAD)
+    if end is None or told not in contents.digests or told == end:
+        return None
+    if registry.snapshot().aliases.get(CHAMPION) != contents.champions(registry.name)[-1]:
+        return None  # an older database was restored: `_adopt` writes down what it says
+    registry.tag_model(LEDGER_HEAD, end)
+    return Promotion.of(contents.settled(registry.name)[-1], finished_later=True)
 
 
 def _adopt(registry: Registry, ledger: Ledger, who: str) -> None:

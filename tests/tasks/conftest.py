@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from releases import ship
 
 from tasks.artifact import Artifact, ArtifactStore
+from tasks.promote import promote
 from tasks.registry import Lineage, Registry, Version
 from tasks.tracking import CodeVersion, Mlruns
 
@@ -65,3 +67,12 @@ def bundle(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) 
         return registry.register(make("export", weights).path, lineage, servable=True)
 
     return register
+
+
+@pytest.fixture
+def three(registry: Registry, bundle: Callable[[str], Version]) -> list[Version]:
+    """Three champions, one after the other."""
+    versions = [bundle(weights) for weights in ("w1", "w2", "w3")]
+    for version in versions:
+        promote(registry, version.version, ship(version), who="ada")
+    return versions

@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import Literal
 
 import pytest
+from releases import Bundle, Make, champions, consistent, history, lines, loads, ship
 
-from evaluation.gate import GateReport, Reason
+from evaluation.gate import GateReport
 from models.errors import UserError
-from tasks import ledger as ledger_module
 from tasks import promote as promote_module
-from tasks.artifact import Artifact
 from tasks.ledger import Ledger
-from tasks.promote import LEDGER_HEAD, Promotion, open_ledger, promote, record_gate, rollback
+from tasks.promote import open_ledger, promote, record_gate, rollback
 from tasks.registry import Lineage, Registry, Version
 from tasks.status import status
 from tasks.tracking import Mlruns
-
-Bundle = Callable[[str], Version]
-Make = Callable[..., Artifact]
-
-# Fresh processes, as in life, but MLflow is imported once for all of them.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "tasks.promote"])
-
-
-def ship(version: Version, decision: Literal["SHIP", "BLOCK"] = "SHIP", rules: str = "r1") -> GateReport:
-    reason = Reason(rule="golden_pass_rate", reason="policy regression", owner="SFT data", measured=0.9, limit=1.0)
-    reasons = () if decision == "SHIP" else (reason,)
-    return GateReport(decision=decision, reasons=reasons, checks=(), candidate=version.digest, rules_digest=rules)
-
-
-def loads(path: Path) -> None:
-    assert (path / "model.onnx").exists()
-
-
-def champions(registry: Registry) -> dict[str, int]:
-    return registry.snapshot().aliases
-
-
-def lines(registry: Registry) -> list[bytes]:
-    return open_ledger(registry.mlruns).path.read_bytes().splitlines()
-
-
-def history(registry: Registry) -> list[Promotion]:
-    """Every move of the champion, oldest first."""
-    head = registry.snapshot().tags.get(LEDGER_HEAD)
-    return [Promotion.of(entry) for entry in open_ledger(registry.mlruns).read(head=head).settled(registry.name)]
-
-
-def settle(registry: Registry) -> None:
-    """What every promotion and rollback does first: finish what a dead process had begun."""
-    with promote_module._settled(registry, "ada"):
-        pass
-
-
-def consistent(registry: Registry) -> None:
-    """The ledger is whole, nothing is pending, and it says what the aliases say."""
-    contents = open_ledger(registry.mlruns).read(head=registry.snapshot().tags["ledger_head"])
-    assert contents.pending() is None
-    assert not contents.torn
-    known = contents.champions(registry.name)
-    aliases = champions(registry)
-    assert known[-1:] == [aliases["champion"]]
-    assert known[-2:-1] == ([aliases["previous"]] if "previous" in aliases else [])
-    assert registry.resolve("champion")
 
 
 def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, bundle: Bundle) -> None:
@@ -199,15 +145,6 @@ def test_a_damaged_bundle_is_not_promoted(registry: Registry, bundle: Bundle) ->
     assert "champion" not in champions(registry)
 
 
-@pytest.fixture
-def three(registry: Registry, bundle: Bundle) -> list[Version]:
-    """Three champions, one after the other."""
-    versions = [bundle(weights) for weights in ("w1", "w2", "w3")]
-    for version in versions:
-        promote(registry, version.version, ship(version), who="ada")
-    return versions
-
-
 def test_rollback_proves_its_target_and_goes_back_one_champion_each_time(
     registry: Registry, three: list[Version]
 ) -> None:
@@ -254,120 +191,6 @@ def test_what_was_rolled_back_needs_a_person_and_a_new_gate_report(registry: Reg
 def test_what_was_superseded_may_come_back_by_itself(registry: Registry, three: list[Version]) -> None:
     promote(registry, 1, ship(three[0]), who="the schedule")  # the recipe was changed back
     assert champions(registry) == {"champion": 1, "previous": 3}
-
-
-# --- processes -------------------------------------------------------------------------------------------------------
-
-
-def _promote(root: Path, number: int, barrier: Barrier) -> None:
-    registry = Registry(Mlruns(root), "returns")
-    evidence = ship(registry.version(number))
-    barrier.wait()
-    promote(registry, number, evidence, who=f"process {number}")
-
-
-def test_processes_that_promote_at_once_take_turns(registry: Registry, bundle: Bundle) -> None:
-    versions = [bundle(f"w{number}") for number in range(1, 5)]
-    barrier = processes.Barrier(len(versions))
-    started = [
-        processes.Process(target=_promote, args=(registry.mlruns.root, version.version, barrier))
-        for version in versions
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(60)
-    assert [process.exitcode for process in started] == [0] * 4
-    moves = history(registry)
-    assert sorted(move.to_version for move in moves) == [1, 2, 3, 4]
-    assert [move.from_version for move in moves] == [None, *(move.to_version for move in moves[:-1])]
-    consistent(registry)
-
-
-POINTS = ["nothing", "half an intent", "intent", "first alias", "second alias", "half a commit", "commit"]
-MOVES = [(action, point) for action in ("promote", "rollback") for point in POINTS] + [("promote", "third alias")]
-
-
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _move_and_die(root: Path, action: str, point: str) -> None:
-    """Promote version 2, or roll back from it, and be killed right after `point`."""
-    registry = Registry(Mlruns(root), "returns")
-    append, appended = ledger_module._append, 0
-    client = registry.mlruns.client
-    moved = {name: getattr(client, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")}
-    moves = 0
-
-    def dying_append(path: Path, line: bytes) -> None:
-        nonlocal appended
-        appended += 1
-        half, whole = (("half an intent", "intent"), ("half a commit", "commit"))[appended - 1]
-        if point == "nothing":
-            _die()
-        append(path, line[: len(line) // 2] if point == half else line)
-        if point in (half, whole):
-            _die()
-
-    def dying_move(name: str) -> Callable[..., None]:
-        def move(*arguments: str) -> None:
-            nonlocal moves
-            moved[name](*arguments)
-            moves += 1
-            if point == ("first alias", "second alias", "third alias")[moves - 1]:
-                _die()
-
-        return move
-
-    ledger_module._append = dying_append
-    for name in moved:
-        setattr(client, name, dying_move(name))
-    if action == "promote":
-        promote(registry, 2, ship(registry.version(2)), who="the dead")
-    else:
-        rollback(registry, "the dead", loads)
-
-
-@pytest.mark.parametrize(("action", "point"), MOVES)
-def test_a_killed_move_is_finished_or_never_happened(
-    registry: Registry, bundle: Bundle, action: str, point: str
-) -> None:
-    for weights in ("w1", "w2"):
-        version = bundle(weights)
-        if weights == "w1" or action == "rollback":
-            promote(registry, version.version, ship(version), who="ada")
-    before, after = (1, 2) if action == "promote" else (2, 1)
-    process = processes.Process(target=_move_and_die, args=(registry.mlruns.root, action, point))
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-
-    assert registry.resolve("champion").version in (before, after)  # somebody is served at every moment
-    seen = status(registry)
-    assert bool(seen.warnings) == (point not in ("nothing", "commit"))
-
-    settle(registry)
-    consistent(registry)
-    happened = point not in ("nothing", "half an intent")
-    assert champions(registry)["champion"] == (after if happened else before)
-    assert [move.who for move in history(registry)].count("the dead") == int(happened)
-    assert status(registry).warnings == []
-
-
-def test_an_interrupted_promotion_to_a_bundle_damaged_since_is_given_up(registry: Registry, bundle: Bundle) -> None:
-    first = bundle("w1")
-    promote(registry, first.version, ship(first), who="ada")
-    second = bundle("w2")
-    process = processes.Process(target=_move_and_die, args=(registry.mlruns.root, "promote", "second alias"))
-    process.start()
-    process.join(60)
-    (second.path / "model.onnx").write_text("w9")
-    settle(registry)
-    assert champions(registry)["champion"] == 1
-    assert "previous" not in champions(registry)
-    assert [move.to_version for move in history(registry)] == [1]
-    assert open_ledger(registry.mlruns).read().entries[-1].event == "abort"
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------
