@@ -1,12 +1,17 @@
-"""Prefect's server, embedded: started for one run, and gone with it however the run dies.
+"""Prefect's server, for this machine only: `make up`'s, and one embedded in a run, gone with it however the run dies.
 
-Prefect's own ephemeral server outlives a process that was killed, and holds its database and its output open. This one
-waits at the end of a pipe whose other end its parent holds: the kernel closes that, also on kill -9. It starts while
-the rest is being imported, and listens from the first moment, so nobody has to try again.
+Prefect's own ephemeral server outlives a process that was killed, and holds its database and its output open. The
+embedded one waits at the end of a pipe whose other end its parent holds: the kernel closes that, also on kill -9. It
+starts while the rest is being imported, and listens from the first moment, so nobody has to try again.
+
+Whoever may ask this server to run a deployment runs commands as the operator. So it asks for the project's secret, and
+it answers neither a request under a foreign host name (a name that was pointed at 127.0.0.1) nor one that a foreign web
+page makes: Prefect has settings for the secret and for what a page may read, and none for these.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import subprocess
@@ -18,9 +23,16 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from flows.prefect_auth import auth_string, prefect_client
 from models.errors import UserError
 
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HOST = "127.0.0.1"
+HOST_NAMES = (HOST, "localhost")
 START_WITHIN_S = 180.0
 """It takes 5 s, 12 s when it makes its database, and longer on a busy machine."""
 ASK_WITHIN_S = 10.0
@@ -42,37 +54,33 @@ def embedded_server(project: Path) -> Iterator[None]:
     if os.environ.get("PREFECT_API_URL"):
         yield
         return
-    from flows.services import running_prefect  # psutil, which a bare device may lack
-
     if url := running_prefect(project):
-        os.environ["PREFECT_API_URL"] = url
         _adopted.add(url)
         try:
-            yield
+            with prefect_client(project, url):
+                yield
         finally:
             _adopted.discard(url)
-            del os.environ["PREFECT_API_URL"]
         return
     log = _log(project)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as listener, log.open("wb") as output:
+    with socket.create_server((HOST, 0)) as listener, log.open("wb") as output:
         port = listener.getsockname()[1]
         child = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(listener.fileno())],
-            env=os.environ | {"PREFECT_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"},
+            [*server_command(project, port), "--listener", str(listener.fileno())],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,
             pass_fds=[listener.fileno()],
             start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
         )
-    url = os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    url = f"http://{HOST}:{port}/api"
     _own[url] = child
     try:
-        yield
+        with prefect_client(project, url):
+            yield
     finally:
         del _own[url]
-        del os.environ["PREFECT_API_URL"]
         assert child.stdin is not None
         child.stdin.close()
         try:
@@ -80,6 +88,25 @@ def embedded_server(project: Path) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+
+
+def running_prefect(project: Path) -> str | None:
+    """The API of the Prefect server that `make up` started, while it runs."""
+    import psutil  # a bare device may lack it
+
+    from flows.processes import alive
+
+    try:
+        process = alive(project, "prefect")
+        command = process.cmdline() if process else []
+        return f"http://{HOST}:{command[command.index('--port') + 1]}/api"
+    except (ValueError, psutil.Error):  # there is none, or no more
+        return None
+
+
+def server_command(project: Path, port: int) -> list[str]:
+    """What starts this project's Prefect server; it ends with its process."""
+    return [sys.executable, "-m", "flows.server", "--project", str(project), "--port", str(port)]
 
 
 def has_shared_server() -> bool:
@@ -114,16 +141,71 @@ def _log(project: Path) -> Path:
     return project / "state" / "prefect" / "server.log"
 
 
-def _serve(listener: int) -> None:
+def _serve(project: Path, port: int, listener: int | None) -> None:
+    """Serve until SIGTERM. listener: a socket that is open already; the server then ends when its input does."""
     import uvicorn
 
-    def end_with_parent() -> None:
-        sys.stdin.buffer.read()
-        os._exit(0)
+    origins = [f"http://{name}:{port}" for name in HOST_NAMES]
+    os.environ["PREFECT_SERVER_API_AUTH_STRING"] = auth_string(project)
+    os.environ["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] = ",".join(origins)
+    if listener is not None:
+        os.environ |= {"PREFECT_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    where = {"host": HOST, "port": port} if listener is None else {"fd": listener}
+    uvicorn.run(_app(origins), **where, log_level="warning", server_header=False, proxy_headers=False, lifespan="on")
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, fd=listener, log_level="error", lifespan="on")
+
+def _app(origins: list[str]) -> ASGIApp:
+    from prefect.server.api.server import create_app
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    return TrustedHostMiddleware(_OwnPages(create_app(final=True), origins), HOST_NAMES, www_redirect=False)
+
+
+class _OwnPages:
+    """Prefect's app for its own pages: a page of another origin is refused, also where a browser would not let it read
+    the answer, and Prefect's own reach no other host (3.8 asks for its analytics' settings even where they are off)."""
+
+    def __init__(self, app: ASGIApp, origins: list[str]):
+        self.app = app
+        self.origins = origins
+        reached = " ".join(origins + [origin.replace("http", "ws", 1) for origin in origins])
+        self.policy = (
+            "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+            f"connect-src 'self' {reached}; frame-ancestors 'self'"
+        ).encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+        from starlette.websockets import WebSocketClose
+
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", self.policy)]
+            await send(message)
+
+        if scope["type"] == "lifespan" or Headers(scope=scope).get("origin", self.origins[0]) in self.origins:
+            await self.app(scope, receive, send_with_policy)
+        elif scope["type"] == "websocket":
+            await WebSocketClose(1008)(scope, receive, send)
+        else:
+            await PlainTextResponse("a page of another origin may not ask this server", 403)(scope, receive, send)
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m flows.server")
+    parser.add_argument("--project", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--listener", type=int)
+    arguments = parser.parse_args()
+    _serve(arguments.project, arguments.port, arguments.listener)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    main()

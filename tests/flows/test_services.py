@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
 import socket
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import httpx
 import psutil
 import pytest
-import yaml
-from small_project import PROJECT, RECIPE, environment, make_project, twinloop
+from running_services import Services, wait_for
+from small_project import twinloop
 
 from flows import services
-from flows.services import MARK, Ports
+from flows.processes import MARK, marked
+from flows.services import Ports
 from models.errors import UserError
 
 ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
@@ -80,98 +73,6 @@ def test_what_a_killed_service_left_behind_is_ended(tmp_path: Path, bystander: s
 # --- the whole, for real ----------------------------------------------------------------------------------------------
 
 
-class Services:
-    """A project whose recipe is small, and its services on free ports."""
-
-    def __init__(self, folder: Path):
-        self.project = make_project(folder)
-        for name in ("prefect.yaml", "prefect.toml"):
-            shutil.copy(PROJECT / name, self.project / name)
-        self.write_recipe(tokens=20_000)
-        self.ports = {name: _free_port() for name in ("prefect", "mlflow", "api")}
-
-    def write_recipe(self, *, tokens: int) -> None:
-        recipe = RECIPE | {"name": "returns", "pretrain": RECIPE["pretrain"] | {"tokens": tokens}}
-        (self.project / "recipes" / "returns.yaml").write_text(yaml.safe_dump(recipe))
-
-    def say(self, word: str) -> subprocess.CompletedProcess[str]:
-        ports = {f"TWINLOOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()}
-        command = [sys.executable, "-m", "flows.services", word]
-        return subprocess.run(
-            command, cwd=self.project, env=environment() | ports, capture_output=True, text=True, check=False
-        )
-
-    def ask(self, service: str, path: str, body: object = None) -> Any:
-        response = httpx.request(
-            "GET" if body is None else "POST",
-            f"http://127.0.0.1:{self.ports[service]}{path}",
-            json=body,
-            timeout=30,
-            trust_env=False,
-        )
-        response.raise_for_status()
-        return response.json()
-
-    def deployments(self) -> dict[str, dict[str, Any]]:
-        return {found["name"]: found for found in self.ask("prefect", "/api/deployments/filter", {})}
-
-    def trigger(self, name: str) -> str:
-        run = self.ask("prefect", f"/api/deployments/{self.deployments()[name]['id']}/create_flow_run", {})
-        return str(run["id"])
-
-    def start_long_run(self) -> str:
-        """A lifecycle that will not end by itself within a test."""
-        self.write_recipe(tokens=50_000_000)
-        run = self.trigger("lifecycle")
-        wait_for(lambda: self.state(run) == "RUNNING")
-        return run
-
-    def kill_worker(self) -> None:
-        os.kill(int((self.project / "state" / "services" / "worker.pid").read_text()), signal.SIGKILL)
-
-    def state(self, run: str) -> str:
-        return str(self.ask("prefect", f"/api/flow_runs/{run}")["state_type"])
-
-    def scheduled(self) -> set[str]:
-        body = {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}, "limit": 200}
-        return {run["deployment_id"] for run in self.ask("prefect", "/api/flow_runs/filter", body)}
-
-    def processes(self) -> list[str]:
-        """Whatever has this project in its environment or works in it."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if str(self.project) in json.dumps([process.environ(), process.cwd(), process.cmdline()]):
-                    found.append(f"{process.pid} {process.cmdline()}")
-            except (psutil.Error, OSError):
-                continue
-        return found
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 240) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.5)
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    ours = Services(tmp_path_factory.mktemp("services"))
-    up = ours.say("up")
-    try:
-        assert up.returncode == 0, up.stderr
-        assert "api: not started, no model is promoted yet" in up.stderr
-        yield ours
-    finally:
-        ours.say("down")
-
-
 @pytest.mark.slow
 def test_every_deployment_is_scheduled_one_at_a_time(running: Services) -> None:
     deployments = running.deployments()
@@ -213,7 +114,7 @@ def test_a_run_from_the_command_line_reports_to_the_server_that_is_up(running: S
 def test_a_run_that_died_with_its_worker_does_not_keep_the_others_waiting(running: Services) -> None:
     run = running.start_long_run()
     running.kill_worker()
-    for process in services._marked(running.project, "worker"):
+    for process in marked(running.project, "worker"):
         process.kill()
     assert running.state(run) == "RUNNING"
     assert "was cut off; it is marked as crashed" in running.say("up").stderr
@@ -224,7 +125,7 @@ def test_a_run_that_died_with_its_worker_does_not_keep_the_others_waiting(runnin
 def test_down_leaves_nothing_even_when_the_worker_was_killed(running: Services) -> None:
     running.start_long_run()
     running.kill_worker()
-    assert any("prefect.engine" in line for line in running.processes())
+    assert any("prefect.engine" in process.cmdline() for process in running.processes())
     down = running.say("down")
     assert down.returncode == 0, down.stderr
     assert [line.split()[0] for line in down.stdout.splitlines()][-3:] == ["worker", "mlflow", "prefect"]

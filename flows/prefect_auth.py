@@ -1,0 +1,68 @@
+"""The secret of this project's own Prefect servers: what a client must send, made at first use and kept in state/."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from models.errors import UserError
+
+USER = "twinloop"
+_AUTH = re.compile(rf"{USER}:[A-Za-z0-9_-]{{32,}}")
+
+
+def auth_file(project: Path) -> Path:
+    """Where the secret is kept. Prefect's page asks for what this file holds."""
+    return project / "state" / "prefect.auth"
+
+
+def auth_string(project: Path) -> str:
+    """The secret as Prefect takes it, `user:password`. Only the owner of the file may read it.
+
+    Raises UserError where the file holds anything else.
+    """
+    path = auth_file(project)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".auth.lock")):
+        if not path.exists():
+            _make(path)
+        path.chmod(0o600)  # it may have been copied or restored with other rights
+        text = path.read_text(errors="replace").strip()
+    if not _AUTH.fullmatch(text):
+        raise UserError(
+            f"{path}: holds no `{USER}:<password>`; run `make down` and remove it, and the next start makes a new one"
+        )
+    return text
+
+
+@contextmanager
+def prefect_client(project: Path, url: str) -> Iterator[None]:
+    """Meanwhile, this process and its children speak to the project's own server at `url`, the API's address."""
+    ours = {"PREFECT_API_URL": url, "PREFECT_API_AUTH_STRING": auth_string(project)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _make(path: Path) -> None:
+    new = path.with_suffix(".auth.new")
+    new.unlink(missing_ok=True)
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"{USER}:{secrets.token_urlsafe(32)}\n")
+        file.flush()
+        os.fsync(descriptor)
+    new.replace(path)
