@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from flows.edge import MISTAKE, run_command
 from flows.environment import prepare_environment, quiet_prefect
 from models.errors import UserError
 
@@ -176,22 +177,19 @@ def _project() -> Path:
 def main() -> None:
     """The console command."""
     prepare_environment()
+    sys.exit(run_command(_command))
+
+
+def _command() -> int | None:
     try:
-        code = app(standalone_mode=False)
-    except UserError as error:
-        sys.exit(_mistake(str(error)))
+        code: int | None = app(standalone_mode=False)
     except TyperException as error:
         message = error.format_message()
         if type(error).__name__ == "NoArgsIsHelpError":
             print(message)
-            sys.exit(2)
-        sys.exit(_mistake(f"{message} See `twinloop --help`."))
-    sys.exit(code or 0)
-
-
-def _mistake(message: str) -> int:
-    print(f"twinloop: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+            return MISTAKE
+        raise UserError(f"{message} See `twinloop --help`.") from None
+    return code
 
 
 if __name__ == "__main__":

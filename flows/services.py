@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from flows.edge import run_command
 from flows.environment import prepare_environment
 from flows.prefect_auth import auth_file, prefect_client
 from flows.processes import alive, end, launch, marked, stop
@@ -215,20 +216,16 @@ def _has_champion(project: Path) -> bool:
 
 
 def main() -> int:
-    try:
-        project = find_project()
-        prepare_environment(project)
-        if sys.argv[1:] == ["up"]:
-            up(project, Ports.from_environment())
-        elif sys.argv[1:] == ["down"]:
-            down(project)
-        else:
-            raise UserError("python -m flows.services: say up or down")
-    except UserError as error:
-        print(f"twinloop: {error}", file=sys.stderr)
-        return 2
+    project = find_project()
+    prepare_environment(project)
+    if sys.argv[1:] == ["up"]:
+        up(project, Ports.from_environment())
+    elif sys.argv[1:] == ["down"]:
+        down(project)
+    else:
+        raise UserError("python -m flows.services: say up or down")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -1,4 +1,8 @@
-"""The one exception that means: the user can mend this."""
+"""The one exception that means: the user can correct this. And the one fault that any library may meet: a full disk."""
+
+from __future__ import annotations
+
+import errno
 
 
 class UserError(Exception):
@@ -6,3 +10,23 @@ class UserError(Exception):
 
     The `twinloop` command prints the message without a traceback and exits with code 2.
     """
+
+
+_DISK_FULL = ("no space left on device", "disk is full", "disk quota exceeded", "os error 28")
+"""As SQLite, and the libraries that write files from C++ and Rust, say it."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that there is no room on a disk. What it was raised from is not asked."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    text = str(error).lower()
+    return any(words in text for words in _DISK_FULL)
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, in one line. SQLAlchemy's go on with the statement, its parameters and an address."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -19,6 +19,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
+
+from models.errors import is_disk_full, one_line
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Run
@@ -202,12 +205,18 @@ class Tracker:
             self._end("FINISHED")
             return
         # The stage's own error is what the user must see: trouble in recording it is only logged.
-        try:
+        with self._trouble_logged():
             self.flush()
             self.mlruns.client.set_tag(self.run_id, "twinloop.error", f"{type(error).__name__}: {error}"[:1000])
+        with self._trouble_logged():
+            self._end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+
+    @contextmanager
+    def _trouble_logged(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as trouble:
-            log.warning("MLflow could not record the last metrics of %s: %s", self.execution.stage, trouble)
-        self._end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            log.warning("MLflow could not record how %s ended: %s", self.execution.stage, one_line(trouble))
 
     def log(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Keep these values, and write what is kept every `flush_every_s`. Costs microseconds between the writes."""
@@ -219,7 +228,7 @@ class Tracker:
             try:
                 self.flush()
             except Exception as trouble:  # kept in the buffer; the next flush tries again
-                log.warning("MLflow is not reachable, metrics of %s wait: %s", self.execution.stage, trouble)
+                log.warning("MLflow is not reachable, metrics of %s wait: %s", self.execution.stage, one_line(trouble))
 
     def flush(self) -> None:
         """Write every buffered metric now. Raises what MLflow raises; nothing is lost from the buffer then."""
@@ -328,7 +337,9 @@ def _patiently(write: Callable[[], object]) -> None:
             write()
             return
         except Exception as trouble:
-            log.warning("MLflow is not reachable, trying again in %s s: %s", pause_s, trouble)
+            if is_disk_full(trouble):  # no time makes room
+                raise
+            log.warning("MLflow is not reachable, trying again in %s s: %s", pause_s, one_line(trouble))
             time.sleep(pause_s)
     write()
 
