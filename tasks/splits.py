@@ -16,7 +16,7 @@ import polars as pl
 
 from domains.returns.schemas import MESSAGES
 from models.errors import UserError
-from tasks.reading import LINE
+from tasks.rows import LINE
 
 Apart = Literal["text", "order_id", "policy_id", "window_and_days"]
 

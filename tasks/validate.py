@@ -20,7 +20,8 @@ from pandera.config import ValidationDepth, config_context
 
 from domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
 from models.errors import UserError
-from tasks.reading import LINE, Rejected, Rows, data_files, original_lines, read_rows, rejected_line
+from tasks.reading import data_files, original_lines, read_rows
+from tasks.rows import LINE, Rejected, Rows, rejected_line
 from tasks.splits import Apart, check_splits
 
 WORST_REASONS = 3

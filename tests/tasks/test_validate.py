@@ -16,10 +16,11 @@ import pytest
 from domains.returns.generator import GeneratorParams, generate
 from domains.returns.schemas import RECORD_TYPES
 from models.errors import UserError
-from tasks import reading
-from tasks.reading import LINE, read_rows
+from tasks import jsonl
+from tasks.reading import read_rows
 from tasks.recipe import ValidateSettings
 from tasks.records import read_records
+from tasks.rows import LINE
 from tasks.validate import ValidationReport, check_rows, validate
 
 COUNT = 80
@@ -496,11 +497,11 @@ def test_random_damage_loses_no_row_and_both_ways_of_reading_agree(
     raw = path.read_bytes()
     total = raw.count(b"\n")
     record = RECORD_TYPES[name]
-    monkeypatch.setattr(reading, "BLOCK_BYTES", rng.choice([1, 3000, 1 << 24]))
-    monkeypatch.setattr(reading, "CAREFUL_LINES", rng.choice([1, 7, 64]))
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", rng.choice([1, 3000, 1 << 24]))
+    monkeypatch.setattr(jsonl, "CAREFUL_LINES", rng.choice([1, 7, 64]))
     quick = read_rows(path, record)
-    monkeypatch.setattr(reading, "_fast", lambda *_: None)
-    monkeypatch.setattr(reading, "CAREFUL_LINES", 1 << 30)
+    monkeypatch.setattr(jsonl, "_fast", lambda *_: None)
+    monkeypatch.setattr(jsonl, "CAREFUL_LINES", 1 << 30)
     slow = read_rows(path, record)
     assert quick.frame.equals(slow.frame)
     assert quick.rejected == slow.rejected
