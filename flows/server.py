@@ -12,7 +12,9 @@ page makes: Prefect has settings for the secret and for what a page may read, an
 from __future__ import annotations
 
 import argparse
+import errno
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,6 +39,8 @@ START_WITHIN_S = 180.0
 """It takes 5 s, 12 s when it makes its database, and longer on a busy machine."""
 ASK_WITHIN_S = 10.0
 STOP_WITHIN_S = 5.0
+ROOM_BYTES = 2**20
+"""With less room on its disk a server that does not answer needs no other explanation."""
 
 
 _own: dict[str, subprocess.Popen[bytes]] = {}
@@ -130,6 +134,8 @@ def wait_until_ready(project: Path) -> None:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
             refused = isinstance(reason, ConnectionRefusedError) and api not in _adopted
+            if own and shutil.disk_usage(project).free < ROOM_BYTES:  # its log could not take the reason
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_log(project).parent)) from None
             if refused or (own and own.poll() is not None) or time.monotonic() > deadline:
                 see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
                 see = "`make down` and `make up` start it anew" if api in _adopted else see

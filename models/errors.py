@@ -25,8 +25,12 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What the error says, in one line. SQLAlchemy's go on with the statement, its parameters and an address."""
+    """What the error says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    for each in (error, error.__cause__, error.__context__):
+        # SQLAlchemy's say where they come from, the statement, its parameters and an address; what SQLite said is here.
+        if isinstance(said := getattr(each, "orig", None), Exception):
+            return one_line(said)
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -77,9 +77,9 @@ class Mlruns:
         self.root.mkdir(parents=True, exist_ok=True)
         from mlflow.tracking import MlflowClient
 
-        # At INFO these print their table migrations into the display of the pipeline.
-        for name in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
+        # At INFO the same, and at ERROR a traceback of each exception that it also raises.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
         # Two processes that both find no tables would both make them, and one would fail.
         with self.lock("database"):
@@ -216,7 +216,8 @@ class Tracker:
         try:
             yield
         except Exception as trouble:
-            log.warning("MLflow could not record how %s ended: %s", self.execution.stage, one_line(trouble))
+            if not is_disk_full(trouble):  # that ends the run, and is told once
+                log.warning("MLflow could not record how %s ended: %s", self.execution.stage, one_line(trouble))
 
     def log(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Keep these values, and write what is kept every `flush_every_s`. Costs microseconds between the writes."""
