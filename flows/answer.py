@@ -97,7 +97,8 @@ def answer_over_http(project: Path, model: str) -> Answer:
         too_late.cancel()
         if not address:
             said = server.stderr.read().strip().splitlines()
-            raise UserError(f"serve: {said[-1] if said else f'no address within {START_WITHIN_S:.0f} s'}")
+            last = said[-1].removeprefix("twinloop: ") if said else f"no address within {START_WITHIN_S:.0f} s"
+            raise UserError(f"serve: {last}")
         return Answer(EXAMPLE_ORDER, _ask(address[0]))
     finally:
         too_late.cancel()

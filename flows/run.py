@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from flows.runs import crash_dead_runs, marked_alive
 from flows.server import embedded_server, wait_until_ready
 from models.errors import UserError
 
@@ -19,8 +20,10 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
             from flows.lifecycle import NotShippedError, lifecycle
 
             wait_until_ready(project)
+            crash_dead_runs(project)
             try:
-                lifecycle(str(path.relative_to(project)))
+                with marked_alive(project):
+                    lifecycle(str(path.relative_to(project)))
             except NotShippedError:
                 return 1  # the last page has told why
     except KeyboardInterrupt:

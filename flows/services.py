@@ -17,6 +17,7 @@ from flows.edge import run_command
 from flows.environment import prepare_environment
 from flows.prefect_auth import auth_file, prefect_client
 from flows.processes import alive, end, launch, marked, stop
+from flows.runs import crash_runs_of_pool
 from flows.server import server_command
 from models.errors import UserError
 from tasks.context import find_project
@@ -136,23 +137,9 @@ def _start_worker(project: Path, worker: Service) -> None:
     if alive(project, worker.name):
         return
     end(marked(project, worker.name))
-    _crash_unfinished_runs()
+    crash_runs_of_pool(POOL)
     since = datetime.now(UTC)
     launch(project, worker.name, worker.command, ready=lambda: _worker_answers(since))
-
-
-def _crash_unfinished_runs() -> None:
-    """No worker of this machine lives, so no run of the pool goes on, whatever Prefect was told last."""
-    from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
-    from prefect.states import Crashed
-
-    unfinished = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}})
-    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
-    with get_client(sync_client=True) as client:
-        for run in client.read_flow_runs(flow_run_filter=unfinished, work_pool_filter=pool):
-            client.set_flow_run_state(run.id, Crashed(message="its worker is gone"), force=True)
-            print(f"worker: run {run.name} was cut off; it is marked as crashed", file=sys.stderr)
 
 
 def _worker_answers(since: datetime) -> bool:

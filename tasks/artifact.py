@@ -131,6 +131,7 @@ class ArtifactStore:
         key = artifact_key(stage, plain, {name: source.digest for name, source in sources.items()}, code)
         with self._lock(stage, key):
             if found := self._verified(stage, key):
+                self._clear(stage, key)
                 return found
             self._sweep(stage)
             out, work = self._folder(stage, ".new") / key, self._folder(stage, ".work") / key
@@ -209,6 +210,11 @@ class ArtifactStore:
         _fsync(final.parent)
         shutil.rmtree(final.parent / ".new" / f"{final.name}.damaged", ignore_errors=True)
         return final
+
+    def _clear(self, stage: str, key: str) -> None:
+        """Remove what a process that died just after it had placed this artifact left behind."""
+        for leftover in (f".new/{key}", f".new/{key}.damaged", f".work/{key}"):
+            shutil.rmtree(self.root / stage / leftover, ignore_errors=True)
 
     def _sweep(self, stage: str) -> None:
         """Remove what processes that died left behind: unfinished outputs at once, their checkpoints when old."""

@@ -224,6 +224,24 @@ def test_rollback_brings_back_the_champion_before(
     assert status(project)["champion"]["digest"] == before
 
 
+def test_a_rollback_killed_while_it_moves_the_champion_and_repeated_goes_back_once(
+    first: tuple[Path, object], changed: tuple[Path, object], tmp_path: Path
+) -> None:
+    project = shutil.copytree(changed[0], tmp_path / "project")
+    ledger = project / "mlruns" / "promotions.jsonl"
+    before = ledger.stat().st_size
+    process = start(project, "rollback", "--model", "small")
+    while ledger.stat().st_size == before:
+        assert process.poll() is None
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    again = twinloop(project, "rollback", "--model", "small")
+    assert again.returncode == 0, again.stderr
+    assert "had been interrupted; say it again to go back further" in again.stdout
+    assert status(project)["champion"]["digest"] == status(first[0])["champion"]["digest"]
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     process = start(project, "run", "recipes/small.yaml")
@@ -252,6 +270,8 @@ def test_killed_in_every_stage_of_training_it_ends_with_the_same_weights(
         assert psutil.wait_procs(server, timeout=30)[1] == [], "Prefect's server outlived its run"
         assert not list(project.glob(f"artifacts/{stage}/[0-9a-f]*")), f"{stage} was over before it was killed"
     assert twinloop(project, "run", "recipes/small.yaml").returncode == 0
+    assert prefect_states(project) == ["CRASHED"] * len(TRAINED) + ["COMPLETED"]
+    assert not list(project.glob("artifacts/*/.work/*"))
     uninterrupted, resumed = artifacts(first[0]), artifacts(project)
     for name in uninterrupted:
         if name.partition("/")[0] in TRAINED:

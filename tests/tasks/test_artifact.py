@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks import artifact as artifact_module
 from tasks.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore
 from tasks.fingerprint import fingerprint
 
@@ -125,6 +126,30 @@ def _build_until_killed(root: Path) -> None:
         return {}
 
     run(ArtifactStore(root), build)
+
+
+def _build_and_die_once_it_is_placed(root: Path) -> None:
+    def die(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def build(out: Path, work: Path) -> dict[str, float]:
+        (out / "whole.bin").write_text("whole")
+        (work / "checkpoint").write_bytes(b"weights" * 1000)
+        artifact_module.shutil.rmtree = die  # type: ignore[assignment]
+        return {}
+
+    run(ArtifactStore(root), build)
+
+
+def test_what_a_process_killed_just_after_placing_left_behind_is_removed_by_the_next(store: ArtifactStore) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_build_and_die_once_it_is_placed, args=(store.root,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert list(store.root.glob("pretrain/.work/*/checkpoint"))
+    assert run(store, Counter()).reused
+    assert not list(store.root.glob("pretrain/.work/*"))
+    assert not list(store.root.glob("pretrain/.new/*"))
 
 
 def test_killed_with_signal_9_the_next_process_goes_on_from_its_checkpoint(store: ArtifactStore) -> None:

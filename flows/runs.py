@@ -1,0 +1,85 @@
+"""Runs that Prefect holds to be under way though their process is gone: found, and marked as crashed.
+
+A run from the command line holds a lock, which the kernel lets go when its process dies, and carries the lock's name as
+a tag. A worker's runs end with the worker: `make up` marks those when it starts one.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.client.schemas import FlowRun
+
+UNFINISHED = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+TAG = "twinloop-run:"
+
+
+@contextmanager
+def marked_alive(project: Path) -> Iterator[None]:
+    """Meanwhile, the flows that this process starts are known to be alive. Imports Prefect."""
+    from prefect import tags
+
+    name = uuid.uuid4().hex
+    lock = _lock(project, name)
+    with lock:
+        try:
+            with tags(f"{TAG}{name}"):
+                yield
+        finally:
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+
+def crash_dead_runs(project: Path) -> None:
+    """Mark the unfinished runs of this project's command line whose process is gone."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(UNFINISHED)):
+            names = [tag.removeprefix(TAG) for tag in run.tags if tag.startswith(TAG)]
+            if names and not _is_alive(project, names[0]):
+                _crash(client, run, "its process is gone")
+
+
+def crash_runs_of_pool(pool: str) -> None:
+    """Mark every unfinished run of a pool none of whose workers lives, whatever Prefect was told last."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+
+    of_pool = WorkPoolFilter.model_validate({"name": {"any_": [pool]}})
+    with get_client(sync_client=True) as client:
+        unfinished = FlowRunFilter.model_validate(UNFINISHED)
+        for run in client.read_flow_runs(flow_run_filter=unfinished, work_pool_filter=of_pool):
+            _crash(client, run, "its worker is gone")
+            print(f"worker: run {run.name} was cut off; it is marked as crashed", file=sys.stderr)
+
+
+def _crash(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
+    from prefect.states import Crashed
+
+    client.set_flow_run_state(run.id, Crashed(message=why), force=True)
+
+
+def _is_alive(project: Path, name: str) -> bool:
+    lock = _lock(project, name)
+    try:
+        with lock.acquire(blocking=False):
+            Path(lock.lock_file).unlink(missing_ok=True)
+    except Timeout:
+        return True
+    return False
+
+
+def _lock(project: Path, name: str) -> FileLock:
+    folder = project / "state" / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / name)
