@@ -102,6 +102,7 @@ def up(project: Path, ports: Ports) -> None:
         _check_port(project, service)
     with prefect_client(project, f"http://127.0.0.1:{ports.prefect}/api"):
         _start(project, ours["prefect"])
+        _prepare_mlflow(project)
         _start(project, ours["mlflow"])
         _deploy(project)
         _start_worker(project, ours["worker"])
@@ -193,6 +194,13 @@ def _prefect(project: Path, *arguments: str, check: bool = True) -> bool:
         last = (done.stdout + done.stderr).strip().splitlines()
         raise UserError(f"prefect {' '.join(arguments)}: {last[-1] if last else 'failed'}")
     return done.returncode == 0
+
+
+def _prepare_mlflow(project: Path) -> None:
+    """Its server would make the database in its place, and leave it half-made where it dies."""
+    from tasks.tracking import Mlruns
+
+    Mlruns(project / "mlruns").prepare_database()
 
 
 def _has_champion(project: Path) -> bool:

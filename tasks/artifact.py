@@ -201,13 +201,13 @@ class ArtifactStore:
     def _place(self, new: Path, final: Path) -> Path:
         """Make `new` durable, then visible at `final` in one step; a damaged predecessor makes room."""
         for path in [*_walk(new), *(p for p in new.rglob("*") if p.is_dir()), new]:
-            _fsync(path)
+            fsync(path)
         if final.exists():
             aside = self._folder(final.parent.name, ".new") / f"{final.name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             final.rename(aside)
         new.rename(final)
-        _fsync(final.parent)
+        fsync(final.parent)
         shutil.rmtree(final.parent / ".new" / f"{final.name}.damaged", ignore_errors=True)
         return final
 
@@ -299,7 +299,8 @@ def _spent(work: Path) -> float:
     return before
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Return when the file, or the folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

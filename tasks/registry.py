@@ -20,7 +20,6 @@ file takes 2 ms, its client 2.2 s and 190 MB, which `status` and `serve` would p
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -30,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from models.errors import UserError
-from tasks.artifact import MANIFEST, Artifact, ArtifactStore, Manifest
+from tasks.artifact import MANIFEST, Artifact, ArtifactStore, Manifest, fsync
+from tasks.database import holds_records
 from tasks.tracking import CodeVersion, Mlruns
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
@@ -135,8 +135,10 @@ class Registry:
         if self.mlruns.local_database:
             if not self.mlruns.database.exists():
                 return Snapshot({}, {}, {})
-            with suppress(sqlite3.Error):  # another MLflow may have another schema: its client knows
-                return self._read_database()
+            # Another MLflow may have another schema, and an empty one may be half-made: the client sees to both.
+            with suppress(sqlite3.Error):
+                if holds_records(self.mlruns.database):
+                    return self._read_database()
         return self._ask_client()
 
     def version(self, number: int) -> Version:
@@ -345,11 +347,7 @@ def _own(source: Path, target: Path, *, copy: bool) -> None:
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(source, new, copy_function=shutil.copy2 if copy else link)
     for path in [*new.rglob("*"), new]:  # on disk before MLflow promises them
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(path)
     new.rename(target)
 
 

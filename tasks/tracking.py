@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 
 from models.errors import is_disk_full, one_line
+from tasks.database import Migrations, prepare_database
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Run
@@ -74,16 +75,24 @@ class Mlruns:
     @cached_property
     def client(self) -> MlflowClient:
         """MLflow's client; the database is made at the first use (about 1 s)."""
-        self.root.mkdir(parents=True, exist_ok=True)
+        if self.local_database:
+            self.prepare_database()
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
-        # At INFO the same, and at ERROR a traceback of each exception that it also raises.
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+        _quiet_mlflow()
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
-        # Two processes that both find no tables would both make them, and one would fail.
+        # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
         with self.lock("database"):
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+
+    def prepare_database(self) -> None:
+        """Make or upgrade `database` for this MLflow. Before anything opens it. Raises UserError where it cannot."""
+        import mlflow.store.db_migrations as migrations
+
+        _quiet_mlflow()
+        versions = Path(migrations.__path__[0]) / "versions"
+        with self.lock("database"):
+            prepare_database(self.database, Migrations("MLflow", versions, _migrate))
 
     def lock(self, name: str) -> FileLock:
         """A lock among processes. The kernel holds it, so that it ends with its process however that dies."""
@@ -300,6 +309,24 @@ def code_version(project: Path, *needed: Path) -> CodeVersion:
     except (OSError, subprocess.SubprocessError):
         return CodeVersion(None)
     return CodeVersion(commit, dirty=bool(changed))
+
+
+def _quiet_mlflow() -> None:
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
+    # At INFO the same, and at ERROR a traceback of each exception that it also raises.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+
+
+def _migrate(database: Path) -> None:
+    """What `mlflow db upgrade` does (3.17.2); that leaves its connections open."""
+    from mlflow.store.db.utils import _initialize_tables, _is_empty_database, _upgrade_db
+    from sqlalchemy import URL, NullPool, create_engine
+
+    engine = create_engine(URL.create("sqlite", database=str(database)), poolclass=NullPool)
+    if _is_empty_database(engine):
+        _initialize_tables(engine)
+    else:
+        _upgrade_db(engine)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
