@@ -157,6 +157,12 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
     if listener is not None:
         os.environ |= {"PREFECT_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    from flows.prefect_database import prepare_prefect_database  # Prefect reads what was set above
+
+    try:
+        prepare_prefect_database()
+    except UserError as error:
+        sys.exit(f"twinloop: {error}")
     where = {"host": HOST, "port": port} if listener is None else {"fd": listener}
     uvicorn.run(_app(origins), **where, log_level="warning", server_header=False, proxy_headers=False, lifespan="on")
 
