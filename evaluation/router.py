@@ -25,40 +25,81 @@ LATENCY = Route("inference serving", "profile queueing and KV-cache pressure")
 RELEASE = Route("evaluation gate and rollback", "block or roll back the release")
 UNKNOWN = Route("investigate with a labeled trace", "label the trace")
 
-# In order of gravity: a promise to a customer first, a slow answer last.
-_SYMPTOMS: tuple[tuple[Route, str], ...] = (
+# In order of gravity: a promise to a customer first, a slow answer last. A sign is one expression, or several that must
+# follow one another in the text. Each is searched after the end of the one before: as one expression, joined by `.*`,
+# they would take quadratic or cubic time. That gives the same answer as long as an expression's first match is also the
+# first to end, which holds for whole words that do not contain each other.
+_SIGNS: tuple[tuple[Route, tuple[tuple[str, ...], ...]], ...] = (
     (
         SIDE_EFFECT,
-        r"side[- ]effect|without (?:a )?tool|no tool (?:ran|was|call)|unperformed"
-        r"|\b(?:promis|claim|invent|pretend|hallucinat|confirm|assert)\w*\b.*\b(?:label|refund|replacement|action)"
-        r"|\b(?:label|refund|replacement)\b.*\b(?:promised|claimed|invented|never (?:created|issued|sent))",
+        (
+            (r"side[- ]effect|without (?:a )?tool|no tool (?:ran|was|call)|unperformed",),
+            (
+                r"\b(?:promis|claim|invent|pretend|hallucinat|confirm|assert)\w*\b",
+                r"\b(?:label|refund|replacement|action)",
+            ),
+            (
+                r"\b(?:label|refund|replacement)\b",
+                r"\b(?:promised|claimed|invented|never (?:created|issued|sent))",
+            ),
+        ),
     ),
     (
         RELEASE,
-        r"regress|\b(?:new|latest|candidate|promoted|released?)\b.*\b(?:checkpoint|model|version|release|weights)\b.*"
-        r"\b(?:fail|worse|broke|wrong|drop)|\bworse than (?:the )?champion|\bgolden\b.*\bfail|\bfail\w*\b.*\bgolden",
+        (
+            (r"regress|\bworse than (?:the )?champion",),
+            (
+                r"\b(?:new|latest|candidate|promoted|released?)\b",
+                r"\b(?:checkpoint|model|version|release|weights)\b",
+                r"\b(?:fail|worse|broke|wrong|drop)",
+            ),
+            (r"\bgolden\b", r"\bfail"),
+            (r"\bfail\w*\b", r"\bgolden"),
+        ),
     ),
     (
         RETRIEVAL,
-        r"\b(?:stale|outdated|out-of-date|out of date|superseded|obsolete|expired|old|previous)\b.*"
-        r"\b(?:polic|passage|document|evidence|index|version|p-\d)|\b(?:polic\w*|passage|document|index|p-\d+)\b.*"
-        r"\b(?:stale|outdated|out-of-date|out of date|superseded|obsolete|not (?:retrieved|found|refreshed))",
+        (
+            (
+                r"\b(?:stale|outdated|out-of-date|out of date|superseded|obsolete|expired|old|previous)\b",
+                r"\b(?:polic|passage|document|evidence|index|version|p-\d)",
+            ),
+            (
+                r"\b(?:polic\w*|passage|document|index|p-\d+)\b",
+                r"\b(?:stale|outdated|out-of-date|out of date|superseded|obsolete|not (?:retrieved|found|refreshed))",
+            ),
+        ),
     ),
     (
         FORMAT,
-        r"\b(?:missing|lacks?|without|omits?|omitted|no|drops?|dropped|forgot|forgets)\b.*"
-        r"\b(?:policy_id|policy id|evidence|eligible|label_created|window_days|field|key|citation)"
-        r"|\b(?:policy_id|policy id|evidence|field|key|citation)\b.*\b(?:missing|absent|omitted|left out|empty)"
-        r"|\b(?:malformed|invalid|broken|unparse?able|unparsed|truncated|cut off)\b|not (?:valid )?json|wrong format"
-        r"|duplicate key",
+        (
+            (
+                r"\b(?:missing|lacks?|without|omits?|omitted|no|drops?|dropped|forgot|forgets)\b",
+                r"\b(?:policy_id|policy id|evidence|eligible|label_created|window_days|field|key|citation)",
+            ),
+            (
+                r"\b(?:policy_id|policy id|evidence|field|key|citation)\b",
+                r"\b(?:missing|absent|omitted|left out|empty)",
+            ),
+            (
+                r"\b(?:malformed|invalid|broken|unparse?able|unparsed|truncated|cut off)\b|not (?:valid )?json"
+                r"|wrong format|duplicate key",
+            ),
+        ),
     ),
     (
         LATENCY,
-        r"\bslow|latenc|\bttft\b|first token|time[ds]? ?out|throughput|queue|kv[- ]cache|too long to"
-        r"|out of memory|\boom\b",
+        (
+            (
+                r"\bslow|latenc|\bttft\b|first token|time[ds]? ?out|throughput|queue|kv[- ]cache|too long to"
+                r"|out of memory|\boom\b",
+            ),
+        ),
     ),
 )
-_PATTERNS = tuple((route, re.compile(pattern, re.IGNORECASE | re.DOTALL)) for route, pattern in _SYMPTOMS)
+_EXPRESSIONS = tuple(
+    (route, tuple(tuple(re.compile(part, re.IGNORECASE) for part in sign) for sign in signs)) for route, signs in _SIGNS
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +134,7 @@ class Failure:
 def route(failure: str | Failure) -> Route:
     """The layer that owns a failure, from a symptom in plain words or from what was measured."""
     if isinstance(failure, str):
-        return next((route for route, pattern in _PATTERNS if pattern.search(failure)), UNKNOWN)
+        return next((owner for owner, signs in _EXPRESSIONS if any(_shows(failure, sign) for sign in signs)), UNKNOWN)
     unparsed = "parsed" in failure.failed_predicates
     if failure.claims_action or ("no_side_effect" in failure.failed_predicates and not unparsed):
         return SIDE_EFFECT
@@ -104,3 +145,14 @@ def route(failure: str | Failure) -> Route:
     if unparsed or failure.missing_fields:
         return FORMAT
     return LATENCY if failure.over_budget else UNKNOWN
+
+
+def _shows(symptom: str, sign: tuple[re.Pattern[str], ...]) -> bool:
+    """Whether the parts of a sign follow one another in the text. Takes time in proportion to its length."""
+    end = 0
+    for part in sign:
+        match = part.search(symptom, end)
+        if match is None:
+            return False
+        end = match.end()
+    return True

@@ -34,6 +34,33 @@ def test_the_gravest_sign_decides() -> None:
     assert route("slow answer from a stale policy") == RETRIEVAL
 
 
+@pytest.mark.parametrize(
+    ("symptom", "expected"),
+    [
+        ("the candidate, a model of today, fails", RELEASE),
+        ("fails: the model is the candidate", UNKNOWN),
+        ("golden: two fail", RELEASE),
+        ("two fail, and they are golden", RELEASE),
+        ("the old text of the policy", RETRIEVAL),
+        ("a passage that is\nsuperseded", RETRIEVAL),
+        ("the label was never issued", SIDE_EFFECT),
+        ("it was never issued, the label", UNKNOWN),
+        ("the field is empty", FORMAT),
+        ("empty: the field", UNKNOWN),
+    ],
+)
+def test_the_parts_of_a_sign_count_in_their_order_only(symptom: str, expected: Route) -> None:
+    assert route(symptom) == expected
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["new model ", "label ", "claim ", "stale ", "p-1 ", "p-1", "no ", "key\n", "golden ", "promis", "out of ", " "],
+)
+def test_a_symptom_of_any_length_is_read_once(part: str) -> None:
+    assert route(part * 50_000) == UNKNOWN
+
+
 def test_measured_failures() -> None:
     assert route(Failure(failed_predicates=frozenset({"no_side_effect", "eligible"}))) == SIDE_EFFECT
     assert route(Failure(claims_action=True, release_regression=True)) == SIDE_EFFECT
