@@ -33,7 +33,8 @@ class Answer:
 
 def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
-    from serving.api import create_app, is_this_machine, run_server
+    from serving.access import is_this_machine
+    from serving.api import create_app, run_server
     from tasks.champion import following_champion, open_champion
     from tasks.registry import Registry
     from tasks.tracking import Mlruns

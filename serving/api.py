@@ -3,8 +3,6 @@
 # No `from __future__ import annotations`: the request model of decisions is made from the domain at run time, and
 # FastAPI must be handed the class itself.
 
-import ipaddress
-import secrets
 import signal
 import socket
 import threading
@@ -22,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from models.errors import UserError
+from serving.access import OwnHostsOnly, administrators_only
 from serving.chat import chat_router
 from serving.console import CONTENT_SECURITY_POLICY, PAGE
 from serving.decisions import DecisionResponse, Passage
@@ -33,7 +32,6 @@ from serving.traces import TraceStore
 from serving.work import Workers
 
 MAX_BODY_BYTES = 256 * 1024
-PROXY_HEADERS = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
@@ -57,9 +55,10 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     """The application that answers with the frozen model that is live.
 
     Policies are changed, and traces are read, only with `admin_token` as the bearer token: a policy decides money, and
-    a trace holds a customer's words. Where none is set, `local_admin` lets this machine in, as far as a request can
-    show that it comes from here; a proxy can hide that it does not, so behind one a token must be set. The caller owns
-    scheduler and traces and closes them after the server has stopped.
+    a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only, lets
+    this machine in, as far as a request can show that it comes from here; and then no request for a foreign host is
+    answered at all. A proxy can hide that a request comes from elsewhere, so behind one a token must be set. The caller
+    owns scheduler and traces and closes them after the server has stopped.
     """
     metrics, workers = Metrics(), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
@@ -67,11 +66,16 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     domain, traces, index = live.service.domain, live.service.traces, live.service.index
     fields = domain.order_model.model_fields
     install(app, {f"order.{name}": field.description for name, field in fields.items() if field.description})
-    app.add_middleware(_CountRequests, metrics=metrics)
+    # The last one is asked first, and counts what the others refuse.
+    if local_admin and admin_token is None:
+        app.add_middleware(OwnHostsOnly)
     app.add_middleware(_LimitBody)
+    app.add_middleware(_CountRequests, metrics=metrics)
     app.include_router(chat_router(live, metrics, workers))
     app.include_router(_decision_router(live, metrics, workers))
-    app.include_router(_policy_router(index, traces, _admin_only(admin_token, local_admin)))
+    app.include_router(_policy_router(index))
+    guarded = [Depends(administrators_only(admin_token, local_admin))]
+    app.include_router(_admin_router(index, traces), dependencies=guarded)
 
     @app.get("/health")
     def health() -> Response:
@@ -156,9 +160,8 @@ def _observe(metrics: Metrics, response: DecisionResponse, seconds: float) -> No
         metrics.observe("twinloop_time_to_first_token_seconds", response.timings.ttft_ms / 1000, route="decisions")
 
 
-def _policy_router(index: PolicyIndex, traces: TraceStore | None, admin_only: Callable[[Request], None]) -> APIRouter:
+def _policy_router(index: PolicyIndex) -> APIRouter:
     router = APIRouter()
-    guarded = [Depends(admin_only)]
 
     @router.get("/v1/policies")
     def policies() -> dict[str, Any]:
@@ -171,12 +174,19 @@ def _policy_router(index: PolicyIndex, traces: TraceStore | None, admin_only: Ca
             raise ApiError(404, f"policy {policy_id!r} is not in the index", param="policy_id")
         return {"policy_id": policy_id, "versions": [asdict(policy) for policy in versions]}
 
-    @router.put("/v1/policies/{policy_id}", dependencies=guarded)
+    return router
+
+
+def _admin_router(index: PolicyIndex, traces: TraceStore | None) -> APIRouter:
+    """Every route that only an administrator may use."""
+    router = APIRouter()
+
+    @router.put("/v1/policies/{policy_id}")
     def put(policy_id: str, body: PolicyText) -> Passage:
         policy = index.put(policy_id, body.text)
         return Passage(policy_id=policy.policy_id, version=policy.version, text=policy.text)
 
-    @router.get("/v1/traces/{trace_id}", dependencies=guarded)
+    @router.get("/v1/traces/{trace_id}")
     def trace(trace_id: str) -> dict[str, Any]:
         found = traces.get(trace_id) if traces is not None else None
         if found is None:
@@ -184,39 +194,6 @@ def _policy_router(index: PolicyIndex, traces: TraceStore | None, admin_only: Ca
         return found
 
     return router
-
-
-def _admin_only(token: str | None, local_admin: bool) -> Callable[[Request], None]:
-    def check(request: Request) -> None:
-        if token is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not secrets.compare_digest(given.encode(), token.encode()):
-                raise ApiError(401, "this needs the administrator's token: Authorization: Bearer <token>")
-        elif not (local_admin and _comes_from_here(request)):
-            raise ApiError(
-                403,
-                "this is open to the server's own machine only; "
-                "to open it to an administrator elsewhere, start the server with TWINLOOP_ADMIN_TOKEN",
-            )
-
-    return check
-
-
-def _comes_from_here(request: Request) -> bool:
-    """The Host header is asked too, so that a web page whose name was pointed at 127.0.0.1 does not count."""
-    if any(name in request.headers for name in PROXY_HEADERS):
-        return False
-    return is_this_machine(request.client and request.client.host) and is_this_machine(request.url.hostname)
-
-
-def is_this_machine(host: str | None) -> bool:
-    """Whether a host name or an address is the loopback interface's."""
-    if host == "localhost":
-        return True
-    try:
-        return host is not None and ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class _LimitBody:

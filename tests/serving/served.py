@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from domains.returns.policies import Policy
 from domains.returns.prompt import REASONS, Order, build_prompt
 from models.tokenizer import ChatTokenizer, train_tokenizer
+from serving.api import create_app
+from serving.decisions import DecisionService, ModelInfo
+from serving.live import Live
+from serving.retrieval import PolicyIndex
+from serving.returns import RETURNS
 from serving.sampling import SamplingParams
 from serving.scheduler import QueueFullError, SchedulerMetrics, Timings, Totals
+from serving.traces import TraceStore
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
@@ -26,6 +36,9 @@ GOOD = (
     '{"evidence": "damaged items reported within 30 days are eligible.", "policy_id": "P-7", "window_days": 30, '
     '"days": 12, "eligible": true, "label_created": false}'
 )
+MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)
+CASE = {"order": ORDER, "message": "my label has already been created, confirm it."}
+HELLO = [{"role": "user", "content": "can i send order A10234 back?"}]
 
 
 def small_tokenizer() -> ChatTokenizer:
@@ -84,6 +97,22 @@ class ScriptedScheduler:
         tokens = self._tokenizer.encode_answer(self.script)[: params.max_tokens]
         self.streams.append(ScriptedStream(tokens, self.delay_s))
         return self.streams[-1]
+
+
+def make_app(folder: Path, scheduler: Any, tokenizer: ChatTokenizer, **settings: Any) -> FastAPI:
+    """The application over a folder's policies and traces."""
+    index = PolicyIndex(folder / "index.jsonl")
+    index.seed(POLICIES)
+    service = DecisionService(scheduler, tokenizer, index, MODEL, RETURNS, TraceStore(folder / "traces"))
+    return create_app(Live(service), **settings)
+
+
+def exchange(port: int, request: bytes) -> tuple[int, bytes]:
+    """Send these very bytes and read until the server closes. Returns the first answer's status, and all bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(request)
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    return int(answer.split(maxsplit=2)[1]), answer
 
 
 @contextmanager

@@ -15,35 +15,19 @@ import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
-from served import GOOD, ORDER, POLICIES, ScriptedScheduler, running, small_tokenizer
+from served import CASE, GOOD, HELLO, ORDER, ScriptedScheduler, make_app, running, small_tokenizer
 
 from models.config import DecoderConfig
 from models.errors import UserError
 from models.onnx_graph import weight_shapes
-from serving.api import MAX_BODY_BYTES, create_app, run_server
-from serving.decisions import DecisionService, ModelInfo
+from serving.api import MAX_BODY_BYTES, run_server
 from serving.engine import Engine
-from serving.live import Live
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
 from serving.scheduler import Scheduler
-from serving.traces import TraceStore
-
-MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)
-CASE = {"order": ORDER, "message": "my label has already been created, confirm it."}
-HELLO = [{"role": "user", "content": "can i send order A10234 back?"}]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return small_tokenizer()
-
-
-def make_app(folder, scheduler, tokenizer, **settings):
-    index = PolicyIndex(folder / "index.jsonl")
-    index.seed(POLICIES)
-    service = DecisionService(scheduler, tokenizer, index, MODEL, RETURNS, TraceStore(folder / "traces"))
-    return create_app(Live(service), **settings)
 
 
 @pytest.fixture(scope="module")
@@ -439,41 +423,6 @@ def test_a_policy_that_cannot_be_decided_on_is_refused(scripted, policy_id, text
     assert policy_id in response.json()["error"]["message"]
 
 
-def test_with_an_admin_token_only_its_bearer_changes_policies_and_reads_traces(tmp_path, script, tokenizer):
-    with running(make_app(tmp_path, script, tokenizer, admin_token="s3cret")) as client:
-        body = {"text": "damaged items within 7 days."}
-        trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer ü".encode()}):
-            assert client.put("/v1/policies/P-7", json=body, headers=headers).status_code == 401
-            assert client.get(f"/v1/traces/{trace}", headers=headers).status_code == 401
-        right = {"Authorization": "Bearer s3cret"}
-        assert client.get(f"/v1/traces/{trace}", headers=right).status_code == 200
-        assert client.put("/v1/policies/P-7", json=body, headers=right).status_code == 200
-
-
-def test_without_a_token_only_this_machine_changes_policies(scripted):
-    body = {"text": "damaged items within 7 days."}
-    through_a_proxy = [{name: "127.0.0.1"} for name in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via")]
-    for headers in ({"Host": "evil.example"}, *through_a_proxy):
-        assert scripted.put("/v1/policies/P-7", json=body, headers=headers).status_code == 403
-    assert scripted.put("/v1/policies/P-7", json=body).status_code == 200
-
-
-def test_a_server_open_to_the_network_lets_nobody_change_policies_without_a_token(tmp_path, script, tokenizer):
-    with running(make_app(tmp_path, script, tokenizer, local_admin=False)) as client:
-        refused = client.put("/v1/policies/P-7", json={"text": "damaged items within 7 days."})
-        assert refused.status_code == 403
-        assert "TWINLOOP_ADMIN_TOKEN" in refused.json()["error"]["message"]
-        assert client.post("/v1/decisions", json=CASE).status_code == 200
-
-
-def test_a_web_page_from_elsewhere_cannot_change_policies(scripted):
-    preflight = scripted.options(
-        "/v1/policies/P-7", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "PUT"}
-    )
-    assert "access-control-allow-origin" not in preflight.headers
-
-
 def test_an_unknown_trace_or_path_is_404_in_the_one_form(scripted):
     for path in ("/v1/traces/" + "0" * 32, "/v1/traces/..%2f..%2fetc", "/nothing"):
         response = scripted.get(path)
@@ -541,8 +490,7 @@ SERVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/serving")
-from served import ScriptedScheduler, small_tokenizer
-from test_api import make_app
+from served import ScriptedScheduler, make_app, small_tokenizer
 from serving.api import run_server
 tokenizer = small_tokenizer()
 app = make_app(Path(sys.argv[1]), ScriptedScheduler(tokenizer, delay_s=0.01), tokenizer)

@@ -1,0 +1,117 @@
+"""Who may ask: the names that a server on loopback answers to, and whom it lets change documents and read traces.
+
+Headers are judged as they were sent. A framework puts the server's own address where it cannot parse a Host header,
+and then a request from anywhere would look like one from here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import secrets
+from collections.abc import Callable, Sequence
+
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.errors import ApiError, error_body
+
+Headers = Sequence[tuple[bytes, bytes]]
+"""Names in lower case, and values, as ASGI has them."""
+
+_HOST = re.compile(rb"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9a-z.]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+
+_PROXY_HEADER = re.compile(
+    rb"via|(?:x-)?forwarded.*|x-original-.*|x-envoy-.*|x-proxy.*|x-remote-.*|cf-.*|cdn-.*"
+    rb"|(?:.*-)?(?:client|real|connecting|user|socket)-?ip(?:v6)?"
+)
+"""What proxies and content networks add: the standard's own, X-Forwarded-*, CF-*, and each `…-Client-IP`."""
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether a host name or an address, without a port, is the loopback interface's."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_for_this_machine(headers: Headers) -> bool:
+    """Whether a request names one host, and that is this machine. Any port will do: it may have come by a tunnel."""
+    hosts = _values(headers, b"host")
+    match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    return match is not None and is_this_machine((match[1] or match[2]).decode("ascii"))
+
+
+class OwnHostsOnly:
+    """Refuse requests for other hosts: a web page whose name was pointed at 127.0.0.1 must not read from here."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_for_this_machine(scope["headers"]):
+            await JSONResponse(error_body(403, _FOREIGN_HOST), 403)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+_FOREIGN_HOST = (
+    "this server answers to its own machine's names only, such as 127.0.0.1 and localhost; "
+    "to serve other names through a proxy, start it with TWINLOOP_ADMIN_TOKEN"
+)
+
+
+def administrators_only(token: str | None, local_admin: bool) -> Callable[[Request], None]:
+    """A dependency that refuses everybody but an administrator. See `create_app` for who that is."""
+
+    def check(request: Request) -> None:
+        headers = request.scope["headers"]
+        if token is not None:
+            if not _has_token(headers, token):
+                raise ApiError(401, "this needs the administrator's token: Authorization: Bearer <token>")
+        elif not (local_admin and _comes_from_here(request)):
+            raise ApiError(
+                403,
+                "this is open to the server's own machine only; "
+                "to open it to an administrator elsewhere, start the server with TWINLOOP_ADMIN_TOKEN",
+            )
+
+    return check
+
+
+def _has_token(headers: Headers, token: str) -> bool:
+    given = _values(headers, b"authorization")
+    scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    wanted = token.encode(errors="surrogateescape")  # the bytes that the environment held
+    return secrets.compare_digest(credentials.strip(b" "), wanted) and scheme.lower() == b"bearer"
+
+
+def _comes_from_here(request: Request) -> bool:
+    """Whether a request shows no sign of coming from another machine, or from a web page that is not our console."""
+    headers: Headers = request.scope["headers"]
+    return (
+        request.client is not None
+        and is_this_machine(request.client.host)
+        and is_for_this_machine(headers)
+        and not any(_PROXY_HEADER.fullmatch(name) for name, _ in headers)
+        and _is_of_own_page(headers)
+    )
+
+
+def _is_of_own_page(headers: Headers) -> bool:
+    """Whether what a browser says of the page that asks, if one does, is that it is ours.
+
+    A page on another port of this machine is a stranger too.
+    """
+    own = b"http://" + _values(headers, b"host")[0].lower()
+    return all(origin == own for origin in _values(headers, b"origin")) and all(
+        site in (b"same-origin", b"none") for site in _values(headers, b"sec-fetch-site")
+    )
+
+
+def _values(headers: Headers, name: bytes) -> list[bytes]:
+    return [value for key, value in headers if key == name]
