@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: the request model of decisions is made from the domain at run time, and
 # FastAPI must be handed the class itself.
 
+import logging
 import signal
 import socket
 import threading
@@ -27,11 +28,14 @@ from serving.decisions import DecisionResponse, Passage
 from serving.errors import ApiError, error_body, install
 from serving.live import Live
 from serving.metrics import Metrics
-from serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex
+from serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
 from serving.traces import TraceStore
 from serving.work import Workers
 
+log = logging.getLogger(__name__)
+
 MAX_BODY_BYTES = 256 * 1024
+REFUSED = "it is damaged, or does not load and answer, and it is not used; the server's log says which"
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
@@ -83,14 +87,15 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
         scheduler = service.scheduler
         body: dict[str, Any] = {
             "model": service.model.model_dump(),
-            "refused_champion": asdict(live.refusal) if live.refusal else None,
+            "refused_champion": {"version": live.refusal.version, "reason": REFUSED} if live.refusal else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,
         }
         try:
             body["index"] = {"digest": index.digest(), "policies": len(index.list())}
-        except UserError as error:
-            return JSONResponse({"status": "failing", "reason": str(error)} | body, 503)
+        except PolicyIndexError as error:
+            log.error("%s", error)
+            return JSONResponse({"status": "failing", "reason": error.reason} | body, 503)
         if not scheduler.running:
             return JSONResponse({"status": "failing", "reason": "the engine has stopped"} | body, 503)
         return JSONResponse({"status": "ok"} | body)
@@ -100,7 +105,7 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
         _read_schedulers(metrics, live)
         if traces is not None:
             metrics.set("twinloop_traces_dropped", traces.dropped)
-        with suppress(UserError):  # /health says what is wrong with the index
+        with suppress(PolicyIndexError):  # /health says what is wrong with the index
             metrics.set("twinloop_policies", len(index.list()))
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
 

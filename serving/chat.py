@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from models.errors import UserError
 from serving.decisions import DecisionService, ModelInfo
 from serving.errors import ApiError, error_body
 from serving.generation import TextStream
@@ -194,7 +195,10 @@ def _submit(service: DecisionService[Any], body: ChatRequest, started: float) ->
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
     _refuse_unserved(body, service.model)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
-    prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
+    try:
+        prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
+    except UserError as error:  # the chat template does not take these messages
+        raise ApiError(400, str(error), param="messages") from None
     room = longest - len(prompt)
     wanted = body.max_completion_tokens or body.max_tokens
     if room < (wanted or 1):

@@ -21,7 +21,7 @@ from domains.returns.verifier import Verdict
 from models.errors import UserError
 from models.tokenizer import ChatTokenizer
 from serving.generation import GivenUpError, TextStream
-from serving.retrieval import EMPTY_DIGEST, PolicyIndex, SearchResult
+from serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
 from serving.sampling import SamplingParams
 from serving.scheduler import QueueFullError, Scheduler
 from serving.traces import TraceStore
@@ -209,8 +209,9 @@ class PendingDecision(Generic[OrderT]):
         service, domain = self._service, self._service.domain
         try:
             self._found = service.index.find(domain.query(self._order), domain.retrieved_passages)
-        except UserError as error:
-            self._failures = {"retrieval": str(error)}
+        except PolicyIndexError as error:
+            log.error("%s", error)
+            self._failures = {"retrieval": error.reason}
             return
         finally:
             self._retrieval_s = time.perf_counter() - self._started

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from models.errors import UserError
+from serving.retrieval import PolicyError, PolicyIndexError
 from serving.scheduler import QueueFullError
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 
@@ -61,7 +65,11 @@ def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) 
 
 
 def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
-    """Answer every exception in the one form. `descriptions`: see `describe_validation`."""
+    """Answer every exception in the one form. `descriptions`: see `describe_validation`.
+
+    A UserError speaks to whoever runs the server, and may name its files: it goes to the log, and the client gets a
+    reason that was written for clients.
+    """
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -69,9 +77,19 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
         status = 400 if request.url.path.startswith("/v1/chat/") else 422
         return JSONResponse(error_body(status, message, param=param), status)
 
+    @app.exception_handler(PolicyError)
+    async def unusable(request: Request, error: PolicyError) -> JSONResponse:
+        return JSONResponse(error_body(422, str(error)), 422)
+
+    @app.exception_handler(PolicyIndexError)
+    async def unavailable(request: Request, error: PolicyIndexError) -> JSONResponse:
+        log.error("%s", error)
+        return JSONResponse(error_body(503, error.reason), 503)
+
     @app.exception_handler(UserError)
     async def mistaken(request: Request, error: UserError) -> JSONResponse:
-        return JSONResponse(error_body(422, str(error)), 422)
+        log.error("%s", error)
+        return JSONResponse(error_body(500, "the server cannot do this; its log says why"), 500)
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:

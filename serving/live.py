@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Refusal:
-    """A version that was to be served, and why the one before it goes on."""
+    """A version that was to be served, and why the one before it goes on. The reason may name files: it is for logs."""
 
     version: str
     reason: str

@@ -3,6 +3,8 @@
 One JSON line a version. A line counts once its newline is on the disk; a writer that was killed leaves at most a tail
 without one, which readers skip and the next writer cuts off. Every line carries the digest of the whole history up to
 it, so a damaged line is noticed, and a trace's index digest names the exact policies that an answer was given under.
+The digest does not depend on when a policy was put: a second checksum, over digest and time of every line so far, does.
+Lines of before it was there have none, and stay valid as long as no line that has one came earlier.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,9 +52,23 @@ class _State:
     versions: dict[int, list[Policy]] = field(default_factory=dict)
     ranking: Bm25 = field(default_factory=Bm25)
     digest: str = EMPTY_DIGEST
+    checksum: str = EMPTY_DIGEST
+    has_checksums: bool = False
     lines: int = 0
     read_bytes: int = 0
     stamp: tuple[int, int, int] = (0, 0, 0)
+
+
+class PolicyIndexError(UserError):
+    """The index cannot be read or written. `reason` says why without naming a place on this machine."""
+
+    def __init__(self, path: Path, reason: str, advice: str):
+        super().__init__(f"{path}: {reason}; {advice}")
+        self.reason = f"the policy index: {reason}"
+
+
+class PolicyError(UserError):
+    """A policy's id or text that no decision could be based on."""
 
 
 class _DamagedLineError(Exception):
@@ -63,7 +79,7 @@ class PolicyIndex:
     """The policies in the file at `path`. Safe for many threads and many processes at once.
 
     Every method sees what other processes have put before it was called. A missing file is an empty index. Methods
-    raise UserError where a line of the file is damaged.
+    raise PolicyIndexError where the file cannot be read or a line of it is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -74,8 +90,8 @@ class PolicyIndex:
     def put(self, policy_id: str, text: str) -> Policy:
         """Make a text the policy's newest version and return it; it is on the disk when this returns.
 
-        The text that is in force already keeps its version. Raises UserError for an id or a text that no decision
-        could be based on.
+        The text that is in force already keeps its version. Raises PolicyError for an id or a text that no decision
+        could be based on, and PolicyIndexError, with the index as it was, where the disk does not take the line.
         """
         number, text = checked(policy_id, text)
         with self._lock, self._writing():
@@ -84,8 +100,11 @@ class PolicyIndex:
             if versions and versions[-1].text == text:
                 return versions[-1]
             policy = Policy(policy_id, text, version=len(versions) + 1)
-            line = _line(policy, _chain(self._state.digest, policy))
-            self._append(line)
+            line, _, _ = _line(policy, self._state.digest, self._state.checksum)
+            if self.path.exists():
+                self._append(line)
+            else:
+                self._install(line)
             self._refresh(alone=True)
             return policy
 
@@ -101,17 +120,11 @@ class PolicyIndex:
             self._refresh(alone=True)
             if self._state.lines:
                 return 0
-            digest, lines = EMPTY_DIGEST, []
+            digest, checksum, lines = EMPTY_DIGEST, EMPTY_DIGEST, []
             for policy in new:
-                digest = _chain(digest, policy)
-                lines.append(_line(policy, digest))
-            beside = self.path.with_name(f"{self.path.name}.new")
-            with open(beside, "wb") as file:
-                file.write(b"".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-            _sync_folder(self.path.parent)
+                line, digest, checksum = _line(policy, digest, checksum)
+                lines.append(line)
+            self._install(b"".join(lines))
             self._refresh(alone=True)
             return len(new)
 
@@ -163,11 +176,11 @@ class PolicyIndex:
                         self._read()
         except _DamagedLineError as error:
             self._state = _State()
-            raise UserError(
-                f"{self.path}: {error}; restore the file from a copy, or delete that line and all that follow it"
-            ) from None
+            advice = "restore the file from a copy, or delete that line and all that follow it"
+            raise PolicyIndexError(self.path, str(error), advice) from None
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); see to its permissions") from None
+            reason = f"cannot be read ({error.strerror})"
+            raise PolicyIndexError(self.path, reason, "see to its permissions") from None
 
     def _read(self) -> None:
         try:
@@ -180,7 +193,8 @@ class PolicyIndex:
             stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             if stamp == self._state.stamp:
                 return
-            if status.st_ino != self._state.stamp[0] or status.st_size < self._state.read_bytes:
+            # A file that changed and did not grow was cut, perhaps by a writer whose disk failed.
+            if status.st_ino != self._state.stamp[0] or status.st_size <= self._state.read_bytes:
                 self._state = _State()
             file.seek(self._state.read_bytes)
             added = file.read()
@@ -197,31 +211,60 @@ class PolicyIndex:
             record = json.loads(line)
             policy = Policy(record["policy_id"], record["text"], record["version"])
             number = int(_POLICY_ID.fullmatch(policy.policy_id)[1])  # type: ignore[index] # None is caught below
-            intact = record["digest"] == _chain(state.digest, policy)
-        except (ValueError, KeyError, TypeError):
+            digest = _chain(state.digest, policy.policy_id, policy.version, policy.text)
+            checksum = _chain(state.checksum, digest, record.get("recorded_at"))
+            wanted = {"digest": digest, "checksum": checksum}
+            if "checksum" not in record and not state.has_checksums:
+                del wanted["checksum"]
+            intact = {name: record.get(name) for name in wanted} == wanted
+        except (ValueError, KeyError, TypeError, RecursionError):
             intact = False
         if not intact:
             raise _DamagedLineError(f"line {state.lines} is damaged")
         state.versions.setdefault(number, []).append(policy)
         state.ranking.put(number, policy.text)
-        state.digest = record["digest"]
+        state.digest, state.checksum, state.has_checksums = digest, checksum, "checksum" in record
 
     def _append(self, line: bytes) -> None:
         """Write one line after the last complete one. The caller holds the file lock and has just refreshed."""
-        is_new = not self.path.exists()
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        end = self._state.read_bytes
         try:
-            os.ftruncate(descriptor, self._state.read_bytes)
-            if os.pwrite(descriptor, line, self._state.read_bytes) != len(line):
-                os.ftruncate(descriptor, self._state.read_bytes)
-                raise UserError(f"{self.path}: the disk is full; make room and put the policy again")
+            descriptor = os.open(self.path, os.O_RDWR)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        try:
+            os.ftruncate(descriptor, end)
+            written = 0
+            while written < len(line):  # a disk that is full takes a part at first, and says so only when asked again
+                written += os.pwrite(descriptor, line[written:], end + written)
             os.fsync(descriptor)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be written ({error.strerror}); nothing was changed") from None
+            # A line without its end counts for nothing, but one that was not synced may be whole.
+            with suppress(OSError):
+                os.ftruncate(descriptor, end)
+            raise self._unwritable(error) from None
         finally:
             os.close(descriptor)
-        if is_new:
+
+    def _install(self, content: bytes) -> None:
+        """Make the file, which has no complete line yet, hold this content: all of it or nothing."""
+        beside = self.path.with_name(f"{self.path.name}.new")
+        try:
+            with open(beside, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
             _sync_folder(self.path.parent)
+        except OSError as error:
+            for path in (beside, self.path):  # without a line, a file that is missing says the same
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> PolicyIndexError:
+        reason = f"cannot be written ({error.strerror}), nothing was changed"
+        return PolicyIndexError(self.path, reason, "make room or see to its permissions, then try again")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -229,54 +272,59 @@ class PolicyIndex:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(self.path.with_name(f"{self.path.name}.lock"), "ab")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be locked ({error.strerror}); see to its permissions") from None
-        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            reason = f"cannot be locked ({error.strerror})"
+            raise PolicyIndexError(self.path, reason, "see to the permissions of its folder") from None
+        with lock:
             yield
 
 
 def checked(policy_id: str, text: str) -> tuple[int, str]:
     """The policy's number and its text without white space around it.
 
-    Raises UserError for an id that is not `P-<digits>`, and for a text that is empty, too long, holds characters that
+    Raises PolicyError for an id that is not `P-<digits>`, and for a text that is empty, too long, holds characters that
     cannot be seen, or does not name exactly one window.
     """
     match = _POLICY_ID.fullmatch(policy_id)
     if match is None or match[1] != str(int(match[1])):
-        raise UserError(f"policy id {policy_id!r}: must be P- and a number, such as P-7")
+        raise PolicyError(f"policy id {policy_id!r}: must be P- and a number, such as P-7")
     text = text.strip()
     if not text:
-        raise UserError(f"policy {policy_id}: the text is empty; write one sentence that names its window")
+        raise PolicyError(f"policy {policy_id}: the text is empty; write one sentence that names its window")
     if len(text) > MAX_TEXT_CHARACTERS:
-        raise UserError(f"policy {policy_id}: the text has {len(text)} characters; at most {MAX_TEXT_CHARACTERS} fit")
+        raise PolicyError(f"policy {policy_id}: the text has {len(text)} characters; at most {MAX_TEXT_CHARACTERS} fit")
     for place, character in enumerate(text):
         if unicodedata.category(character) in _UNPRINTABLE:
-            raise UserError(
+            raise PolicyError(
                 f"policy {policy_id}: character {place + 1} (U+{ord(character):04X}) cannot be seen; remove it"
             )
     if window_days(text) is None:
-        raise UserError(
+        raise PolicyError(
             f'policy {policy_id}: the text must say "within N days" exactly once; nothing can be decided '
             "without a window"
         )
     return int(match[1]), text
 
 
-def _chain(digest: str, policy: Policy) -> str:
-    content = json.dumps([digest, policy.policy_id, policy.version, policy.text])
-    return hashlib.sha256(content.encode()).hexdigest()
+def _chain(digest: str, *content: object) -> str:
+    return hashlib.sha256(json.dumps([digest, *content]).encode()).hexdigest()
 
 
-def _line(policy: Policy, digest: str) -> bytes:
+def _line(policy: Policy, digest: str, checksum: str) -> tuple[bytes, str, str]:
+    """The line of a policy, and the digest and the checksum of the history up to it, from those before."""
+    recorded_at = datetime.now(UTC).isoformat(timespec="seconds")
+    digest = _chain(digest, policy.policy_id, policy.version, policy.text)
+    checksum = _chain(checksum, digest, recorded_at)
     record = {
         "policy_id": policy.policy_id,
         "version": policy.version,
         "text": policy.text,
-        "recorded_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recorded_at": recorded_at,
         "digest": digest,
+        "checksum": checksum,
     }
-    return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n", digest, checksum
 
 
 def _sync_folder(folder: Path) -> None:

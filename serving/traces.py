@@ -9,10 +9,13 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
+from models.errors import UserError
 
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -29,12 +32,17 @@ class TraceStore:
     """Traces in the folder `path`, one set of files a process, so that several servers may share it.
 
     `record` never waits and never raises: a trace that finds the queue full, or a disk that takes no more, is counted
-    in `dropped`.
+    in `dropped`. Raises UserError where the folder cannot be made.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, file_bytes: int = FILE_BYTES, files: int = FILES):
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be made ({error.strerror}); see to its disk and permissions"
+            ) from None
         self.dropped = 0
         self._file_bytes = file_bytes
         self._files = files
@@ -81,6 +89,8 @@ class TraceStore:
                             return dict(json.loads(found))
             except FileNotFoundError:  # another process has just made room
                 continue
+            except ValueError:  # a line that was torn, and then written on, by an earlier version
+                continue
         return None
 
     def close(self) -> None:
@@ -97,26 +107,27 @@ class TraceStore:
 
     def _write(self) -> None:
         descriptor: int | None = None
+        length = 0  # of the file's whole lines
         while (item := self._queue.get()) is not None:
             line = item[1].encode() + b"\n"
             try:
-                if descriptor is not None and self._is_used_up(descriptor, len(line)):
-                    os.close(descriptor)
-                    descriptor = None
+                if descriptor is not None and self._is_used_up(descriptor, length, len(line)):
+                    old, descriptor = descriptor, None
+                    os.close(old)
                 if descriptor is None:
-                    descriptor = self._next_file()
-                if os.write(descriptor, line) != len(line):
-                    raise OSError("short write")
+                    descriptor, length = self._next_file(), 0
+                _append(descriptor, length, line)
+                length += len(line)
             except OSError:
                 with self._lock:
                     self.dropped += 1
         if descriptor is not None:
             os.close(descriptor)
 
-    def _is_used_up(self, descriptor: int, more: int) -> bool:
-        """Whether a file is full, or another process has deleted it as too old."""
+    def _is_used_up(self, descriptor: int, length: int, more: int) -> bool:
+        """Whether a file is full, ends in a torn line, or was deleted by another process as too old."""
         status = os.fstat(descriptor)
-        return status.st_size + more > self._file_bytes or status.st_nlink == 0
+        return length + more > self._file_bytes or status.st_size != length or status.st_nlink == 0
 
     def _next_file(self) -> int:
         """Open a new file and delete the oldest ones beyond the limit."""
@@ -125,3 +136,15 @@ class TraceStore:
         name = f"traces-{time.time_ns():020d}-{os.getpid()}.jsonl"
         # Customers' words stand in a trace: only the server's own user may read it.
         return os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _append(descriptor: int, length: int, line: bytes) -> None:
+    """Write a line whole, or cut the file back to the `length` that it had. Raises OSError."""
+    try:
+        written = 0
+        while written < len(line):  # a disk that is full takes a part at first, and says so only when asked again
+            written += os.write(descriptor, line[written:])
+    except OSError:
+        with suppress(OSError):  # then the file is longer than its whole lines, and the next trace begins another
+            os.ftruncate(descriptor, length)
+        raise

@@ -15,13 +15,17 @@ import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
-from served import CASE, GOOD, HELLO, ORDER, ScriptedScheduler, make_app, running, small_tokenizer
+from served import CASE, GOOD, HELLO, MODEL, ORDER, ScriptedScheduler, make_app, running, small_tokenizer
 
 from models.config import DecoderConfig
 from models.errors import UserError
 from models.onnx_graph import weight_shapes
-from serving.api import MAX_BODY_BYTES, run_server
+from serving.api import MAX_BODY_BYTES, create_app, run_server
+from serving.decisions import DecisionService
 from serving.engine import Engine
+from serving.live import Live, Refusal
+from serving.retrieval import PolicyIndex
+from serving.returns import RETURNS
 from serving.scheduler import Scheduler
 
 
@@ -441,6 +445,69 @@ def test_health_fails_when_the_index_or_the_engine_has(scripted, script, tmp_pat
     assert failing.status_code == 503
     assert "line 1 is damaged" in failing.json()["reason"]
     assert failing.json()["model"]["digest"] == "d" * 64
+
+
+@pytest.mark.parametrize("fault", ["a damaged line", "a folder in its place", "no lock"])
+def test_what_is_wrong_with_the_index_is_answered_without_its_path(scripted, tmp_path, caplog, fault):
+    path = tmp_path / "index.jsonl"
+    lock = tmp_path / "index.jsonl.lock"
+    if fault == "a folder in its place":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_text("broken\n")
+    if fault == "no lock":
+        lock.unlink()
+        lock.mkdir()
+    put = {"text": "damaged items within 7 days."}
+    refused = [
+        scripted.get("/health"),
+        scripted.get("/v1/policies"),
+        scripted.get("/v1/policies/P-7"),
+        scripted.put("/v1/policies/P-7", json=put),
+    ]
+    for response in refused:
+        assert response.status_code == 503
+        assert "the policy index: " in response.text
+    decided = scripted.post("/v1/decisions", json=CASE)
+    assert decided.json()["reasons"][0]["predicate"] == "retrieval"
+    trace = scripted.get(f"/v1/traces/{decided.json()['trace_id']}")
+    for response in (*refused, decided, trace, scripted.get("/metrics")):
+        assert str(tmp_path) not in response.text
+    logged = [record for record in caplog.records if str(path) in record.getMessage()]
+    assert len(logged) == len(refused) + 1
+    assert not any(record.exc_info for record in logged)
+
+
+def test_a_mistake_that_is_the_operators_is_a_servers_error_without_its_words(scripted, monkeypatch):
+    def broken(*_):
+        raise UserError("/secret/place: cannot be read")
+
+    monkeypatch.setattr("serving.retrieval.PolicyIndex.history", broken)
+    response = scripted.get("/v1/policies/P-7")
+    assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
+    assert "secret" not in response.text
+
+
+def test_messages_that_the_models_template_refuses_are_the_clients_mistake(scripted, monkeypatch):
+    def refuses(*_):
+        raise UserError("chat template: the roles must alternate")
+
+    monkeypatch.setattr("models.tokenizer.ChatTokenizer.encode_prompt", refuses)
+    response = scripted.post("/v1/chat/completions", json={"messages": HELLO})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
+    assert "the roles must alternate" in response.text
+
+
+def test_why_a_champion_is_refused_is_answered_without_its_path(tmp_path, script, tokenizer):
+    service = DecisionService(script, tokenizer, PolicyIndex(tmp_path / "index.jsonl"), MODEL, RETURNS)
+    live = Live(service)
+    live.refusal = Refusal("4", f"{tmp_path}/model.onnx differs from its digest")
+    with running(create_app(live)) as client:
+        answer = client.get("/health")
+    assert answer.json()["refused_champion"]["version"] == "4"
+    assert "it is not used" in answer.json()["refused_champion"]["reason"]
+    assert str(tmp_path) not in answer.text
 
 
 def test_metrics_count_what_happened(scripted, script):

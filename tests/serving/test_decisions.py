@@ -214,6 +214,62 @@ def test_a_full_disk_loses_traces_and_no_answers(service, monkeypatch):
     assert service.traces.dropped == 5
 
 
+FULL_DISK = """
+import json, resource, sys, time, uuid
+from pydantic import BaseModel
+from serving.traces import TraceStore
+
+class Trace(BaseModel):
+    trace_id: str
+    message: str
+
+def record():
+    trace = Trace(trace_id=uuid.uuid4().hex, message="x" * 200)
+    traces.record(trace.trace_id, trace)
+    return trace.trace_id
+
+traces = TraceStore(sys.argv[1])
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, most))  # a file takes a part of its fourth line, and then no more
+ids = [record() for _ in range(10)]
+deadline = time.monotonic() + 20
+while traces.dropped < 7 and time.monotonic() < deadline:
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+ids += [record() for _ in range(10)]
+traces.close()
+print(json.dumps({"ids": ids, "dropped": traces.dropped}))
+"""
+
+
+def test_a_disk_that_is_full_tears_no_line_and_each_trace_lost_is_counted(tmp_path):
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
+    )
+    said = json.loads(child.stdout)
+    assert (said["dropped"], child.stderr) == (7, "")
+    lines = [line for file in tmp_path.iterdir() for line in file.read_text().splitlines()]
+    kept = [json.loads(line)["trace_id"] for line in lines]
+    assert kept == said["ids"][:3] + said["ids"][10:]
+    reader = TraceStore(tmp_path)
+    assert [reader.get(trace_id) is not None for trace_id in said["ids"]] == [True] * 3 + [False] * 7 + [True] * 10
+    reader.close()
+
+
+def test_a_folder_for_traces_that_cannot_be_made_is_the_users_to_fix(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/traces: cannot be made"):
+        TraceStore(tmp_path / "file" / "traces")
+
+
+def test_a_trace_that_was_written_onto_a_torn_one_is_passed_over(tmp_path):
+    torn, next_one = ('{"trace_id":"' + letter * 32 + '","message":"' for letter in "ab")
+    (tmp_path / f"traces-{1:020d}-1.jsonl").write_text(f'{torn}cut o{next_one}whole"}}\n')
+    traces = TraceStore(tmp_path)
+    assert traces.get("a" * 32) is None
+    traces.close()
+
+
 def test_a_trace_that_cannot_be_written_loses_no_answer(service):
     assert decide(service, GOOD, message="\ud800").decision == json.loads(GOOD)
     assert service.traces.dropped == 1

@@ -230,6 +230,147 @@ def test_each_line_names_the_state_of_the_index_after_it(index):
     assert len(set(digests)) == 3
 
 
+# --- checksums --------------------------------------------------------------------------------------------------------
+
+WITHOUT_CHECKSUMS = """\
+{"policy_id": "P-7", "version": 1, "text": "damaged items reported within 30 days are eligible.", "recorded_at": \
+"2026-03-02T09:15:00+00:00", "digest": "1d3f63531ecc96c7516494562f316b7790ed24f0fbf8807ef157e3f7169f4221"}
+{"policy_id": "P-3", "version": 1, "text": "late items reported within 14 days are eligible.", "recorded_at": \
+"2026-03-02T09:15:01+00:00", "digest": "d367bf7ebb242b20772a660d04e6299389b69c04d2d844efe9d1690974c0efbc"}
+"""
+
+
+@pytest.fixture
+def earlier(tmp_path):
+    """An index of before lines had checksums."""
+    index = PolicyIndex(tmp_path / "earlier.jsonl")
+    index.path.write_text(WITHOUT_CHECKSUMS)
+    return index
+
+
+def change_line(index, number, change):
+    lines = [json.loads(line) for line in index.path.read_text().splitlines()]
+    change(lines[number - 1])
+    index.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return PolicyIndex(index.path)
+
+
+def test_an_index_of_before_checksums_is_read_and_goes_on(earlier):
+    assert [policy.policy_id for policy in earlier.list()] == ["P-3", "P-7"]
+    before = earlier.digest()
+    assert before == json.loads(WITHOUT_CHECKSUMS.splitlines()[-1])["digest"]
+    assert earlier.put("P-7", UNWANTED).version == 2
+    assert PolicyIndex(earlier.path).history("P-7")[-1].text == UNWANTED
+    assert earlier.path.read_text().startswith(WITHOUT_CHECKSUMS)
+
+
+@pytest.mark.parametrize("field", ["policy_id", "version", "text", "recorded_at", "digest", "checksum"])
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_change_of_any_field_is_noticed(index, field, number):
+    other = {"policy_id": "P-9", "version": 2, "recorded_at": "2020-01-01T00:00:00+00:00"}.get(field, "another one")
+    changed = change_line(index, number, lambda line: line.update({field: other}))
+    with pytest.raises(UserError, match=f"line {number} is damaged"):
+        changed.list()
+
+
+@pytest.mark.parametrize("field", ["recorded_at", "checksum"])
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_line_after_one_with_a_checksum_needs_its_own(index, field, number):
+    changed = change_line(index, number, lambda line: line.pop(field))
+    with pytest.raises(UserError, match=f"line {number} is damaged"):
+        changed.list()
+
+
+def test_the_first_checksum_vouches_for_the_times_of_the_lines_before_it(earlier):
+    earlier.put("P-7", UNWANTED)
+    changed = change_line(earlier, 1, lambda line: line.update(recorded_at="2020-01-01T00:00:00+00:00"))
+    with pytest.raises(UserError, match="line 3 is damaged"):
+        changed.list()
+
+
+# --- disks that fail --------------------------------------------------------------------------------------------------
+
+FULL_DISK = """
+import resource, sys
+from domains.returns.policies import Policy
+from models.errors import UserError
+from serving.retrieval import PolicyIndex
+
+path, room, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+index = PolicyIndex(path)
+text = "damaged items reported within 7 days are eligible."
+write = {"put": lambda: index.put("P-7", text), "seed": lambda: index.seed([Policy("P-7", text)])}[method]
+most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, most))  # no file grows beyond this: writes are cut short, then refused
+try:
+    write()
+except UserError as error:
+    print(error)
+print(sorted(file.name for file in index.path.parent.iterdir()), len(index.list()))
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+write()
+print(index.history("P-7")[-1].version)
+"""
+
+
+def with_a_full_disk(path, room, method):
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(path), str(room), method], capture_output=True, text=True, timeout=60
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    return child.stdout.splitlines()
+
+
+@pytest.mark.parametrize("room", [0, 1, 60])
+def test_a_put_on_a_full_disk_changes_nothing_and_says_so_in_one_line(index, room):
+    before = index.path.read_bytes()
+    said, left, version = with_a_full_disk(index.path, len(before) + room, "put")
+    assert said.startswith(f"{index.path}: cannot be written (File too large), nothing was changed; ")
+    assert left == "['index.jsonl', 'index.jsonl.lock'] 3"
+    assert version == "2"
+    assert index.path.read_bytes().startswith(before)
+    assert [policy.version for policy in index.history("P-7")] == [1, 2]
+
+
+@pytest.mark.parametrize("method", ["put", "seed"])
+def test_an_index_that_finds_no_room_to_begin_is_not_there(tmp_path, method):
+    path = tmp_path / "new" / "index.jsonl"
+    said, left, version = with_a_full_disk(path, 60, method)
+    assert said.startswith(f"{path}: cannot be written (File too large)")
+    assert left == "['index.jsonl.lock'] 0"
+    assert version == "1"
+
+
+@pytest.mark.parametrize("failing", ["fsync", "ftruncate"])
+def test_a_version_that_did_not_reach_the_disk_is_taken_back(index, monkeypatch, failing):
+    before = index.path.read_bytes()
+    reader = PolicyIndex(index.path)
+    assert reader.history("P-7")[-1].version == 1
+
+    def fails(descriptor, *_):
+        reader.list()  # at the worst moment
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"serving.retrieval.os.{failing}", fails)
+        with pytest.raises(UserError, match=r"cannot be written \(Input/output error\), nothing was changed"):
+            index.put("P-7", "damaged items within 7 days")
+    assert index.path.read_bytes() == before
+    assert reader.history("P-7")[-1].text == DAMAGED
+    assert index.put("P-7", "damaged items within 9 days").version == 2
+    assert reader.history("P-7")[-1].text == "damaged items within 9 days"
+
+
+def test_a_place_where_no_index_can_be_is_named_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "index.jsonl.lock").mkdir()
+    (tmp_path / "folder").mkdir()
+    for name, said in (("file/index.jsonl", "locked"), ("index.jsonl", "locked"), ("folder", "read")):
+        with pytest.raises(UserError, match=f"{name}: cannot be {said} [(]") as refusal:
+            PolicyIndex(tmp_path / name).put("P-7", DAMAGED)
+        assert "\n" not in str(refusal.value)
+
+
 def test_ten_thousand_policies_are_searched_in_milliseconds(tmp_path):
     index = PolicyIndex(tmp_path / "index.jsonl")
     index.seed(
