@@ -18,23 +18,24 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from models.errors import UserError
 from serving.access import OwnHostsOnly, administrators_only
 from serving.chat import chat_router
 from serving.console import CONTENT_SECURITY_POLICY, PAGE
 from serving.decisions import DecisionResponse, Passage
-from serving.errors import ApiError, error_body, install
+from serving.errors import ApiError, install
 from serving.live import Live
 from serving.metrics import Metrics
+from serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
+from serving.protocol import Protocol
 from serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
 from serving.traces import TraceStore
 from serving.work import Workers
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 256 * 1024
 REFUSED = "it is damaged, or does not load and answer, and it is not used; the server's log says which"
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
@@ -73,8 +74,9 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     # The last one is asked first, and counts what the others refuse.
     if local_admin and admin_token is None:
         app.add_middleware(OwnHostsOnly)
-    app.add_middleware(_LimitBody)
-    app.add_middleware(_CountRequests, metrics=metrics)
+    app.add_middleware(LimitBody)
+    app.add_middleware(AnswerAtTheEnd)
+    app.add_middleware(CountRequests, metrics=metrics)
     app.include_router(chat_router(live, metrics, workers))
     app.include_router(_decision_router(live, metrics, workers))
     app.include_router(_policy_router(index))
@@ -201,59 +203,19 @@ def _admin_router(index: PolicyIndex, traces: TraceStore | None) -> APIRouter:
     return router
 
 
-class _LimitBody:
-    """Refuse bodies over MAX_BODY_BYTES before they are read, or in the middle where their length was not said."""
-
-    def __init__(self, app: ASGIApp):
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            await _too_large()(scope, receive, send)
-            return
-        received = 0
-
-        async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > MAX_BODY_BYTES:
-                raise ApiError(413, _TOO_LARGE)
-            return message
-
-        await self.app(scope, counted, send)
-
-
-_TOO_LARGE = f"the body is too large; at most {MAX_BODY_BYTES} bytes are read"
-
-
-def _too_large() -> JSONResponse:
-    return JSONResponse(error_body(413, _TOO_LARGE), 413, headers={"Connection": "close"})
-
-
-class _CountRequests:
-    """Count answers by route, not by path, so that no client can invent new series."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")
-                self.metrics.count("twinloop_requests_total", route=route, status=str(message["status"]))
-            await send(message)
-
-        await self.app(scope, receive, counted)
+def server_config(app: ASGIApp) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        server_header=False,
+        proxy_headers=False,  # who asks is the socket's other end, not what it says of itself
+    )
 
 
 def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
@@ -262,15 +224,7 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
     Port 0 takes any free port; `on_ready` is told the address. Raises UserError when the address cannot be bound.
     """
     listener = _bind(host, port)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
-        server_header=False,
-        proxy_headers=False,  # who asks is the socket's other end, not what it says of itself
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(server_config(app))
     # uvicorn raises the signal again once it has shut down; a server that was asked to stop has not failed.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.requests import ClientDisconnect
 
 from models.errors import UserError
+from serving.generation import GivenUpError
 from serving.retrieval import PolicyError, PolicyIndexError
 from serving.scheduler import QueueFullError
 
@@ -90,6 +92,14 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     async def mistaken(request: Request, error: UserError) -> JSONResponse:
         log.error("%s", error)
         return JSONResponse(error_body(500, "the server cannot do this; its log says why"), 500)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
+    @app.exception_handler(GivenUpError)
+    async def given_up(request: Request, error: GivenUpError) -> JSONResponse:
+        return JSONResponse(error_body(503, "the answer was given up before its end; ask again"), 503)
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:

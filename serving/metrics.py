@@ -17,6 +17,10 @@ class Metrics:
 
     METRICS: Mapping[str, tuple[str, str]] = {
         "twinloop_requests_total": ("counter", "HTTP requests by route and status"),
+        "twinloop_clients_gone_total": (
+            "counter",
+            "Requests whose client left before its answer was complete, by route",
+        ),
         "twinloop_decisions_total": ("counter", "Decisions by outcome: eligible, not_eligible, escalated"),
         "twinloop_escalations_total": ("counter", "Reasons for which decisions were escalated, by predicate"),
         "twinloop_tokens_total": ("counter", "Tokens that the engine read and wrote, by kind: prompt, completion"),

@@ -8,6 +8,9 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from serving.generation import GivenUpError
 
 T = TypeVar("T")
 
@@ -28,20 +31,29 @@ class Workers:
         return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
 
     async def run_unless_gone(self, request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T:
-        """Run `work` in a thread, and call `cancel` when the client disconnects or this task is cancelled."""
-        try:
-            async with anyio.create_task_group() as group:
-                group.start_soon(_cancel_when_gone, request, cancel)
-                result = await self.run(work)
-                group.cancel_scope.cancel()
-            return result
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
-        finally:
+        """Run `work` in a thread, and call `cancel` when the client disconnects or this task is cancelled.
+
+        Raises ClientDisconnect where the client did, and else what `work` raises.
+        """
+        gone = False
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
             cancel()
 
-
-async def _cancel_when_gone(request: Request, cancel: Callable[[], None]) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-    cancel()
+        try:
+            async with anyio.create_task_group() as group:
+                group.start_soon(watch)
+                result = await self.run(work)
+                group.cancel_scope.cancel()
+        except BaseExceptionGroup as errors:
+            if not gone or not isinstance(errors.exceptions[0], GivenUpError):
+                raise errors.exceptions[0] from None
+        finally:
+            cancel()
+        if gone:
+            raise ClientDisconnect
+        return result

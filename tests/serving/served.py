@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from starlette.types import ASGIApp
 from domains.returns.policies import Policy
 from domains.returns.prompt import REASONS, Order, build_prompt
 from models.tokenizer import ChatTokenizer, train_tokenizer
-from serving.api import create_app
+from serving.api import create_app, server_config
 from serving.decisions import DecisionService, ModelInfo
 from serving.live import Live
 from serving.retrieval import PolicyIndex
@@ -39,6 +40,26 @@ GOOD = (
 MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)
 CASE = {"order": ORDER, "message": "my label has already been created, confirm it."}
 HELLO = [{"role": "user", "content": "can i send order A10234 back?"}]
+
+SERVER = [
+    sys.executable,
+    "-c",
+    """
+import sys
+from pathlib import Path
+sys.path.insert(0, "tests/serving")
+import serving.api
+from served import ScriptedScheduler, make_app, small_tokenizer
+folder, delay_s, *shutdown_s = sys.argv[1:]
+if shutdown_s:
+    serving.api.SHUTDOWN_S = int(shutdown_s[0])
+tokenizer = small_tokenizer()
+app = make_app(Path(folder), ScriptedScheduler(tokenizer, delay_s=float(delay_s)), tokenizer)
+serving.api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
+print("stopped", flush=True)
+""",
+]
+"""A server process; the arguments: a folder, the seconds a token takes and, at will, those that stopping may take."""
 
 
 def small_tokenizer() -> ChatTokenizer:
@@ -115,10 +136,18 @@ def exchange(port: int, request: bytes) -> tuple[int, bytes]:
     return int(answer.split(maxsplit=2)[1]), answer
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @contextmanager
 def running(app: ASGIApp) -> Iterator[httpx.Client]:
-    """A real uvicorn server in a thread, and a client of it."""
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=2)
+    """The product's own server in a thread, and a client of it."""
+    config = server_config(app)
+    config.port, config.timeout_graceful_shutdown = 0, 2
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

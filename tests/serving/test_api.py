@@ -15,15 +15,28 @@ import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
-from served import CASE, GOOD, HELLO, MODEL, ORDER, ScriptedScheduler, make_app, running, small_tokenizer
+from served import (
+    CASE,
+    GOOD,
+    HELLO,
+    MODEL,
+    ORDER,
+    SERVER,
+    ScriptedScheduler,
+    make_app,
+    running,
+    small_tokenizer,
+    wait_until,
+)
 
 from models.config import DecoderConfig
 from models.errors import UserError
 from models.onnx_graph import weight_shapes
-from serving.api import MAX_BODY_BYTES, create_app, run_server
+from serving.api import create_app, run_server
 from serving.decisions import DecisionService
 from serving.engine import Engine
 from serving.live import Live, Refusal
+from serving.middleware import MAX_BODY_BYTES
 from serving.retrieval import PolicyIndex
 from serving.returns import RETURNS
 from serving.scheduler import Scheduler
@@ -77,13 +90,6 @@ def chunks_of(response):
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def wait_until(holds, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 # --- decisions --------------------------------------------------------------------------------------------------------
@@ -553,22 +559,10 @@ def test_the_console_needs_nothing_from_elsewhere(scripted):
 
 # --- the process ------------------------------------------------------------------------------------------------------
 
-SERVER = """
-import sys
-from pathlib import Path
-sys.path.insert(0, "tests/serving")
-from served import ScriptedScheduler, make_app, small_tokenizer
-from serving.api import run_server
-tokenizer = small_tokenizer()
-app = make_app(Path(sys.argv[1]), ScriptedScheduler(tokenizer, delay_s=0.01), tokenizer)
-run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
-print("stopped", flush=True)
-"""
-
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_server_asked_to_stop_finishes_its_answers_and_ends_well(tmp_path, number):
-    server = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*SERVER, str(tmp_path), "0.01"], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     url = server.stdout.readline().strip()
     answers = []

@@ -1,0 +1,104 @@
+"""What surrounds every request: the limit of its body, its count, and an answer where the server ends before it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import ApiError, error_body
+from serving.metrics import Metrics
+
+MAX_BODY_BYTES = 256 * 1024
+
+
+class LimitBody:
+    """Refuse bodies over MAX_BODY_BYTES before they are read, or in the middle where their length was not said."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > MAX_BODY_BYTES:
+            await _too_large()(scope, receive, send)
+            return
+        received = 0
+
+        async def counted() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > MAX_BODY_BYTES:
+                raise ApiError(413, _TOO_LARGE)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+_TOO_LARGE = f"the body is too large; at most {MAX_BODY_BYTES} bytes are read"
+
+
+def _too_large() -> JSONResponse:
+    return JSONResponse(error_body(413, _TOO_LARGE), 413, headers={"Connection": "close"})
+
+
+class CountRequests:
+    """Count answers, and clients that left before, by route: not by path, so that no client can invent new series."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        gone = complete = False
+
+        def route() -> str:
+            return getattr(scope.get("route"), "path", "none")
+
+        async def received() -> Message:
+            nonlocal gone
+            message = await receive()
+            if message["type"] == "http.disconnect" and not (gone or complete):
+                gone = True
+                self.metrics.count("twinloop_clients_gone_total", route=route())
+            return message
+
+        async def counted(message: Message) -> None:
+            nonlocal complete
+            if message["type"] == "http.response.start" and not gone:
+                self.metrics.count("twinloop_requests_total", route=route(), status=str(message["status"]))
+            complete = complete or (message["type"] == "http.response.body" and not message.get("more_body", False))
+            await send(message)
+
+        await self.app(scope, received, counted)
+
+
+class AnswerAtTheEnd:
+    """Answer requests that are cancelled, which uvicorn does to those that outlast the time for shutting down."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sent)
+        except asyncio.CancelledError:
+            if scope["type"] != "http":
+                raise
+            if not started:
+                await JSONResponse(error_body(503, "the server is stopping; ask again"), 503)(scope, receive, send)
