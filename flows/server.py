@@ -33,6 +33,8 @@ from models.errors import UserError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from serving.access import Headers
+
 HOST = "127.0.0.1"
 HOST_NAMES = (HOST, "localhost")
 START_WITHIN_S = 180.0
@@ -131,20 +133,27 @@ def wait_until_ready(project: Path) -> None:
             with urllib.request.urlopen(url, timeout=ASK_WITHIN_S):
                 return
         except OSError as error:
+            dead = own is not None and own.poll() is not None
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
             refused = isinstance(reason, ConnectionRefusedError) and api not in _adopted
             if own and shutil.disk_usage(project).free < ROOM_BYTES:  # its log could not take the reason
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_log(project).parent)) from None
-            if refused or (own and own.poll() is not None) or time.monotonic() > deadline:
+            if refused or dead or time.monotonic() > deadline:
                 see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
                 see = "`make down` and `make up` start it anew" if api in _adopted else see
-                raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
+                told = (_last_line(_log(project)) if dead else None) or reason
+                raise UserError(f"{url}: Prefect's server does not answer ({told}); {see}") from None
             time.sleep(0.2)
 
 
 def _log(project: Path) -> Path:
     return project / "state" / "prefect" / "server.log"
+
+
+def _last_line(log: Path) -> str | None:
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return lines[-1].removeprefix("twinloop: ") if lines else None
 
 
 def _serve(project: Path, port: int, listener: int | None) -> None:
@@ -169,18 +178,18 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
 
 def _app(origins: list[str]) -> ASGIApp:
     from prefect.server.api.server import create_app
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    return TrustedHostMiddleware(_OwnPages(create_app(final=True), origins), HOST_NAMES, www_redirect=False)
+    return _OwnPages(create_app(final=True), origins)
 
 
 class _OwnPages:
-    """Prefect's app for its own pages: a page of another origin is refused, also where a browser would not let it read
-    the answer, and Prefect's own reach no other host (3.8 asks for its analytics' settings even where they are off)."""
+    """Prefect's app for this machine's names and its own pages. A page of another origin is refused also where a
+    browser would not let it read the answer, and Prefect's own reach no other host (3.8 asks for its analytics'
+    settings even where they are off)."""
 
     def __init__(self, app: ASGIApp, origins: list[str]):
         self.app = app
-        self.origins = origins
+        self.origins = {origin.encode() for origin in origins}
         reached = " ".join(origins + [origin.replace("http", "ws", 1) for origin in origins])
         self.policy = (
             "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
@@ -188,7 +197,6 @@ class _OwnPages:
         ).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.datastructures import Headers
         from starlette.responses import PlainTextResponse
         from starlette.websockets import WebSocketClose
 
@@ -197,12 +205,20 @@ class _OwnPages:
                 message["headers"] = [*message.get("headers", ()), (b"content-security-policy", self.policy)]
             await send(message)
 
-        if scope["type"] == "lifespan" or Headers(scope=scope).get("origin", self.origins[0]) in self.origins:
+        if scope["type"] == "lifespan" or self._is_ours(scope["headers"]):
             await self.app(scope, receive, send_with_policy)
         elif scope["type"] == "websocket":
             await WebSocketClose(1008)(scope, receive, send)
         else:
-            await PlainTextResponse("a page of another origin may not ask this server", 403)(scope, receive, send)
+            text = f"this server answers under the names {' and '.join(HOST_NAMES)}, and its own pages, only"
+            await PlainTextResponse(text, 403)(scope, receive, send)
+
+    def _is_ours(self, headers: Headers) -> bool:
+        from serving.access import is_for_this_machine
+
+        return is_for_this_machine(headers) and all(
+            value in self.origins for name, value in headers if name == b"origin"
+        )
 
 
 def _end_with_parent() -> None:
