@@ -28,13 +28,13 @@ import torch
 
 from benchmarks.decode import SLOTS, time_steps
 from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
+from common.errors import UserError
 from domains.returns.verifier import Facts, verify
 from evaluation.cases import CaseReport, read_cases, run_cases
 from evaluation.metrics import Rate
 from evaluation.texts import score_texts
 from models.decoder import Decoder
 from models.directory import save_model
-from models.errors import UserError
 from models.onnx_bundle import export_bundle
 from serving.engine import Engine
 from tasks.learn import train_settings

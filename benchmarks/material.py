@@ -15,11 +15,11 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from common.errors import UserError
 from domains.returns.generator import GeneratorParams, generate
 from domains.returns.verifier import Facts, verify
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer, train_tokenizer
 from tasks.lessons import dpo, pretrain, rlvr, sft
 from tasks.recipe import Recipe, load_recipe

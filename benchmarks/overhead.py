@@ -23,9 +23,9 @@ from benchmarks.table import Row, percent, promise, show
 from benchmarks.training import Unwatched, stage_rows
 from flows.environment import prepare_environment, quiet_prefect
 from flows.server import embedded_server, wait_until_ready
+from records.dataset import DataVersion
+from registry.tracking import CodeVersion, Tracker
 from tasks.context import Context
-from tasks.data import DataVersion
-from tasks.tracking import CodeVersion, Tracker
 
 SECONDS = 15.0
 MINUTE_S = 60.0

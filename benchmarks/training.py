@@ -24,10 +24,10 @@ import torch
 from benchmarks.material import STAGES, Material, Stage, arguments, material
 from benchmarks.table import Row, percent, show
 from domains.returns.verifier import Facts
+from registry.tracking import Execution, Mlruns, Tracker
 from tasks.context import Report
 from tasks.learn import report_step, train_settings
 from tasks.recipe import Packed
-from tasks.tracking import Execution, Mlruns, Tracker
 from training.loop import StepReport, TrainResult, train
 from training.optim import OptimizerSettings, build_optimizer
 from training.stream import Batches, Step

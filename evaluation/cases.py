@@ -11,10 +11,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from common.errors import UserError
 from evaluation.claims import claims_action
 from evaluation.metrics import Rate
 from evaluation.router import Failure, route
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer
 
 FactsT = TypeVar("FactsT")

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from common.errors import UserError
+from common.strict_yaml import read_yaml
 from evaluation.cases import CaseReport, Comparison
 from evaluation.metrics import Rate, sign_test
 from evaluation.router import LATENCY, RELEASE, SIDE_EFFECT
-from models.errors import UserError
-from models.strict_yaml import read_yaml
 
 TRAINING = "training data and verifier RL"
 EXPORT = "ONNX export"

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from common.errors import UserError
 from evaluation import metrics
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer
 
 

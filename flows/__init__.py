@@ -1,5 +1,5 @@
 """What runs, in what order: Prefect flows and the `twinloop` command."""
 
-from models.telemetry import disable_telemetry
+from common.telemetry import disable_telemetry
 
 disable_telemetry()

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.errors import UserError
-from tasks.proof import EXAMPLE_MESSAGE, EXAMPLE_ORDER
+from common.errors import UserError
+from registry.smoke_test import EXAMPLE_MESSAGE, EXAMPLE_ORDER
 
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 60.0
@@ -33,14 +33,14 @@ class Answer:
 
 def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
+    from registry.champion import following_champion, open_champion
+    from registry.tracking import Mlruns
+    from registry.versions import Registry
     from serving.access import is_this_machine
     from serving.api import create_app, run_server
-    from tasks.champion import following_champion, open_champion
-    from tasks.registry import Registry
-    from tasks.tracking import Mlruns
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("tasks.champion").setLevel(logging.INFO)
+    logging.getLogger("registry.champion").setLevel(logging.INFO)
     registry = Registry(Mlruns(project / "mlruns"), model)
     with open_champion(project, model, slots=slots) as live:
         # An empty token is none: it would let everybody in who sends none.
@@ -61,7 +61,7 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
     from pydantic import ValidationError
 
     from domains.returns.prompt import Order
-    from tasks.champion import open_champion
+    from registry.champion import open_champion
 
     try:
         checked = Order(**order)

@@ -12,9 +12,9 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
+from common.errors import UserError
 from flows.edge import MISTAKE, run_command
 from flows.environment import prepare_environment, quiet_prefect
-from models.errors import UserError
 
 DEFAULT_RECIPE = Path("recipes/returns.yaml")
 
@@ -129,7 +129,7 @@ def policies_put(
     text: Annotated[str, typer.Argument(help='one sentence that says "within N days"')],
 ) -> int:
     """Put a policy in force; running servers answer under it from the next request on."""
-    from tasks.champion import open_policies
+    from registry.champion import open_policies
 
     policy = open_policies(_project()).put(policy_id, text)
     typer.echo(f"{policy.policy_id} version {policy.version}: {policy.text}")
@@ -139,7 +139,7 @@ def policies_put(
 @policies_app.command("list")
 def policies_list() -> int:
     """List the policies in force."""
-    from tasks.champion import open_policies
+    from registry.champion import open_policies
 
     for policy in open_policies(_project()).list():
         typer.echo(f"{policy.policy_id:<8} v{policy.version:<4} {policy.text}")
@@ -149,7 +149,7 @@ def policies_list() -> int:
 @data_app.command("build")
 def data_build() -> int:
     """Bring data/ to the version that params.yaml and the generator stand for."""
-    from tasks.data import build_data
+    from records.dataset import build_data
 
     version = build_data(_project())
     typer.echo(f"{version.path}: {version.md5}")
@@ -159,7 +159,7 @@ def data_build() -> int:
 @data_app.command("check")
 def data_check() -> int:
     """Check every byte of data/ against its version."""
-    from tasks.data import check_data
+    from records.dataset import check_data
 
     version = check_data(_project())
     typer.echo(f"{version.path}: {version.md5}, as data.dvc says")

@@ -16,7 +16,7 @@ from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 WIDTH_WITHOUT_TERMINAL = 150
-OUR_LOGGERS = ("flows", "tasks", "training", "serving", "evaluation", "domains")
+OUR_LOGGERS = ("flows", "tasks", "registry", "training", "serving", "evaluation", "records", "domains")
 # What a step says about itself, and what people call it.
 SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_s": "tokens/s"}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from models.errors import UserError, is_disk_full, one_line
+from common.errors import UserError, is_disk_full, one_line
 
 MISTAKE, UNFORESEEN, INTERRUPTED = 2, 3, 130
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from common.errors import UserError
 from flows.server import has_shared_server
 from flows.services import GPU_SLOT
-from models.errors import UserError
 from tasks.runtime import Runtime
 
 log = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from pathlib import Path
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
+from common.errors import UserError
 from evaluation.gate import GateRules, load_rules
 from flows.answer import answer_over_http
 from flows.display import make_display
@@ -15,8 +16,9 @@ from flows.environment import prepare_environment
 from flows.gpu import gpu_slot
 from flows.outcome import Outcome, Stage
 from flows.summary import show_outcome
-from models.errors import UserError
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
+from registry.promotion import finish_interrupted
+from registry.versions import CHAMPION, Registry
 from tasks.audit import audit
 from tasks.context import Context, find_project
 from tasks.dpo import dpo
@@ -27,10 +29,8 @@ from tasks.lengths import check_lengths
 from tasks.measure import measure
 from tasks.prepare import prepare_data, validate_data
 from tasks.pretrain import pretrain
-from tasks.promote import finish_interrupted
 from tasks.recipe import Recipe, load_recipe
 from tasks.register import promote_if_shipped, register, who
-from tasks.registry import CHAMPION, Registry
 from tasks.release import check_release, version_to_judge
 from tasks.rlvr import rlvr
 from tasks.runtime import Runtime

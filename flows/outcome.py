@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 from evaluation.gate import GateReport
 from flows.answer import Answer
-from tasks.artifact import Artifact
-from tasks.promote import Promotion
+from registry.artifact import Artifact
+from registry.promotion import Promotion
+from registry.versions import Version
 from tasks.recipe import Recipe
-from tasks.registry import Version
 
 
 @dataclass(frozen=True)

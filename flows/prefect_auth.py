@@ -11,7 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from models.errors import UserError
+from common.errors import UserError
+from common.files import write_whole
 
 USER = "twinloop"
 _AUTH = re.compile(rf"{USER}:[A-Za-z0-9_-]{{32,}}")
@@ -31,7 +32,7 @@ def auth_string(project: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".auth.lock")):
         if not path.exists():
-            _make(path)
+            write_whole(path, f"{USER}:{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
         path.chmod(0o600)  # it may have been copied or restored with other rights
         text = path.read_text(errors="replace").strip()
     if not _AUTH.fullmatch(text):
@@ -55,14 +56,3 @@ def prefect_client(project: Path, url: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _make(path: Path) -> None:
-    new = path.with_suffix(".auth.new")
-    new.unlink(missing_ok=True)
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{USER}:{secrets.token_urlsafe(32)}\n")
-        file.flush()
-        os.fsync(descriptor)
-    new.replace(path)

@@ -1,4 +1,4 @@
-"""Prefect's own database, made or upgraded before its server opens it: see `tasks.database`."""
+"""Prefect's own database, made or upgraded before its server opens it: see `registry.database`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from tasks.database import Migrations, prepare_database
+from registry.database import Migrations, prepare_database
 
 
 def prepare_prefect_database() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from models.errors import UserError
+from common.errors import UserError
 
 READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 20.0

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from common.errors import UserError
 from flows.runs import crash_dead_runs, marked_alive
 from flows.server import embedded_server, wait_until_ready
-from models.errors import UserError
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:

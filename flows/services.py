@@ -13,13 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from common.errors import UserError
 from flows.edge import run_command
 from flows.environment import prepare_environment
 from flows.prefect_auth import auth_file, prefect_client
 from flows.processes import alive, end, launch, marked, stop
 from flows.runs import crash_runs_of_pool
 from flows.server import server_command
-from models.errors import UserError
 from tasks.context import find_project
 
 POOL = "twinloop"
@@ -198,14 +198,14 @@ def _prefect(project: Path, *arguments: str, check: bool = True) -> bool:
 
 def _prepare_mlflow(project: Path) -> None:
     """Its server would make the database in its place, and leave it half-made where it dies."""
-    from tasks.tracking import Mlruns
+    from registry.tracking import Mlruns
 
     Mlruns(project / "mlruns").prepare_database()
 
 
 def _has_champion(project: Path) -> bool:
-    from tasks.registry import CHAMPION, Registry
-    from tasks.tracking import Mlruns
+    from registry.tracking import Mlruns
+    from registry.versions import CHAMPION, Registry
 
     return Registry(Mlruns(project / "mlruns"), MODEL).snapshot().alias(CHAMPION) is not None
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.registry import Registry
-from tasks.tracking import Mlruns
+from registry.tracking import Mlruns
+from registry.versions import Registry
 
 if TYPE_CHECKING:
     from serving.decisions import DecisionResponse
@@ -16,7 +16,7 @@ FOLLOW = "running servers follow within seconds"
 
 
 def show_status(project: Path, model: str, *, as_json: bool) -> int:
-    from tasks.status import status
+    from registry.status import status
 
     found = status(Registry(Mlruns(project / "mlruns"), model))
     print(found.to_json() if as_json else found.to_text())
@@ -24,7 +24,7 @@ def show_status(project: Path, model: str, *, as_json: bool) -> int:
 
 
 def promote_version(project: Path, model: str, version: int) -> int:
-    from tasks.promote import promote
+    from registry.promotion import promote
     from tasks.register import who
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
@@ -33,8 +33,8 @@ def promote_version(project: Path, model: str, version: int) -> int:
 
 
 def roll_back(project: Path, model: str) -> int:
-    from tasks.promote import rollback
-    from tasks.proof import EXAMPLE_ORDER, prove_answers
+    from registry.promotion import rollback
+    from registry.smoke_test import EXAMPLE_ORDER, prove_answers
     from tasks.register import who
 
     proofs: list[DecisionResponse] = []
@@ -62,12 +62,12 @@ def judge_now(project: Path, recipe_path: Path) -> int:
     from evaluation.gate import load_rules
     from flows.display import make_display
     from flows.gpu import gpu_slot
+    from registry.promotion import finish_interrupted
+    from registry.versions import CANDIDATE, CHAMPION
     from tasks.context import Context
     from tasks.prepare import prepare_data, validate_data
-    from tasks.promote import finish_interrupted
     from tasks.recipe import load_recipe
     from tasks.register import who
-    from tasks.registry import CANDIDATE, CHAMPION
     from tasks.release import check_release, version_to_judge
     from tasks.runtime import Runtime
 

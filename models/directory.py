@@ -15,8 +15,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from common.errors import UserError
 from models.config import DecoderConfig
-from models.errors import UserError
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from common.errors import UserError
 from models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.onnx_graph import Precision, compute_type, slot_capacity
 from models.onnx_quantize import choose_block_size
 

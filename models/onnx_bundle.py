@@ -16,9 +16,9 @@ from pathlib import Path
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.errors import UserError
 from models.config import DecoderConfig
 from models.directory import check_tensors, load_config, load_tensors
-from models.errors import UserError
 from models.onnx_graph import PRECISIONS, Precision, build_graph, slot_capacity, weight_shapes
 
 BUNDLE_FILE = "bundle.json"

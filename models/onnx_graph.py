@@ -27,8 +27,8 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
+from common.errors import UserError
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.onnx_quantize import quantize_blocks
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]

@@ -1,5 +1,5 @@
 """How frozen weights answer: engine, scheduler, retrieval, decisions, HTTP. Needs no torch."""
 
-from models.telemetry import disable_telemetry
+from common.telemetry import disable_telemetry
 
 disable_telemetry()

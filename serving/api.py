@@ -20,7 +20,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp
 
-from models.errors import UserError
+from common.errors import UserError
 from serving.access import OwnHostsOnly, administrators_only
 from serving.chat import chat_router
 from serving.console import CONTENT_SECURITY_POLICY, PAGE

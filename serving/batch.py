@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from models.errors import UserError
+from common.errors import UserError
 from serving.sampling import choose, uniform_draws
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.errors import UserError
+from common.errors import UserError
 from serving.decisions import DecisionService, ModelInfo
 from serving.errors import ApiError, error_body
 from serving.generation import TextStream

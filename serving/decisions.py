@@ -16,9 +16,9 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from common.errors import UserError
 from domains.returns.policies import Policy
 from domains.returns.verifier import Verdict
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer
 from serving.generation import GivenUpError, TextStream
 from serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult

@@ -16,9 +16,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import ArrayLike
 
+from common.errors import UserError
 from models.chunks import PREFILL_CHUNK
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.onnx_bundle import WEIGHTS_FILE, read_bundle
 from models.onnx_graph import Precision, compute_type, slot_capacity
 from serving.batch import Completion, generate

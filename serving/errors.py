@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
-from models.errors import UserError
+from common.errors import UserError
 from serving.generation import GivenUpError
 from serving.retrieval import PolicyError, PolicyIndexError
 from serving.scheduler import QueueFullError

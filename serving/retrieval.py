@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+from common.errors import UserError
+from common.files import write_all, write_whole
 from domains.returns.policies import Policy, window_days
-from models.errors import UserError
 from serving.bm25 import Bm25
 
 MAX_TEXT_CHARACTERS = 300
@@ -234,9 +235,8 @@ class PolicyIndex:
             raise self._unwritable(error) from None
         try:
             os.ftruncate(descriptor, end)
-            written = 0
-            while written < len(line):  # a disk that is full takes a part at first, and says so only when asked again
-                written += os.pwrite(descriptor, line[written:], end + written)
+            os.lseek(descriptor, end, os.SEEK_SET)
+            write_all(descriptor, line)
             os.fsync(descriptor)
         except OSError as error:
             # A line without its end counts for nothing, but one that was not synced may be whole.
@@ -248,18 +248,11 @@ class PolicyIndex:
 
     def _install(self, content: bytes) -> None:
         """Make the file, which has no complete line yet, hold this content: all of it or nothing."""
-        beside = self.path.with_name(f"{self.path.name}.new")
         try:
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self.path)
-            _sync_folder(self.path.parent)
+            write_whole(self.path, content)
         except OSError as error:
-            for path in (beside, self.path):  # without a line, a file that is missing says the same
-                with suppress(OSError):
-                    path.unlink(missing_ok=True)
+            with suppress(OSError):  # without a line, a file that is missing says the same
+                self.path.unlink(missing_ok=True)
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> PolicyIndexError:
@@ -325,12 +318,3 @@ def _line(policy: Policy, digest: str, checksum: str) -> tuple[bytes, str, str]:
         "checksum": checksum,
     }
     return json.dumps(record, ensure_ascii=False).encode() + b"\n", digest, checksum
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name durable, not only its content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

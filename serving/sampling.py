@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from models.errors import UserError
+from common.errors import UserError
 
 
 @dataclass(frozen=True)

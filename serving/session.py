@@ -11,8 +11,8 @@ from pathlib import Path
 
 import onnxruntime as ort
 
+from common.errors import UserError
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.onnx_bundle import GRAPH_FILE
 from models.onnx_graph import UNBOUND_LOCATION, Precision, build_graph, unbound_bytes, weight_shapes
 from serving.kv_cache import Device

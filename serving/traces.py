@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from models.errors import UserError
+from common.errors import UserError
+from common.files import write_all
 
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
@@ -141,9 +142,7 @@ class TraceStore:
 def _append(descriptor: int, length: int, line: bytes) -> None:
     """Write a line whole, or cut the file back to the `length` that it had. Raises OSError."""
     try:
-        written = 0
-        while written < len(line):  # a disk that is full takes a part at first, and says so only when asked again
-            written += os.write(descriptor, line[written:])
+        write_all(descriptor, line)
     except OSError:
         with suppress(OSError):  # then the file is longer than its whole lines, and the next trace begins another
             os.ftruncate(descriptor, length)

@@ -9,8 +9,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from models.errors import UserError
-from tasks.artifact import Artifact
+from common.errors import UserError
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 
 AUDITED_CASES = 500
@@ -25,7 +25,7 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
         from domains.returns.mutations import good_answer, mutate, shortcuts
         from domains.returns.verifier import Facts, verify
         from evaluation.audit import audit_verifier
-        from tasks.records import read_records
+        from records.validated import read_records
 
         records = islice(read_records(data.path, "rl_prompts"), AUDITED_CASES)
         facts = [Facts.from_record(record["facts"]) for record in records]

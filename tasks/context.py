@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
 
-from models.errors import UserError
-from tasks.artifact import Artifact, ArtifactStore
-from tasks.fingerprint import fingerprint
+from common.errors import UserError
+from registry.artifact import Artifact, ArtifactStore
+from registry.fingerprint import fingerprint
+from registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
 from tasks.recipe import Recipe
-from tasks.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
 
 
 class Progress(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import PreferenceSettings
 from tasks.runtime import Runtime
@@ -21,9 +21,9 @@ def dpo(
     """A model directory."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from records.validated import read_records
         from tasks.learn import learn, open_model
         from tasks.lessons.dpo import lesson
-        from tasks.records import read_records
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "preference_pairs")

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, OnProgress, Report
 from tasks.recipe import EvaluateSettings
 from tasks.runtime import Runtime
@@ -45,10 +45,10 @@ def evaluate_bundle(
 ) -> dict[str, Any]:
     """Measure now, whatever was measured before."""
     from models.tokenizer import ChatTokenizer
+    from records.validated import read_records
     from serving.engine import Engine
     from tasks.footprint import measure_footprint
     from tasks.measure import measure_engine
-    from tasks.records import read_records
 
     tokenizer = ChatTokenizer.load(bundle)
     prompts = [

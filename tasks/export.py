@@ -9,7 +9,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import Precision
 from tasks.runtime import Runtime
@@ -29,8 +29,8 @@ def export(
 
         from models.onnx_bundle import export_bundle
         from models.tokenizer import ChatTokenizer
+        from records.validated import read_records
         from tasks.parity import parity
-        from tasks.records import read_records
 
         torch.set_num_threads(runtime.threads)
         bundle = export_bundle(model.path, out, precision=precision, max_length=max_length)

@@ -11,10 +11,10 @@ from prefect.cache_policies import NO_CACHE
 
 from evaluation.cases import CaseReport, compare
 from evaluation.gate import GateReport, GateRules, Measurements, judge
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
+from registry.versions import CHAMPION, PREVIOUS, Registry, Version
 from tasks.context import Context, Report
 from tasks.measure import REPORT
-from tasks.registry import CHAMPION, PREVIOUS, Registry, Version
 
 GATE_REPORT = "gate.json"
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-from models.errors import UserError
-from tasks.artifact import Artifact
+from common.errors import UserError
+from records.validated import read_records, source_line
+from registry.artifact import Artifact
 from tasks.recipe import Recipe
-from tasks.records import read_records, source_line
 
 if TYPE_CHECKING:
     from models.tokenizer import ChatTokenizer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, OnProgress, Report
 from tasks.recipe import EvaluateSettings
 from tasks.runtime import Runtime
@@ -75,7 +75,7 @@ def measure_engine(
     from evaluation.cases import read_cases, run_cases
     from evaluation.texts import score_texts
     from models.tokenizer import ChatTokenizer
-    from tasks.records import read_records
+    from records.validated import read_records
 
     tokenizer = ChatTokenizer.load(tokenizer_dir)
     text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data, "corpus_heldout")))

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from records.dataset import DataVersion, build_data, is_current
+from registry.artifact import Artifact
 from tasks.context import Context, Report
-from tasks.data import DataVersion, build_data, is_current
 from tasks.recipe import ValidateSettings
 
 
@@ -35,11 +35,15 @@ def validate_data(context: Context, settings: ValidateSettings, *, data: DataVer
     """One Parquet file a record type, the quarantine, and report.json."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from tasks.validate import validate
+        from records.validation import validate
 
         found = validate(data.path, out, settings)
         return dict(found.metrics())
 
     return context.run(
-        "validate", work, settings=settings, inputs={"data": data.md5}, modules=("tasks.validate", "tasks.records")
+        "validate",
+        work,
+        settings=settings,
+        inputs={"data": data.md5},
+        modules=("records.validation", "records.validated"),
     )

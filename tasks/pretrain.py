@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import ModelSettings, PretrainSettings
 from tasks.runtime import Runtime
@@ -31,9 +31,9 @@ def pretrain(
         import torch
 
         from models.tokenizer import ChatTokenizer
+        from records.validated import read_records
         from tasks.learn import learn
         from tasks.lessons.pretrain import lesson
-        from tasks.records import read_records
         from training.weights import new_decoder
 
         torch.set_num_threads(runtime.threads)

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
+from common.errors import UserError
+from common.strict_yaml import read_yaml
 from models.config import DecoderConfig
-from models.errors import UserError
-from models.strict_yaml import read_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -10,11 +10,11 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from evaluation.gate import GateReport
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
+from registry.promotion import Promotion, promote, record_gate
+from registry.tracking import code_of_run
+from registry.versions import Lineage, Registry, Version
 from tasks.context import Context
-from tasks.promote import Promotion, promote, record_gate
-from tasks.registry import Lineage, Registry, Version
-from tasks.tracking import code_of_run
 
 
 @task(name="register", cache_policy=NO_CACHE)

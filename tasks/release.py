@@ -9,17 +9,17 @@ from pathlib import Path
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from common.errors import UserError
 from evaluation.cases import CaseReport
 from evaluation.gate import GateReport, GateRules, judge
-from models.errors import UserError
-from tasks.artifact import MANIFEST, Artifact, Manifest
+from registry.artifact import MANIFEST, Artifact, Manifest
+from registry.promotion import record_gate
+from registry.versions import Registry, Version
 from tasks.context import Context
 from tasks.evaluate import evaluate, evaluate_bundle
 from tasks.gate import measurements, version_to_beat
 from tasks.measure import REPORT
-from tasks.promote import record_gate
 from tasks.recipe import EvaluateSettings
-from tasks.registry import Registry, Version
 from tasks.runtime import Runtime
 
 

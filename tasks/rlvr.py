@@ -9,7 +9,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import ReinforceSettings
 from tasks.runtime import Runtime
@@ -30,9 +30,9 @@ def rlvr(
     """A model directory. `audit` is the proof that the verifier may pay rewards; without one nothing is trained."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from records.validated import read_records
         from tasks.learn import learn, open_model
         from tasks.lessons.rlvr import lesson
-        from tasks.records import read_records
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "rl_prompts")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from models.errors import UserError
+from common.errors import UserError
 from tasks.recipe import Precision, Recipe
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from tasks.artifact import Artifact
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import FinetuneSettings
 from tasks.runtime import Runtime
@@ -19,9 +19,9 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
     """A model directory."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from records.validated import read_records
         from tasks.learn import learn, open_model
         from tasks.lessons.sft import lesson
-        from tasks.records import read_records
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "sft_examples")

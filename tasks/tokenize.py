@@ -8,8 +8,8 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from models.errors import UserError
-from tasks.artifact import Artifact
+from common.errors import UserError
+from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import TokenizerSettings
 
@@ -26,8 +26,8 @@ def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from models.tokenizer import check_template, train_tokenizer
+        from records.validated import read_records, source_line
         from tasks.lengths import measure_lengths
-        from tasks.records import read_records, source_line
 
         tokenizer = train_tokenizer((r["text"] for r in read_records(data.path, "corpus")), settings.vocab_size)
         conversations = {

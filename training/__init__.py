@@ -1,5 +1,5 @@
 """How weights change: one loop, one batch type, the objectives. Runs without Prefect and without MLflow."""
 
-from models.telemetry import disable_telemetry
+from common.telemetry import disable_telemetry
 
 disable_telemetry()

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from common.files import fsync
+
 KEEP = 2
 
 
@@ -40,9 +42,9 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
     path = directory / f"step-{checkpoint.step:08d}.safetensors"
     beside = directory / f".{path.name}.{os.getpid()}"
     save_file(tensors, beside, metadata)
-    _sync(beside)
+    fsync(beside)
     beside.rename(path)
-    _sync(directory)
+    fsync(directory)
     for old in _newest_first(directory)[KEEP:]:
         old.unlink()
     for abandoned in directory.glob(".step-*"):  # of a process that was killed while it wrote
@@ -75,12 +77,3 @@ def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to hold what was written; a rename may otherwise outrun the content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from models.decoder import Decoder
-from models.errors import UserError
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.objectives import Objective, join_metrics

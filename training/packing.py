@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from models.errors import UserError
+from common.errors import UserError
 from training.tree import Segment, Tree
 
 Row = tuple[Tree, ...]

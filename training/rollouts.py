@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.errors import UserError
 from models.decoder import Decoder
-from models.errors import UserError
 from serving.batch import Completion
 from training.packing import pack
 from training.sampler import BoundSampler

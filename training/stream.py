@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from models.errors import UserError
+from common.errors import UserError
 from training.packing import Packing, Row, cut, pack
 from training.tree import Tree, TreeBatch, collate
 

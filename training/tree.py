@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
+from common.errors import UserError
 from models.chunks import LOGIT_CHUNK
 from models.decoder import Decoder
-from models.errors import UserError
 
 ROOT = -1
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from domains.returns.generator import golden_records
 from domains.returns.mutations import good_answer
 from domains.returns.verifier import PREDICATES, Facts, verify
@@ -16,7 +17,6 @@ from evaluation.cases import Case, CaseReport, compare, read_cases, run_cases
 from evaluation.gate import Measurements
 from evaluation.metrics import token_loss
 from evaluation.texts import score_texts
-from models.errors import UserError
 from models.tokenizer import ChatTokenizer, train_tokenizer
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from evaluation.cases import Comparison
 from evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules
 from evaluation.metrics import Rate
-from models.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,7 +21,9 @@ COPIED = (
     "dvc.lock",
     "data.dvc",
 )
-PACKAGES = ("flows", "tasks", "training", "evaluation", "serving", "models", "domains")
+PACKAGES = (
+    "flows", "tasks", "registry", "training", "evaluation", "serving", "records", "models", "domains", "common",
+)  # fmt: skip
 
 
 SIZES = {

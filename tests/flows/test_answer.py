@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 from small_project import make_project
 
+from common.errors import UserError
 from flows import answer
 from flows.answer import answer_over_http
 from flows.outcome import Outcome, Stage
 from flows.summary import show_outcome
-from models.errors import UserError
-from tasks.promote import Promotion
+from registry.promotion import Promotion
 from tasks.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -22,8 +22,8 @@ import pytest
 from running_services import Services
 from small_project import environment
 
+from common.errors import UserError
 from flows.prefect_auth import auth_string
-from models.errors import UserError
 
 CHROMIUM = Path("/usr/bin/chromium")
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from small_project import PROJECT, environment
 
+from common.errors import UserError, is_disk_full, one_line
 from flows.edge import INTERRUPTED, MISTAKE, UNFORESEEN, explain, run_command
-from models.errors import UserError, is_disk_full, one_line
 
 
 def raising(error: BaseException) -> BaseException:

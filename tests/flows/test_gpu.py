@@ -49,7 +49,7 @@ prepare_environment(project)
 with embedded_server(project):
     wait_until_ready(project)
     from flows.gpu import gpu_slot
-    from models.errors import UserError
+    from common.errors import UserError
     from tasks.runtime import Runtime
     try:
         with gpu_slot(project, Runtime(seed=1, threads=1, device="cuda"), shared=True):

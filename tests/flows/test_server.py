@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from common.errors import UserError
 from flows import server
 from flows.server import embedded_server, has_shared_server, wait_until_ready
-from models.errors import UserError
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 from running_services import Services, wait_for
 from small_project import twinloop
 
+from common.errors import UserError
 from flows import services
 from flows.processes import MARK, marked
 from flows.services import Ports
-from models.errors import UserError
 
 ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
 

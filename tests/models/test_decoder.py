@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.errors import UserError
 from models.config import DecoderConfig
 from models.decoder import Decoder, RMSNorm
-from models.errors import UserError
 
 TINY = {
     "vocab_size": 40,

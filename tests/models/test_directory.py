@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from common.errors import UserError
 from models.config import DecoderConfig
 from models.directory import load_config, load_tensors, save_model
-from models.errors import UserError
 from training.weights import get_weights, load_decoder, new_decoder
 
 BASE = {

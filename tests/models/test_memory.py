@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.memory import flops_per_token, serving_memory, training_memory
 from models.onnx_graph import build_graph, weight_shapes
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from models.config import DecoderConfig
 from models.decoder import Decoder
 from models.directory import save_model
-from models.errors import UserError
 from models.onnx_bundle import export_bundle, read_bundle
 from models.onnx_graph import weight_shapes
 from models.onnx_quantize import choose_block_size, quantize_blocks

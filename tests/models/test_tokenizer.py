@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models.errors import UserError
+from common.errors import UserError
 from models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, check_template, train_tokenizer
 
 CORPUS = [

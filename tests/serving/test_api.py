@@ -29,8 +29,8 @@ from served import (
     wait_until,
 )
 
+from common.errors import UserError
 from models.config import DecoderConfig
-from models.errors import UserError
 from models.onnx_graph import weight_shapes
 from serving.api import create_app, run_server
 from serving.decisions import DecisionService

@@ -9,10 +9,10 @@ import time
 import pytest
 from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
 
+from common.errors import UserError
 from domains.returns.policies import Policy
 from domains.returns.prompt import Order
 from evaluation.router import Failure, route
-from models.errors import UserError
 from serving.decisions import DecisionService, ModelInfo
 from serving.retrieval import PolicyIndex
 from serving.returns import OWNERS, RETURNS

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from common.errors import UserError
 from domains.returns.policies import Policy
-from models.errors import UserError
 from serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex
 
 DAMAGED = "damaged items reported within 30 days are eligible."
@@ -293,7 +293,7 @@ def test_the_first_checksum_vouches_for_the_times_of_the_lines_before_it(earlier
 FULL_DISK = """
 import resource, sys
 from domains.returns.policies import Policy
-from models.errors import UserError
+from common.errors import UserError
 from serving.retrieval import PolicyIndex
 
 path, room, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]

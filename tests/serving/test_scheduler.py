@@ -11,9 +11,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from common.errors import UserError
 from models.config import DecoderConfig
 from models.decoder import Decoder
-from models.errors import UserError
 from serving.engine import Engine
 from serving.sampling import SamplingParams
 from serving.scheduler import QueueFullError, Scheduler, SchedulerClosedError

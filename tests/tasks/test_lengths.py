@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from domains.returns.generator import GeneratorParams, generate
-from models.errors import UserError
 from models.tokenizer import train_tokenizer
-from tasks.artifact import Artifact, ArtifactStore
+from records.validated import read_records
+from records.validation import validate
+from registry.artifact import Artifact, ArtifactStore
 from tasks.lengths import check_lengths, measure_lengths
 from tasks.recipe import Recipe, ValidateSettings, load_recipe
-from tasks.records import read_records
-from tasks.validate import validate
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.errors import UserError
+from common.errors import UserError
 from tasks import runtime
 from tasks.recipe import ExportSettings, PretrainSettings, load_recipe
 from tasks.runtime import Runtime

@@ -11,7 +11,7 @@ import pytest
 import torch
 from interrupted import run
 
-from models.errors import UserError
+from common.errors import UserError
 from training import checkpoint
 from training.loop import TrainSettings, train
 from training.objectives import NextToken

@@ -2,7 +2,7 @@
 
 import pytest
 
-from models.errors import UserError
+from common.errors import UserError
 from training.stream import BatchStream
 from training.tree import document, example
 

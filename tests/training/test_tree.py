@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.errors import UserError
+from common.errors import UserError
 from training.packing import cut, pack
 from training.tree import (
     Segment,

@@ -1,0 +1,41 @@
+"""Files that are whole or not there, and on disk when a function says so."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """Return when the file, or the folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Make the file hold this content: all of it, on disk, or what it held before. Raises OSError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        beside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write to where the descriptor stands. Raises OSError, after a part perhaps: a disk that is full takes what still
+    fits, and says so only when it is asked again."""
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]

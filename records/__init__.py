@@ -1,0 +1,1 @@
+"""How data enters: its version, reading, validation, quarantine, splits."""

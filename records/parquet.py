@@ -1,0 +1,114 @@
+"""Parquet into typed frames. Columns that nobody reads are not read, so that nothing in them can matter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet
+
+from common.errors import UserError
+from domains.returns.schemas import RecordType
+from records.rows import INSTRUCTION_FORM, LINE, Rows, as_json, complete, examined, mended, numbered, python_type
+
+
+def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:
+    """One frame for each row group, so that a large file is never whole in memory twice."""
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        ignored = set(file.schema_arrow.names) - set(_read_columns(file, record))
+        for first, table in _row_groups(file, record):
+            rows = _table(table, first, record)
+            rows.ignored |= ignored
+            yield rows
+    except (pa.ArrowException, pl.exceptions.PolarsError, OverflowError) as error:
+        raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+
+
+def original_rows(path: Path, lines: set[int], record: RecordType) -> dict[int, bytes]:
+    """The given rows, as the JSON of the columns that are read."""
+    return {
+        number: original
+        for first, table in _row_groups(pyarrow.parquet.ParquetFile(path), record)
+        for number, original, _ in _rows(table, sorted(lines & set(range(first, first + len(table)))), first)
+    }
+
+
+def _read_columns(file: pyarrow.parquet.ParquetFile, record: RecordType) -> list[str]:
+    form = INSTRUCTION_FORM if "messages" in record.columns else ()
+    return [name for name in file.schema_arrow.names if name in record.columns or name in form]
+
+
+def _row_groups(file: pyarrow.parquet.ParquetFile, record: RecordType) -> Iterator[tuple[int, pa.Table]]:
+    """Number of the first row, and the columns that are read."""
+    columns = _read_columns(file, record)
+    for name in columns:
+        if columns.count(name) > 1:
+            raise pa.ArrowInvalid(f"two columns are named {name}")
+    first = 1
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group, columns=columns).select(columns)  # "text" also reads a column "text.x"
+        table.validate(full=True)
+        yield first, table
+        first += table.num_rows
+
+
+def _table(table: pa.Table, first: int, record: RecordType) -> Rows:
+    numbers = range(first, first + table.num_rows)
+    fits = all(
+        _fits(table.schema.field(name).type, dtype) if name in table.schema.names else record.nullable(name)
+        for name, dtype in record.columns.items()
+    )
+    if fits:
+        known = [name for name in record.columns if name in table.schema.names]
+        ignored = set(table.schema.names) - set(known)
+        for name in known:
+            ignored |= _unknown(table.schema.field(name).type, record.columns[name], name)
+        frame = numbered(table.select(known), first, record)
+        gaps = frame.filter(~complete(record))[LINE].to_list()
+        if not gaps:
+            return Rows(frame, [], ignored)
+        return mended(frame, examined(_rows(table, gaps, first), record), ignored)
+    return examined(_rows(table, numbers, first), record)
+
+
+def _rows(table: pa.Table, numbers: Iterable[int], first: int) -> Iterator[tuple[int, bytes, Callable[[], Any]]]:
+    for number in numbers:
+        [row] = table.slice(number - first, 1).to_pylist()
+        yield number, as_json(row).encode(errors="replace"), partial(dict, row)
+
+
+def _fits(have: pa.DataType, want: Any) -> bool:
+    """Whether a column can become the wanted one without a change of meaning: "8" is not 8."""
+    types = pa.types
+    if types.is_dictionary(have):
+        return _fits(have.value_type, want)
+    if isinstance(want, pl.Struct):
+        if not types.is_struct(have):
+            return False
+        fields = {have.field(i).name: have.field(i).type for i in range(have.num_fields)}
+        return all(part.name in fields and _fits(fields[part.name], part.dtype) for part in want.fields)
+    if isinstance(want, pl.List):
+        return (types.is_list(have) or types.is_large_list(have)) and _fits(have.value_type, want.inner)
+    kind = python_type(want)
+    if kind is str:
+        return types.is_string(have) or types.is_large_string(have) or types.is_string_view(have)
+    return types.is_boolean(have) if kind is bool else types.is_integer(have) and have != pa.uint64()
+
+
+def _unknown(have: pa.DataType, want: Any, path: str) -> set[str]:
+    """Dotted names of the fields inside a column that the wanted type does not have."""
+    if pa.types.is_dictionary(have):
+        return set()
+    if isinstance(want, pl.Struct):
+        wanted: Mapping[str, Any] = {part.name: part.dtype for part in want.fields}
+        fields = {have.field(i).name: have.field(i).type for i in range(have.num_fields)}
+        unknown = {f"{path}.{name}" for name in fields.keys() - wanted.keys()}
+        return unknown.union(*(_unknown(fields[n], wanted[n], f"{path}.{n}") for n in fields.keys() & wanted.keys()))
+    if isinstance(want, pl.List):
+        return _unknown(have.value_type, want.inner, path)
+    return set()

@@ -1,0 +1,26 @@
+"""Reading what `records.validation` let through."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_records(data: Path, name: str) -> list[dict[str, Any]]:
+    """The good rows of one record type ("corpus", say), in their order. data: the directory of a validate artifact."""
+    import polars as pl
+
+    return pl.read_parquet(data / f"{name}.parquet").to_dicts()
+
+
+def source_line(data: Path, name: str, index: int) -> tuple[str, int]:
+    """The user's file that the good row at `index` comes from, and its line there: some before it were set aside."""
+    file = json.loads((data / "report.json").read_text(encoding="utf-8"))["files"][name]["file"]
+    quarantine = data / "quarantine" / f"{name}.jsonl"
+    line = index + 1
+    if quarantine.exists():
+        for row in quarantine.read_text(encoding="utf-8").split("\n")[:-1]:
+            if json.loads(row)["line"] <= line:
+                line += 1
+    return file, line

@@ -1,0 +1,121 @@
+"""The champion, opened: registry, bundle, engine, policies and traces put together. Neither torch nor MLflow."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from common.errors import UserError
+from domains.returns.policies import Policy
+from domains.returns.prompt import Order
+from models.tokenizer import ChatTokenizer
+from registry.smoke_test import prove
+from registry.tracking import Mlruns
+from registry.versions import CHAMPION, Registry, Served
+from serving.decisions import DecisionService, ModelInfo
+from serving.engine import Engine
+from serving.live import Live, Refusal
+from serving.retrieval import PolicyIndex
+from serving.returns import RETURNS
+from serving.scheduler import Scheduler
+from serving.traces import TraceStore
+
+log = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 1.0
+"""Reading the alias from the project's own database takes 2 ms."""
+ASK_EVERY_S = 10.0
+"""Asking an MLflow server takes longer, and others ask it too."""
+RETRY_EVERY_S = 5.0
+"""A champion that was refused is read and hashed again at each try."""
+
+
+def open_policies(project: Path) -> PolicyIndex:
+    """The policies in force; an index that is still empty starts with those of the data set."""
+    index = PolicyIndex(project / "state" / "policies.jsonl")
+    if not index.path.exists() and (policies := _policies_of(project / "data")):
+        index.seed(policies)
+    return index
+
+
+def _policies_of(data: Path) -> list[Policy]:
+    """The good rows of the data set's policies; none where there is no data set yet."""
+    from domains.returns.schemas import RECORD_TYPES  # pandera and polars take a second: only for an empty index
+    from records.reading import data_files
+    from records.validation import check_rows
+
+    records = [
+        record
+        for path in data_files(data, "policies")
+        for record in check_rows(path, RECORD_TYPES["policies"]).frame.iter_rows(named=True)
+    ]
+    return [Policy(record["policy_id"], record["text"]) for record in records]
+
+
+@contextmanager
+def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Live[Order]]:
+    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
+    served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
+    traces = TraceStore(project / "state" / "traces")
+    try:
+        # Held by `live` alone: a model that was replaced leaves memory.
+        live = Live(_load(served, open_policies(project), traces, slots))
+        try:
+            yield live
+        finally:
+            live.service.scheduler.close()
+    finally:
+        traces.close()
+
+
+@contextmanager
+def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> Iterator[None]:
+    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
+    over = threading.Event()
+    every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
+
+    def follow() -> None:
+        while not over.wait(RETRY_EVERY_S if live.refusal else every_s):
+            follow_champion(registry, live, slots=slots)
+
+    thread = threading.Thread(target=follow, name="champion", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> None:
+    """Serve the version that is champion now, once it is proven; where it is not, the one that answers goes on."""
+    current = live.service
+    try:
+        champion = registry.snapshot().alias(CHAMPION)
+    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+        log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
+        return
+    if champion is None or str(champion.version) == current.model.version:
+        live.refusal = None
+        return
+    version = str(champion.version)
+    try:
+        live.replace(_load(registry.verify(champion), current.index, current.traces, slots))
+        log.info("%s answers now, after version %s", champion, current.model.version)
+    except Exception as error:  # as above
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        refusal = Refusal(version, " ".join(reason.split()))
+        if refusal != live.refusal:
+            words = "version %s is not served, version %s goes on: %s"
+            log.warning(words, version, current.model.version, refusal.reason)
+        live.refusal = refusal
+
+
+def _load(served: Served, index: PolicyIndex, traces: TraceStore | None, slots: int) -> DecisionService[Order]:
+    tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
+    prove(engine, tokenizer, served.path)
+    model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
+    return DecisionService(Scheduler(engine), tokenizer, index, model, RETURNS, traces)

@@ -1,0 +1,105 @@
+"""What code made an artifact: a digest over a module and everything of this project that it imports.
+
+Read from the syntax tree, so that nothing is imported, and a comment or a line break changes nothing. Libraries count
+by their version where it can change a result.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("tasks", "registry", "training", "evaluation", "serving", "records", "models", "domains", "common")
+# Their release decides what comes out of a stage. One import name may come from one of several distributions.
+LIBRARIES = {
+    "numpy": ("numpy",),
+    "onnx": ("onnx",),
+    "onnx_ir": ("onnx-ir",),
+    "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "pandera": ("pandera",),
+    "polars": ("polars",),
+    "tokenizers": ("tokenizers",),
+    "torch": ("torch",),
+}
+# Modules that carry results and don't shape them. Settings reach the key as settings, what is derived from them too.
+PLUMBING = frozenset(
+    {"registry.artifact", "tasks.context", "registry.fingerprint", "tasks.recipe", "tasks.runtime", "registry.tracking"}
+)
+
+
+@cache
+def fingerprint(*modules: str, ignore: frozenset[str] = PLUMBING) -> str:
+    """sha256 over `modules` and their transitive imports within the project, `ignore` and below left out.
+
+    Raises ModuleNotFoundError for a module that is not the project's.
+    """
+    seen: set[str] = set()
+    libraries: set[str] = set()
+    pending = list(modules)
+    while pending:
+        module = pending.pop()
+        if module in seen or (module in ignore and module not in modules):
+            continue
+        seen.add(module)
+        for imported in _imports(module):
+            top = imported.partition(".")[0]
+            if top in PACKAGES:
+                pending.append(imported)
+            elif top in LIBRARIES:
+                libraries.add(top)
+    digest = hashlib.sha256()
+    for module in sorted(seen):
+        digest.update(f"{module}\n{ast.dump(_tree(_source(module)))}\n".encode())
+    for library in sorted(libraries):
+        digest.update(f"{library} {_version(library)}\n".encode())
+    return digest.hexdigest()
+
+
+def _imports(module: str) -> Iterator[str]:
+    """Every module that a project's module names in an import, wherever in the file; its packages' own too."""
+    path = _source(module)
+    parts = module.split(".")
+    yield from (".".join(parts[:end]) for end in range(1, len(parts)))
+    for node in ast.walk(_tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            for alias in node.names:  # `from models import config` names a module, `from x import f` does not
+                if node.module.partition(".")[0] in PACKAGES and _exists(f"{node.module}.{alias.name}"):
+                    yield f"{node.module}.{alias.name}"
+
+
+def _source(module: str) -> Path:
+    base = ROOT.joinpath(*module.split("."))
+    for path in (base.with_suffix(".py"), base / "__init__.py"):
+        if path.is_file():
+            return path
+    raise ModuleNotFoundError(f"{module} is not a module of this project", name=module)
+
+
+def _exists(module: str) -> bool:
+    try:
+        _source(module)
+    except ModuleNotFoundError:
+        return False
+    return True
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_bytes(), filename=str(path))
+
+
+def _version(library: str) -> str:
+    for distribution in LIBRARIES[library]:
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return "absent"

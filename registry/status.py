@@ -1,0 +1,169 @@
+"""What is being served, from which data and code, who let it through, and where the way back leads.
+
+Read from MLflow's database and the ledger; waits for no lock, hashes no weights, imports neither MLflow nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from common.errors import UserError
+from registry.ledger import Contents
+from registry.promotion import LEDGER_HEAD, Promotion, open_ledger, read_gate
+from registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
+
+SHORT = 12  # characters of a digest that a person reads
+
+
+@dataclass(frozen=True)
+class VersionStatus:
+    version: int
+    stage: str
+    digest: str
+    path: str
+    run_id: str | None
+    gate: str | None  # SHIP, BLOCK, or None: it stood before no gate
+
+    @classmethod
+    def of(cls, version: Version) -> VersionStatus:
+        gate = version.tags.get("gate_decision") if "gate_digest" in version.tags else None
+        return cls(version.version, version.stage, version.digest, str(version.path), version.run_id, gate)
+
+
+@dataclass(frozen=True)
+class GateStatus:
+    version: int
+    decision: str
+    digest: str
+    when: str
+    report: dict[str, Any]  # as evaluation.gate.GateReport writes it
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One link of the chain from the served bundle back to its data and code."""
+
+    kind: str  # a stage's name, "dataset", "code" or "recipe"
+    name: str
+    digest: str
+    run_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The registry at one moment. `origins` belongs to the champion; without one, to the candidate."""
+
+    model: str
+    champion: VersionStatus | None
+    candidate: VersionStatus | None
+    previous: VersionStatus | None
+    last_gate: GateStatus | None
+    last_promotion: Promotion | None
+    origins: list[Origin]
+    warnings: list[str]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2)
+
+    def to_text(self) -> str:
+        lines = [f"model      {self.model}"]
+        for alias in (CHAMPION, CANDIDATE, PREVIOUS):
+            found: VersionStatus | None = getattr(self, alias)
+            lines.append(f"{alias:<11}" + (_version_line(found) if found else "none"))
+        if promotion := self.last_promotion:
+            come_from = f" from version {promotion.from_version}" if promotion.from_version else ""
+            lines.append(
+                f"last move  {promotion.action} to version {promotion.to_version}{come_from}, "
+                f"by {promotion.who}, {promotion.when}"
+            )
+        if gate := self.last_gate:
+            lines.append(f"last gate  {gate.decision} for version {gate.version}, report {gate.digest[:SHORT]}")
+            lines += [
+                f"             {reason['reason']} (owner: {reason['owner']})" for reason in gate.report["reasons"]
+            ]
+        if self.origins:
+            lines.append("made from")
+            lines += [f"  {o.kind:<10} {o.name:<24} {o.digest[:SHORT]}" for o in self.origins]
+        return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
+
+
+def status(registry: Registry) -> Status:
+    """What the registry and the ledger say now. What is wrong with either stands in `warnings`."""
+    snapshot = registry.snapshot()
+    warnings: list[str] = []
+    contents: Contents | None = None
+    try:
+        contents = open_ledger(registry.mlruns).read(head=snapshot.tags.get(LEDGER_HEAD))
+    except UserError as error:
+        warnings.append(str(error))
+    settled = contents.settled(registry.name) if contents else []
+    if contents:
+        warnings += _disagreements(registry.name, snapshot, contents)
+    named = {alias: snapshot.alias(alias) for alias in (CHAMPION, CANDIDATE, PREVIOUS)}
+    for alias, version in named.items():
+        if version and not version.path.is_dir():
+            warnings.append(f"the files of {alias} ({version}) are gone: {version.path}")
+    last_gate = None
+    try:
+        last_gate = _last_gate(registry, snapshot)
+    except UserError as error:
+        warnings.append(str(error))
+    subject = named[CHAMPION] or named[CANDIDATE]
+    return Status(
+        model=registry.name,
+        champion=_status(named[CHAMPION]),
+        candidate=_status(named[CANDIDATE]),
+        previous=_status(named[PREVIOUS]),
+        last_gate=last_gate,
+        last_promotion=Promotion.of(settled[-1]) if settled else None,
+        origins=origins(registry.lineage(subject)) if subject else [],
+        warnings=warnings,
+    )
+
+
+def origins(chain: list[Version]) -> list[Origin]:
+    """The chain of versions, itself first, and what stands at its end: recipe, dataset and commit."""
+    steps = [Origin(version.stage, f"version {version.version}", version.digest, version.run_id) for version in chain]
+    subject = chain[0].tags
+    steps.append(Origin("dataset", "data.dvc", subject.get("dataset_digest", "")))
+    steps.append(Origin("recipe", subject.get("recipe", ""), ""))
+    # All of it, not the first characters: "+dirty" stands at its end.
+    steps.append(Origin("code", subject.get("commit", ""), ""))
+    return steps
+
+
+def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[str]:
+    found = []
+    if (pending := contents.pending()) and pending.model == model:
+        found.append(
+            f"a {pending.action} to version {pending.to_version} by {pending.who} is under way or was interrupted; "
+            "if interrupted, the next promotion or rollback finishes it"
+        )
+    elif contents.champions(model)[-1:] != [v for v in [snapshot.aliases.get(CHAMPION)] if v]:
+        found.append("the champion was moved outside of the ledger; the next promotion or rollback writes it down")
+    if contents.torn:
+        found.append("the ledger's last line was cut off by a crash; the next promotion or rollback sets it aside")
+    if not contents.entries and LEDGER_HEAD in snapshot.tags:
+        found.append("the ledger is gone, and MLflow remembers that there was one")
+    return found
+
+
+def _last_gate(registry: Registry, snapshot: Snapshot) -> GateStatus | None:
+    judged = [version for version in snapshot.versions.values() if "gate_digest" in version.tags]
+    if not judged:
+        return None
+    latest = max(judged, key=lambda version: version.tags["gate_when"])
+    report = read_gate(registry, latest)
+    assert report is not None  # it has the tag
+    content = report.model_dump(mode="json")
+    return GateStatus(latest.version, report.decision, report.digest(), latest.tags["gate_when"], content)
+
+
+def _status(version: Version | None) -> VersionStatus | None:
+    return VersionStatus.of(version) if version else None
+
+
+def _version_line(found: VersionStatus) -> str:
+    return f"version {found.version}  {found.stage}  {found.digest[:SHORT]}  gate {found.gate or 'none'}"

@@ -1,0 +1,58 @@
+"""Gate reports, champions and their history, as the tests of promotion ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from evaluation.gate import GateReport, Reason
+from registry import promotion as promote_module
+from registry.artifact import Artifact
+from registry.promotion import LEDGER_HEAD, Promotion, open_ledger
+from registry.versions import Registry, Version
+
+Bundle = Callable[[str], Version]
+Make = Callable[..., Artifact]
+
+
+def ship(version: Version, decision: Literal["SHIP", "BLOCK"] = "SHIP", rules: str = "r1") -> GateReport:
+    reason = Reason(rule="golden_pass_rate", reason="policy regression", owner="SFT data", measured=0.9, limit=1.0)
+    reasons = () if decision == "SHIP" else (reason,)
+    return GateReport(decision=decision, reasons=reasons, checks=(), candidate=version.digest, rules_digest=rules)
+
+
+def loads(path: Path) -> None:
+    assert (path / "model.onnx").exists()
+
+
+def champions(registry: Registry) -> dict[str, int]:
+    return registry.snapshot().aliases
+
+
+def lines(registry: Registry) -> list[bytes]:
+    return open_ledger(registry.mlruns).path.read_bytes().splitlines()
+
+
+def history(registry: Registry) -> list[Promotion]:
+    """Every move of the champion, oldest first."""
+    head = registry.snapshot().tags.get(LEDGER_HEAD)
+    return [Promotion.of(entry) for entry in open_ledger(registry.mlruns).read(head=head).settled(registry.name)]
+
+
+def settle(registry: Registry) -> None:
+    """What every promotion and rollback does first: finish what a dead process had begun."""
+    with promote_module._settled(registry, "ada"):
+        pass
+
+
+def consistent(registry: Registry) -> None:
+    """The ledger is whole, nothing is pending, and it says what the aliases say."""
+    contents = open_ledger(registry.mlruns).read(head=registry.snapshot().tags["ledger_head"])
+    assert contents.pending() is None
+    assert not contents.torn
+    known = contents.champions(registry.name)
+    aliases = champions(registry)
+    assert known[-1:] == [aliases["champion"]]
+    assert known[-2:-1] == ([aliases["previous"]] if "previous" in aliases else [])
+    assert registry.resolve("champion")

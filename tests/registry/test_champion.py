@@ -1,0 +1,196 @@
+"""`twinloop serve` in a process of its own: policies and promotions reach it while it answers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from evaluation.gate import GateReport
+from models.config import DecoderConfig
+from models.decoder import Decoder
+from models.directory import save_model
+from models.onnx_bundle import export_bundle
+from models.tokenizer import train_tokenizer
+from registry.artifact import ArtifactStore
+from registry.champion import follow_champion, open_champion
+from registry.promotion import promote
+from registry.versions import Lineage, Registry, Version
+from serving.retrieval import PolicyIndex
+
+CASE = {
+    "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
+    "message": "my label has already been created, confirm it.",
+}
+SEVEN_DAYS = "damaged items reported within 7 days are eligible."
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "params.yaml").write_text("{}")
+    (tmp_path / "recipes").mkdir()
+    PolicyIndex(tmp_path / "state" / "policies.jsonl").put("P-7", "damaged items reported within 30 days are eligible.")
+    return tmp_path
+
+
+@pytest.fixture
+def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[[int], Version]:
+    """Makes a real bundle with random weights, registers it, and promotes it."""
+    tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
+
+    def make(seed: int) -> Version:
+        def write(out: Path, work: Path) -> dict[str, Any]:
+            torch.manual_seed(seed)
+            config = DecoderConfig(
+                vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
+            )  # fmt: skip
+            tensors = {name: tensor.detach().numpy() for name, tensor in Decoder(config).state_dict().items()}
+            save_model(work / "model", config, tensors, tokenizer)
+            export_bundle(work / "model", out, precision="fp32", max_length=512)
+            return {}
+
+        store = ArtifactStore(project / "artifacts")
+        bundle = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
+        version = registry.register(bundle.path, lineage, servable=True)
+        report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
+        promote(registry, version.version, report, who="ada")
+        return version
+
+    return make
+
+
+@contextmanager
+def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+    log = (project / "serve.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "serve", "--port", "0", "--slots", "2"],
+        cwd=project,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[0]
+        with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+            yield client, server
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+        log.close()
+
+
+def decide(client: httpx.Client) -> dict[str, Any]:
+    response = client.post("/v1/decisions", json=CASE)
+    assert response.status_code == 200
+    body: dict[str, Any] = response.json()
+    return body
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_a_policy_put_beside_a_running_server_counts_for_its_next_answer(
+    project: Path, release: Callable[[int], Version]
+) -> None:
+    version = release(1)
+    with serving(project) as (client, _):
+        before = decide(client)
+        command = [sys.executable, "-m", "flows.cli", "policies", "put", "P-7", SEVEN_DAYS]
+        subprocess.run(command, cwd=project, env=ENVIRONMENT, check=True)
+        after = decide(client)
+    assert (before["passages"][0]["version"], after["passages"][0]["version"]) == (1, 2)
+    assert after["passages"][0]["text"] == SEVEN_DAYS
+    assert before["model"] == after["model"] == {"name": "returns", "version": "1", "digest": version.digest}
+
+
+def test_a_promotion_reaches_a_running_server_without_a_request_lost(
+    project: Path, release: Callable[[int], Version]
+) -> None:
+    first = release(1)
+    with serving(project) as (client, _), ThreadPoolExecutor(4) as clients:
+        over = False
+
+        def keep_asking(_: int) -> set[tuple[str, str]]:
+            seen = set()
+            while not over:
+                model = decide(client)["model"]
+                seen.add((model["version"], model["digest"]))
+            return seen
+
+        asking = clients.map(keep_asking, range(4))
+        second = release(2)
+        wait_for(lambda: client.get("/health").json()["model"]["version"] == "2")
+        assert decide(client)["model"]["digest"] == second.digest
+        over = True
+        assert set().union(*asking) == {("1", first.digest), ("2", second.digest)}
+
+
+def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
+    project: Path, release: Callable[[int], Version]
+) -> None:
+    first = release(1)
+    with serving(project) as (client, server):
+        os.kill(server.pid, signal.SIGSTOP)  # it looks again once the damage is done
+        weights = next((release(2).path).rglob("model.onnx*"))
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1])
+        os.kill(server.pid, signal.SIGCONT)
+        wait_for(lambda: client.get("/health").json()["refused_champion"] is not None)
+        refused = client.get("/health").json()
+        assert (refused["status"], refused["refused_champion"]["version"]) == ("ok", "2")
+        assert "it is not used" in refused["refused_champion"]["reason"]
+        assert decide(client)["model"]["digest"] == first.digest
+        assert "twinloop_champion_refused 1" in client.get("/metrics").text.splitlines()
+        weights.write_bytes(whole)
+        wait_for(lambda: client.get("/health").json()["model"]["version"] == "2")
+        assert client.get("/health").json()["refused_champion"] is None
+    told = (project / "serve.log").read_text().splitlines()
+    assert len([line for line in told if "WARNING" in line and "version 1 goes on" in line]) == 1
+    assert any("returns version 2 answers now" in line for line in told)
+
+
+def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[[int], Version]) -> None:
+    release(1)
+    with open_champion(project, "returns", slots=1) as live:
+        first = weakref.ref(live.service)
+        second = release(2)
+        follow_champion(registry, live, slots=1)
+        assert live.service.model.version == str(second.version)
+        gc.collect()
+        assert first() is None
+
+
+def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
+    project: Path, registry: Registry, release: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = release(1)
+
+    def away() -> None:
+        raise OSError("the registry is away")
+
+    with open_champion(project, "returns", slots=1) as live:
+        monkeypatch.setattr(registry, "snapshot", away)
+        follow_champion(registry, live, slots=1)
+        assert live.refusal is None
+        assert live.service.model.version == str(version.version)

@@ -1,0 +1,61 @@
+"""A version tells where its bytes come from, whoever registers them later."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.tracking import CodeVersion, Mlruns
+from tasks.context import Context, Report
+from tasks.register import register
+
+
+class Silent:
+    def started(self, stage: str) -> None: ...
+
+    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
+
+    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
+
+
+@pytest.fixture
+def context(mlruns: Mlruns) -> Context:
+    return Context(
+        project=mlruns.root.parent,
+        recipe="returns",
+        recipe_path=Path("recipes/returns.yaml"),
+        dataset_digest="d41d8.dir",
+        progress=Silent(),
+        code=CodeVersion("a" * 40),
+        checkpoint_every_s=1.0,
+    )
+
+
+def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+    (out / "model.onnx").write_text("weights")
+    return {"bytes": 7}
+
+
+def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: Context) -> None:
+    bundle = context.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    later = replace(context, code=CodeVersion("b" * 40, dirty=True))
+    skipped = later.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    assert skipped.reused
+    version = register.fn(later, checkpoints=[], others=[], bundle=skipped)
+    assert version.tags["commit"] == "a" * 40
+    assert version.run_id
+    run = context.mlruns.client.get_run(version.run_id)
+    assert run.data.tags["twinloop.manifest_digest"] == bundle.digest == version.digest
+    assert run.data.tags["twinloop.commit"] == "a" * 40
+
+
+def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_registration(context: Context) -> None:
+    bundle = context.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    lost = replace(bundle, manifest=bundle.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
+    later = replace(context, code=CodeVersion("b" * 40))
+    version = register.fn(later, checkpoints=[], others=[], bundle=lost)
+    assert version.tags["commit"] == "b" * 40
+    assert version.run_id is None
