@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import shutil
+import sqlite3
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -13,61 +15,81 @@ from pathlib import Path
 
 from common.errors import UserError, is_disk_full, one_line
 
-MISTAKE, UNFORESEEN, INTERRUPTED = 2, 3, 130
+MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
+STDOUT = 1
+ROOM_BYTES = 2**20
+"""With less on its disk, a file that could not be written needs no other explanation."""
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-READ_ONLY = ("readonly database", "read-only file system", "permission denied", "unable to open database file")
+FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
+BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)
+"""Raised while something else was handled, these say nothing about that."""
 
 
-def run_command(command: Callable[[], int | None], *, project: Path | None = None) -> int:
-    """The exit code of `command`: its own, 2 for what its user can correct, 3 for what nobody foresaw, 130 on Ctrl-C.
-
-    project: the folder to name where an error names no file; by default the current one.
-    """
+def run_command(command: Callable[[], int | None]) -> int:
+    """The exit code of `command`: its own, 2 for what its user can correct, 3 for what nobody foresaw, 130 on Ctrl-C,
+    141 where the reader of its output has left."""
     try:
-        return command() or 0
+        code = command() or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return _say("stopped", INTERRUPTED)
-    except BrokenPipeError:  # whoever read the output has left: `twinloop status | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
-        if known := explain(error, project or Path.cwd()):
+        if isinstance(error, OSError):
+            _give_up_output()
+        if isinstance(error, BrokenPipeError) and _reader_left():  # `twinloop status | head -1`
+            return READER_LEFT
+        folder = _project()
+        if known := explain(error, folder):
             return _say(known, MISTAKE)
-        return _say(_unforeseen(error, project or Path.cwd()), UNFORESEEN)
+        return _say(_unforeseen(error, folder), UNFORESEEN)
+    return code
 
 
 def explain(error: BaseException, folder: Path) -> str | None:
     """The error in one line, where it is one that a user can do something about. folder: where it happened, unless the
     error says so itself."""
-    chain = list(_chain(error))
-    for each in chain:
+    for each in _chain(error, contexts=False):
         if isinstance(each, UserError):
             return str(each)
-    for each in chain:
-        where = _file(each) or folder
+    for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            free = f"{shutil.disk_usage(_existing(where)).free / 2**20:,.1f} MiB are free"
-            return f"{where}: the disk is full ({free}); make room and run it again: it goes on from there"
-        if _is_forbidden(each):
-            return f"{where}: cannot be written ({one_line(each)}); see to the permissions of its folder"
+            return f"{_full(_file(each), folder)}; make room and run it again: it goes on from there"
+        if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
+            return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
+        if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
+            return f"{folder}: a database cannot be used ({one_line(each)}); see to the permissions of its folder"
+        if _is_refused_by_prefect(each):
+            return (
+                f"{os.environ.get('PREFECT_API_URL')}: Prefect's server refuses the credentials; set "
+                "PREFECT_API_AUTH_STRING (for a server of `make up`: the line in state/prefect.auth)"
+            )
     return None
+
+
+def _full(file: Path | None, folder: Path) -> str:
+    """Which disk is full. An error without a file may be about any."""
+    free = shutil.disk_usage(_existing(file or folder)).free
+    if file or free < ROOM_BYTES:
+        return f"{file or folder}: the disk is full ({free / 2**20:,.1f} MiB are free)"
+    return f"a disk is full, and it is not that of {folder}"
 
 
 def _unforeseen(error: BaseException, project: Path) -> str:
     """The error in one line, and its traceback in a file of state/, or on stderr where that cannot be written."""
-    told = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error))
     log = project / "state" / "errors" / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(told)
+        log.write_text(trace)
     except OSError:
-        print(told, file=sys.stderr)
+        print(trace, file=sys.stderr)
         return f"unexpected {type(error).__name__}: {one_line(error)}; please report it"
     return f"unexpected {type(error).__name__}: {one_line(error)}; please report it with {log}"
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and the members of groups; the outermost first."""
+def _chain(error: BaseException, *, contexts: bool) -> Iterator[BaseException]:
+    """The error, what it was raised from, and the members of groups; the outermost first. contexts: also what was being
+    handled when it was raised."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -78,14 +100,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         yield each
         if isinstance(each, BaseExceptionGroup):
             waiting += each.exceptions
-        waiting += [each.__cause__, each.__context__]
+        waiting.append(each.__cause__)
+        if contexts and not each.__suppress_context__:
+            waiting.append(each.__context__)
 
 
-def _is_forbidden(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in FORBIDDEN:
-        return True
-    text = str(error).lower()
-    return any(words in text for words in READ_ONLY)
+def _is_sqlites(error: BaseException) -> bool:
+    return isinstance(error, sqlite3.Error) or isinstance(getattr(error, "orig", None), sqlite3.Error)
+
+
+def _is_refused_by_prefect(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return type(error).__module__.startswith("prefect.") and status in (401, 403)
 
 
 def _file(error: BaseException) -> Path | None:
@@ -95,6 +121,33 @@ def _file(error: BaseException) -> Path | None:
 
 def _existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def _project() -> Path:
+    from tasks.context import find_project
+
+    try:
+        return find_project()
+    except UserError:
+        return Path.cwd()
+
+
+def _give_up_output() -> None:
+    """Where standard output takes nothing more, it is not tried again when the process ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def _reader_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    try:
+        output = select.poll()
+        output.register(STDOUT, 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
+    except (OSError, ValueError):  # it is closed, or no file at all
+        return False
 
 
 def _say(message: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -33,8 +34,7 @@ def auth_string(project: Path) -> str:
     with FileLock(path.with_suffix(".auth.lock")):
         if not path.exists():
             write_whole(path, f"{USER}:{secrets.token_urlsafe(32)}\n".encode(), mode=0o600)
-        path.chmod(0o600)  # it may have been copied or restored with other rights
-        text = path.read_text(errors="replace").strip()
+        text = _read(path)
     if not _AUTH.fullmatch(text):
         raise UserError(
             f"{path}: holds no `{USER}:<password>`; run `make down` and remove it, and the next start makes a new one"
@@ -56,3 +56,18 @@ def prefect_client(project: Path, url: str) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _read(path: Path) -> str:
+    """The content of our own file, which then only its owner may read. A link is not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return ""
+        raise
+    with os.fdopen(descriptor, errors="replace") as file:
+        text = file.read().strip()
+        if _AUTH.fullmatch(text):
+            os.fchmod(descriptor, 0o600)  # it may have been copied or restored with other rights
+        return text

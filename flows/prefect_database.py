@@ -23,7 +23,7 @@ def prepare_prefect_database() -> None:
         return
     versions = provide_database_interface().orm.versions_dir
     with FileLock(f"{database}.lock"):
-        prepare_database(database.resolve(), Migrations("Prefect", versions, _migrate))
+        prepare_database(database, Migrations("Prefect", versions, _migrate))
 
 
 def _migrate(database: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,35 +28,22 @@ def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], 
     pid_file = _pid_file(project, name)
     pid_file.parent.mkdir(parents=True, exist_ok=True)
     log = pid_file.with_suffix(".log")
-    before = log.stat().st_size if log.exists() else 0
-    environment = os.environ | {MARK: _mark(project, name)}
-    child = subprocess.Popen(
-        command,
-        cwd=project,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    writer = subprocess.Popen(
-        [sys.executable, "-m", "flows.service_log", str(log)],
-        cwd=project,
-        env=environment,
-        stdin=child.stdout,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert child.stdout is not None
-    child.stdout.close()  # the writer's alone, which ends when the service does
+    with log.open("ab") as output:
+        before = output.tell()
+        child = subprocess.Popen(
+            command,
+            cwd=project,
+            env=os.environ | {MARK: _mark(project, name)},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     pid_file.write_text(str(child.pid))
     deadline = time.monotonic() + READY_WITHIN_S
     while not ready():
         if child.poll() is not None or time.monotonic() > deadline:
-            with suppress(subprocess.TimeoutExpired):
-                writer.wait(STOP_WITHIN_S if child.poll() is not None else 0)
-            raise UserError(f"{name}: did not come up ({_last_words(log, before)}); see {log}")
+            raise UserError(f"{name}: did not come up ({_last_error(log, before)}); see {log}")
         time.sleep(0.2)
 
 
@@ -96,7 +82,7 @@ def end(processes: list[psutil.Process]) -> None:
         _, processes = psutil.wait_procs(processes, timeout=STOP_WITHIN_S)
 
 
-def _last_words(log: Path, since: int) -> str:
+def _last_error(log: Path, since: int) -> str:
     """The last line that speaks of an error, or else the last."""
     content = log.read_bytes() if log.exists() else b""
     said = content[since:] if len(content) >= since else content  # shorter: a new file has been begun

@@ -6,6 +6,7 @@ a tag. A worker's runs end with the worker: `make up` marks those when it starts
 
 from __future__ import annotations
 
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 UNFINISHED = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
 TAG = "twinloop-run:"
+_TAG = re.compile(rf"{TAG}([0-9a-f]{{32}})")
 
 
 @contextmanager
@@ -29,25 +31,28 @@ def marked_alive(project: Path) -> Iterator[None]:
     from prefect import tags
 
     name = uuid.uuid4().hex
-    lock = _lock(project, name)
-    with lock:
+    path = _lock_file(project, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path):
         try:
             with tags(f"{TAG}{name}"):
                 yield
         finally:
-            Path(lock.lock_file).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def crash_dead_runs(project: Path) -> None:
-    """Mark the unfinished runs of this project's command line whose process is gone."""
+    """Mark the unfinished runs of this project's command line whose process is gone. A run whose lock file is not here
+    is another project's: a server may be shared."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter
 
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(UNFINISHED)):
-            names = [tag.removeprefix(TAG) for tag in run.tags if tag.startswith(TAG)]
-            if names and not _is_alive(project, names[0]):
+            locks = [_lock_file(project, match[1]) for tag in run.tags if (match := _TAG.fullmatch(tag))]
+            if locks and locks[0].exists() and not _is_held(locks[0]):
                 _crash(client, run, "its process is gone")
+                locks[0].unlink(missing_ok=True)
 
 
 def crash_runs_of_pool(pool: str) -> None:
@@ -69,17 +74,13 @@ def _crash(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
     client.set_flow_run_state(run.id, Crashed(message=why), force=True)
 
 
-def _is_alive(project: Path, name: str) -> bool:
-    lock = _lock(project, name)
+def _is_held(path: Path) -> bool:
     try:
-        with lock.acquire(blocking=False):
-            Path(lock.lock_file).unlink(missing_ok=True)
+        with FileLock(path).acquire(blocking=False):
+            return False
     except Timeout:
         return True
-    return False
 
 
-def _lock(project: Path, name: str) -> FileLock:
-    folder = project / "state" / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / name)
+def _lock_file(project: Path, name: str) -> Path:
+    return project / "state" / "runs" / name

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from flows.edge import ROOM_BYTES, run_command
+from flows.environment import prepare_environment
 from flows.prefect_auth import auth_string, prefect_client
 
 if TYPE_CHECKING:
@@ -41,8 +43,6 @@ START_WITHIN_S = 180.0
 """It takes 5 s, 12 s when it makes its database, and longer on a busy machine."""
 ASK_WITHIN_S = 10.0
 STOP_WITHIN_S = 5.0
-ROOM_BYTES = 2**20
-"""With less room on its disk a server that does not answer needs no other explanation."""
 
 
 _own: dict[str, subprocess.Popen[bytes]] = {}
@@ -168,10 +168,7 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     from flows.prefect_database import prepare_prefect_database  # Prefect reads what was set above
 
-    try:
-        prepare_prefect_database()
-    except UserError as error:
-        sys.exit(f"twinloop: {error}")
+    prepare_prefect_database()
     where = {"host": HOST, "port": port} if listener is None else {"fd": listener}
     uvicorn.run(_app(origins), **where, log_level="warning", server_header=False, proxy_headers=False, lifespan="on")
 
@@ -210,7 +207,7 @@ class _OwnPages:
         elif scope["type"] == "websocket":
             await WebSocketClose(1008)(scope, receive, send)
         else:
-            text = f"this server answers under the names {' and '.join(HOST_NAMES)}, and its own pages, only"
+            text = "this server answers requests under this machine's own names and from its own pages only"
             await PlainTextResponse(text, 403)(scope, receive, send)
 
     def _is_ours(self, headers: Headers) -> bool:
@@ -226,14 +223,17 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.server")
     parser.add_argument("--project", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--listener", type=int)
     arguments = parser.parse_args()
-    _serve(arguments.project, arguments.port, arguments.listener)
+    project = arguments.project.resolve()
+    prepare_environment(project)
+    _serve(project, arguments.port, arguments.listener)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -1,35 +1,46 @@
-"""Writes what a service prints into its log, in files of a bounded size: NAME.log, and before it NAME.log.1 and so on.
+"""Keeps the logs of services at a bounded size: what is in NAME.log moves to NAME.log.1 when it is long, and so on.
 
-    service | python -m flows.service_log state/services/NAME.log
-
-It ends when nobody can write to it any more, so that a service's last words are kept however that ended.
+A service writes into its log by itself, always at the end, so that nothing of it depends on this process.
 """
 
 from __future__ import annotations
 
-import logging
-import signal
+import os
+import shutil
 import sys
-from logging.handlers import RotatingFileHandler
+import time
 from pathlib import Path
 
 FILE_BYTES = 10 * 2**20
 FILES_BEFORE = 2
-LINE_BYTES = 64 * 2**10
-"""A longer line is written in parts."""
+LOOK_EVERY_S = 10.0
 
 
-def write_log(path: Path) -> None:
-    """Copy standard input to `path` until it ends. What the disk does not take is lost, and the service goes on."""
-    logging.raiseExceptions = False
-    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_BEFORE, encoding="utf-8", delay=True)
-    while line := sys.stdin.buffer.readline(LINE_BYTES):
-        text = line.decode(errors="replace").rstrip("\n")
-        handler.handle(logging.LogRecord("service", logging.INFO, "", 0, text, None, None))
-    handler.close()
+def rotate(log: Path) -> None:
+    """Begin the log anew if it is long. A line that is written within the microseconds in which it is cut is lost."""
+    if log.stat().st_size <= FILE_BYTES:
+        return
+    for number in range(FILES_BEFORE, 1, -1):
+        if (old := log.with_name(f"{log.name}.{number - 1}")).exists():
+            old.replace(log.with_name(f"{log.name}.{number}"))
+    with log.open("rb") as source, log.with_name(f"{log.name}.1").open("wb") as copy:
+        while True:
+            shutil.copyfileobj(source, copy)
+            if source.tell() == os.fstat(source.fileno()).st_size:
+                os.truncate(log, 0)
+                return
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    while True:
+        for log in folder.glob("*.log"):
+            try:
+                rotate(log)
+            except OSError as error:  # a full disk: the log grows no more either
+                print(f"{log}: {error}", flush=True)
+        time.sleep(LOOK_EVERY_S)
 
 
 if __name__ == "__main__":
-    for asked_to_end in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(asked_to_end, signal.SIG_IGN)
-    write_log(Path(sys.argv[1]))
+    main()

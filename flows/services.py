@@ -25,6 +25,7 @@ from tasks.context import find_project
 POOL = "twinloop"
 GPU_SLOT = "gpu"
 MODEL = "returns"
+ROTATION = "rotation"
 NAMES = ("prefect", "mlflow", "worker", "api")
 """In the order in which they start."""
 
@@ -100,6 +101,7 @@ def up(project: Path, ports: Ports) -> None:
     ours = services(project, ports)
     for service in ours.values():
         _check_port(project, service)
+    _start_rotation(project)
     with prefect_client(project, f"http://127.0.0.1:{ports.prefect}/api"):
         _start(project, ours["prefect"])
         _prepare_mlflow(project)
@@ -121,6 +123,13 @@ def down(project: Path) -> None:
     for name in reversed(NAMES):
         if stop(project, name):
             print(f"{name:<8} stopped")
+    stop(project, ROTATION)
+
+
+def _start_rotation(project: Path) -> None:
+    if not alive(project, ROTATION):
+        command = [sys.executable, "-m", "flows.service_log", str(project / "state" / "services")]
+        launch(project, ROTATION, command, ready=lambda: True)
 
 
 def _deploy(project: Path) -> None:

@@ -50,6 +50,7 @@ def prepare_database(database: Path, migrations: Migrations) -> None:
     """
     from alembic.script import ScriptDirectory
 
+    database = database.resolve()  # behind a link: its side files, and what other processes hold open, lie there
     scripts = ScriptDirectory(str(migrations.versions.parent), version_locations=[str(migrations.versions)])
     head = scripts.get_current_head()
     if not database.exists():
@@ -57,7 +58,10 @@ def prepare_database(database: Path, migrations: Migrations) -> None:
         return
     try:
         revision, used = _revision(database), holds_records(database)
-    except sqlite3.Error as error:
+    except sqlite3.OperationalError as error:  # it may be as good as ever
+        remedy = "see to its permissions, or try again when no other process writes to it"
+        raise UserError(f"{database}: cannot be opened ({error}); {remedy}") from error
+    except sqlite3.DatabaseError as error:
         reason = f"cannot be read as {migrations.library}'s database ({error})"
         raise UserError(f"{database}: {reason}; restore it from a backup, {MOVE_AWAY}") from error
     if revision == head:
@@ -117,6 +121,8 @@ def _migrated(database: Path, migrations: Migrations, start: Path | None = None)
     _remove(new)  # of a process that was killed
     try:
         if start:
+            new.touch()
+            shutil.copymode(start, new)
             with closing(_open(start)) as source, closing(sqlite3.connect(new)) as copy:
                 source.backup(copy)
         migrations.migrate(new)

@@ -80,10 +80,10 @@ class Contents:
         of_model = [entry for entry in self.entries if entry.model == model]
         return [e for e in of_model if e.event == "adopt" or (e.event == "intent" and e.sequence in done)]
 
-    def end(self, model: str) -> str | None:
-        """The digest of the line that ended this model's last move, None where it never moved."""
-        ended = (d for e, d in zip(self.entries, self.digests, strict=True) if e.model == model and e.event in ENDS)
-        return next(reversed([*ended]), None)
+    def ends(self, model: str) -> list[str]:
+        """The digest of each line that ended a move of this model, oldest first."""
+        lines = zip(self.entries, self.digests, strict=True)
+        return [digest for entry, digest in lines if entry.model == model and entry.event in ENDS]
 
     def champions(self, model: str) -> list[int]:
         """The versions one can go back through, the served one last: promotions pile up, rollbacks take off."""

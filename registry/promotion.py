@@ -191,8 +191,9 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> P
 
 def finish_interrupted(registry: Registry, who: str) -> Promotion | None:
     """Finish the move in which an earlier process died, if there is one: what is judged next is then judged against
-    the champion that serves. Waits for no lock where nothing is pending."""
-    if open_ledger(registry.mlruns).read().pending() is None:
+    the champion that serves. Waits for no lock where there is none."""
+    contents = open_ledger(registry.mlruns).read()
+    if contents.pending() is None and not _is_unreported(registry, contents):
         return None
     with _settled(registry, who) as found:
         return found.finished
@@ -212,12 +213,13 @@ def _settled(registry: Registry, who: str) -> Iterator[_Settled]:
         ledger = open_ledger(registry.mlruns)
         ledger.read(head=registry.snapshot().tags.get(LEDGER_HEAD))
         ledger.mend()
+        finished = None
         if pending := ledger.read().pending():
             finished = _finish(Registry(registry.mlruns, pending.model), ledger, pending)
-        else:
+        if finished is None or finished.model != registry.name:
             finished = _acknowledge(registry, ledger.read())
         _adopt(registry, ledger, who)
-        yield _Settled(ledger, ledger.read(), finished if finished and finished.model == registry.name else None)
+        yield _Settled(ledger, ledger.read(), finished)
     finally:
         lock.release()
 
@@ -253,13 +255,27 @@ def _finish(registry: Registry, ledger: Ledger, intent: Entry) -> Promotion | No
 def _acknowledge(registry: Registry, contents: Contents) -> Promotion | None:
     """The model's last move, where its process died between the commit and telling MLflow of it: it had moved the
     aliases, and whoever asked for it has not heard."""
-    end, told = contents.end(registry.name), registry.snapshot().tags.get(LEDGER_HEAD)
-    if end is None or told not in contents.digests or told == end:
+    if not _is_unreported(registry, contents):
         return None
-    if registry.snapshot().aliases.get(CHAMPION) != contents.champions(registry.name)[-1]:
-        return None  # an older database was restored: `_adopt` writes down what it says
-    registry.tag_model(LEDGER_HEAD, end)
-    return Promotion.of(contents.settled(registry.name)[-1], finished_later=True)
+    last = contents.settled(registry.name)[-1]
+    registry.tag_model(LEDGER_HEAD, contents.ends(registry.name)[-1])
+    log.warning(
+        "the %s to %s version %s, begun by %s, was interrupted when it was done", last.action, last.model,
+        last.to_version, last.who,
+    )  # fmt: skip
+    return Promotion.of(last, finished_later=True)
+
+
+def _is_unreported(registry: Registry, contents: Contents) -> bool:
+    """Whether MLflow knows of the model's last move but one, and serves what the last one had promoted. (After an older
+    database was restored it knows of an older move, or serves something else: `_adopt` writes that down.)"""
+    ends = contents.ends(registry.name)
+    if not ends:
+        return False
+    snapshot = registry.snapshot()
+    known = snapshot.tags.get(LEDGER_HEAD)
+    champion = snapshot.aliases.get(CHAMPION)
+    return ends[-2:-1] == [known] * bool(known) and champion == contents.champions(registry.name)[-1]
 
 
 def _adopt(registry: Registry, ledger: Ledger, who: str) -> None:

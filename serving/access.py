@@ -23,8 +23,8 @@ Headers = Sequence[tuple[bytes, bytes]]
 _HOST = re.compile(rb"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9a-z.]+))(?::[0-9]{1,5})?", re.IGNORECASE)
 
 _PROXY_HEADER = re.compile(
-    rb"via|(?:x-)?forwarded.*|x-original-.*|x-envoy-.*|x-proxy.*|x-remote-.*|cf-.*|cdn-.*"
-    rb"|(?:.*-)?(?:client|real|connecting|user|socket)-?ip(?:v6)?"
+    rb"via|(?:.*-)?forwarded.*|x-(?:original|envoy|proxy|remote|amzn|arr|varnish|host|port|scheme).*|cf-.*|cdn-.*"
+    rb"|(?:.*-)?(?:client|real|connecting|originating|user|socket)-?ip(?:v6)?"
 )
 """What proxies and content networks add: the standard's own, X-Forwarded-*, CF-*, and each `…-Client-IP`."""
 

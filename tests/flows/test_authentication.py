@@ -40,6 +40,18 @@ def test_the_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> 
     assert first not in auth_string(tmp_path / "another")
 
 
+def test_a_link_is_not_taken_for_the_secret(tmp_path: Path) -> None:
+    secret = auth_string(tmp_path / "other")
+    foreign = tmp_path / "foreign"
+    foreign.write_text(secret)
+    foreign.chmod(0o644)
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "prefect.auth").symlink_to(foreign)
+    with pytest.raises(UserError, match=r"prefect\.auth: holds no .*remove it"):
+        auth_string(tmp_path)
+    assert stat.S_IMODE(foreign.stat().st_mode) == 0o644
+
+
 @pytest.mark.parametrize("content", ["", "twinloop:", "twinloop:short", "\xff\xfe"])
 def test_a_damaged_secret_is_told_in_one_line(tmp_path: Path, content: str) -> None:
     auth_string(tmp_path)

@@ -13,7 +13,7 @@ import pytest
 from small_project import PROJECT, environment
 
 from common.errors import UserError, is_disk_full, one_line
-from flows.edge import INTERRUPTED, MISTAKE, UNFORESEEN, explain, run_command
+from flows.edge import INTERRUPTED, MISTAKE, READER_LEFT, UNFORESEEN, explain, run_command
 
 
 def raising(error: BaseException) -> BaseException:
@@ -32,72 +32,127 @@ def caused(outer: BaseException, cause: BaseException) -> BaseException:
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/project/artifacts/x")
-FOREIGN = [
-    FULL,
-    caused(RuntimeError("Task failed"), FULL),
-    ExceptionGroup("tasks", [ValueError("other"), FULL]),
+QUOTA = OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "/project/artifacts/x")
+NAMED = [FULL, QUOTA, caused(RuntimeError("Task failed"), FULL), ExceptionGroup("tasks", [ValueError("other"), FULL])]
+NAMELESS = [
     sqlite3.OperationalError("database or disk is full"),
     RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
 ]
 
 
-@pytest.mark.parametrize("error", FOREIGN, ids=str)
-def test_a_full_disk_is_recognised_however_it_is_said(
-    error: BaseException, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def ended(error: BaseException) -> int:
     def command() -> int:
         raise error
 
-    assert run_command(command, project=tmp_path) == MISTAKE
+    return run_command(command)
+
+
+@pytest.mark.parametrize("error", NAMED, ids=str)
+def test_a_full_disk_is_named_with_the_file(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(error) == MISTAKE
     said = capsys.readouterr().err
-    assert "the disk is full (" in said
-    assert "MiB are free); make room" in said
+    assert said.startswith("twinloop: /project/artifacts/x: the disk is full (")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", NAMELESS, ids=str)
+def test_a_full_disk_without_a_file_is_not_taken_for_one_with_room(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert str(explain(error, tmp_path)).startswith(f"a disk is full, and it is not that of {tmp_path}; make room")
+    monkeypatch.setattr("flows.edge.ROOM_BYTES", 2**63)
+    assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full (")
 
 
 def test_a_users_mistake_within_other_errors_is_what_is_said(tmp_path: Path) -> None:
     assert explain(caused(RuntimeError("Task failed"), UserError("say it better")), tmp_path) == "say it better"
 
 
-def test_what_may_not_be_written_is_named(tmp_path: Path) -> None:
+def test_what_may_not_be_used_is_named(tmp_path: Path) -> None:
     read_only = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path / "state"))
-    assert str(tmp_path / "state") in str(explain(read_only, tmp_path))
+    assert str(explain(read_only, tmp_path)).startswith(f"{tmp_path / 'state'}: cannot be used (Read-only file system)")
     database = sqlite3.OperationalError("attempt to write a readonly database")
-    assert str(explain(database, tmp_path)).startswith(f"{tmp_path}: cannot be written")
+    assert str(explain(database, tmp_path)).startswith(f"{tmp_path}: a database cannot be used")
 
 
-def test_the_unforeseen_is_one_line_and_its_traceback_is_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def during(outer: BaseException, inner: BaseException) -> BaseException:
+    """The outer error, raised while the inner one was handled."""
+    try:
+        try:
+            raise inner
+        except BaseException:
+            raise outer  # noqa: B904
+    except BaseException as raised:
+        return raised
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        during(KeyError("a bug"), UserError("an old mistake")),
+        during(RuntimeError("another"), UserError("an old mistake")),
+        during(KeyError("a bug"), FULL),
+        OSError(errno.EPERM, os.strerror(errno.EPERM)),
+        RuntimeError("CUDA: permission denied by driver"),
+        ModuleNotFoundError("No module named 'x'"),
+    ],
+    ids=str,
+)
+def test_a_bug_is_not_taken_for_a_users_mistake(error: BaseException, tmp_path: Path) -> None:
+    assert explain(error, tmp_path) is None
+
+
+@pytest.fixture
+def in_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory is a folder of a project."""
+    (tmp_path / "params.yaml").touch()
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path / "recipes")
+    return tmp_path
+
+
+def test_the_unforeseen_is_one_line_and_its_traceback_is_kept_in_the_project(
+    in_project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def command() -> int:
-        raise ZeroDivisionError("division\nby zero")
-
-    assert run_command(command, project=tmp_path) == UNFORESEEN
+    assert ended(ZeroDivisionError("division\nby zero")) == UNFORESEEN
     said = capsys.readouterr().err
     assert said.startswith("twinloop: unexpected ZeroDivisionError: division; please report it with ")
     assert said.count("\n") == 1
     kept = Path(said.rpartition(" ")[2].strip())
-    assert kept.is_relative_to(tmp_path)
+    assert kept.parent == in_project / "state" / "errors"
     assert "in command" in kept.read_text()
 
 
-def test_ctrl_c_is_130(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def command() -> int:
-        raise KeyboardInterrupt
-
-    assert run_command(command, project=tmp_path) == INTERRUPTED
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(KeyboardInterrupt()) == INTERRUPTED
     assert capsys.readouterr().err == "twinloop: stopped\n"
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
-    command = "run_command(lambda: print('x\\n' * 10**6, flush=True))"
-    code = f"from flows.edge import run_command; import sys; sys.exit({command})"
-    piped = f'"{sys.executable}" -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(
-        ["bash", "-c", piped], cwd=PROJECT, env=environment(), capture_output=True, text=True, check=False
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("into", "code", "said"),
+    [
+        ("| head -1", READER_LEFT, ""),
+        ("| true", READER_LEFT, ""),
+        ("> /dev/full", MISTAKE, "a disk is full"),
+        ("", 1, ""),
+    ],
+)
+def test_output_that_nobody_takes_is_never_a_success(into: str, code: int, said: str, unbuffered: str) -> None:
+    program = "from flows.edge import run_command; import sys; " + (
+        "sys.exit(run_command(lambda: (__import__('time').sleep(0.3), print('x\\n' * 10**5), 1)[-1]))"
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "x\n", "")
+    line = f'"{sys.executable}" -c "{program}" {into}; exit ${{PIPESTATUS[0]}}'
+    shell = environment() | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(["bash", "-c", line], cwd=PROJECT, env=shell, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert done.stderr.count("\n") == bool(said)
+
+
+def test_a_broken_pipe_that_is_not_the_output_is_unforeseen(in_project: Path) -> None:
+    assert ended(BrokenPipeError(errno.EPIPE, "Broken pipe")) == UNFORESEEN
 
 
 def test_only_a_full_disk_is_one() -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sqlite3
+import stat
 import subprocess
 import sys
 import time
@@ -249,8 +250,30 @@ def test_a_file_that_is_no_database_is_left_alone(bare: Mlruns) -> None:
     assert bare.database.read_text() == "my notes\n" * 1000
 
 
-def test_a_database_that_a_process_has_open_is_not_replaced(old: Mlruns) -> None:
+def test_an_upgraded_database_keeps_its_rights(old: Mlruns) -> None:
+    old.database.chmod(0o600)
+    assert old.client
+    assert stat.S_IMODE(old.database.stat().st_mode) == 0o600
+
+
+def test_a_database_that_another_process_writes_to_is_not_called_damaged(
+    mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.database.BUSY_FOR_S", 0.1)
+    with closing(sqlite3.connect(mlruns.database)) as writer:
+        writer.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"cannot be opened \(database is locked\).*try again") as raised:
+            _ = mlruns.client
+    assert "restore" not in str(raised.value)
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_database_that_a_process_has_open_is_not_replaced(old: Mlruns, tmp_path: Path, linked: bool) -> None:
     """An MLflow server that runs since before the upgrade would go on writing into the old file."""
+    if linked:
+        elsewhere = tmp_path / "another disk.db"
+        old.database.rename(elsewhere)
+        old.database.symlink_to(elsewhere)
     hold = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT 1 FROM runs'); print(); input()"
     command = [sys.executable, "-c", hold, str(old.database)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
@@ -260,6 +283,7 @@ def test_a_database_that_a_process_has_open_is_not_replaced(old: Mlruns) -> None
             _ = old.client
         holder.communicate(b"\n")
     assert old.client.get_run("0ld").info.status == "FINISHED"
+    assert old.database.is_symlink() == linked
 
 
 @pytest.mark.parametrize("bytes_left", [0, 4096, 100_000, 800_000])

@@ -16,7 +16,7 @@ from releases import Bundle, champions, consistent, history, loads, settle, ship
 
 from common.errors import UserError
 from registry import ledger as ledger_module
-from registry.artifact import ArtifactStore
+from registry.artifact import Artifact, ArtifactStore
 from registry.promotion import finish_interrupted, open_ledger, promote, record_gate, rollback
 from registry.status import status
 from registry.tracking import CodeVersion, Mlruns
@@ -280,6 +280,46 @@ def test_a_rollback_that_was_finished_says_so_and_the_next_one_goes_back_further
     assert "the interrupted rollback to returns version 2, begun by the dead, was finished now" in caplog.text
     further = rollback(registry, "ada", loads)
     assert (further.to_version, further.who, further.finished_later) == (1, "ada", False)
+
+
+def test_another_models_interrupted_move_does_not_hide_that_a_rollback_was_done(
+    interrupted: Callable[[str, str], Path], tmp_path: Path, make: Callable[..., Artifact], lineage: Lineage
+) -> None:
+    root = shutil.copytree(interrupted("rollback", "commit"), tmp_path / "copy")
+    registry, other = (Registry(Mlruns(root / "mlruns"), name) for name in ("returns", "support"))
+    version = other.register(make("export", "s1").path, lineage, servable=True)
+    open_ledger(registry.mlruns).append(
+        "intent", action="promote", model="support", to_version=version.version, who="the dead",
+        manifest_digest=version.digest,
+    )  # fmt: skip
+    repeated = rollback(registry, "ada", loads)
+    assert (repeated.to_version, repeated.finished_later) == (2, True)
+    assert champions(registry)["champion"] == 2
+
+
+def test_a_run_hears_of_a_move_that_was_done_and_the_next_rollback_goes_back(
+    interrupted: Callable[[str, str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = shutil.copytree(interrupted("rollback", "commit"), tmp_path / "project")
+    registry = Registry(Mlruns(root / "mlruns"), "returns")
+    finished = finish_interrupted(registry, "the schedule")
+    assert finished
+    assert (finished.action, finished.to_version) == ("rollback", 2)
+    assert "was interrupted when it was done" in caplog.text
+    assert rollback(registry, "ada", loads).to_version == 1
+
+
+def test_a_restored_database_is_no_interrupted_move(interrupted: Callable[[str, str], Path], tmp_path: Path) -> None:
+    root = shutil.copytree(interrupted("promote", "intent"), tmp_path / "project")
+    registry = Registry(Mlruns(root / "mlruns"), "returns")
+    promote(registry, 4, who="ada", by_hand=True)
+    backup = (root / "mlruns" / "mlflow.db").read_bytes()
+    rollback(registry, "ada", loads)
+    promote(registry, 4, ship(registry.version(4), rules="r2"), who="ada", by_hand=True)
+    (root / "mlruns" / "mlflow.db").write_bytes(backup)
+    registry = Registry(Mlruns(root / "mlruns"), "returns")
+    assert not rollback(registry, "ada", loads).finished_later
+    assert champions(registry)["champion"] == 3
 
 
 def test_an_interrupted_promotion_of_what_a_gate_blocked_since_is_given_up(
