@@ -92,11 +92,14 @@ def decide(
 
 
 @app.command()
-def gate(recipe: RecipePath = DEFAULT_RECIPE) -> int:
-    """Measure the candidate, or else the champion, here and now, and judge it. Promotes nothing; exit 1 on BLOCK."""
+def gate(
+    recipe: RecipePath = DEFAULT_RECIPE,
+    version: Annotated[int | None, typer.Option(min=1, help="by default the candidate, or else the champion")] = None,
+) -> int:
+    """Measure a version here and now, and judge it. Promotes nothing; exit code 1 on BLOCK."""
     from flows.status import judge_now
 
-    return judge_now(_project(), recipe)
+    return judge_now(_project(), recipe, version)
 
 
 @app.command()

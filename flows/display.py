@@ -14,6 +14,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
 
+from flows.interrupt import raise_if_interrupted
+
 PLAIN_EVERY_S = 10.0
 WIDTH_WITHOUT_TERMINAL = 150
 OUR_LOGGERS = ("flows", "tasks", "registry", "training", "serving", "evaluation", "records", "domains")
@@ -79,9 +81,11 @@ class PlainDisplay:
         _detach(self._notices)
 
     def started(self, stage: str) -> None:
+        raise_if_interrupted()
         self._printed, self._first = time.monotonic(), None
 
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
+        raise_if_interrupted()
         now = time.monotonic()
         if self._first is None:  # reading the data before it says nothing about the pace
             self._first = now, done
@@ -135,10 +139,12 @@ class LiveDisplay:
         _detach(self._notices)
 
     def started(self, stage: str) -> None:
+        raise_if_interrupted()
         self._remove_bar()
         self._bar = self._bars.add_task(stage, total=1, metrics={})
 
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
+        raise_if_interrupted()
         if self._bar is not None:
             self._bars.update(self._bar, completed=done, total=total, metrics=dict(metrics))
 

@@ -103,9 +103,9 @@ def release_check(recipe: str = "recipes/returns.yaml") -> str:
         context = Context.of(project, Path(recipe), settings, display)
         registry = Registry(context.mlruns, context.recipe)
         finish_interrupted(registry, who())
-        version_to_judge(registry, CHAMPION)
+        version = version_to_judge(registry, CHAMPION)
         context, data = _let_in(context, settings, Outcome(settings))
-        report = check_release(context, settings.evaluate, runtime, rules, CHAMPION, data=data)
+        report = check_release(context, settings.evaluate, runtime, rules, version=version.version, data=data)
         display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
     if report.decision == "BLOCK":
         raise UserError(f"{settings.name}: the champion no longer passes the gate; `twinloop rollback` goes back")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from common.errors import UserError
+from flows.interrupt import interruptible
 from flows.runs import crash_dead_runs, marked_alive
 from flows.server import embedded_server, wait_until_ready
 
@@ -16,7 +17,7 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
     if not path.is_relative_to(project):
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
     try:
-        with embedded_server(project):
+        with interruptible(), embedded_server(project):
             from flows.lifecycle import NotShippedError, lifecycle
 
             wait_until_ready(project)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from registry.tracking import Mlruns
 from registry.versions import Registry
 
@@ -57,8 +58,9 @@ def _told(answer: DecisionResponse) -> str:
     return f"escalated: {'; '.join(f'{reason.predicate}: {reason.reason}' for reason in answer.reasons)}"
 
 
-def judge_now(project: Path, recipe_path: Path) -> int:
-    """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK."""
+def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
+    """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK. number: of the version to judge; None
+    for the candidate, or else the champion."""
     from evaluation.gate import load_rules
     from flows.display import make_display
     from flows.gpu import gpu_slot
@@ -74,17 +76,18 @@ def judge_now(project: Path, recipe_path: Path) -> int:
     recipe = load_recipe(recipe_path)
     rules = load_rules(project / recipe.gate.rules)
     runtime = Runtime.of(recipe)
-    aliases = (CANDIDATE, CHAMPION)
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
         registry = Registry(context.mlruns, context.recipe)
         finish_interrupted(registry, who())
-        version_to_judge(registry, *aliases)
-        version, _ = prepare_data.fn(context)
-        context = context.on_data(version.md5)
-        data = validate_data.fn(context, recipe.validate_, data=version)
-        report = check_release.fn(context, recipe.evaluate, runtime, rules, *aliases, data=data)
-    print(report.text())
+        version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
+        if not version.servable:
+            raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; `twinloop status` names bundles")
+        raw, _ = prepare_data.fn(context)
+        context = context.on_data(raw.md5)
+        data = validate_data.fn(context, recipe.validate_, data=raw)
+        report = check_release.fn(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
+    print(f"{version}\n{report.text()}")
     return 0 if report.decision == "SHIP" else 1
 
 

@@ -322,7 +322,8 @@ def _ship(version: Version, report: GateReport | None) -> GateReport:
         what = "an export of this precision" if version.stage == "export" else f"a {version.stage} checkpoint"
         raise UserError(f"{version}: {what} is not served; `twinloop status` names the candidate")
     if report is None:
-        raise UserError(f"{version}: not promoted, it stood before no gate; run `twinloop gate`")
+        remedy = f"run `twinloop gate --version {version.version}`"
+        raise UserError(f"{version}: not promoted, no gate has judged it; {remedy}")
     _is_about(version, report)
     if report.decision != "SHIP":
         raise UserError(
@@ -335,7 +336,7 @@ def _is_about(version: Version, report: GateReport) -> None:
     if report.candidate != version.digest:
         raise UserError(
             f"{version}: the gate report is about {report.candidate[:12] or 'nothing named'} and this version "
-            f"is {version.digest[:12]}; run `twinloop gate` on it"
+            f"is {version.digest[:12]}; run `twinloop gate --version {version.version}`"
         )
 
 
@@ -348,13 +349,12 @@ def _not_refuted(version: Version, report: GateReport, settled: list[Entry], *, 
     if left is None or left.action == "promote":
         return
     taken_back = f"{version}: not promoted, {left.who} took it back on {left.when}"
+    again = f"run `twinloop gate --version {version.version}`"
     if not by_hand:
-        raise UserError(f"{taken_back}; if it is to come back, run `twinloop gate` and `twinloop promote`")
+        raise UserError(f"{taken_back}; if it is to come back, {again} and `twinloop promote {version.version}`")
     let_through = {e.gate_digest for e in settled if e.action == "promote" and e.to_version == version.version}
     if report.digest() in let_through:
-        raise UserError(
-            f"{taken_back} after this same gate report; run `twinloop gate` again, with a rule that sees why"
-        )
+        raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that sees why")
 
 
 def _gate_file(registry: Registry, digest: str) -> Path:

@@ -24,7 +24,7 @@ class VersionStatus:
     digest: str
     path: str
     run_id: str | None
-    gate: str | None  # SHIP, BLOCK, or None: it stood before no gate
+    gate: str | None  # SHIP, BLOCK, or None: no gate has judged it
 
     @classmethod
     def of(cls, version: Version) -> VersionStatus:

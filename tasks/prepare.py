@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from records.dataset import DataVersion, build_data, is_current
 from registry.artifact import Artifact
 from tasks.context import Context, Report
 from tasks.recipe import ValidateSettings
+
+log = logging.getLogger(__name__)
 
 
 @task(name="data", cache_policy=NO_CACHE)
@@ -40,10 +43,13 @@ def validate_data(context: Context, settings: ValidateSettings, *, data: DataVer
         found = validate(data.path, out, settings)
         return dict(found.metrics())
 
-    return context.run(
+    artifact = context.run(
         "validate",
         work,
         settings=settings,
         inputs={"data": data.md5},
         modules=("records.validation", "records.validated"),
     )
+    if count := artifact.metrics["quarantined"]:
+        log.warning("%d rows are quarantined; each, with its reason, is in %s", count, artifact.path / "quarantine")
+    return artifact

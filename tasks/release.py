@@ -38,14 +38,14 @@ def check_release(
     settings: EvaluateSettings,
     runtime: Runtime,
     rules: GateRules,
-    *aliases: str,
+    *,
+    version: int,
     data: Artifact,
 ) -> GateReport:
-    """Judge the version that the first of `aliases` with one names, now, and keep the report with it. Raises UserError
-    where none of them names a version."""
+    """Judge that version now, and keep the report with it. Raises UserError where it is not there, or damaged."""
     registry = Registry(context.mlruns, context.recipe)
-    version = version_to_judge(registry, *aliases)
-    registry.verify(version)
+    judged = registry.version(version)
+    registry.verify(judged)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
 
@@ -53,14 +53,14 @@ def check_release(
             context.progress.stepped("evaluate", done, total, {})
 
         context.progress.started("evaluate")
-        metrics = evaluate_bundle(settings, runtime, data=data, bundle=version.path, out=out, on_progress=progress)
+        metrics = evaluate_bundle(settings, runtime, data=data, bundle=judged.path, out=out, on_progress=progress)
         cases = CaseReport.model_validate_json((out / REPORT).read_bytes())
-    rival = version_to_beat(registry, version.digest)
+    rival = version_to_beat(registry, judged.digest)
     beaten = (
         evaluate.fn(context, settings, runtime, data=data, bundle=rival.path, digest=rival.digest) if rival else None
     )
-    exported = Manifest.read(version.path / MANIFEST).metrics
+    exported = Manifest.read(judged.path / MANIFEST).metrics
     measured = measurements(cases, metrics, exported, beaten, rival.version if rival else None)
-    report = judge(rules, measured, candidate=version.digest)
-    record_gate(registry, version, report)
+    report = judge(rules, measured, candidate=judged.digest)
+    record_gate(registry, judged, report)
     return report

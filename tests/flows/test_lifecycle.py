@@ -173,9 +173,12 @@ def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_
     assert judged.returncode == 1, judged.stderr
     assert "policy regression (golden_pass_rate)" in judged.stdout
     set_rules(project)
-    judged = twinloop(project, "gate", "recipes/small.yaml")
+    checkpoint = twinloop(project, "gate", "recipes/small.yaml", "--version", "1")
+    assert checkpoint.returncode == 2
+    assert "version 1: a checkpoint (pretrain) is not judged" in checkpoint.stderr
+    judged = twinloop(project, "gate", "recipes/small.yaml", "--version", str(candidate["version"]))
     assert judged.returncode == 0, judged.stderr
-    assert "gate: SHIP" in judged.stdout
+    assert f"small version {candidate['version']}\ngate: SHIP" in judged.stdout
     promoted = twinloop(project, "promote", str(candidate["version"]), "--model", "small")
     assert promoted.returncode == 0, promoted.stderr
     assert f"small version {candidate['version']} is the champion" in promoted.stdout

@@ -61,7 +61,7 @@ def test_a_later_check_of_the_champion_is_not_covered_by_its_old_report(registry
     [
         (lambda own, other: ship(own, "BLOCK"), "its gate says BLOCK"),
         (lambda own, other: ship(other), "the gate report is about"),
-        (lambda own, other: None, "it stood before no gate"),
+        (lambda own, other: None, "no gate has judged it"),
     ],
 )
 def test_nothing_is_promoted_without_ship_for_its_very_digest(

@@ -1,0 +1,40 @@
+"""A Ctrl-C that a library swallows stops the run at its next step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+from flows.display import LiveDisplay, PlainDisplay
+from flows.interrupt import interruptible
+
+
+def swallowed_by_a_library() -> None:
+    with suppress(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("make_display", [PlainDisplay, LiveDisplay])
+def test_a_swallowed_interrupt_comes_back_at_the_next_step(
+    make_display: Callable[[], PlainDisplay | LiveDisplay],
+) -> None:
+    with interruptible(), make_display() as display:
+        display.started("pretrain")
+        swallowed_by_a_library()
+        with pytest.raises(KeyboardInterrupt):
+            display.stepped("pretrain", 1, 10, {})
+        with pytest.raises(KeyboardInterrupt):
+            display.started("sft")
+
+
+def test_it_is_forgotten_with_the_run_that_it_stopped() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with suppress(KeyboardInterrupt), interruptible():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+    with PlainDisplay() as display:
+        display.started("pretrain")
