@@ -166,7 +166,7 @@ class Engine:
         room. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
         """
         count = len(tokens_B)
-        step = self._bindings.get((first, count, 1, count)) or self._binding(first, count, 1, count)
+        step = self._binding(first, count, 1, count)
         lengths_B = self.lengths[first : first + count]
         step.tokens[:, 0] = tokens_B
         # An idle row's token lands behind the slot's last one, where the next real token overwrites it.

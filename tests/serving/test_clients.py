@@ -1,5 +1,6 @@
 """Clients that leave, and clients that break HTTP: what a server process answers, counts and logs."""
 
+import asyncio
 import json
 import re
 import signal
@@ -12,6 +13,8 @@ from contextlib import suppress
 import httpx
 import pytest
 from served import CASE, GOOD, HELLO, SERVER, wait_until
+
+from serving.api import _bind
 
 DECISION = ("/v1/decisions", json.dumps(CASE).encode())
 CHAT = ("/v1/chat/completions", json.dumps({"messages": HELLO}).encode())
@@ -209,3 +212,20 @@ def test_a_server_that_cannot_wait_for_its_answers_says_so_to_each_client(tmp_pa
     assert "Traceback" not in logged
     assert len(logged.splitlines()) <= 2, logged
     server.client.close()
+
+
+def test_small_answers_are_sent_at_once():
+    """Without TCP_NODELAY each keep-alive answer waits about 40 ms for a delayed acknowledgement."""
+
+    async def option() -> int:
+        accepted = asyncio.get_running_loop().create_future()
+        server = await asyncio.start_server(
+            lambda reader, writer: accepted.set_result(writer.get_extra_info("socket")), sock=_bind("127.0.0.1", 0)
+        )
+        _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
+        found = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+        server.close()
+        return found
+
+    assert asyncio.run(option())

@@ -175,6 +175,22 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
             assert 0 <= past_start <= (engine.slots - shape[0]) * engine._arena.slot_bytes
 
 
+def test_the_binding_of_every_step_outlives_those_of_many_prompts(engine, monkeypatch):
+    monkeypatch.setattr("serving.engine._BINDINGS_KEPT", 4)
+    bind, bound = ort.InferenceSession.io_binding, []
+    monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: bound.append(self) or bind(self))
+    engine.reset()
+    engine.prefill(0, [1, 2, 3])
+    one, active = np.array([1]), np.array([True])
+    engine.decode(0, one, active)
+    bound.clear()
+    lengths = range(2, 10)
+    for length in lengths:  # each prompt's length has a binding of its own
+        engine.prefill(1, list(range(1, length + 1)))
+        engine.decode(0, one, active)
+    assert len(bound) == len(lengths)
+
+
 def test_steps_reuse_their_bindings(engine, monkeypatch):
     engine.generate(prompts_of([3, 9]), max_tokens=20)
     monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: pytest.fail("a step was bound again"))
