@@ -25,11 +25,11 @@ import onnxruntime as ort
 from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.torch_sampler import TorchSampler
+from models.config import Precision
 from models.directory import save_model
 from models.onnx_bundle import export_bundle
 from serving.engine import Engine
 from serving.sampling import choose
-from tasks.recipe import Precision
 from training.sampler import BoundSampler
 from training.weights import get_weights
 

@@ -33,13 +33,14 @@ from domains.returns.verifier import Facts, verify
 from evaluation.cases import CaseReport, read_cases, run_cases
 from evaluation.metrics import Rate
 from evaluation.texts import score_texts
+from models.config import Precision
 from models.decoder import Decoder
 from models.directory import save_model
 from models.onnx_bundle import export_bundle
 from serving.engine import Engine
 from tasks.learn import train_settings
 from tasks.parity import parity
-from tasks.recipe import Precision, Recipe, load_recipe
+from tasks.recipe import Recipe, load_recipe
 from training.loop import StepReport, train
 from training.weights import get_weights, load_decoder
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self, TypeGuard
+from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from common.errors import UserError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""Of an exported model's weights and arithmetic."""
 
 Size = Annotated[int, Field(gt=0)]
 Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]

@@ -13,8 +13,8 @@ from typing import Literal
 
 from common.errors import UserError
 from models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
-from models.config import DecoderConfig
-from models.onnx_graph import Precision, compute_type, slot_capacity
+from models.config import DecoderConfig, Precision
+from models.onnx_graph import compute_type, slot_capacity
 from models.onnx_quantize import choose_block_size
 
 

@@ -17,9 +17,9 @@ import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from common.errors import UserError
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 from models.directory import check_tensors, load_config, load_tensors
-from models.onnx_graph import PRECISIONS, Precision, build_graph, slot_capacity, weight_shapes
+from models.onnx_graph import PRECISIONS, build_graph, slot_capacity, weight_shapes
 
 BUNDLE_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"

@@ -21,17 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from common.errors import UserError
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 from models.onnx_quantize import quantize_blocks
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 MICROSOFT = "com.microsoft"

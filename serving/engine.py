@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 
 from common.errors import UserError
 from models.chunks import PREFILL_CHUNK
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 from models.onnx_bundle import WEIGHTS_FILE, read_bundle
-from models.onnx_graph import Precision, compute_type, slot_capacity
+from models.onnx_graph import compute_type, slot_capacity
 from serving.batch import Completion, generate
 from serving.kv_cache import Device, KVArena, StepBinding
 from serving.session import choose_device, open_bound, open_bundle

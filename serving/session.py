@@ -12,9 +12,9 @@ from pathlib import Path
 import onnxruntime as ort
 
 from common.errors import UserError
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 from models.onnx_bundle import GRAPH_FILE
-from models.onnx_graph import UNBOUND_LOCATION, Precision, build_graph, unbound_bytes, weight_shapes
+from models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes, weight_shapes
 from serving.kv_cache import Device
 
 # GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).

@@ -9,9 +9,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from models.config import Precision
 from registry.artifact import Artifact
 from tasks.context import Context, Report
-from tasks.recipe import Precision
 from tasks.runtime import Runtime
 
 COMPARED_CASES = 16

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 from models.decoder import Decoder
 from models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
-from tasks.recipe import Packed, Precision, Recipe
+from tasks.recipe import Packed, Recipe
 from tasks.runtime import Runtime
 
 BYTES_A_TOKEN = 3.0

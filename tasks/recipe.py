@@ -15,15 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_fie
 
 from common.errors import UserError
 from common.strict_yaml import read_yaml
-from models.config import DecoderConfig
+from models.config import DecoderConfig, Precision
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 TOLD = 5
 """Mistakes told at once."""
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
 class Section(BaseModel):

@@ -8,7 +8,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from common.errors import UserError
-from tasks.recipe import Precision, Recipe
+from models.config import Precision
+from tasks.recipe import Recipe
 
 
 class Runtime(BaseModel):
