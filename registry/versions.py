@@ -36,6 +36,8 @@ from registry.tracking import CodeVersion, Mlruns
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _PREFIX = "twinloop."
+UNFINISHED = f"{_PREFIX}unfinished"
+"""Tag of a logged model while its version is not made."""
 
 
 @dataclass(frozen=True)
@@ -210,8 +212,11 @@ class Registry:
         # log_model_artifacts would copy always, and register_model wants an MLmodel file; so we lay the files where
         # MLflow expects them, and the version comes last: what has a version is whole.
         experiment_id = self.mlruns.experiment_id(self.name)
-        model = client.create_logged_model(experiment_id, name=manifest.stage, source_run_id=run_id)
-        path = self.mlruns.root / "artifacts" / self.name / "models" / model.model_id / "artifacts"
+        self._clear_unfinished(experiment_id)
+        model = client.create_logged_model(
+            experiment_id, name=manifest.stage, source_run_id=run_id, tags={UNFINISHED: "true"}
+        )
+        path = self._files_of(model.model_id)
         try:
             _own(artifact, path, copy=servable)
         except OSError:
@@ -236,8 +241,24 @@ class Registry:
             tags={_PREFIX + key: value for key, value in _tags(manifest, lineage, servable, path, self.mlruns).items()},
         )
         link = json.dumps([{"name": self.name, "version": int(made.version)}])
-        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link})
+        client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": link, UNFINISHED: "false"})
         return self.version(int(made.version))
+
+    def _clear_unfinished(self, experiment_id: str) -> None:
+        """Remove what a process left that was killed while it registered, files and all. Under the registry's lock."""
+        client = self.mlruns.client
+        kept = {version.path for version in self.snapshot().versions.values()}
+        for model in client.search_logged_models([experiment_id], filter_string=f"tags.`{UNFINISHED}` = 'true'"):
+            path = self._files_of(model.model_id)
+            if path in kept:  # its version was made, and nothing else was missing
+                client.set_logged_model_tags(model.model_id, {UNFINISHED: "false"})
+            else:
+                shutil.rmtree(path.parent, ignore_errors=True)
+                client.delete_logged_model(model.model_id)
+
+    def _files_of(self, model_id: str) -> Path:
+        """Where MLflow expects the files of a logged model."""
+        return self.mlruns.root / "artifacts" / self.name / "models" / model_id / "artifacts"
 
     def _read_database(self) -> Snapshot:
         uri = f"{self.mlruns.database.as_uri()}?mode=ro"

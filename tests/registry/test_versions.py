@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,9 @@ from common.errors import UserError
 from registry.artifact import Artifact
 from registry.tracking import Mlruns
 from registry.versions import Lineage, Registry, Version
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "registry.promotion"])
 
 Make = Callable[..., Artifact]
 Bundle = Callable[[str], Version]
@@ -41,6 +46,41 @@ def test_an_artifact_is_registered_once(registry: Registry, make: Make, lineage:
     assert len(registry.snapshot().versions) == 1
     models = registry.mlruns.root / "artifacts" / "returns" / "models"
     assert len(list(models.iterdir())) == 1
+
+
+def _register_and_die(artifact: Path, root: Path, lineage: Lineage, call: str, last: bool) -> None:
+    """Register, and be killed when a method of MLflow's client is called, or when it has been."""
+    registry = Registry(Mlruns(root), "returns")
+    method = getattr(registry.mlruns.client, call)
+
+    def dying(*arguments: object, **options: object) -> None:
+        if last:
+            method(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(registry.mlruns.client, call, dying)
+    registry.register(artifact, lineage, servable=True)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("call", ["create_logged_model", "finalize_logged_model", "create_model_version"])
+def test_what_a_process_killed_while_it_registered_left_is_removed_by_the_next(
+    registry: Registry, make: Make, lineage: Lineage, call: str, last: bool
+) -> None:
+    arguments = (make("export", "w1").path, registry.mlruns.root, lineage, call, last)
+    process = processes.Process(target=_register_and_die, args=arguments)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    for weights in ("w1", "w2"):
+        registry.register(make("export", weights).path, lineage, servable=True)
+    versions = registry.snapshot().versions.values()
+    assert len(versions) == 2
+    models = registry.mlruns.root / "artifacts" / "returns" / "models"
+    assert {path / "artifacts" for path in models.iterdir()} == {version.path for version in versions}
+    found = registry.mlruns.client.search_logged_models([registry.mlruns.experiment_id("returns")])
+    assert {model.model_id for model in found} == {version.path.parent.name for version in versions}
+    assert {str(model.status) for model in found} == {"READY"}
 
 
 def test_resolve_gives_the_verified_bundle(registry: Registry, bundle: Bundle) -> None:
