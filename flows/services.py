@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import psutil
+
 from common.errors import UserError
 from flows.edge import run_command
 from flows.environment import prepare_environment
@@ -103,6 +105,8 @@ def up(project: Path, ports: Ports) -> None:
         _check_port(project, service)
     _start_rotation(project)
     with prefect_client(project, f"http://127.0.0.1:{ports.prefect}/api"):
+        if alive(project, "prefect") and not _runs(project, ours["prefect"]):
+            stop(project, "worker")  # it knows the server that is stopped now, at another port or without a secret
         _start(project, ours["prefect"])
         _prepare_mlflow(project)
         _start(project, ours["mlflow"])
@@ -162,9 +166,11 @@ def _worker_answers(since: datetime) -> bool:
 
 def _check_port(project: Path, service: Service) -> None:
     """Before anything is started. Raises UserError where another program has the port."""
-    if service.health is None or alive(project, service.name):
+    if service.health is None:
         return
     health = urlsplit(service.health)
+    if (ours := alive(project, service.name)) and str(health.port) in ours.cmdline():
+        return
     with socket.socket() as client:
         if client.connect_ex((health.hostname, health.port)) == 0:
             raise UserError(
@@ -174,11 +180,22 @@ def _check_port(project: Path, service: Service) -> None:
 
 
 def _start(project: Path, service: Service) -> None:
-    if alive(project, service.name):
+    """Start the service unless it runs as it should. One with other settings, or of an earlier version of this program,
+    is stopped first."""
+    if _runs(project, service):
         return
+    stop(project, service.name)
     assert service.health is not None
     health = service.health
     launch(project, service.name, service.command, ready=lambda: _answers(health))
+
+
+def _runs(project: Path, service: Service) -> bool:
+    try:
+        process = alive(project, service.name)
+        return process is not None and process.cmdline() == service.command
+    except psutil.Error:  # it ends just now
+        return False
 
 
 def _answers(url: str) -> bool:

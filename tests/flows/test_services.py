@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from running_services import Services, wait_for
+from running_services import Services, free_port, wait_for
 from small_project import twinloop
 
 from common.errors import UserError
 from flows import services
-from flows.processes import MARK, marked
+from flows.processes import MARK, alive, marked
 from flows.services import Ports
 
 ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
@@ -68,6 +69,28 @@ def test_what_a_killed_service_left_behind_is_ended(tmp_path: Path, bystander: s
     finally:
         of_another_project.kill()
         of_another_project.wait()
+
+
+def test_a_service_with_other_settings_is_started_anew(tmp_path: Path) -> None:
+    def page(port: int) -> services.Service:
+        address = f"http://127.0.0.1:{port}/"
+        command = [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"]
+        return services.Service("api", command, url=address, health=address)
+
+    first, second = page(free_port()), page(free_port())
+    try:
+        services._start(tmp_path, first)
+        before = alive(tmp_path, "api")
+        services._start(tmp_path, first)
+        assert alive(tmp_path, "api") == before
+        services._check_port(tmp_path, first)
+        services._start(tmp_path, second)
+        assert before
+        assert not before.is_running()
+        assert services._answers(str(second.health))
+    finally:
+        services.down(tmp_path)
+    assert not services._answers(str(second.health))
 
 
 # --- the whole, for real ----------------------------------------------------------------------------------------------
