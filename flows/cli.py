@@ -112,7 +112,7 @@ def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = "
 
 @app.command()
 def rollback(model: ModelName = "returns") -> int:
-    """Make the previous champion the champion again, once it is proven to load and answer."""
+    """Make the previous champion the champion again, once it was seen to load and answer."""
     from flows.status import roll_back
 
     return roll_back(_project(), model)

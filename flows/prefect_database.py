@@ -11,7 +11,7 @@ from registry.database import Migrations, prepare_database
 
 
 def prepare_prefect_database() -> None:
-    """Where Prefect's settings name another than that of PREFECT_HOME, nothing is done: its server sees to that one.
+    """Where Prefect's settings name another than that of PREFECT_HOME, nothing is done: Prefect makes that one.
 
     Imports Prefect's server (2 s). Raises UserError where the database can be neither used, upgraded nor made.
     """

@@ -31,10 +31,10 @@ from records.rows import (
     complete,
     examined,
     known_fields,
-    mended,
     numbered,
     python_type,
     unread_fields,
+    with_repairs,
 )
 
 BLOCK_BYTES = 16 << 20
@@ -99,7 +99,7 @@ def _fast(block: bytes, first: int, lines: int, record: RecordType) -> Rows | No
                     ignored.update(unread_fields(_parse(line), known))
         except UnusableError:
             return None
-    return mended(frame, _careful([one for one in text if one[0] in gaps], record), ignored)
+    return with_repairs(frame, _careful([one for one in text if one[0] in gaps], record), ignored)
 
 
 def _arrow_table(block: bytes, record: RecordType, unread: Literal["error", "ignore"]) -> pa.Table | None:

@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from common.errors import UserError
 from domains.returns.schemas import RecordType
-from records.rows import INSTRUCTION_FORM, LINE, Rows, as_json, complete, examined, mended, numbered, python_type
+from records.rows import INSTRUCTION_FORM, LINE, Rows, as_json, complete, examined, numbered, python_type, with_repairs
 
 
 def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:
@@ -72,7 +72,7 @@ def _table(table: pa.Table, first: int, record: RecordType) -> Rows:
         gaps = frame.filter(~complete(record))[LINE].to_list()
         if not gaps:
             return Rows(frame, [], ignored)
-        return mended(frame, examined(_rows(table, gaps, first), record), ignored)
+        return with_repairs(frame, examined(_rows(table, gaps, first), record), ignored)
     return examined(_rows(table, numbers, first), record)
 
 

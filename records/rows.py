@@ -188,7 +188,7 @@ def numbered(table: pa.Table, first: int, record: RecordType) -> pl.DataFrame:
     )
 
 
-def mended(frame: pl.DataFrame, looked_at: Rows, ignored: set[str]) -> Rows:
+def with_repairs(frame: pl.DataFrame, looked_at: Rows, ignored: set[str]) -> Rows:
     """`frame`, where rows that had a null out of place are replaced by what a careful look at them gave."""
     lines = [*looked_at.frame[LINE], *(rejected.line for rejected in looked_at.rejected)]
     if not lines:

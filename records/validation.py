@@ -187,7 +187,7 @@ def _refuse_too_many(path: Path, rows: Rows, limit: float) -> None:
         first = rows.rejected[0]
         raise UserError(
             f"{path}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
-            f"line {first.line}: {first.reason}; mend the file or raise validate.max_quarantined"
+            f"line {first.line}: {first.reason}; fix the file or raise validate.max_quarantined"
         )
 
 

@@ -122,7 +122,7 @@ class Ledger:
             raise self._damaged(len(entries), "is not where MLflow remembers the ledger's end, it was changed or cut")
         return Contents(tuple(entries), tuple(digests), torn)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         """Set a cut-off last line aside, so that the next line starts on its own."""
         contents = self.read()
         if not contents.torn:

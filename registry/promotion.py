@@ -7,7 +7,7 @@ for, a rollback repeated by somebody who saw the first one die, it is all that t
 `champion` names a whole, verified bundle.
 
 There is no force. A version is promoted on a gate report that says SHIP for its very digest, and a version that was
-rolled back comes back only by hand and on a new report: the old one has been refuted by production.
+rolled back returns only by `twinloop promote`, on a new report: the old one was wrong in production.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> P
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
     prove(bundle): loads the bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
-    champions; a rollback that was interrupted and is repeated goes back one, and is not proven again. Raises UserError,
+    champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises UserError,
     and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if `prove`
     raised.
     """
@@ -212,7 +212,7 @@ def _settled(registry: Registry, who: str) -> Iterator[_Settled]:
     try:
         ledger = open_ledger(registry.mlruns)
         ledger.read(head=registry.snapshot().tags.get(LEDGER_HEAD))
-        ledger.mend()
+        ledger.repair()
         finished = None
         if pending := ledger.read().pending():
             finished = _finish(Registry(registry.mlruns, pending.model), ledger, pending)

@@ -138,7 +138,7 @@ class Registry:
         if self.mlruns.local_database:
             if not self.mlruns.database.exists():
                 return Snapshot({}, {}, {})
-            # Another MLflow may have another schema, and an empty one may be half-made: the client sees to both.
+            # Another MLflow may have another schema, and an empty one may be half-made: the client handles both.
             with suppress(sqlite3.Error):
                 if holds_records(self.mlruns.database):
                     return self._read_database()

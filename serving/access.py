@@ -105,7 +105,7 @@ def _comes_from_here(request: Request) -> bool:
 def _is_of_own_page(headers: Headers) -> bool:
     """Whether what a browser says of the page that asks, if one does, is that it is ours.
 
-    A page on another port of this machine is a stranger too.
+    A page on another port of this machine is foreign too.
     """
     own = b"http://" + _values(headers, b"host")[0].lower()
     return all(origin == own for origin in _values(headers, b"origin")) and all(

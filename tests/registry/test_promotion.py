@@ -310,6 +310,6 @@ def test_a_full_disk_leaves_a_line_that_can_be_mended(tmp_path: Path, monkeypatc
         with pytest.raises(OSError, match="No space left"):
             ledger.append("commit", of=1, **add)  # type: ignore[arg-type]
     assert len(ledger.read().torn) == 40
-    ledger.mend()
+    ledger.repair()
     assert ledger.append("commit", of=1, **add)[0].sequence == 2  # type: ignore[arg-type]
     assert (tmp_path / "promotions.jsonl.torn").read_bytes()[:1] == b"{"
