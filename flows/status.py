@@ -44,9 +44,8 @@ def roll_back(project: Path, model: str) -> int:
     )
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
     if done.finished_later:
-        print(
-            f"this rollback, begun by {done.who} on {done.when}, had been interrupted; run the command again to go back further"
-        )
+        print(f"this rollback, begun by {done.who} on {done.when}, had been interrupted")
+        print("run the command again to go back further")
         return 0
     print(f"its proof, order {EXAMPLE_ORDER['order_id']}: {_told(proofs[-1])}")
     return 0

@@ -91,7 +91,7 @@ def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> 
 
 
 def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> None:
-    """Serve the version that is champion now, once it loads and answers; where it does not, the one that serves goes on."""
+    """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = live.service
     try:
         champion = registry.snapshot().alias(CHAMPION)

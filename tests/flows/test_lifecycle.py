@@ -241,7 +241,7 @@ def test_a_rollback_killed_while_it_moves_the_champion_and_repeated_goes_back_on
     process.communicate()
     again = twinloop(project, "rollback", "--model", "small")
     assert again.returncode == 0, again.stderr
-    assert "had been interrupted; run the command again to go back further" in again.stdout
+    assert "had been interrupted\nrun the command again to go back further" in again.stdout
     assert status(project)["champion"]["digest"] == status(first[0])["champion"]["digest"]
 
 
