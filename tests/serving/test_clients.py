@@ -125,7 +125,8 @@ def test_what_follows_an_accepted_request_and_is_no_request_does_not_cost_its_an
     answer, _, refusal = received.partition(b"HTTP/1.1 400")
     assert answer.startswith(b"HTTP/1.1 200")
     assert whole_answer(asked, answer)
-    assert json.loads(refusal.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    if at_once:  # where the client still sends when the server closes, the reset may overtake the refusal
+        assert json.loads(refusal.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
 
 
 @ASKED
