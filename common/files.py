@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
+
+ROOM_BYTES = 4 * 2**20
+"""With less on its disk, what failed there needs no other explanation: a database and its journal take a few pages."""
+
+
+def has_room(path: Path) -> bool:
+    """Whether the disk of that file, or of the folder that it would be in, has room."""
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free >= ROOM_BYTES
 
 
 def fsync(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shutil
 import sqlite3
 import sys
 import traceback
@@ -14,11 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from common.errors import UserError, is_disk_full, one_line
+from common.files import has_room
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
-ROOM_BYTES = 2**20
-"""With less on its disk, a file that could not be written needs no other explanation."""
+MAKE_ROOM = "make room and run it again: it goes on from there"
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
 BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)
@@ -53,7 +52,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return str(each)
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            return f"{_full(_file(each), folder)}; make room and run it again: it goes on from there"
+            return f"{_full(_file(each), folder)}; {MAKE_ROOM}"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
@@ -63,14 +62,15 @@ def explain(error: BaseException, folder: Path) -> str | None:
                 f"{os.environ.get('PREFECT_API_URL')}: Prefect's server refuses the credentials; set "
                 "PREFECT_API_AUTH_STRING (for a server of `make up`: the line in state/prefect.auth)"
             )
+    if not isinstance(error, BUGS) and not has_room(folder):  # Prefect's server, for one, only says that it failed
+        return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {MAKE_ROOM}"
     return None
 
 
 def _full(file: Path | None, folder: Path) -> str:
     """Which disk is full. An error without a file may be about any."""
-    free = shutil.disk_usage(_existing(file or folder)).free
-    if file or free < ROOM_BYTES:
-        return f"{file or folder}: the disk is full ({free / 2**20:,.1f} MiB are free)"
+    if file or not has_room(folder):
+        return f"{file or folder}: the disk is full"
     return f"a disk is full, and it is not that of {folder}"
 
 
@@ -117,10 +117,6 @@ def _is_refused_by_prefect(error: BaseException) -> bool:
 def _file(error: BaseException) -> Path | None:
     name = getattr(error, "filename", None)
     return Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) and name else None
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
 
 
 def _project() -> Path:

@@ -6,6 +6,7 @@ starts inherits MARK, by which what a killed one left behind is found too: a flo
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from common.errors import UserError
+from common.files import has_room
 
 READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 20.0
@@ -43,6 +45,8 @@ def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], 
     deadline = time.monotonic() + READY_WITHIN_S
     while not ready():
         if child.poll() is not None or time.monotonic() > deadline:
+            if not has_room(log):  # which could not take the reason
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
             raise UserError(f"{name}: did not come up ({_last_error(log, before)}); see {log}")
         time.sleep(0.2)
 

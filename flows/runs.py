@@ -69,8 +69,13 @@ def crash_runs_of_pool(pool: str) -> None:
 
 
 def _crash(client: SyncPrefectClient, run: FlowRun, why: str) -> None:
+    from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
     from prefect.states import Crashed
 
+    of_run = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+    unfinished = TaskRunFilter.model_validate(UNFINISHED)
+    for task in client.read_task_runs(flow_run_filter=of_run, task_run_filter=unfinished):
+        client.set_task_run_state(task.id, Crashed(message=why), force=True)
     client.set_flow_run_state(run.id, Crashed(message=why), force=True)
 
 

@@ -4,9 +4,8 @@ Prefect's own ephemeral server outlives a process that was killed, and holds its
 embedded one waits at the end of a pipe whose other end its parent holds: the kernel closes that, also on kill -9. It
 starts while the rest is being imported, and listens from the first moment, so nobody has to try again.
 
-Whoever may ask this server to run a deployment runs commands as the operator. So it asks for the project's secret, and
-it answers neither a request under a foreign host name (a name that was pointed at 127.0.0.1) nor one that a foreign web
-page makes: Prefect has settings for the secret and for what a page may read, and none for these.
+Whoever may ask this server to run a deployment runs commands as the operator: it asks for the project's secret, and
+`flows.guard` stands before it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import argparse
 import errno
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -28,14 +26,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from flows.edge import ROOM_BYTES, run_command
+from common.files import has_room
+from flows.edge import run_command
 from flows.environment import prepare_environment
 from flows.prefect_auth import auth_string, prefect_client
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-    from serving.access import Headers
+    from starlette.types import ASGIApp
 
 HOST = "127.0.0.1"
 HOST_NAMES = (HOST, "localhost")
@@ -137,7 +134,7 @@ def wait_until_ready(project: Path) -> None:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
             refused = isinstance(reason, ConnectionRefusedError) and api not in _adopted
-            if own and shutil.disk_usage(project).free < ROOM_BYTES:  # its log could not take the reason
+            if own and not has_room(project):  # its log could not take the reason
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_log(project).parent)) from None
             if refused or dead or time.monotonic() > deadline:
                 see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
@@ -176,46 +173,13 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
 def _app(origins: list[str]) -> ASGIApp:
     from prefect.server.api.server import create_app
 
-    return _OwnPages(create_app(final=True), origins)
+    from flows.guard import ThisMachineOnly
 
-
-class _OwnPages:
-    """Prefect's app for this machine's names and its own pages. A page of another origin is refused also where a
-    browser would not let it read the answer, and Prefect's own reach no other host (3.8 asks for its analytics'
-    settings even where they are off)."""
-
-    def __init__(self, app: ASGIApp, origins: list[str]):
-        self.app = app
-        self.origins = {origin.encode() for origin in origins}
-        reached = " ".join(origins + [origin.replace("http", "ws", 1) for origin in origins])
-        self.policy = (
-            "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-            f"connect-src 'self' {reached}; frame-ancestors 'self'"
-        ).encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from starlette.responses import PlainTextResponse
-        from starlette.websockets import WebSocketClose
-
-        async def send_with_policy(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", self.policy)]
-            await send(message)
-
-        if scope["type"] == "lifespan" or self._is_ours(scope["headers"]):
-            await self.app(scope, receive, send_with_policy)
-        elif scope["type"] == "websocket":
-            await WebSocketClose(1008)(scope, receive, send)
-        else:
-            text = "this server answers requests under this machine's own names and from its own pages only"
-            await PlainTextResponse(text, 403)(scope, receive, send)
-
-    def _is_ours(self, headers: Headers) -> bool:
-        from serving.access import is_for_this_machine
-
-        return is_for_this_machine(headers) and all(
-            value in self.origins for name, value in headers if name == b"origin"
-        )
+    # Prefect's pages ask for their analytics' settings at another host even where they are off (3.8).
+    reached = " ".join(origins + [origin.replace("http", "ws", 1) for origin in origins])
+    policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
+    policy += f"connect-src 'self' {reached}; frame-ancestors 'self'"
+    return ThisMachineOnly(create_app(final=True), policy=policy)
 
 
 def _end_with_parent() -> None:

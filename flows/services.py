@@ -80,6 +80,7 @@ def services(project: Path, ports: Ports) -> dict[str, Service]:
                 *("--artifacts-destination", str(project / "mlruns" / "artifacts")),
                 # By default also whatever begins like a private address, "10.example.com" too (3.17).
                 *("--allowed-hosts", f"{here}:*,localhost:*"),
+                *("--app-name", "twinloop"),  # flows/mlflow_app.py
             ],
             url=f"http://{here}:{ports.mlflow}",
             health=f"http://{here}:{ports.mlflow}/health",
@@ -118,7 +119,7 @@ def up(project: Path, ports: Ports) -> None:
             print("api: not started, no model is promoted yet; `make run`, then `make up` again", file=sys.stderr)
     for service in ours.values():
         if service.url and alive(project, service.name):
-            asks = f"  (its page asks for the line in {auth_file(project)})" if service.name == "prefect" else ""
+            asks = f"  (asks for the line in {auth_file(project)})" if service.name != "api" else ""
             print(f"{service.name:<8} {service.url}{asks}")
 
 

@@ -20,11 +20,14 @@ from serving.errors import ApiError, error_body
 Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case, and values, as ASGI has them."""
 
-_HOST = re.compile(rb"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9a-z.]+))(?::[0-9]{1,5})?", re.IGNORECASE)
+_HOST = re.compile(rb"(?:\[([0-9a-f.]*:[0-9a-f:.]*)\]|([0-9a-z.]+))(?::([0-9]{1,5}))?", re.IGNORECASE)
+_ORIGIN = re.compile(rb"http://" + _HOST.pattern, re.IGNORECASE)
 
 _PROXY_HEADER = re.compile(
-    rb"via|(?:.*-)?forwarded.*|x-(?:original|envoy|proxy|remote|amzn|arr|varnish|host|port|scheme).*|cf-.*|cdn-.*"
-    rb"|(?:.*-)?(?:client|real|connecting|originating|user|socket)-?ip(?:v6)?"
+    rb"via|(?:.*[-_])?forwarded.*|(?:cf|cdn|fastly|akamai|ngrok|tailscale)-.*|front-end-https|max-forwards"
+    rb"|x-(?:akamai|amzn|arr|azure|cloud-trace|envoy|haproxy|host|nginx|original|port|proxy|real|remote|rewrite|scheme"
+    rb"|ssl|traefik|varnish|vercel).*"
+    rb"|(?:.*-)?(?:client|real|connecting|originating|user|socket)-?ip(?:v6)?|(?:remote|client)-addr"
 )
 """What proxies and content networks add: the standard's own, X-Forwarded-*, CF-*, and each `…-Client-IP`."""
 
@@ -44,6 +47,16 @@ def is_for_this_machine(headers: Headers) -> bool:
     hosts = _values(headers, b"host")
     match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
     return match is not None and is_this_machine((match[1] or match[2]).decode("ascii"))
+
+
+def are_of_own_origin(headers: Headers) -> bool:
+    """Whether each page that asks, if one does, is at this machine and at the port that it asks."""
+    asked = _HOST.fullmatch(_values(headers, b"host")[0])
+    pages = [_ORIGIN.fullmatch(origin) for origin in _values(headers, b"origin")]
+    return asked is not None and all(
+        page is not None and is_this_machine((page[1] or page[2]).decode("ascii")) and page[3] == asked[3]
+        for page in pages
+    )
 
 
 class OwnHostsOnly:

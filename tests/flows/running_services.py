@@ -54,7 +54,7 @@ class Services:
 
     def ask(self, service: str, path: str, body: object = None) -> Any:
         """What the service answers to its operator."""
-        response = self.request(service, path, body, auth=self.auth() if service == "prefect" else None)
+        response = self.request(service, path, body, auth=self.auth() if service != "api" else None)
         response.raise_for_status()
         return response.json()
 

@@ -165,12 +165,52 @@ def test_no_service_answers_under_a_foreign_name(running: Services, host: str) -
 
 
 @pytest.mark.slow
-def test_mlflow_changes_nothing_for_a_foreign_page(running: Services) -> None:
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://127.0.0.1:1", "null"])
+def test_mlflow_changes_nothing_for_a_foreign_page(running: Services, origin: str) -> None:
     body = {"name": "made by a page"}
     create = "/api/2.0/mlflow/experiments/create"
-    assert running.request("mlflow", create, body, headers={"Origin": "http://evil.example"}).status_code == 403
+    foreign = running.request("mlflow", create, body, headers={"Origin": origin}, auth=running.auth())
+    assert foreign.status_code == 403
     names = running.ask("mlflow", "/api/2.0/mlflow/experiments/search", {"max_results": 100})["experiments"]
     assert "made by a page" not in [experiment["name"] for experiment in names]
+
+
+@pytest.mark.slow
+def test_another_user_of_the_machine_reads_no_file_through_mlflow(running: Services, tmp_path: Path) -> None:
+    """An experiment may say where its files are, and MLflow's server reads and writes them as the operator."""
+    steps = [
+        ("/api/2.0/mlflow/experiments/create", {"name": "e", "artifact_location": f"file://{tmp_path}"}),
+        ("/api/2.0/mlflow/runs/create", {"experiment_id": "0"}),
+        ("/get-artifact?run_uuid=x&path=prefect.auth", None),
+        ("/ajax-api/2.0/mlflow/upload-artifact?run_uuid=x&path=x", {}),
+        ("/api/2.0/mlflow-artifacts/artifacts", None),
+        ("/ajax-api/2.0/mlflow/experiments/search", {"max_results": 1}),
+        ("/graphql", {}),
+        ("/", None),
+    ]
+    for path, body in steps:
+        assert running.request("mlflow", path, body).status_code == 401, path
+        assert running.request("mlflow", path, body, auth=("twinloop", "wrong")).status_code == 401, path
+    assert running.request("mlflow", "/health").status_code == 200
+    assert running.request("mlflow", "/", auth=running.auth()).status_code == 200
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_mlflows_page_opens_with_the_secret_and_asks_no_other_host(running: Services) -> None:
+    from playwright.sync_api import sync_playwright
+
+    address = f"http://127.0.0.1:{running.ports['mlflow']}"
+    user, password = running.auth()
+    asked: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(http_credentials={"username": user, "password": password})
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.get_by_text("Experiments").first.wait_for(timeout=30_000)
+        browser.close()
+    assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
 @pytest.mark.slow

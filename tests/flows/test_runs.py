@@ -42,6 +42,9 @@ with embedded_server(project):
         (project / "state" / "runs" / dead).touch()
         (project / "treasure").touch()
         start("dead", TAG + dead)
+        from prefect import task as a_task
+
+        task = client.create_task_run(a_task(lambda: None), runs["dead"], dynamic_key="0", state=Running()).id
         start("of another project", TAG + "1" * 32)
         start("malicious", TAG + "../../treasure")
         start("untagged")
@@ -52,6 +55,7 @@ with embedded_server(project):
             assert states(*runs) == ["RUNNING"] * 5, states(*runs)
             crash_dead_runs(project)
             assert states("dead") == ["CRASHED"]
+            assert client.read_task_run(task).state.type.value == "CRASHED"
             assert states(*[name for name in runs if name != "dead"]) == ["RUNNING"] * 4, states(*runs)
     assert (project / "treasure").exists()
     assert not list((project / "state" / "runs").iterdir())
