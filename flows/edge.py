@@ -57,11 +57,8 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
             return f"{folder}: a database cannot be used ({one_line(each)}); see to the permissions of its folder"
-        if _is_refused_by_prefect(each):
-            return (
-                f"{os.environ.get('PREFECT_API_URL')}: Prefect's server refuses the credentials; set "
-                "PREFECT_API_AUTH_STRING (for a server of `make up`: the line in state/prefect.auth)"
-            )
+        if refused := _refused_credentials(each):
+            return f"{refused} (for a server of `make up`: the line in state/prefect.auth)"
     if not isinstance(error, BUGS) and not has_room(folder):  # Prefect's server, for one, only says that it failed
         return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {MAKE_ROOM}"
     return None
@@ -109,9 +106,16 @@ def _is_sqlites(error: BaseException) -> bool:
     return isinstance(error, sqlite3.Error) or isinstance(getattr(error, "orig", None), sqlite3.Error)
 
 
-def _is_refused_by_prefect(error: BaseException) -> bool:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return type(error).__module__.startswith("prefect.") and status in (401, 403)
+def _refused_credentials(error: BaseException) -> str | None:
+    """Which server refused them, and what to set; None for another error. Neither library is imported for it."""
+    library = type(error).__module__.partition(".")[0]
+    if library == "prefect" and getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
+        url = os.environ.get("PREFECT_API_URL")
+        return f"{url}: Prefect's server refuses the credentials; set PREFECT_API_AUTH_STRING"
+    if library == "mlflow" and getattr(error, "error_code", None) in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+        variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        return f"{os.environ.get('MLFLOW_TRACKING_URI')}: MLflow's server refuses the credentials; set {variables}"
+    return None
 
 
 def _file(error: BaseException) -> Path | None:

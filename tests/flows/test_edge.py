@@ -7,6 +7,9 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,48 @@ def test_the_unforeseen_is_one_line_and_its_traceback_is_kept_in_the_project(
     kept = Path(said.rpartition(" ")[2].strip())
     assert kept.parent == in_project / "state" / "errors"
     assert "in command" in kept.read_text()
+
+
+@pytest.fixture
+def refusing() -> Iterator[str]:
+    """The address of a server that knows nobody."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(401)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_refused_credentials_name_the_server_and_what_to_set(
+    refusing: str, in_project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow.tracking import MlflowClient
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", refusing)
+    monkeypatch.setenv("PREFECT_API_URL", f"{refusing}/api")
+    assert run_command(lambda: MlflowClient(refusing).get_run("x") and 0) == MISTAKE
+    assert (
+        f"{refusing}: MLflow's server refuses the credentials; set MLFLOW_TRACKING_USERNAME" in capsys.readouterr().err
+    )
+
+    def ask_prefect() -> int:
+        with temporary_settings({PREFECT_API_URL: f"{refusing}/api"}), get_client(sync_client=True) as client:
+            return len(client.read_flow_runs())
+
+    assert run_command(ask_prefect) == MISTAKE
+    assert f"{refusing}/api: Prefect's server refuses the credentials; set PREFECT_API_AUTH_" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
