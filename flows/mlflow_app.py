@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlflow.server.fastapi_app import app as mlflow_app
 
 from flows.guard import ThisMachineOnly, WithSecret
-from flows.prefect_auth import auth_string
+from flows.secret import auth_string
 from tasks.context import find_project
 
 app = ThisMachineOnly(WithSecret(mlflow_app, auth_string(find_project())))

@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.files import has_room
 from flows.edge import run_command
 from flows.environment import prepare_environment
-from flows.prefect_auth import auth_string, prefect_client
+from flows.secret import auth_string, prefect_client
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

@@ -18,9 +18,9 @@ import psutil
 from common.errors import UserError
 from flows.edge import run_command
 from flows.environment import prepare_environment
-from flows.prefect_auth import auth_file, prefect_client
 from flows.processes import alive, end, launch, marked, stop
 from flows.runs import crash_runs_of_pool
+from flows.secret import auth_file, prefect_client
 from flows.server import server_command
 from tasks.context import find_project
 

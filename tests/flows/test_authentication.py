@@ -23,7 +23,7 @@ from running_services import Services
 from small_project import environment
 
 from common.errors import UserError
-from flows.prefect_auth import auth_string
+from flows.secret import auth_string
 
 CHROMIUM = Path("/usr/bin/chromium")
 

@@ -1,4 +1,4 @@
-"""The secret of this project's own Prefect servers: what a client must send, made at first use and kept in state/."""
+"""The secret of this project's own servers, Prefect's and MLflow's: made at first use and kept in state/."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _AUTH = re.compile(rf"{USER}:[A-Za-z0-9_-]{{32,}}")
 
 
 def auth_file(project: Path) -> Path:
-    """Where the secret is kept. Prefect's page asks for what this file holds."""
+    """Where the secret is kept. The pages of both servers ask for what this file holds."""
     return project / "state" / "prefect.auth"
 
 
 def auth_string(project: Path) -> str:
-    """The secret as Prefect takes it, `user:password`. Only the owner of the file may read it.
+    """The secret as `user:password`, made where there is none. Only the owner of the file may read it.
 
     Raises UserError where the file holds anything else.
     """
