@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.errors import UserError, one_line
+from common.errors import UserError, is_disk_full, one_line
 from common.files import fsync
 
 log = logging.getLogger(__name__)
@@ -87,10 +87,10 @@ def _make(database: Path, migrations: Migrations) -> None:
     try:
         new = _migrated(database, migrations)
     except Exception as error:
-        raise UserError(
-            f"{database}: {migrations.library}'s database could not be made ({one_line(error)}); "
-            "see to that (is the disk full?) and try again"
-        ) from error
+        what = f"{database}: {migrations.library}'s database could not be made"
+        if is_disk_full(error):
+            raise UserError(f"{what}, the disk is full; make room and run it again") from error
+        raise UserError(f"{what} ({one_line(error)}); remove the cause and run it again") from error
     if kept := _set_aside(database):
         log.warning("%s was never finished: it is kept as %s, and a new one was made", database, kept.name)
     _publish(new, database)

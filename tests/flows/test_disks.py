@@ -122,7 +122,7 @@ def test_a_policy_that_a_full_disk_does_not_take_is_not_in_force(project: Path, 
             put = twinloop(project, "policies", "put", "P-7", text)
             if put.returncode:
                 break
-        assert "full" in one_line(put)
+        assert "No space left on device" in one_line(put)
         assert text not in twinloop(project, "policies", "list").stdout
     finally:
         disk.empty()
