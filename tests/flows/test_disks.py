@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from small_project import make_project, start, twinloop
 
 pytestmark = pytest.mark.slow
 
+ENOUGH_FOR_A_RUN = 40 * 2**20
+
 
 class Disk:
     """A file system of its own, in memory."""
@@ -21,9 +24,14 @@ class Disk:
         self.mount = mount
         self.filler = mount / "filler"
 
+    def leave(self, room: int) -> None:
+        """Fill all but so many bytes: the rest is then filled within milliseconds."""
+        with self.filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.mount).free - room)
+
     def fill(self) -> None:
         """To the last byte."""
-        descriptor = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        descriptor = os.open(self.filler, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for size in (2**20, 2**12, 1):
             try:
                 while True:
@@ -65,12 +73,14 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return done.stderr
 
 
-def run_until(project: Path, reached: Callable[[], bool], then: Callable[[], None]) -> subprocess.CompletedProcess[str]:
+def run_until(project: Path, reached: Callable[[], bool], disk: Disk) -> subprocess.CompletedProcess[str]:
+    """A run whose disk fills up when it comes to that point."""
+    disk.leave(ENOUGH_FOR_A_RUN)
     process = start(project, "run", "recipes/small.yaml")
     while not reached():
         assert process.poll() is None, "it was over before the disk could be filled"
         time.sleep(0.001)
-    then()
+    disk.fill()
     stdout, stderr = process.communicate(timeout=200)
     return subprocess.CompletedProcess([], process.returncode, stdout, stderr)
 
@@ -99,7 +109,7 @@ POINTS = {
 @pytest.mark.parametrize("point", POINTS)
 def test_a_run_on_a_disk_that_fills_up_says_so_in_one_line(project: Path, disk: Disk, point: str) -> None:
     try:
-        done = run_until(project, lambda: bool(list(project.glob(POINTS[point]))), disk.fill)
+        done = run_until(project, lambda: bool(list(project.glob(POINTS[point]))), disk)
     finally:
         disk.empty()
     assert "the disk is full" in one_line(done)
