@@ -151,7 +151,9 @@ def test_down_leaves_nothing_even_when_the_worker_was_killed(running: Services) 
     assert any("prefect.engine" in process.cmdline() for process in running.processes())
     down = running.say("down")
     assert down.returncode == 0, down.stderr
-    assert [line.split()[0] for line in down.stdout.splitlines()][-3:] == ["worker", "mlflow", "prefect"]
+    # The orphaned run may have ended by itself, at the first line that it printed to nobody: then no worker is named.
+    stopped = [line.split()[0] for line in down.stdout.splitlines()]
+    assert [name for name in stopped if name != "worker"] == ["api", "mlflow", "prefect"]
     assert running.processes() == []
     for port in running.ports.values():
         with socket.socket() as client:
