@@ -273,9 +273,10 @@ def _is_unreported(registry: Registry, contents: Contents) -> bool:
     if not ends:
         return False
     snapshot = registry.snapshot()
-    known = snapshot.tags.get(LEDGER_HEAD)
-    champion = snapshot.aliases.get(CHAMPION)
-    return ends[-2:-1] == [known] * bool(known) and champion == contents.champions(registry.name)[-1]
+    last_but_one = ends[-2] if len(ends) > 1 else None
+    if snapshot.tags.get(LEDGER_HEAD) != last_but_one:
+        return False
+    return snapshot.aliases.get(CHAMPION) == contents.champions(registry.name)[-1]
 
 
 def _adopt(registry: Registry, ledger: Ledger, who: str) -> None:

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import threading
@@ -117,7 +118,8 @@ def test_kills_spread_over_the_stages_end_bit_equal(
     for part in parts:
         stage = part[number % len(part)]
         following = stages[min(stages.index(stage) + 1, len(stages) - 1)]
-        Run(project).kill_after(stage, chance.uniform(0, max(done[following] - done[stage], 0.2)))
+        killed = Run(project).kill_after(stage, chance.uniform(0, max(done[following] - done[stage], 0.2)))
+        assert killed, f"it was over before it could be killed after {stage}"
     assert_whole(project, twinloop(project, "run", "recipes/small.yaml"), expected)
 
 
@@ -133,4 +135,5 @@ def test_kills_while_mlflows_database_is_made_end_bit_equal(
     time.sleep(AFTER_MLRUNS_S * (number + 0.5) / -(-KILLS // 3))
     process.kill()
     process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert_whole(project, twinloop(project, "run", "recipes/small.yaml"), whole[0])
