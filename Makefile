@@ -25,10 +25,10 @@ bench: .venv/.installed
 	@$(BIN)/python -m benchmarks $(RECIPE)
 
 up: .venv/.installed
-	@$(BIN)/python -m flows.services up
+	@$(BIN)/python -m twinloop.flows.services up
 
 down:
-	@test ! -x $(BIN)/python || $(BIN)/python -m flows.services down
+	@test ! -x $(BIN)/python || $(BIN)/python -m twinloop.flows.services down
 
 # What a run made, and the environment. DVC's cache and the data stay: `git clean -fdX` removes those too.
 clean: down
@@ -45,4 +45,5 @@ clean: down
 
 .venv/.installed-dev: .venv/.installed
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@mkdir -p .venv/src && ln -sfn ../.. .venv/src/twinloop
 	@touch $@

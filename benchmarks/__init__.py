@@ -4,7 +4,7 @@ The modules run on their own for what the table leaves out: `decode`, `training`
 champion, and `lifecycle` runs a recipe's model loop without orchestration, for several seeds if asked.
 """
 
-from flows.environment import prepare_environment
+from twinloop.flows.environment import prepare_environment
 
 # As `twinloop` does, before torch, MLflow and Prefect read their settings.
 prepare_environment()

@@ -21,17 +21,17 @@ from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
+from twinloop.models.config import Precision
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.serving.engine import Engine
+from twinloop.serving.sampling import choose
+from twinloop.training.sampler import BoundSampler
+from twinloop.training.weights import get_weights
 
 from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.torch_sampler import TorchSampler
-from models.config import Precision
-from models.directory import save_model
-from models.onnx_bundle import export_bundle
-from serving.engine import Engine
-from serving.sampling import choose
-from training.sampler import BoundSampler
-from training.weights import get_weights
 
 SLOTS = (1, 8, 32)
 STEPS = 200

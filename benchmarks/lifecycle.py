@@ -25,24 +25,24 @@ from tempfile import TemporaryDirectory
 
 import onnxruntime as ort
 import torch
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.verifier import Facts, verify
+from twinloop.evaluation.cases import CaseReport, read_cases, run_cases
+from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.texts import score_texts
+from twinloop.models.config import Precision
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.serving.engine import Engine
+from twinloop.tasks.learn import train_settings
+from twinloop.tasks.parity import parity
+from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.training.loop import StepReport, train
+from twinloop.training.weights import get_weights, load_decoder
 
 from benchmarks.decode import SLOTS, time_steps
 from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
-from common.errors import UserError
-from domains.returns.verifier import Facts, verify
-from evaluation.cases import CaseReport, read_cases, run_cases
-from evaluation.metrics import Rate
-from evaluation.texts import score_texts
-from models.config import Precision
-from models.decoder import Decoder
-from models.directory import save_model
-from models.onnx_bundle import export_bundle
-from serving.engine import Engine
-from tasks.learn import train_settings
-from tasks.parity import parity
-from tasks.recipe import Recipe, load_recipe
-from training.loop import StepReport, train
-from training.weights import get_weights, load_decoder
 
 KINDS = ("golden", "held_out", "injection")
 COMPARED_PROMPTS = 16

@@ -84,7 +84,7 @@ def quantile(values: Sequence[float], share: float) -> str:
 @contextmanager
 def champion() -> Iterator[str]:
     """The champion's server, as a user would start it."""
-    command = [sys.executable, "-m", "flows.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "twinloop.flows.cli", "serve", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None

@@ -14,20 +14,19 @@ from typing import Any, Literal
 
 import torch
 import yaml
-
-from common.errors import UserError
-from domains.returns.generator import GeneratorParams, generate
-from domains.returns.verifier import Facts, verify
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.tokenizer import ChatTokenizer, train_tokenizer
-from tasks.lessons import dpo, pretrain, rlvr, sft
-from tasks.recipe import Recipe, load_recipe
-from tasks.runtime import Runtime
-from training.objectives import Objective
-from training.rollouts import Verdict
-from training.stream import Batches
-from training.weights import new_decoder
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.verifier import Facts, verify
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.tasks.lessons import dpo, pretrain, rlvr, sft
+from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.objectives import Objective
+from twinloop.training.rollouts import Verdict
+from twinloop.training.stream import Batches
+from twinloop.training.weights import new_decoder
 
 DEFAULT_RECIPE = Path("recipes/returns.yaml")
 SCALE = 0.1

@@ -18,14 +18,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+from twinloop.flows.environment import prepare_environment, quiet_prefect
+from twinloop.flows.server import embedded_server, wait_until_ready
+from twinloop.records.dataset import DataVersion
+from twinloop.registry.tracking import CodeVersion, Tracker
+from twinloop.tasks.context import Context
+
 from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.training import Unwatched, stage_rows
-from flows.environment import prepare_environment, quiet_prefect
-from flows.server import embedded_server, wait_until_ready
-from records.dataset import DataVersion
-from registry.tracking import CodeVersion, Tracker
-from tasks.context import Context
 
 SECONDS = 15.0
 MINUTE_S = 60.0
@@ -125,10 +126,9 @@ def run_stage(given: Material, tokens: int) -> Stage:
         began = time.perf_counter()
         with embedded_server(project):
             from prefect import flow
-
-            from tasks.prepare import validate_data
-            from tasks.pretrain import pretrain
-            from tasks.tokenize import tokenize
+            from twinloop.tasks.prepare import validate_data
+            from twinloop.tasks.pretrain import pretrain
+            from twinloop.tasks.tokenize import tokenize
 
             clock = Clock()
             context = Context(

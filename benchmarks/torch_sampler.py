@@ -14,9 +14,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
-from serving.sampling import uniform_draws
+from twinloop.models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
+from twinloop.serving.sampling import uniform_draws
 
 Cache = list[tuple[Tensor, Tensor]]
 

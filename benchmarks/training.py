@@ -20,17 +20,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from twinloop.domains.returns.verifier import Facts
+from twinloop.registry.tracking import Execution, Mlruns, Tracker
+from twinloop.tasks.context import Report
+from twinloop.tasks.learn import report_step, train_settings
+from twinloop.tasks.recipe import Packed
+from twinloop.training.loop import StepReport, TrainResult, train
+from twinloop.training.optim import OptimizerSettings, build_optimizer
+from twinloop.training.stream import Batches, Step
 
 from benchmarks.material import STAGES, Material, Stage, arguments, material
 from benchmarks.table import Row, percent, show
-from domains.returns.verifier import Facts
-from registry.tracking import Execution, Mlruns, Tracker
-from tasks.context import Report
-from tasks.learn import report_step, train_settings
-from tasks.recipe import Packed
-from training.loop import StepReport, TrainResult, train
-from training.optim import OptimizerSettings, build_optimizer
-from training.stream import Batches, Step
 
 WARM_STEPS = 3
 SECONDS = 8.0

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from common.errors import UserError
+from twinloop.common.errors import UserError
 
 
 def read_yaml(path: Path | str, such_as: str) -> Any:

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-
-from common.errors import UserError
-from evaluation.claims import claims_action
-from evaluation.metrics import Rate
-from evaluation.router import Failure, route
-from models.tokenizer import ChatTokenizer
+from twinloop.common.errors import UserError
+from twinloop.evaluation.claims import claims_action
+from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.router import Failure, route
+from twinloop.models.tokenizer import ChatTokenizer
 
 FactsT = TypeVar("FactsT")
 

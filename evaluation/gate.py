@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-
-from common.errors import UserError
-from common.strict_yaml import read_yaml
-from evaluation.cases import CaseReport, Comparison
-from evaluation.metrics import Rate, sign_test
-from evaluation.router import LATENCY, RELEASE, SIDE_EFFECT
+from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import read_yaml
+from twinloop.evaluation.cases import CaseReport, Comparison
+from twinloop.evaluation.metrics import Rate, sign_test
+from twinloop.evaluation.router import LATENCY, RELEASE, SIDE_EFFECT
 
 TRAINING = "training data and verifier RL"
 EXPORT = "ONNX export"

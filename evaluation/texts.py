@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-
-from common.errors import UserError
-from evaluation import metrics
-from models.tokenizer import ChatTokenizer
+from twinloop.common.errors import UserError
+from twinloop.evaluation import metrics
+from twinloop.models.tokenizer import ChatTokenizer
 
 
 class Scorer(Protocol):

@@ -1,5 +1,5 @@
 """What runs, in what order: Prefect flows and the `twinloop` command."""
 
-from common.telemetry import disable_telemetry
+from twinloop.common.telemetry import disable_telemetry
 
 disable_telemetry()

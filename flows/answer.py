@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from registry.smoke_test import EXAMPLE_MESSAGE, EXAMPLE_ORDER
+from twinloop.common.errors import UserError
+from twinloop.registry.smoke_test import EXAMPLE_MESSAGE, EXAMPLE_ORDER
 
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 60.0
@@ -33,14 +33,14 @@ class Answer:
 
 def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
-    from registry.champion import following_champion, open_champion
-    from registry.tracking import Mlruns
-    from registry.versions import Registry
-    from serving.access import is_this_machine
-    from serving.api import create_app, run_server
+    from twinloop.registry.champion import following_champion, open_champion
+    from twinloop.registry.tracking import Mlruns
+    from twinloop.registry.versions import Registry
+    from twinloop.serving.access import is_this_machine
+    from twinloop.serving.api import create_app, run_server
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("registry.champion").setLevel(logging.INFO)
+    logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
     registry = Registry(Mlruns(project / "mlruns"), model)
     with open_champion(project, model, slots=slots) as live:
         # An empty token is none: it would let everybody in who sends none.
@@ -59,9 +59,8 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
 def decide_once(project: Path, model: str, order: Mapping[str, Any], message: str) -> int:
     """Print the decision on one order as JSON; 1 when it is escalated."""
     from pydantic import ValidationError
-
-    from domains.returns.prompt import Order
-    from registry.champion import open_champion
+    from twinloop.domains.returns.prompt import Order
+    from twinloop.registry.champion import open_champion
 
     try:
         checked = Order(**order)
@@ -82,7 +81,7 @@ def decide_once(project: Path, model: str, order: Mapping[str, Any], message: st
 def answer_over_http(project: Path, model: str) -> Answer:
     """Start the server as a user would, ask it about order A10234, stop it. Raises UserError where no answer comes."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "serve", "--model", model, "--port", "0"],
+        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", model, "--port", "0"],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

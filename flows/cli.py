@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from twinloop.common.errors import UserError
+from twinloop.flows.edge import MISTAKE, run_command
+from twinloop.flows.environment import prepare_environment, quiet_prefect
 from typer.exceptions import TyperException
-
-from common.errors import UserError
-from flows.edge import MISTAKE, run_command
-from flows.environment import prepare_environment, quiet_prefect
 
 DEFAULT_RECIPE = Path("recipes/returns.yaml")
 
@@ -37,12 +36,12 @@ ModelName = Annotated[str, typer.Option("--model", help="registered model: a rec
 @app.command()
 def run(recipe: RecipePath = DEFAULT_RECIPE) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
-    from tasks.recipe import load_recipe
+    from twinloop.tasks.recipe import load_recipe
 
     load_recipe(recipe)  # a mistake is told before anything starts
     quiet_prefect()
     project = _project()
-    from flows.run import run_lifecycle
+    from twinloop.flows.run import run_lifecycle
 
     return run_lifecycle(project, recipe)
 
@@ -52,7 +51,7 @@ def status(
     model: ModelName = "returns", as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
 ) -> int:
     """Show the champion, the candidate, the previous champion, the last gate, and where they come from."""
-    from flows.status import show_status
+    from twinloop.flows.status import show_status
 
     return show_status(_project(), model, as_json=as_json)
 
@@ -65,7 +64,7 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
 ) -> int:
     """Serve the champion over HTTP."""
-    from flows.answer import serve_champion
+    from twinloop.flows.answer import serve_champion
 
     return serve_champion(_project(), model, host=host, port=port, slots=slots)
 
@@ -80,7 +79,7 @@ def decide(
     model: ModelName = "returns",
 ) -> int:
     """Decide one order with the champion; the answer is JSON. Exit code 1 when it is escalated."""
-    from flows.answer import decide_once
+    from twinloop.flows.answer import decide_once
 
     order = {
         "order_id": order_id,
@@ -97,7 +96,7 @@ def gate(
     version: Annotated[int | None, typer.Option(min=1, help="by default the candidate, or else the champion")] = None,
 ) -> int:
     """Measure a version here and now, and judge it. Promotes nothing; exit code 1 on BLOCK."""
-    from flows.status import judge_now
+    from twinloop.flows.status import judge_now
 
     return judge_now(_project(), recipe, version)
 
@@ -105,7 +104,7 @@ def gate(
 @app.command()
 def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = "returns") -> int:
     """Make a version that the gate let through the champion."""
-    from flows.status import promote_version
+    from twinloop.flows.status import promote_version
 
     return promote_version(_project(), model, version)
 
@@ -113,7 +112,7 @@ def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = "
 @app.command()
 def rollback(model: ModelName = "returns") -> int:
     """Make the previous champion the champion again, once it was seen to load and answer."""
-    from flows.status import roll_back
+    from twinloop.flows.status import roll_back
 
     return roll_back(_project(), model)
 
@@ -121,7 +120,7 @@ def rollback(model: ModelName = "returns") -> int:
 @app.command()
 def plan(recipe: RecipePath = DEFAULT_RECIPE) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it."""
-    from flows.status import show_plan
+    from twinloop.flows.status import show_plan
 
     return show_plan(_project(), recipe)
 
@@ -132,7 +131,7 @@ def policies_put(
     text: Annotated[str, typer.Argument(help='one sentence that says "within N days"')],
 ) -> int:
     """Put a policy in force; running servers answer under it from the next request on."""
-    from registry.champion import open_policies
+    from twinloop.registry.champion import open_policies
 
     policy = open_policies(_project()).put(policy_id, text)
     typer.echo(f"{policy.policy_id} version {policy.version}: {policy.text}")
@@ -142,7 +141,7 @@ def policies_put(
 @policies_app.command("list")
 def policies_list() -> int:
     """List the policies in force."""
-    from registry.champion import open_policies
+    from twinloop.registry.champion import open_policies
 
     for policy in open_policies(_project()).list():
         typer.echo(f"{policy.policy_id:<8} v{policy.version:<4} {policy.text}")
@@ -152,7 +151,7 @@ def policies_list() -> int:
 @data_app.command("build")
 def data_build() -> int:
     """Bring data/ to the version that params.yaml and the generator stand for."""
-    from records.dataset import build_data
+    from twinloop.records.dataset import build_data
 
     version = build_data(_project())
     typer.echo(f"{version.path}: {version.md5}")
@@ -162,7 +161,7 @@ def data_build() -> int:
 @data_app.command("check")
 def data_check() -> int:
     """Check every byte of data/ against its version."""
-    from records.dataset import check_data
+    from twinloop.records.dataset import check_data
 
     version = check_data(_project())
     typer.echo(f"{version.path}: {version.md5}, as data.dvc says")
@@ -170,7 +169,7 @@ def data_check() -> int:
 
 
 def _project() -> Path:
-    from tasks.context import find_project
+    from twinloop.tasks.context import find_project
 
     project = find_project()
     prepare_environment(project)

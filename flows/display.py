@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
-
-from flows.interrupt import raise_if_interrupted
+from twinloop.flows.interrupt import raise_if_interrupted
 
 PLAIN_EVERY_S = 10.0
 WIDTH_WITHOUT_TERMINAL = 150
@@ -24,7 +23,7 @@ SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_s": "tokens/s"}
 
 
 class Display(Protocol):
-    """What the flow tells its watcher. Also a `tasks.context.Progress`."""
+    """What the flow tells its watcher. Also a `twinloop.tasks.context.Progress`."""
 
     console: Console
 

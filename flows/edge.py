@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.errors import UserError, is_disk_full, one_line
-from common.files import has_room
+from twinloop.common.errors import UserError, is_disk_full, one_line
+from twinloop.common.files import has_room
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
@@ -124,7 +124,7 @@ def _file(error: BaseException) -> Path | None:
 
 
 def _project() -> Path:
-    from tasks.context import find_project
+    from twinloop.tasks.context import find_project
 
     try:
         return find_project()

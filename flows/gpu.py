@@ -12,11 +12,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-
-from common.errors import UserError
-from flows.server import has_shared_server
-from flows.services import GPU_SLOT
-from tasks.runtime import Runtime
+from twinloop.common.errors import UserError
+from twinloop.flows.server import has_shared_server
+from twinloop.flows.services import GPU_SLOT
+from twinloop.tasks.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

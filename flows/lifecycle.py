@@ -7,35 +7,34 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
-
-from common.errors import UserError
-from evaluation.gate import GateRules, load_rules
-from flows.answer import answer_over_http
-from flows.display import make_display
-from flows.environment import prepare_environment
-from flows.gpu import gpu_slot
-from flows.outcome import Outcome, Stage
-from flows.summary import show_outcome
-from registry.artifact import Artifact
-from registry.promotion import finish_interrupted
-from registry.versions import CHAMPION, Registry
-from tasks.audit import audit
-from tasks.context import Context, find_project
-from tasks.dpo import dpo
-from tasks.evaluate import evaluate
-from tasks.export import export
-from tasks.gate import gate, read_gate_report, version_to_beat
-from tasks.lengths import check_lengths
-from tasks.measure import measure
-from tasks.prepare import prepare_data, validate_data
-from tasks.pretrain import pretrain
-from tasks.recipe import Recipe, load_recipe
-from tasks.register import promote_if_shipped, register, who
-from tasks.release import check_release, version_to_judge
-from tasks.rlvr import rlvr
-from tasks.runtime import Runtime
-from tasks.sft import sft
-from tasks.tokenize import tokenize
+from twinloop.common.errors import UserError
+from twinloop.evaluation.gate import GateRules, load_rules
+from twinloop.flows.answer import answer_over_http
+from twinloop.flows.display import make_display
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.gpu import gpu_slot
+from twinloop.flows.outcome import Outcome, Stage
+from twinloop.flows.summary import show_outcome
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.promotion import finish_interrupted
+from twinloop.registry.versions import CHAMPION, Registry
+from twinloop.tasks.audit import audit
+from twinloop.tasks.context import Context, find_project
+from twinloop.tasks.dpo import dpo
+from twinloop.tasks.evaluate import evaluate
+from twinloop.tasks.export import export
+from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
+from twinloop.tasks.lengths import check_lengths
+from twinloop.tasks.measure import measure
+from twinloop.tasks.prepare import prepare_data, validate_data
+from twinloop.tasks.pretrain import pretrain
+from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.tasks.register import promote_if_shipped, register, who
+from twinloop.tasks.release import check_release, version_to_judge
+from twinloop.tasks.rlvr import rlvr
+from twinloop.tasks.runtime import Runtime
+from twinloop.tasks.sft import sft
+from twinloop.tasks.tokenize import tokenize
 
 
 class NotShippedError(UserError):

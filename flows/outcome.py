@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from evaluation.gate import GateReport
-from flows.answer import Answer
-from registry.artifact import Artifact
-from registry.promotion import Promotion
-from registry.versions import Version
-from tasks.recipe import Recipe
+from twinloop.evaluation.gate import GateReport
+from twinloop.flows.answer import Answer
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.promotion import Promotion
+from twinloop.registry.versions import Version
+from twinloop.tasks.recipe import Recipe
 
 
 @dataclass(frozen=True)

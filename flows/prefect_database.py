@@ -1,4 +1,4 @@
-"""Prefect's own database, made or upgraded before its server opens it: see `registry.database`."""
+"""Prefect's own database, made or upgraded before its server opens it: see `twinloop.registry.database`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import asyncio
 from pathlib import Path
 
 from filelock import FileLock
-
-from registry.database import Migrations, prepare_database
+from twinloop.registry.database import Migrations, prepare_database
 
 
 def prepare_prefect_database() -> None:

@@ -16,9 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-
-from common.errors import UserError
-from common.files import has_room
+from twinloop.common.errors import UserError
+from twinloop.common.files import has_room
 
 READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 20.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from common.errors import UserError
-from flows.interrupt import interruptible
-from flows.runs import crash_dead_runs, marked_alive
-from flows.server import embedded_server, wait_until_ready
+from twinloop.common.errors import UserError
+from twinloop.flows.interrupt import interruptible
+from twinloop.flows.runs import crash_dead_runs, marked_alive
+from twinloop.flows.server import embedded_server, wait_until_ready
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:
@@ -18,7 +18,7 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
         raise UserError(f"{recipe}: lies outside the project in {project}; put it into {project / 'recipes'}")
     try:
         with interruptible(), embedded_server(project):
-            from flows.lifecycle import NotShippedError, lifecycle
+            from twinloop.flows.lifecycle import NotShippedError, lifecycle
 
             wait_until_ready(project)
             crash_dead_runs(project)

@@ -11,9 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-
-from common.errors import UserError
-from common.files import write_whole
+from twinloop.common.errors import UserError
+from twinloop.common.files import write_whole
 
 USER = "twinloop"
 _AUTH = re.compile(rf"{USER}:[A-Za-z0-9_-]{{32,}}")

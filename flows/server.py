@@ -5,7 +5,7 @@ embedded one waits at the end of a pipe whose other end its parent holds: the ke
 starts while the rest is being imported, and listens from the first moment, so nobody has to try again.
 
 Whoever may ask this server to run a deployment runs commands as the operator: it asks for the project's secret, and
-`flows.guard` stands before it.
+`twinloop.flows.guard` stands before it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
-from common.files import has_room
-from flows.edge import run_command
-from flows.environment import prepare_environment
-from flows.secret import auth_string, prefect_client
+from twinloop.common.errors import UserError
+from twinloop.common.files import has_room
+from twinloop.flows.edge import run_command
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.secret import auth_string, prefect_client
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -96,8 +96,7 @@ def embedded_server(project: Path) -> Iterator[None]:
 def running_prefect(project: Path) -> str | None:
     """The API of the Prefect server that `make up` started, while it runs."""
     import psutil  # a bare device may lack it
-
-    from flows.processes import alive
+    from twinloop.flows.processes import alive
 
     try:
         process = alive(project, "prefect")
@@ -109,7 +108,7 @@ def running_prefect(project: Path) -> str | None:
 
 def server_command(project: Path, port: int) -> list[str]:
     """What starts this project's Prefect server; it ends with its process."""
-    return [sys.executable, "-m", "flows.server", "--project", str(project), "--port", str(port)]
+    return [sys.executable, "-m", "twinloop.flows.server", "--project", str(project), "--port", str(port)]
 
 
 def has_shared_server() -> bool:
@@ -163,7 +162,7 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
     if listener is not None:
         os.environ |= {"PREFECT_UI_ENABLED": "false", "PREFECT__SERVER_EPHEMERAL": "1"}
         threading.Thread(target=_end_with_parent, daemon=True).start()
-    from flows.prefect_database import prepare_prefect_database  # Prefect reads what was set above
+    from twinloop.flows.prefect_database import prepare_prefect_database  # Prefect reads what was set above
 
     prepare_prefect_database()
     where = {"host": HOST, "port": port} if listener is None else {"fd": listener}
@@ -172,8 +171,7 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
 
 def _app(origins: list[str]) -> ASGIApp:
     from prefect.server.api.server import create_app
-
-    from flows.guard import ThisMachineOnly
+    from twinloop.flows.guard import ThisMachineOnly
 
     # Prefect's pages ask for their analytics' settings at another host even where they are off (3.8).
     reached = " ".join(origins + [origin.replace("http", "ws", 1) for origin in origins])
@@ -189,7 +187,7 @@ def _end_with_parent() -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flows.server")
+    parser = argparse.ArgumentParser(prog="python -m twinloop.flows.server")
     parser.add_argument("--project", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--listener", type=int)

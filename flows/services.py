@@ -14,15 +14,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
-
-from common.errors import UserError
-from flows.edge import run_command
-from flows.environment import prepare_environment
-from flows.processes import alive, end, launch, marked, stop
-from flows.runs import crash_runs_of_pool
-from flows.secret import auth_file, prefect_client
-from flows.server import server_command
-from tasks.context import find_project
+from twinloop.common.errors import UserError
+from twinloop.flows.edge import run_command
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.processes import alive, end, launch, marked, stop
+from twinloop.flows.runs import crash_runs_of_pool
+from twinloop.flows.secret import auth_file, prefect_client
+from twinloop.flows.server import server_command
+from twinloop.tasks.context import find_project
 
 POOL = "twinloop"
 GPU_SLOT = "gpu"
@@ -88,7 +87,7 @@ def services(project: Path, ports: Ports) -> dict[str, Service]:
         Service("worker", [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL]),
         Service(
             "api",
-            [sys.executable, "-m", "flows.cli", "serve", "--model", MODEL, "--port", str(ports.api)],
+            [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", MODEL, "--port", str(ports.api)],
             url=f"http://{here}:{ports.api}",
             health=f"http://{here}:{ports.api}/health",
         ),
@@ -133,7 +132,7 @@ def down(project: Path) -> None:
 
 def _start_rotation(project: Path) -> None:
     if not alive(project, ROTATION):
-        command = [sys.executable, "-m", "flows.service_log", str(project / "state" / "services")]
+        command = [sys.executable, "-m", "twinloop.flows.service_log", str(project / "state" / "services")]
         launch(project, ROTATION, command, ready=lambda: True)
 
 
@@ -225,14 +224,14 @@ def _prefect(project: Path, *arguments: str, check: bool = True) -> bool:
 
 def _prepare_mlflow(project: Path) -> None:
     """Its server would make the database in its place, and leave it half-made where it dies."""
-    from registry.tracking import Mlruns
+    from twinloop.registry.tracking import Mlruns
 
     Mlruns(project / "mlruns").prepare_database()
 
 
 def _has_champion(project: Path) -> bool:
-    from registry.tracking import Mlruns
-    from registry.versions import CHAMPION, Registry
+    from twinloop.registry.tracking import Mlruns
+    from twinloop.registry.versions import CHAMPION, Registry
 
     return Registry(Mlruns(project / "mlruns"), MODEL).snapshot().alias(CHAMPION) is not None
 
@@ -245,7 +244,7 @@ def main() -> int:
     elif sys.argv[1:] == ["down"]:
         down(project)
     else:
-        raise UserError("python -m flows.services: say up or down")
+        raise UserError("python -m twinloop.flows.services: say up or down")
     return 0
 
 

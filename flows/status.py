@@ -6,18 +6,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import UserError
-from registry.tracking import Mlruns
-from registry.versions import Registry
+from twinloop.common.errors import UserError
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import Registry
 
 if TYPE_CHECKING:
-    from serving.decisions import DecisionResponse
+    from twinloop.serving.decisions import DecisionResponse
 
 FOLLOW = "running servers follow within seconds"
 
 
 def show_status(project: Path, model: str, *, as_json: bool) -> int:
-    from registry.status import status
+    from twinloop.registry.status import status
 
     found = status(Registry(Mlruns(project / "mlruns"), model))
     print(found.to_json() if as_json else found.to_text())
@@ -25,8 +25,8 @@ def show_status(project: Path, model: str, *, as_json: bool) -> int:
 
 
 def promote_version(project: Path, model: str, version: int) -> int:
-    from registry.promotion import promote
-    from tasks.register import who
+    from twinloop.registry.promotion import promote
+    from twinloop.tasks.register import who
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
     print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
@@ -34,9 +34,9 @@ def promote_version(project: Path, model: str, version: int) -> int:
 
 
 def roll_back(project: Path, model: str) -> int:
-    from registry.promotion import rollback
-    from registry.smoke_test import EXAMPLE_ORDER, prove_answers
-    from tasks.register import who
+    from twinloop.registry.promotion import rollback
+    from twinloop.registry.smoke_test import EXAMPLE_ORDER, prove_answers
+    from twinloop.tasks.register import who
 
     proofs: list[DecisionResponse] = []
     done = rollback(
@@ -60,17 +60,17 @@ def _told(answer: DecisionResponse) -> str:
 def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK. number: of the version to judge; None
     for the candidate, or else the champion."""
-    from evaluation.gate import load_rules
-    from flows.display import make_display
-    from flows.gpu import gpu_slot
-    from registry.promotion import finish_interrupted
-    from registry.versions import CANDIDATE, CHAMPION
-    from tasks.context import Context
-    from tasks.prepare import prepare_data, validate_data
-    from tasks.recipe import load_recipe
-    from tasks.register import who
-    from tasks.release import check_release, version_to_judge
-    from tasks.runtime import Runtime
+    from twinloop.evaluation.gate import load_rules
+    from twinloop.flows.display import make_display
+    from twinloop.flows.gpu import gpu_slot
+    from twinloop.registry.promotion import finish_interrupted
+    from twinloop.registry.versions import CANDIDATE, CHAMPION
+    from twinloop.tasks.context import Context
+    from twinloop.tasks.prepare import prepare_data, validate_data
+    from twinloop.tasks.recipe import load_recipe
+    from twinloop.tasks.register import who
+    from twinloop.tasks.release import check_release, version_to_judge
+    from twinloop.tasks.runtime import Runtime
 
     recipe = load_recipe(recipe_path)
     rules = load_rules(project / recipe.gate.rules)
@@ -92,11 +92,10 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
 
 def show_plan(project: Path, recipe_path: Path) -> int:
     from rich.table import Table
-
-    from flows.display import make_console
-    from tasks.plan import make_plan
-    from tasks.recipe import load_recipe
-    from tasks.runtime import Runtime
+    from twinloop.flows.display import make_console
+    from twinloop.tasks.plan import make_plan
+    from twinloop.tasks.recipe import load_recipe
+    from twinloop.tasks.runtime import Runtime
 
     recipe = load_recipe(recipe_path)
     runtime = Runtime.of(recipe)

@@ -14,9 +14,8 @@ import ml_dtypes  # noqa: F401 (numpy knows bfloat16 once it is imported)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-
-from common.errors import UserError
-from models.config import DecoderConfig
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

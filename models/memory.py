@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from common.errors import UserError
-from models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
-from models.config import DecoderConfig, Precision
-from models.onnx_graph import compute_type, slot_capacity
-from models.onnx_quantize import choose_block_size
+from twinloop.common.errors import UserError
+from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_graph import compute_type, slot_capacity
+from twinloop.models.onnx_quantize import choose_block_size
 
 
 @dataclass(frozen=True)

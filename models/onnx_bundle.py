@@ -15,11 +15,10 @@ from pathlib import Path
 
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from common.errors import UserError
-from models.config import DecoderConfig, Precision
-from models.directory import check_tensors, load_config, load_tensors
-from models.onnx_graph import PRECISIONS, build_graph, slot_capacity, weight_shapes
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity, weight_shapes
 
 BUNDLE_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"

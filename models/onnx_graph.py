@@ -26,10 +26,9 @@ from typing import Any, get_args
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
-
-from common.errors import UserError
-from models.config import DecoderConfig, Precision
-from models.onnx_quantize import quantize_blocks
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_quantize import quantize_blocks
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 

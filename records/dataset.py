@@ -30,14 +30,13 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
-
-from common.errors import UserError
+from twinloop.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
 DATA_DIR = "data"
 ASIDE = "data.aside"
-GENERATOR = "domains.returns.generator"
+GENERATOR = "twinloop.domains.returns.generator"
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
 UNREADABLE = (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
 BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON structure is corrupted", re.IGNORECASE)
@@ -229,7 +228,7 @@ def _check_params(project: Path) -> None:
     """Tell a mistake in params.yaml in one line, before DVC wraps it in fifty."""
     if GENERATOR not in (project / "dvc.yaml").read_text(encoding="utf-8"):
         return  # the user's own program fills the folder, with settings of its own
-    from domains.returns.generator import GeneratorParams  # only where there is something to build
+    from twinloop.domains.returns.generator import GeneratorParams  # only where there is something to build
 
     path = project / "params.yaml"
     try:

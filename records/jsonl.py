@@ -22,9 +22,8 @@ from typing import Any, Literal
 import polars as pl
 import pyarrow as pa
 import pyarrow.json
-
-from domains.returns.schemas import RecordType
-from records.rows import (
+from twinloop.domains.returns.schemas import RecordType
+from twinloop.records.rows import (
     LINE,
     Rows,
     UnusableError,

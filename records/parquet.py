@@ -10,10 +10,19 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
-
-from common.errors import UserError
-from domains.returns.schemas import RecordType
-from records.rows import INSTRUCTION_FORM, LINE, Rows, as_json, complete, examined, numbered, python_type, with_repairs
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.schemas import RecordType
+from twinloop.records.rows import (
+    INSTRUCTION_FORM,
+    LINE,
+    Rows,
+    as_json,
+    complete,
+    examined,
+    numbered,
+    python_type,
+    with_repairs,
+)
 
 
 def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:

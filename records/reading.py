@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
-
-from common.errors import UserError
-from domains.returns.schemas import RecordType
-from records.jsonl import read_jsonl
-from records.parquet import original_rows, read_parquet
-from records.rows import Rows, frame_of
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.schemas import RecordType
+from twinloop.records.jsonl import read_jsonl
+from twinloop.records.parquet import original_rows, read_parquet
+from twinloop.records.rows import Rows, frame_of
 
 FORMATS = (".jsonl", ".parquet")
 

@@ -14,8 +14,7 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-
-from domains.returns.schemas import RecordType
+from twinloop.domains.returns.schemas import RecordType
 
 LINE = "line"
 INT64 = range(-(2**63), 2**63)

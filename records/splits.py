@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import polars as pl
-
-from common.errors import UserError
-from domains.returns.schemas import MESSAGES
-from records.rows import LINE
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.schemas import MESSAGES
+from twinloop.records.rows import LINE
 
 Apart = Literal["text", "order_id", "policy_id", "window_and_days"]
 

@@ -1,4 +1,4 @@
-"""Reading what `records.validation` let through."""
+"""Reading what `twinloop.records.validation` let through."""
 
 from __future__ import annotations
 

@@ -17,12 +17,11 @@ from typing import Any, Protocol
 import pandera.polars as pa
 import polars as pl
 from pandera.config import ValidationDepth, config_context
-
-from common.errors import UserError
-from domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
-from records.reading import data_files, original_lines, read_rows
-from records.rows import LINE, Rejected, Rows, rejected_line
-from records.splits import Apart, check_splits
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
+from twinloop.records.reading import data_files, original_lines, read_rows
+from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
+from twinloop.records.splits import Apart, check_splits
 
 WORST_REASONS = 3
 

@@ -1,5 +1,5 @@
 """What exists and which one serves: artifacts, MLflow runs and versions, the promotion ledger, the champion."""
 
-from common.telemetry import disable_telemetry
+from twinloop.common.telemetry import disable_telemetry
 
 disable_telemetry()

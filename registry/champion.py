@@ -8,20 +8,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from common.errors import UserError
-from domains.returns.policies import Policy
-from domains.returns.prompt import Order
-from models.tokenizer import ChatTokenizer
-from registry.smoke_test import prove
-from registry.tracking import Mlruns
-from registry.versions import CHAMPION, Registry, Served
-from serving.decisions import DecisionService, ModelInfo
-from serving.engine import Engine
-from serving.live import Live, Refusal
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
-from serving.scheduler import Scheduler
-from serving.traces import TraceStore
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import Order
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.smoke_test import prove
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import CHAMPION, Registry, Served
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.engine import Engine
+from twinloop.serving.live import Live, Refusal
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import RETURNS
+from twinloop.serving.scheduler import Scheduler
+from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,11 @@ def open_policies(project: Path) -> PolicyIndex:
 
 def _policies_of(data: Path) -> list[Policy]:
     """The good rows of the data set's policies; none where there is no data set yet."""
-    from domains.returns.schemas import RECORD_TYPES  # pandera and polars take a second: only for an empty index
-    from records.reading import data_files
-    from records.validation import check_rows
+    from twinloop.domains.returns.schemas import (
+        RECORD_TYPES,
+    )  # pandera and polars take a second: only for an empty index
+    from twinloop.records.reading import data_files
+    from twinloop.records.validation import check_rows
 
     records = [
         record

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.errors import UserError, is_disk_full, one_line
-from common.files import fsync
+from twinloop.common.errors import UserError, is_disk_full, one_line
+from twinloop.common.files import fsync
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGE = "twinloop"
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("tasks", "registry", "training", "evaluation", "serving", "records", "models", "domains", "common")
+"""The folder of the package `twinloop`."""
 # Their release decides what comes out of a stage. One import name may come from one of several distributions.
 LIBRARIES = {
     "numpy": ("numpy",),
@@ -28,7 +29,14 @@ LIBRARIES = {
 }
 # Modules that carry results and don't shape them. Settings reach the key as settings, what is derived from them too.
 PLUMBING = frozenset(
-    {"registry.artifact", "tasks.context", "registry.fingerprint", "tasks.recipe", "tasks.runtime", "registry.tracking"}
+    {
+        "twinloop.registry.artifact",
+        "twinloop.tasks.context",
+        "twinloop.registry.fingerprint",
+        "twinloop.tasks.recipe",
+        "twinloop.tasks.runtime",
+        "twinloop.registry.tracking",
+    }
 )
 
 
@@ -48,7 +56,7 @@ def fingerprint(*modules: str, ignore: frozenset[str] = PLUMBING) -> str:
         seen.add(module)
         for imported in _imports(module):
             top = imported.partition(".")[0]
-            if top in PACKAGES:
+            if top == PACKAGE:
                 pending.append(imported)
             elif top in LIBRARIES:
                 libraries.add(top)
@@ -64,19 +72,19 @@ def _imports(module: str) -> Iterator[str]:
     """Every module that a project's module names in an import, wherever in the file; its packages' own too."""
     path = _source(module)
     parts = module.split(".")
-    yield from (".".join(parts[:end]) for end in range(1, len(parts)))
+    yield from (".".join(parts[:end]) for end in range(2, len(parts)))
     for node in ast.walk(_tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             yield node.module
-            for alias in node.names:  # `from models import config` names a module, `from x import f` does not
-                if node.module.partition(".")[0] in PACKAGES and _exists(f"{node.module}.{alias.name}"):
+            for alias in node.names:  # `from twinloop.models import config` names a module, `from x import f` does not
+                if node.module.partition(".")[0] == PACKAGE and _exists(f"{node.module}.{alias.name}"):
                     yield f"{node.module}.{alias.name}"
 
 
 def _source(module: str) -> Path:
-    base = ROOT.joinpath(*module.split("."))
+    base = ROOT.joinpath(*module.split(".")[1:])
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
             return path

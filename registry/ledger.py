@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from common.errors import UserError
-from common.files import fsync, write_all
+from twinloop.common.errors import UserError
+from twinloop.common.files import fsync, write_all
 
 GENESIS = "0" * 64
 

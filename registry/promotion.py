@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import Timeout
-
-from common.errors import UserError
-from common.files import write_whole
-from registry.ledger import Contents, Entry, Ledger, pile
-from registry.tracking import Mlruns
-from registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
+from twinloop.common.errors import UserError
+from twinloop.common.files import write_whole
+from twinloop.registry.ledger import Contents, Entry, Ledger, pile
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
 
 if TYPE_CHECKING:
-    from evaluation.gate import GateReport  # imported where a report is read
+    from twinloop.evaluation.gate import GateReport  # imported where a report is read
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def record_gate(registry: Registry, version: Version, report: GateReport) -> Non
 
 def read_gate(registry: Registry, version: Version) -> GateReport | None:
     """The latest gate report of a version, None if it never stood before one. Raises UserError if it was changed."""
-    from evaluation.gate import GateReport
+    from twinloop.evaluation.gate import GateReport
 
     if not (digest := version.tags.get("gate_digest")):
         return None

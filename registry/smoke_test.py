@@ -9,15 +9,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from domains.returns.policies import Policy
-from domains.returns.prompt import Order
-from models.tokenizer import ChatTokenizer
-from serving.decisions import DecisionResponse, DecisionService, ModelInfo
-from serving.engine import Engine
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
-from serving.scheduler import Scheduler
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import Order
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
+from twinloop.serving.engine import Engine
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import RETURNS
+from twinloop.serving.scheduler import Scheduler
 
 EXAMPLE_ORDER: dict[str, Any] = {
     "order_id": "A10234",

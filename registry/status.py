@@ -9,10 +9,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.errors import UserError
-from registry.ledger import Contents
-from registry.promotion import LEDGER_HEAD, Promotion, open_ledger, read_gate
-from registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
+from twinloop.common.errors import UserError
+from twinloop.registry.ledger import Contents
+from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger, read_gate
+from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
 
 SHORT = 12  # characters of a digest that a person reads
 

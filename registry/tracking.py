@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
-
-from common.errors import is_disk_full, one_line
-from registry.database import Migrations, prepare_database
+from twinloop.common.errors import is_disk_full, one_line
+from twinloop.registry.database import Migrations, prepare_database
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Metric, Run

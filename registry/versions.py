@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError
-from common.files import fsync
-from registry.artifact import MANIFEST, Artifact, ArtifactStore, Manifest
-from registry.database import holds_records
-from registry.tracking import CodeVersion, Mlruns
+from twinloop.common.errors import UserError
+from twinloop.common.files import fsync
+from twinloop.registry.artifact import MANIFEST, Artifact, ArtifactStore, Manifest
+from twinloop.registry.database import holds_records
+from twinloop.registry.tracking import CodeVersion, Mlruns
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _PREFIX = "twinloop."

@@ -1,5 +1,5 @@
 """How frozen weights answer: engine, scheduler, retrieval, decisions, HTTP. Needs no torch."""
 
-from common.telemetry import disable_telemetry
+from twinloop.common.telemetry import disable_telemetry
 
 disable_telemetry()

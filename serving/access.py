@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
-
-from serving.errors import ApiError, error_body
+from twinloop.serving.errors import ApiError, error_body
 
 Headers = Sequence[tuple[bytes, bytes]]
 """Names in lower case, and values, as ASGI has them."""

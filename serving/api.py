@@ -19,20 +19,19 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp
-
-from common.errors import UserError
-from serving.access import OwnHostsOnly, administrators_only
-from serving.chat import chat_router
-from serving.console import CONTENT_SECURITY_POLICY, PAGE
-from serving.decisions import DecisionResponse, Passage
-from serving.errors import ApiError, install
-from serving.live import Live
-from serving.metrics import Metrics
-from serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
-from serving.protocol import Protocol
-from serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
-from serving.traces import TraceStore
-from serving.work import Workers
+from twinloop.common.errors import UserError
+from twinloop.serving.access import OwnHostsOnly, administrators_only
+from twinloop.serving.chat import chat_router
+from twinloop.serving.console import CONTENT_SECURITY_POLICY, PAGE
+from twinloop.serving.decisions import DecisionResponse, Passage
+from twinloop.serving.errors import ApiError, install
+from twinloop.serving.live import Live
+from twinloop.serving.metrics import Metrics
+from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
+from twinloop.serving.protocol import Protocol
+from twinloop.serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
+from twinloop.serving.traces import TraceStore
+from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-
-from common.errors import UserError
-from serving.sampling import choose, uniform_draws
+from twinloop.common.errors import UserError
+from twinloop.serving.sampling import choose, uniform_draws
 
 if TYPE_CHECKING:
-    from serving.engine import Engine
+    from twinloop.serving.engine import Engine
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-
-from common.errors import UserError
-from serving.decisions import DecisionService, ModelInfo
-from serving.errors import ApiError, error_body
-from serving.generation import TextStream
-from serving.live import Live
-from serving.metrics import Metrics
-from serving.sampling import SamplingParams
-from serving.work import Workers
+from twinloop.common.errors import UserError
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.errors import ApiError, error_body
+from twinloop.serving.generation import TextStream
+from twinloop.serving.live import Live
+from twinloop.serving.metrics import Metrics
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.work import Workers
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 100

@@ -15,16 +15,15 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-
-from common.errors import UserError
-from domains.returns.policies import Policy
-from domains.returns.verifier import Verdict
-from models.tokenizer import ChatTokenizer
-from serving.generation import GivenUpError, TextStream
-from serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
-from serving.sampling import SamplingParams
-from serving.scheduler import QueueFullError, Scheduler
-from serving.traces import TraceStore
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.verifier import Verdict
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.generation import GivenUpError, TextStream
+from twinloop.serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.scheduler import QueueFullError, Scheduler
+from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
 

@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import ArrayLike
-
-from common.errors import UserError
-from models.chunks import PREFILL_CHUNK
-from models.config import DecoderConfig, Precision
-from models.onnx_bundle import WEIGHTS_FILE, read_bundle
-from models.onnx_graph import compute_type, slot_capacity
-from serving.batch import Completion, generate
-from serving.kv_cache import Device, KVArena, StepBinding
-from serving.session import choose_device, open_bound, open_bundle
+from twinloop.common.errors import UserError
+from twinloop.models.chunks import PREFILL_CHUNK
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_bundle import WEIGHTS_FILE, read_bundle
+from twinloop.models.onnx_graph import compute_type, slot_capacity
+from twinloop.serving.batch import Completion, generate
+from twinloop.serving.kv_cache import Device, KVArena, StepBinding
+from twinloop.serving.session import choose_device, open_bound, open_bundle
 
 # A binding costs some 30 us a layer to make and keeps its buffers: decode ranges and usual lengths stay, others go.
 _BINDINGS_KEPT = 512

@@ -11,11 +11,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
-
-from common.errors import UserError
-from serving.generation import GivenUpError
-from serving.retrieval import PolicyError, PolicyIndexError
-from serving.scheduler import QueueFullError
+from twinloop.common.errors import UserError
+from twinloop.serving.generation import GivenUpError
+from twinloop.serving.retrieval import PolicyError, PolicyIndexError
+from twinloop.serving.scheduler import QueueFullError
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from models.tokenizer import ChatTokenizer
-from serving.scheduler import Stream
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.scheduler import Stream
 
 FinishReason = Literal["stop", "length"]
 

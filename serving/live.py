@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from serving.decisions import DecisionService, OrderT
-from serving.scheduler import Scheduler, SchedulerClosedError, Totals
+from twinloop.serving.decisions import DecisionService, OrderT
+from twinloop.serving.scheduler import Scheduler, SchedulerClosedError, Totals
 
 T = TypeVar("T")
 

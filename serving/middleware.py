@@ -6,9 +6,8 @@ import asyncio
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-from serving.errors import ApiError, error_body
-from serving.metrics import Metrics
+from twinloop.serving.errors import ApiError, error_body
+from twinloop.serving.metrics import Metrics
 
 MAX_BODY_BYTES = 256 * 1024
 

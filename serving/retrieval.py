@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.errors import UserError
-from common.files import write_all, write_whole
-from domains.returns.policies import Policy, window_days
-from serving.bm25 import Bm25
+from twinloop.common.errors import UserError
+from twinloop.common.files import write_all, write_whole
+from twinloop.domains.returns.policies import Policy, window_days
+from twinloop.serving.bm25 import Bm25
 
 MAX_TEXT_CHARACTERS = 300
 

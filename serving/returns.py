@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from domains.returns.policies import Policy, covers, window_days
-from domains.returns.prompt import MAX_MESSAGE_CHARACTERS, RETRIEVED_PASSAGES, Order, build_prompt, is_eligible
-from domains.returns.verifier import check
-from serving.decisions import DecisionDomain
+from twinloop.domains.returns.policies import Policy, covers, window_days
+from twinloop.domains.returns.prompt import MAX_MESSAGE_CHARACTERS, RETRIEVED_PASSAGES, Order, build_prompt, is_eligible
+from twinloop.domains.returns.verifier import check
+from twinloop.serving.decisions import DecisionDomain
 
 MAX_ANSWER_TOKENS = 160
 """The longest decision quotes a policy of full length; the usual one has about 60 tokens."""

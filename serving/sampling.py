@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-from common.errors import UserError
+from twinloop.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,8 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
-
-from serving.engine import Engine
-from serving.sampling import SamplingParams, choose, uniform_draws
+from twinloop.serving.engine import Engine
+from twinloop.serving.sampling import SamplingParams, choose, uniform_draws
 
 log = logging.getLogger(__name__)
 

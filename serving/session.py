@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
-
-from common.errors import UserError
-from models.config import DecoderConfig, Precision
-from models.onnx_bundle import GRAPH_FILE
-from models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes, weight_shapes
-from serving.kv_cache import Device
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_bundle import GRAPH_FILE
+from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes, weight_shapes
+from twinloop.serving.kv_cache import Device
 
 # GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).
 _DEVICE_OF: dict[Precision, Device] = {"fp32": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-
-from common.errors import UserError
-from common.files import write_all
+from twinloop.common.errors import UserError
+from twinloop.common.files import write_all
 
 TRACE_ID = re.compile(r"[0-9a-f]{32}")
 

@@ -9,8 +9,7 @@ import anyio
 import anyio.to_thread
 from fastapi import Request
 from starlette.requests import ClientDisconnect
-
-from serving.generation import GivenUpError
+from twinloop.serving.generation import GivenUpError
 
 T = TypeVar("T")
 

@@ -1,5 +1,5 @@
 """Lifecycle stages: each turns input artifacts into one output artifact."""
 
-from common.telemetry import disable_telemetry
+from twinloop.common.telemetry import disable_telemetry
 
 disable_telemetry()

@@ -8,10 +8,9 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from common.errors import UserError
-from registry.artifact import Artifact
-from tasks.context import Context, Report
+from twinloop.common.errors import UserError
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
 
 AUDITED_CASES = 500
 """With their mutations, some 15,000 outputs in about a second."""
@@ -22,10 +21,10 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
     """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from domains.returns.mutations import good_answer, mutate, shortcuts
-        from domains.returns.verifier import Facts, verify
-        from evaluation.audit import audit_verifier
-        from records.validated import read_records
+        from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
+        from twinloop.domains.returns.verifier import Facts, verify
+        from twinloop.evaluation.audit import audit_verifier
+        from twinloop.records.validated import read_records
 
         records = islice(read_records(data.path, "rl_prompts"), AUDITED_CASES)
         facts = [Facts.from_record(record["facts"]) for record in records]
@@ -36,4 +35,4 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
         (out / "audit.json").write_text(found.model_dump_json(indent=1) + "\n")
         return {"goods": found.goods, "refused": sum(found.tried.values()), "kinds": len(found.tried)}
 
-    return context.run("audit", work, settings={}, inputs={"data": data}, modules=("tasks.audit",))
+    return context.run("audit", work, settings={}, inputs={"data": data}, modules=("twinloop.tasks.audit",))

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
-
-from common.errors import UserError
-from registry.artifact import Artifact, ArtifactStore
-from registry.fingerprint import fingerprint
-from registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
-from tasks.recipe import Recipe
+from twinloop.common.errors import UserError
+from twinloop.registry.artifact import Artifact, ArtifactStore
+from twinloop.registry.fingerprint import fingerprint
+from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
+from twinloop.tasks.recipe import Recipe
 
 
 class Progress(Protocol):

@@ -7,11 +7,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import PreferenceSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import PreferenceSettings
+from twinloop.tasks.runtime import Runtime
 
 
 @task(name="dpo", cache_policy=NO_CACHE)
@@ -21,9 +20,9 @@ def dpo(
     """A model directory."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from records.validated import read_records
-        from tasks.learn import learn, open_model
-        from tasks.lessons.dpo import lesson
+        from twinloop.records.validated import read_records
+        from twinloop.tasks.learn import learn, open_model
+        from twinloop.tasks.lessons.dpo import lesson
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "preference_pairs")
@@ -47,5 +46,5 @@ def dpo(
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
         inputs={"data": data, "model": model},
-        modules=("tasks.dpo",),
+        modules=("twinloop.tasks.dpo",),
     )

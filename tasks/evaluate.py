@@ -7,11 +7,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, OnProgress, Report
-from tasks.recipe import EvaluateSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, OnProgress, Report
+from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.tasks.runtime import Runtime
 
 SERVED_PROMPTS = 64
 
@@ -36,7 +35,7 @@ def evaluate(
         work,
         settings={**settings.model_dump(exclude={"stage_cases"}), "threads": runtime.threads},
         inputs={"data": data, "bundle": digest},
-        modules=("tasks.evaluate",),
+        modules=("twinloop.tasks.evaluate",),
     )
 
 
@@ -44,11 +43,11 @@ def evaluate_bundle(
     settings: EvaluateSettings, runtime: Runtime, *, data: Artifact, bundle: Path, out: Path, on_progress: OnProgress
 ) -> dict[str, Any]:
     """Measure now, whatever was measured before."""
-    from models.tokenizer import ChatTokenizer
-    from records.validated import read_records
-    from serving.engine import Engine
-    from tasks.footprint import measure_footprint
-    from tasks.measure import measure_engine
+    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.records.validated import read_records
+    from twinloop.serving.engine import Engine
+    from twinloop.tasks.footprint import measure_footprint
+    from twinloop.tasks.measure import measure_engine
 
     tokenizer = ChatTokenizer.load(bundle)
     prompts = [

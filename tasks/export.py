@@ -8,11 +8,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from models.config import Precision
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.runtime import Runtime
+from twinloop.models.config import Precision
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.runtime import Runtime
 
 COMPARED_CASES = 16
 COMPARED_TOKENS = 96
@@ -26,11 +25,10 @@ def export(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
-
-        from models.onnx_bundle import export_bundle
-        from models.tokenizer import ChatTokenizer
-        from records.validated import read_records
-        from tasks.parity import parity
+        from twinloop.models.onnx_bundle import export_bundle
+        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.records.validated import read_records
+        from twinloop.tasks.parity import parity
 
         torch.set_num_threads(runtime.threads)
         bundle = export_bundle(model.path, out, precision=precision, max_length=max_length)
@@ -52,5 +50,5 @@ def export(
         work,
         settings={"precision": precision, "max_length": max_length, "runtime": runtime.model_dump()},
         inputs={"data": data, "model": model},
-        modules=("tasks.export",),
+        modules=("twinloop.tasks.export",),
     )

@@ -1,7 +1,7 @@
 """What serving a bundle takes on this machine: time to first token, speed, memory. In a process of its own, because
 the memory of one that has trained says nothing.
 
-    echo '[[1, 3, ...], ...]' | python -m tasks.footprint BUNDLE SLOTS THREADS STOP_ID MAX_TOKENS
+    echo '[[1, 3, ...], ...]' | python -m twinloop.tasks.footprint BUNDLE SLOTS THREADS STOP_ID MAX_TOKENS
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
-
-from evaluation.metrics import percentile
-from serving.engine import Engine
-from serving.sampling import SamplingParams
-from serving.scheduler import Scheduler
+from twinloop.evaluation.metrics import percentile
+from twinloop.serving.engine import Engine
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.scheduler import Scheduler
 
 CLIENTS = 4
 """Customers who ask at the same time, each for the next answer as soon as the last one is there."""
@@ -43,9 +42,8 @@ def measure_footprint(
     """Serve the prompts in a fresh process. Raises RuntimeError with its last words when that fails."""
     numbers = [str(number) for number in (slots, threads, stop_id, max_tokens)]
     done = subprocess.run(
-        [sys.executable, "-m", "tasks.footprint", str(bundle), *numbers],
+        [sys.executable, "-m", "twinloop.tasks.footprint", str(bundle), *numbers],
         input=json.dumps([list(prompt) for prompt in prompts]),
-        cwd=Path(__file__).resolve().parent.parent,
         capture_output=True,
         text=True,
         check=False,

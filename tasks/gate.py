@@ -8,13 +8,12 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from evaluation.cases import CaseReport, compare
-from evaluation.gate import GateReport, GateRules, Measurements, judge
-from registry.artifact import Artifact
-from registry.versions import CHAMPION, PREVIOUS, Registry, Version
-from tasks.context import Context, Report
-from tasks.measure import REPORT
+from twinloop.evaluation.cases import CaseReport, compare
+from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.measure import REPORT
 
 GATE_REPORT = "gate.json"
 
@@ -42,7 +41,7 @@ def gate(
 
     inputs = {"bundle": bundle, "evaluation": evaluation} | ({"champion": champion} if champion else {})
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
-    return context.run("gate", work, settings=settings, inputs=inputs, modules=("tasks.gate",))
+    return context.run("gate", work, settings=settings, inputs=inputs, modules=("twinloop.tasks.gate",))
 
 
 def measurements(

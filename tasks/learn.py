@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from models.decoder import Decoder
-from models.directory import save_model
-from models.tokenizer import ChatTokenizer
-from tasks.context import Report
-from tasks.recipe import Optimisation
-from tasks.runtime import Runtime
-from training.loop import StepReport, TrainSettings, train
-from training.objectives import Objective
-from training.stream import Batches
-from training.weights import get_weights, load_decoder
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.tasks.context import Report
+from twinloop.tasks.recipe import Optimisation
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.loop import StepReport, TrainSettings, train
+from twinloop.training.objectives import Objective
+from twinloop.training.stream import Batches
+from twinloop.training.weights import get_weights, load_decoder
 
 
 def open_model(directory: Path, runtime: Runtime) -> tuple[Decoder, ChatTokenizer]:

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
-
-from common.errors import UserError
-from records.validated import read_records, source_line
-from registry.artifact import Artifact
-from tasks.recipe import Recipe
+from twinloop.common.errors import UserError
+from twinloop.records.validated import read_records, source_line
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.recipe import Recipe
 
 if TYPE_CHECKING:
-    from models.tokenizer import ChatTokenizer
+    from twinloop.models.tokenizer import ChatTokenizer
 
 Lengths = Callable[["ChatTokenizer", Mapping[str, Any]], dict[str, int]]
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, OnProgress, Report
-from tasks.recipe import EvaluateSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, OnProgress, Report
+from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
-    from serving.engine import Engine
+    from twinloop.serving.engine import Engine
 
 REPORT = "cases.json"
 
@@ -39,9 +38,9 @@ def measure(
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import shutil
 
-        from models.directory import load_config
-        from models.onnx_bundle import export_bundle
-        from serving.engine import Engine
+        from twinloop.models.directory import load_config
+        from twinloop.models.onnx_bundle import export_bundle
+        from twinloop.serving.engine import Engine
 
         bundle = keep / "bundle"
         shutil.rmtree(bundle, ignore_errors=True)
@@ -56,7 +55,7 @@ def measure(
         work,
         settings={**settings.model_dump(), "threads": runtime.threads, "precision": runtime.precision},
         inputs={"data": data, "model": model},
-        modules=("tasks.measure",),
+        modules=("twinloop.tasks.measure",),
     )
 
 
@@ -71,11 +70,11 @@ def measure_engine(
     max_tokens: int,
 ) -> dict[str, Any]:
     """Run held-out texts and cases (at most about `limit`, the same for everybody) and write cases.json into `out`."""
-    from domains.returns.verifier import Facts, verify
-    from evaluation.cases import read_cases, run_cases
-    from evaluation.texts import score_texts
-    from models.tokenizer import ChatTokenizer
-    from records.validated import read_records
+    from twinloop.domains.returns.verifier import Facts, verify
+    from twinloop.evaluation.cases import read_cases, run_cases
+    from twinloop.evaluation.texts import score_texts
+    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.records.validated import read_records
 
     tokenizer = ChatTokenizer.load(tokenizer_dir)
     text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data, "corpus_heldout")))

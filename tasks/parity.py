@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from models.decoder import Decoder
-from serving.engine import Engine
-from training.weights import load_decoder
+from twinloop.models.decoder import Decoder
+from twinloop.serving.engine import Engine
+from twinloop.training.weights import load_decoder
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
-from models.config import DecoderConfig, Precision
-from models.decoder import Decoder
-from models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
-from tasks.recipe import Packed, Recipe
-from tasks.runtime import Runtime
+from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.decoder import Decoder
+from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
+from twinloop.tasks.recipe import Packed, Recipe
+from twinloop.tasks.runtime import Runtime
 
 BYTES_A_TOKEN = 3.0
 """Of the records of the default domain, under its own tokenizer."""

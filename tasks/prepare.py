@@ -9,11 +9,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from records.dataset import DataVersion, build_data, is_current
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import ValidateSettings
+from twinloop.records.dataset import DataVersion, build_data, is_current
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import ValidateSettings
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ def validate_data(context: Context, settings: ValidateSettings, *, data: DataVer
     """One Parquet file a record type, the quarantine, and report.json."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from records.validation import validate
+        from twinloop.records.validation import validate
 
         found = validate(data.path, out, settings)
         return dict(found.metrics())
@@ -48,7 +47,7 @@ def validate_data(context: Context, settings: ValidateSettings, *, data: DataVer
         work,
         settings=settings,
         inputs={"data": data.md5},
-        modules=("records.validation", "records.validated"),
+        modules=("twinloop.records.validation", "twinloop.records.validated"),
     )
     if count := artifact.metrics["quarantined"]:
         log.warning("%d rows are quarantined; each, with its reason, is in %s", count, artifact.path / "quarantine")

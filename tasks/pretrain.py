@@ -7,11 +7,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import ModelSettings, PretrainSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import ModelSettings, PretrainSettings
+from twinloop.tasks.runtime import Runtime
 
 
 @task(name="pretrain", cache_policy=NO_CACHE)
@@ -29,12 +28,11 @@ def pretrain(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
-
-        from models.tokenizer import ChatTokenizer
-        from records.validated import read_records
-        from tasks.learn import learn
-        from tasks.lessons.pretrain import lesson
-        from training.weights import new_decoder
+        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.records.validated import read_records
+        from twinloop.tasks.learn import learn
+        from twinloop.tasks.lessons.pretrain import lesson
+        from twinloop.training.weights import new_decoder
 
         torch.set_num_threads(runtime.threads)
         vocabulary = ChatTokenizer.load(tokenizer.path)
@@ -60,5 +58,5 @@ def pretrain(
         work,
         settings={**settings.model_dump(), "network": config.model_dump(), "runtime": runtime.model_dump()},
         inputs={"data": data, "tokenizer": tokenizer},
-        modules=("tasks.pretrain",),
+        modules=("twinloop.tasks.pretrain",),
     )

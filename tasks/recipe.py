@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
-
-from common.errors import UserError
-from common.strict_yaml import read_yaml
-from models.config import DecoderConfig, Precision
+from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import read_yaml
+from twinloop.models.config import DecoderConfig, Precision
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from evaluation.gate import GateReport
-from registry.artifact import Artifact
-from registry.promotion import Promotion, promote, record_gate
-from registry.tracking import code_of_run
-from registry.versions import Lineage, Registry, Version
-from tasks.context import Context
+from twinloop.evaluation.gate import GateReport
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.promotion import Promotion, promote, record_gate
+from twinloop.registry.tracking import code_of_run
+from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.tasks.context import Context
 
 
 @task(name="register", cache_policy=NO_CACHE)

@@ -8,19 +8,18 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from common.errors import UserError
-from evaluation.cases import CaseReport
-from evaluation.gate import GateReport, GateRules, judge
-from registry.artifact import MANIFEST, Artifact, Manifest
-from registry.promotion import record_gate
-from registry.versions import Registry, Version
-from tasks.context import Context
-from tasks.evaluate import evaluate, evaluate_bundle
-from tasks.gate import measurements, version_to_beat
-from tasks.measure import REPORT
-from tasks.recipe import EvaluateSettings
-from tasks.runtime import Runtime
+from twinloop.common.errors import UserError
+from twinloop.evaluation.cases import CaseReport
+from twinloop.evaluation.gate import GateReport, GateRules, judge
+from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
+from twinloop.registry.promotion import record_gate
+from twinloop.registry.versions import Registry, Version
+from twinloop.tasks.context import Context
+from twinloop.tasks.evaluate import evaluate, evaluate_bundle
+from twinloop.tasks.gate import measurements, version_to_beat
+from twinloop.tasks.measure import REPORT
+from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.tasks.runtime import Runtime
 
 
 def version_to_judge(registry: Registry, *aliases: str) -> Version:

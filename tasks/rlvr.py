@@ -8,11 +8,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import ReinforceSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import ReinforceSettings
+from twinloop.tasks.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,9 @@ def rlvr(
     """A model directory. `audit` is the proof that the verifier may pay rewards; without one nothing is trained."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from records.validated import read_records
-        from tasks.learn import learn, open_model
-        from tasks.lessons.rlvr import lesson
+        from twinloop.records.validated import read_records
+        from twinloop.tasks.learn import learn, open_model
+        from twinloop.tasks.lessons.rlvr import lesson
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "rl_prompts")
@@ -58,5 +57,5 @@ def rlvr(
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
         inputs={"data": data, "model": model, "audit": audit},
-        modules=("tasks.rlvr",),
+        modules=("twinloop.tasks.rlvr",),
     )

@@ -6,10 +6,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
-
-from common.errors import UserError
-from models.config import Precision
-from tasks.recipe import Recipe
+from twinloop.common.errors import UserError
+from twinloop.models.config import Precision
+from twinloop.tasks.recipe import Recipe
 
 
 class Runtime(BaseModel):
@@ -43,7 +42,7 @@ class Runtime(BaseModel):
 def cuda_is_here() -> bool:
     """Whether a GPU is here that both torch and ONNX Runtime can use. Torch itself is not asked: its import takes
     1.5 s."""
-    from serving.session import cuda_devices  # a recipe may be checked without ONNX Runtime's 0.1 s
+    from twinloop.serving.session import cuda_devices  # a recipe may be checked without ONNX Runtime's 0.1 s
 
     try:
         return not version("torch").endswith("+cpu") and cuda_devices() > 0

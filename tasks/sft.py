@@ -7,11 +7,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import FinetuneSettings
-from tasks.runtime import Runtime
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import FinetuneSettings
+from twinloop.tasks.runtime import Runtime
 
 
 @task(name="sft", cache_policy=NO_CACHE)
@@ -19,9 +18,9 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
     """A model directory."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from records.validated import read_records
-        from tasks.learn import learn, open_model
-        from tasks.lessons.sft import lesson
+        from twinloop.records.validated import read_records
+        from twinloop.tasks.learn import learn, open_model
+        from twinloop.tasks.lessons.sft import lesson
 
         network, tokenizer = open_model(model.path, runtime)
         records = read_records(data.path, "sft_examples")
@@ -45,5 +44,5 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
         inputs={"data": data, "model": model},
-        modules=("tasks.sft",),
+        modules=("twinloop.tasks.sft",),
     )

@@ -7,11 +7,10 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-
-from common.errors import UserError
-from registry.artifact import Artifact
-from tasks.context import Context, Report
-from tasks.recipe import TokenizerSettings
+from twinloop.common.errors import UserError
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import TokenizerSettings
 
 SIDES = ("chosen", "rejected")
 
@@ -25,9 +24,9 @@ def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -
     """
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from models.tokenizer import check_template, train_tokenizer
-        from records.validated import read_records, source_line
-        from tasks.lengths import measure_lengths
+        from twinloop.models.tokenizer import check_template, train_tokenizer
+        from twinloop.records.validated import read_records, source_line
+        from twinloop.tasks.lengths import measure_lengths
 
         tokenizer = train_tokenizer((r["text"] for r in read_records(data.path, "corpus")), settings.vocab_size)
         conversations = {
@@ -57,4 +56,4 @@ def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -
             "longest": measure_lengths(tokenizer, data.path),
         }
 
-    return context.run("tokenize", work, settings=settings, inputs={"data": data}, modules=("tasks.tokenize",))
+    return context.run("tokenize", work, settings=settings, inputs={"data": data}, modules=("twinloop.tasks.tokenize",))

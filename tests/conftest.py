@@ -1,5 +1,5 @@
 """What every test needs before the libraries are imported: no telemetry, no network."""
 
-from common.telemetry import disable_telemetry
+from twinloop.common.telemetry import disable_telemetry
 
 disable_telemetry()

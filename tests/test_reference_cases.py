@@ -6,19 +6,18 @@ from typing import Any
 
 import polars as pl
 import pytest
-
-from domains.returns.generator import GeneratorParams, generate
-from domains.returns.policies import Policy, window_days
-from domains.returns.prompt import Order, build_prompt, is_eligible
-from domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target
-from domains.returns.verifier import Facts, Verdict, check, verify
-from evaluation.claims import claims_action
-from evaluation.gate import GateRules, Measurements, judge
-from evaluation.metrics import Rate, token_loss, weight_memory_gib
-from evaluation.router import route
-from models.config import DecoderConfig
-from models.memory import serving_memory
-from models.tokenizer import check_template, train_tokenizer
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.policies import Policy, window_days
+from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
+from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target
+from twinloop.domains.returns.verifier import Facts, Verdict, check, verify
+from twinloop.evaluation.claims import claims_action
+from twinloop.evaluation.gate import GateRules, Measurements, judge
+from twinloop.evaluation.metrics import Rate, token_loss, weight_memory_gib
+from twinloop.evaluation.router import route
+from twinloop.models.config import DecoderConfig
+from twinloop.models.memory import serving_memory
+from twinloop.models.tokenizer import check_template, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "reference_cases.json").read_text())

@@ -18,8 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from common.files import fsync
+from twinloop.common.files import fsync
 
 KEEP = 2
 

@@ -15,16 +15,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from common.errors import UserError
-from models.decoder import Decoder
-from training import checkpoint
-from training.checkpoint import Checkpoint
-from training.objectives import Objective, join_metrics
-from training.optim import Optimizer, OptimizerSettings, build_optimizer, learning_rate_at
-from training.reproducible import reproducible
-from training.stream import Batches, Step
-from training.tree import scored_logprobs
+from twinloop.common.errors import UserError
+from twinloop.models.decoder import Decoder
+from twinloop.training import checkpoint
+from twinloop.training.checkpoint import Checkpoint
+from twinloop.training.objectives import Objective, join_metrics
+from twinloop.training.optim import Optimizer, OptimizerSettings, build_optimizer, learning_rate_at
+from twinloop.training.reproducible import reproducible
+from twinloop.training.stream import Batches, Step
+from twinloop.training.tree import scored_logprobs
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from common.errors import UserError
-from training.tree import Segment, Tree
+from twinloop.common.errors import UserError
+from twinloop.training.tree import Segment, Tree
 
 Row = tuple[Tree, ...]
 

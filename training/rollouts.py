@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-
-from common.errors import UserError
-from models.decoder import Decoder
-from serving.batch import Completion
-from training.packing import pack
-from training.sampler import BoundSampler
-from training.scoring import attach_reference
-from training.stream import Step, micro_batches
-from training.tree import Tree, TreeBatch, group
+from twinloop.common.errors import UserError
+from twinloop.models.decoder import Decoder
+from twinloop.serving.batch import Completion
+from twinloop.training.packing import pack
+from twinloop.training.sampler import BoundSampler
+from twinloop.training.scoring import attach_reference
+from twinloop.training.stream import Step, micro_batches
+from twinloop.training.tree import Tree, TreeBatch, group
 
 MAX_ROUNDS = 4
 ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # of a row's length: a vector's width, FlexAttention's block

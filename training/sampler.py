@@ -8,11 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
-
-from models.decoder import Decoder
-from serving.batch import Completion
-from serving.engine import Engine
-from serving.session import session_threads
+from twinloop.models.decoder import Decoder
+from twinloop.serving.batch import Completion
+from twinloop.serving.engine import Engine
+from twinloop.serving.session import session_threads
 
 SLOTS = 64  # rows of a decode step; more only wait longer for the longest of them
 

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-
-from models.decoder import Decoder
-from training.packing import pack
-from training.reproducible import reproducible
-from training.tree import Segment, Tree, collate, scored_logprobs
+from twinloop.models.decoder import Decoder
+from twinloop.training.packing import pack
+from twinloop.training.reproducible import reproducible
+from twinloop.training.tree import Segment, Tree, collate, scored_logprobs
 
 ROWS_AT_ONCE = 16
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-
-from common.errors import UserError
-from training.packing import Packing, Row, cut, pack
-from training.tree import Tree, TreeBatch, collate
+from twinloop.common.errors import UserError
+from twinloop.training.packing import Packing, Row, cut, pack
+from twinloop.training.tree import Tree, TreeBatch, collate
 
 
 @dataclass(frozen=True)

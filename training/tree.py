@@ -24,10 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
-
-from common.errors import UserError
-from models.chunks import LOGIT_CHUNK
-from models.decoder import Decoder
+from twinloop.common.errors import UserError
+from twinloop.models.chunks import LOGIT_CHUNK
+from twinloop.models.decoder import Decoder
 
 ROOT = -1
 

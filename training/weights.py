@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import check_tensors, load_config, load_tensors
 
 
 def new_decoder(config: DecoderConfig, *, seed: int) -> Decoder:

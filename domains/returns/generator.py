@@ -5,7 +5,7 @@ pressure, some are lenient just past the window, some cite a distractor or quote
 is therefore there to be measured. Held-out cases use order ids, policy ids, phrasings and (window, days) pairs that no
 training record uses.
 
-`python -m domains.returns.generator --params params.yaml --out raw`
+`python -m twinloop.domains.returns.generator --params params.yaml --out raw`
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
-
-from domains.returns.mutations import good_answer, write_decision
-from domains.returns.policies import Policy, window_days
-from domains.returns.prompt import (
+from twinloop.domains.returns.mutations import good_answer, write_decision
+from twinloop.domains.returns.policies import Policy, window_days
+from twinloop.domains.returns.prompt import (
     CONFIRMATION_NEEDED,
     REASONS,
     RETRIEVED_PASSAGES,
@@ -32,7 +31,7 @@ from domains.returns.prompt import (
     build_prompt,
     is_eligible,
 )
-from domains.returns.verifier import Facts
+from twinloop.domains.returns.verifier import Facts
 
 Record = dict[str, Any]
 

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Iterator
 
-from domains.returns.policies import window_days
-from domains.returns.prompt import is_eligible
-from domains.returns.verifier import Facts
+from twinloop.domains.returns.policies import window_days
+from twinloop.domains.returns.prompt import is_eligible
+from twinloop.domains.returns.verifier import Facts
 
 _WINDOW = re.compile(r"\bwithin \d+ days\b", re.IGNORECASE)
 

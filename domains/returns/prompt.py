@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from domains.returns.policies import Policy
+from twinloop.domains.returns.policies import Policy
 
 REASONS = ("damaged", "defective", "late", "wrong", "unwanted", "incomplete")
 

@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import pandera.polars as pa
 import polars as pl
-
-from domains.returns.prompt import CONFIRMATION_NEEDED, Order
-from domains.returns.verifier import FIELDS
+from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, Order
+from twinloop.domains.returns.verifier import FIELDS
 
 ROLES = ("system", "user", "assistant")
 CASE_KINDS = ("held_out", "golden", "flip", "injection")

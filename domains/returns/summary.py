@@ -1,6 +1,6 @@
 """What a data set holds, in numbers: a small file in git, so that a change of the data shows in review.
 
-`python -m domains.returns.summary` reads data/ and writes data_summary.json; `dvc metrics diff` compares two of them.
+`python -m twinloop.domains.returns.summary` reads data/ and writes data_summary.json; `dvc metrics diff` compares two.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from domains.returns.policies import window_days
-from domains.returns.verifier import PREDICATES, Facts, verify
+from twinloop.domains.returns.policies import window_days
+from twinloop.domains.returns.verifier import PREDICATES, Facts, verify
 
 EDGE_DAYS = 3
 """So near to the end of the window a case counts as one at its edge."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from domains.returns.policies import Policy, covers, window_days
-from domains.returns.prompt import Order, is_eligible
+from twinloop.domains.returns.policies import Policy, covers, window_days
+from twinloop.domains.returns.prompt import Order, is_eligible
 
 PREDICATES = ("parsed", "eligible", "policy_id", "evidence", "window_days", "days", "no_side_effect")
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from models.decoder import Decoder
-from models.tokenizer import ChatTokenizer
-from tasks.recipe import PreferenceSettings
-from tasks.runtime import Runtime
-from training.objectives import DirectPreference
-from training.scoring import attach_reference
-from training.stream import BatchStream
-from training.tree import pair
+from twinloop.models.decoder import Decoder
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.tasks.recipe import PreferenceSettings
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.objectives import DirectPreference
+from twinloop.training.scoring import attach_reference
+from twinloop.training.stream import BatchStream
+from twinloop.training.tree import pair
 
 
 def lesson(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from models.tokenizer import ChatTokenizer
-from tasks.recipe import PretrainSettings
-from tasks.runtime import Runtime
-from training.objectives import NextToken
-from training.stream import BatchStream
-from training.tree import document
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.tasks.recipe import PretrainSettings
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.objectives import NextToken
+from twinloop.training.stream import BatchStream
+from twinloop.training.tree import document
 
 
 def lesson(

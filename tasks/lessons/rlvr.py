@@ -6,13 +6,13 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from domains.returns.verifier import Facts, verify
-from models.decoder import Decoder
-from models.tokenizer import ChatTokenizer
-from tasks.recipe import ReinforceSettings
-from tasks.runtime import Runtime
-from training.objectives import GroupRelative
-from training.rollouts import RolloutSettings, RolloutStream, Verdict
+from twinloop.domains.returns.verifier import Facts, verify
+from twinloop.models.decoder import Decoder
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.tasks.recipe import ReinforceSettings
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.objectives import GroupRelative
+from twinloop.training.rollouts import RolloutSettings, RolloutStream, Verdict
 
 
 def lesson(

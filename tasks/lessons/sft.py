@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from models.tokenizer import ChatTokenizer
-from tasks.recipe import FinetuneSettings
-from tasks.runtime import Runtime
-from training.objectives import NextToken
-from training.stream import BatchStream
-from training.tree import example
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.tasks.recipe import FinetuneSettings
+from twinloop.tasks.runtime import Runtime
+from twinloop.training.objectives import NextToken
+from twinloop.training.stream import BatchStream
+from twinloop.training.tree import example
 
 
 def lesson(

@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from twinloop.evaluation.cases import CaseReport, CaseResult
+from twinloop.evaluation.metrics import Rate
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.serving.kv_cache import KVArena
+from twinloop.training.sampler import BoundSampler
+from twinloop.training.weights import get_weights, new_decoder
 
 from benchmarks.decode import agreement, watch_cache
 from benchmarks.lifecycle import broken_demands
 from benchmarks.overhead import Stage
 from benchmarks.torch_sampler import TorchSampler
-from evaluation.cases import CaseReport, CaseResult
-from evaluation.metrics import Rate
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.directory import save_model
-from models.onnx_bundle import export_bundle
-from serving.kv_cache import KVArena
-from training.sampler import BoundSampler
-from training.weights import get_weights, new_decoder
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = DecoderConfig(

@@ -42,7 +42,14 @@ def test_onnx_runtime_by_itself_writes_a_queue(model: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "first_import", ["serving.engine", "serving.session", "training.sampler", "registry.champion", "flows.lifecycle"]
+    "first_import",
+    [
+        "twinloop.serving.engine",
+        "twinloop.serving.session",
+        "twinloop.training.sampler",
+        "twinloop.registry.champion",
+        "twinloop.flows.lifecycle",
+    ],
 )
 def test_ours_writes_nothing(first_import: str, model: Path, tmp_path: Path) -> None:
     assert not {"onnxruntime.db", "deviceid"} & files_written(first_import, model, tmp_path / "home")

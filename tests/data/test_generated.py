@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-
-from domains.returns.generator import GeneratorParams, generate
-from domains.returns.mutations import good_answer, mutate, shortcuts
-from domains.returns.prompt import is_eligible
-from domains.returns.verifier import Facts, verify
-from evaluation.audit import audit_verifier
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
+from twinloop.domains.returns.prompt import is_eligible
+from twinloop.domains.returns.verifier import Facts, verify
+from twinloop.evaluation.audit import audit_verifier
 
 PROJECT = Path(__file__).parents[2]
 COUNT = 300

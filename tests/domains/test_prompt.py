@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
-from domains.returns.policies import Policy
-from domains.returns.prompt import MAX_MESSAGE_CHARACTERS, Order, build_prompt
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import MAX_MESSAGE_CHARACTERS, Order, build_prompt
 
 ORDER = Order(order_id="A10234", reason="damaged", damage_confirmed=True, days_since_delivery=12)
 PASSAGES = [

@@ -10,10 +10,9 @@ from typing import Any
 import pandera.polars as pa
 import polars as pl
 import pytest
-
-from domains.returns.generator import GeneratorParams, generate
-from domains.returns.policies import window_days
-from domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target, window_of
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.policies import window_days
+from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target, window_of
 
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference_cases.json").read_text())
 SMALL = GeneratorParams(**{name: 20 for name, field in GeneratorParams.model_fields.items() if field.is_required()})

@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 import pytest
-
-from domains.returns.mutations import good_answer
-from domains.returns.policies import Policy
-from domains.returns.prompt import Order
-from domains.returns.verifier import PREDICATES, Facts, check, parse_decision, verify
+from twinloop.domains.returns.mutations import good_answer
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import Order
+from twinloop.domains.returns.verifier import PREDICATES, Facts, check, parse_decision, verify
 
 P7 = Policy("P-7", "Damaged items reported within 30 days are eligible.")
 P3 = Policy("P-3", "unwanted items within 14 days are eligible.")

@@ -4,12 +4,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
-
-from domains.returns.mutations import good_answer, mutate, shortcuts
-from domains.returns.policies import Policy
-from domains.returns.prompt import Order
-from domains.returns.verifier import Facts, Verdict, verify
-from evaluation.audit import AuditReport, audit_verifier
+from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import Order
+from twinloop.domains.returns.verifier import Facts, Verdict, verify
+from twinloop.evaluation.audit import AuditReport, audit_verifier
 
 
 def cases() -> Iterator[tuple[str, Facts]]:

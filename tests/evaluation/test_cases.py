@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from common.errors import UserError
-from domains.returns.generator import golden_records
-from domains.returns.mutations import good_answer
-from domains.returns.verifier import PREDICATES, Facts, verify
-from evaluation.cases import Case, CaseReport, compare, read_cases, run_cases
-from evaluation.gate import Measurements
-from evaluation.metrics import token_loss
-from evaluation.texts import score_texts
-from models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.generator import golden_records
+from twinloop.domains.returns.mutations import good_answer
+from twinloop.domains.returns.verifier import PREDICATES, Facts, verify
+from twinloop.evaluation.cases import Case, CaseReport, compare, read_cases, run_cases
+from twinloop.evaluation.gate import Measurements
+from twinloop.evaluation.metrics import token_loss
+from twinloop.evaluation.texts import score_texts
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 
 
 @dataclass

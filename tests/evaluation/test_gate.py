@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from evaluation.cases import Comparison
-from evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules
-from evaluation.metrics import Rate
+from twinloop.common.errors import UserError
+from twinloop.evaluation.cases import Comparison
+from twinloop.evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules
+from twinloop.evaluation.metrics import Rate
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,8 +3,15 @@
 import math
 
 import pytest
-
-from evaluation.metrics import Rate, bits_per_byte, percentile, perplexity, sign_test, token_loss, wilson_interval
+from twinloop.evaluation.metrics import (
+    Rate,
+    bits_per_byte,
+    percentile,
+    perplexity,
+    sign_test,
+    token_loss,
+    wilson_interval,
+)
 
 
 def test_wilson_interval_matches_published_values() -> None:

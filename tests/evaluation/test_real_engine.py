@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-
-from domains.returns.generator import golden_records
-from domains.returns.verifier import Facts, verify
-from evaluation.cases import read_cases, run_cases
-from evaluation.texts import score_texts
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.directory import save_model
-from models.memory import serving_memory
-from models.onnx_bundle import export_bundle
-from models.tokenizer import ChatTokenizer, train_tokenizer
-from serving.engine import Engine
+from twinloop.domains.returns.generator import golden_records
+from twinloop.domains.returns.verifier import Facts, verify
+from twinloop.evaluation.cases import read_cases, run_cases
+from twinloop.evaluation.texts import score_texts
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.memory import serving_memory
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.serving.engine import Engine
 
 TEXTS = ["damaged items reported within 30 days are eligible.", "é🙂 12 days", "late orders " * 200]
 

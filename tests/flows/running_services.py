@@ -36,7 +36,7 @@ class Services:
 
     def say(self, word: str) -> subprocess.CompletedProcess[str]:
         ports = {f"TWINLOOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()}
-        command = [sys.executable, "-m", "flows.services", word]
+        command = [sys.executable, "-m", "twinloop.flows.services", word]
         return subprocess.run(
             command, cwd=self.project, env=environment() | ports, capture_output=True, text=True, check=False
         )

@@ -108,7 +108,7 @@ def environment() -> dict[str, str]:
 def start(project: Path, *arguments: str) -> subprocess.Popen[str]:
     """`twinloop`, in a session of its own so that a test may kill it with all that it started."""
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "twinloop.flows.cli", *arguments],
         cwd=project,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from small_project import make_project
-
-from common.errors import UserError
-from flows import answer
-from flows.answer import answer_over_http
-from flows.outcome import Outcome, Stage
-from flows.summary import show_outcome
-from registry.promotion import Promotion
-from tasks.recipe import load_recipe
+from twinloop.common.errors import UserError
+from twinloop.flows import answer
+from twinloop.flows.answer import answer_over_http
+from twinloop.flows.outcome import Outcome, Stage
+from twinloop.flows.summary import show_outcome
+from twinloop.registry.promotion import Promotion
+from twinloop.tasks.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

@@ -21,9 +21,8 @@ import psutil
 import pytest
 from running_services import Services
 from small_project import environment
-
-from common.errors import UserError
-from flows.secret import auth_string
+from twinloop.common.errors import UserError
+from twinloop.flows.secret import auth_string
 
 CHROMIUM = Path("/usr/bin/chromium")
 
@@ -66,8 +65,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, st
     code = """
 import os, sys
 from pathlib import Path
-from flows.environment import prepare_environment
-from flows.server import embedded_server, wait_until_ready
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.server import embedded_server, wait_until_ready
 project = Path(sys.argv[1])
 prepare_environment(project)
 with embedded_server(project):

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from small_project import PROJECT, environment
-
-from common.errors import UserError, is_disk_full, one_line
-from flows.edge import INTERRUPTED, MISTAKE, READER_LEFT, UNFORESEEN, explain, run_command
+from twinloop.common.errors import UserError, is_disk_full, one_line
+from twinloop.flows.edge import INTERRUPTED, MISTAKE, READER_LEFT, UNFORESEEN, explain, run_command
 
 
 def raising(error: BaseException) -> BaseException:
@@ -64,7 +63,7 @@ def test_a_full_disk_without_a_file_is_not_taken_for_one_with_room(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert str(explain(error, tmp_path)).startswith(f"a disk is full, and it is not that of {tmp_path}; make room")
-    monkeypatch.setattr("flows.edge.has_room", lambda path: False)
+    monkeypatch.setattr("twinloop.flows.edge.has_room", lambda path: False)
     assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full; make room")
 
 
@@ -73,7 +72,7 @@ def test_what_fails_for_want_of_room_without_saying_so_is_a_full_disk_too(
 ) -> None:
     error = RuntimeError("Server error '500 Internal Server Error'")
     assert explain(error, tmp_path) is None
-    monkeypatch.setattr("flows.edge.has_room", lambda path: False)
+    monkeypatch.setattr("twinloop.flows.edge.has_room", lambda path: False)
     assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full (RuntimeError: Server error '500")
     assert explain(KeyError("a bug"), tmp_path) is None
 
@@ -195,7 +194,7 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_output_that_nobody_takes_is_never_a_success(into: str, code: int, said: str, unbuffered: str) -> None:
-    program = "from flows.edge import run_command; import sys; " + (
+    program = "from twinloop.flows.edge import run_command; import sys; " + (
         "sys.exit(run_command(lambda: (__import__('time').sleep(0.3), print('x\\n' * 10**5), 1)[-1]))"
     )
     line = f'"{sys.executable}" -c "{program}" {into}; exit ${{PIPESTATUS[0]}}'

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from small_project import environment
-
-from flows.gpu import gpu_slot
-from tasks.runtime import Runtime
+from twinloop.flows.gpu import gpu_slot
+from twinloop.tasks.runtime import Runtime
 
 GPU = Runtime(seed=1, threads=1, device="cuda")
 
@@ -42,15 +41,15 @@ def test_a_job_without_a_gpu_waits_for_nobody(tmp_path: Path) -> None:
 def test_a_server_without_the_limit_is_told_in_one_line(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from flows.environment import prepare_environment
-from flows.server import embedded_server, wait_until_ready
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.server import embedded_server, wait_until_ready
 project = Path({str(tmp_path)!r})
 prepare_environment(project)
 with embedded_server(project):
     wait_until_ready(project)
-    from flows.gpu import gpu_slot
-    from common.errors import UserError
-    from tasks.runtime import Runtime
+    from twinloop.flows.gpu import gpu_slot
+    from twinloop.common.errors import UserError
+    from twinloop.tasks.runtime import Runtime
     try:
         with gpu_slot(project, Runtime(seed=1, threads=1, device="cuda"), shared=True):
             print("inside")

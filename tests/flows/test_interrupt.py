@@ -8,9 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-
-from flows.display import LiveDisplay, PlainDisplay
-from flows.interrupt import interruptible
+from twinloop.flows.display import LiveDisplay, PlainDisplay
+from twinloop.flows.interrupt import interruptible
 
 
 def swallowed_by_a_library() -> None:

@@ -267,7 +267,9 @@ def test_killed_in_every_stage_of_training_it_ends_with_the_same_weights(
         while not list(project.glob(f"artifacts/{stage}/.work/*/checkpoints/step-*.safetensors")):
             assert process.poll() is None, f"{stage} was over before it could be killed"
             time.sleep(0.002)
-        server = [child for child in psutil.Process(process.pid).children() if "flows.server" in child.cmdline()]
+        server = [
+            child for child in psutil.Process(process.pid).children() if "twinloop.flows.server" in child.cmdline()
+        ]
         process.kill()
         process.communicate()
         assert psutil.wait_procs(server, timeout=30)[1] == [], "Prefect's server outlived its run"

@@ -30,7 +30,7 @@ def traced(project: Path, log: Path, *arguments: str) -> subprocess.Popen[str]:
     """`twinloop` under strace, with its children; `log` gets each call that names an address."""
     calls = ["-f", "-qq", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg,sendmmsg", "-o", str(log)]
     return subprocess.Popen(
-        [str(STRACE), *calls, sys.executable, "-m", "flows.cli", *arguments],
+        [str(STRACE), *calls, sys.executable, "-m", "twinloop.flows.cli", *arguments],
         cwd=project,
         env=environment(),
         stdout=subprocess.PIPE,

@@ -16,9 +16,8 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import provide_database_interface, temporary_database_config
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy.exc import OperationalError
-
-from flows.prefect_database import prepare_prefect_database
-from flows.server import embedded_server, wait_until_ready
+from twinloop.flows.prefect_database import prepare_prefect_database
+from twinloop.flows.server import embedded_server, wait_until_ready
 
 MIGRATION_IN_TWO_PARTS = "e757138e954a"
 """The revision before one that commits in the middle (Prefect 3.8.8 has three such)."""
@@ -29,7 +28,7 @@ DIE = """
 import os, signal, sys
 from itertools import count
 from sqlalchemy import Engine, event
-from flows.prefect_database import prepare_prefect_database
+from twinloop.flows.prefect_database import prepare_prefect_database
 done = count(1)
 
 @event.listens_for(Engine, "after_cursor_execute")

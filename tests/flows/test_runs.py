@@ -11,8 +11,8 @@ from small_project import environment
 CODE = """
 import sys
 from pathlib import Path
-from flows.environment import prepare_environment
-from flows.server import embedded_server, wait_until_ready
+from twinloop.flows.environment import prepare_environment
+from twinloop.flows.server import embedded_server, wait_until_ready
 project, other = Path(sys.argv[1]) / "project", Path(sys.argv[1]) / "other"
 for folder in (project, other):
     folder.mkdir()
@@ -22,7 +22,7 @@ with embedded_server(project):
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.states import Running
-    from flows.runs import TAG, crash_dead_runs, marked_alive
+    from twinloop.flows.runs import TAG, crash_dead_runs, marked_alive
 
     @flow
     def nothing() -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-
-from common.errors import UserError
-from flows import server
-from flows.server import embedded_server, has_shared_server, wait_until_ready
+from twinloop.common.errors import UserError
+from twinloop.flows import server
+from twinloop.flows.server import embedded_server, has_shared_server, wait_until_ready
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def test_a_server_that_dies_at_its_start_is_told_at_once(tmp_path: Path, monkeyp
 def test_a_dead_server_behind_a_silent_address_is_noticed(
     silent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.server.ASK_WITHIN_S", 0.2)
+    monkeypatch.setattr("twinloop.flows.server.ASK_WITHIN_S", 0.2)
     dead = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
     dead.wait()
     monkeypatch.setitem(server._own, silent, dead)

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from small_project import PROJECT, environment
-
-from flows import service_log
-from flows.service_log import FILE_BYTES, FILES_BEFORE, rotate
+from twinloop.flows import service_log
+from twinloop.flows.service_log import FILE_BYTES, FILES_BEFORE, rotate
 
 LINE = b"x" * 1023 + b"\n"
 
@@ -59,7 +58,7 @@ def test_the_process_that_rotates_takes_each_log_of_the_folder(tmp_path: Path) -
     for name in ("a.log", "b.log"):
         (tmp_path / name).write_bytes(LINE * (FILE_BYTES // len(LINE) + 1))
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.service_log", str(tmp_path)], cwd=PROJECT, env=environment()
+        [sys.executable, "-m", "twinloop.flows.service_log", str(tmp_path)], cwd=PROJECT, env=environment()
     )
     try:
         deadline = time.monotonic() + 60

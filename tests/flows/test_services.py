@@ -12,11 +12,10 @@ import psutil
 import pytest
 from running_services import Services, free_port, wait_for
 from small_project import twinloop
-
-from common.errors import UserError
-from flows import services
-from flows.processes import MARK, alive, marked
-from flows.services import Ports
+from twinloop.common.errors import UserError
+from twinloop.flows import services
+from twinloop.flows.processes import MARK, alive, marked
+from twinloop.flows.services import Ports
 
 ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
 

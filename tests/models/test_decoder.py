@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.decoder import Decoder, RMSNorm
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder, RMSNorm
 
 TINY = {
     "vocab_size": 40,

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.directory import load_config, load_tensors, save_model
-from training.weights import get_weights, load_decoder, new_decoder
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.training.weights import get_weights, load_decoder, new_decoder
 
 BASE = {
     "vocab_size": 96,
@@ -183,5 +182,5 @@ def test_weights_of_a_type_that_cannot_be_read_are_told_in_one_line(tmp_path):
 
 
 def test_reading_and_writing_models_needs_no_torch():
-    script = "import models.directory, sys; assert 'torch' not in sys.modules"
+    script = "import twinloop.models.directory, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.memory import flops_per_token, serving_memory, training_memory
-from models.onnx_graph import build_graph, weight_shapes
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.memory import flops_per_token, serving_memory, training_memory
+from twinloop.models.onnx_graph import build_graph, weight_shapes
 
 TINY = {
     "vocab_size": 300,
@@ -67,8 +66,7 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
 
 def test_kept_activations_are_near_those_that_torch_keeps() -> None:
     import torch
-
-    from models.decoder import Decoder
+    from twinloop.models.decoder import Decoder
 
     config = DecoderConfig(**TINY)
     network = Decoder(config)

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.directory import save_model
-from models.onnx_bundle import export_bundle, read_bundle
-from models.onnx_graph import weight_shapes
-from models.onnx_quantize import choose_block_size, quantize_blocks
-from serving.engine import Engine
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle, read_bundle
+from twinloop.models.onnx_graph import weight_shapes
+from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
+from twinloop.serving.engine import Engine
 
 BASE = DecoderConfig(
     vocab_size=96,

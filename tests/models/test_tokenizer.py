@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, check_template, train_tokenizer
+from twinloop.common.errors import UserError
+from twinloop.models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, check_template, train_tokenizer
 
 CORPUS = [
     f"P-{n % 40}: damaged items reported within {n % 30} days are eligible.\nThe order was damaged, {n} days old. é🙂"
@@ -153,7 +152,8 @@ def test_a_foreign_template_keeps_content_plain_too(tokenizer: ChatTokenizer, tm
 
 def test_training_is_deterministic_across_processes(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     script = (
-        "import sys; from models.tokenizer import train_tokenizer; from tests.models.test_tokenizer import CORPUS\n"
+        "import sys; from twinloop.models.tokenizer import train_tokenizer\n"
+        "from tests.models.test_tokenizer import CORPUS\n"
         "assert 'torch' not in sys.modules; train_tokenizer(CORPUS, 600).save(sys.argv[1])"
     )
     for name in ("a", "b"):

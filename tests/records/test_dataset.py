@@ -15,13 +15,12 @@ import polars as pl
 import pytest
 import yaml
 import zc.lockfile
-
-from common.errors import UserError
-from domains.returns.generator import GeneratorParams
-from records.dataset import DataVersion, build_data, check_data, is_current, staleness
-from records.validation import validate
-from registry.champion import open_policies
-from tasks.recipe import ValidateSettings
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.generator import GeneratorParams
+from twinloop.records.dataset import DataVersion, build_data, check_data, is_current, staleness
+from twinloop.records.validation import validate
+from twinloop.registry.champion import open_policies
+from twinloop.tasks.recipe import ValidateSettings
 
 PROJECT = Path(__file__).parents[2]
 FILES = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "dvc.yaml", "params.yaml")
@@ -108,7 +107,7 @@ def test_dvc_repro_alone_does_the_same(project: Path) -> None:
 def test_data_that_is_current_is_recognised_at_once_and_without_dvc(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("records.dataset._repro", lambda *_: pytest.fail("DVC was started"))
+    monkeypatch.setattr("twinloop.records.dataset._repro", lambda *_: pytest.fail("DVC was started"))
     started = time.perf_counter()
     version = build_data(project)
     assert time.perf_counter() - started < 1
@@ -299,7 +298,10 @@ def test_a_build_gives_up_on_a_dvc_command_that_does_not_end(project: Path) -> N
 
 
 def start_build(project: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from pathlib import Path; from records.dataset import build_data; build_data(Path(sys.argv[1]))"
+    code = (
+        "import sys; from pathlib import Path; from twinloop.records.dataset import build_data\n"
+        "build_data(Path(sys.argv[1]))"
+    )
     return subprocess.Popen([sys.executable, "-c", code, str(project)], cwd=project, start_new_session=True)
 
 
@@ -358,7 +360,10 @@ def test_outside_a_project_there_is_nothing_to_build(tmp_path: Path) -> None:
 
 def test_dvc_knows_every_file_that_makes_the_data() -> None:
     stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
-    for stage, module in {"generate": "domains.returns.generator", "summarise": "domains.returns.summary"}.items():
+    for stage, module in {
+        "generate": "twinloop.domains.returns.generator",
+        "summarise": "twinloop.domains.returns.summary",
+    }.items():
         code = f"import sys, {module}\nfor m in [*sys.modules.values()]: print(getattr(m, '__file__', None) or '')"
         loaded = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
         local = {Path(f).relative_to(PROJECT).as_posix() for f in loaded.stdout.splitlines() if is_ours(f)}

@@ -14,13 +14,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-
-from common.errors import UserError
-from domains.returns.schemas import RECORD_TYPES
-from records import jsonl
-from records.jsonl import MAX_DEPTH
-from records.reading import original_lines, read_rows
-from records.rows import LINE, Rows
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.schemas import RECORD_TYPES
+from twinloop.records import jsonl
+from twinloop.records.jsonl import MAX_DEPTH
+from twinloop.records.reading import original_lines, read_rows
+from twinloop.records.rows import LINE, Rows
 
 CORPUS = RECORD_TYPES["corpus"]
 
@@ -213,8 +212,8 @@ def test_deep_nesting_ends_no_process(levels: int, around: bytes, tmp_path: Path
         around * 100 + corpus(lists(levels))[1] + b"\n" + corpus(objects(levels))[1] + b"\n" + around * 100
     )
     program = (
-        "import sys; from pathlib import Path; from records.validation import check_rows;"
-        "from domains.returns.schemas import RECORD_TYPES;"
+        "import sys; from pathlib import Path; from twinloop.records.validation import check_rows;"
+        "from twinloop.domains.returns.schemas import RECORD_TYPES;"
         "rejected = check_rows(Path(sys.argv[1]), RECORD_TYPES['corpus']).rejected;"
         "print([one.reason for one in rejected if 'deep' in one.reason])"
     )

@@ -12,16 +12,15 @@ from typing import Any
 
 import polars as pl
 import pytest
-
-from common.errors import UserError
-from domains.returns.generator import GeneratorParams, generate
-from domains.returns.schemas import RECORD_TYPES
-from records import jsonl
-from records.reading import read_rows
-from records.rows import LINE
-from records.validated import read_records
-from records.validation import ValidationReport, check_rows, validate
-from tasks.recipe import ValidateSettings
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.schemas import RECORD_TYPES
+from twinloop.records import jsonl
+from twinloop.records.reading import read_rows
+from twinloop.records.rows import LINE
+from twinloop.records.validated import read_records
+from twinloop.records.validation import ValidationReport, check_rows, validate
+from twinloop.tasks.recipe import ValidateSettings
 
 COUNT = 80
 PARAMS = GeneratorParams(**{name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()})

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from releases import ship
-
-from registry.artifact import Artifact, ArtifactStore
-from registry.promotion import promote
-from registry.tracking import CodeVersion, Mlruns
-from registry.versions import Lineage, Registry, Version
+from twinloop.registry.artifact import Artifact, ArtifactStore
+from twinloop.registry.promotion import promote
+from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.registry.versions import Lineage, Registry, Version
 
 
 @pytest.fixture(scope="session")

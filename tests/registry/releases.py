@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from evaluation.gate import GateReport, Reason
-from registry import promotion as promote_module
-from registry.artifact import Artifact
-from registry.promotion import LEDGER_HEAD, Promotion, open_ledger
-from registry.versions import Registry, Version
+from twinloop.evaluation.gate import GateReport, Reason
+from twinloop.registry import promotion as promote_module
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
+from twinloop.registry.versions import Registry, Version
 
 Bundle = Callable[[str], Version]
 Make = Callable[..., Artifact]

@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-
-from registry import artifact as artifact_module
-from registry.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore
-from registry.fingerprint import fingerprint
+from twinloop.registry import artifact as artifact_module
+from twinloop.registry.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore
+from twinloop.registry.fingerprint import fingerprint
 
 
 class Counter:
@@ -239,14 +238,14 @@ def test_seconds_count_what_dead_processes_put_into_the_work_that_they_left(stor
 
 
 def test_fingerprint_follows_imports_and_ignores_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import registry.fingerprint as module
+    import twinloop.registry.fingerprint as module
 
     def digest(decoder: str, unrelated: str = "") -> str:
         for name, source in {
             "tasks/__init__.py": "",
-            "tasks/train.py": "from training import loop\n",
+            "tasks/train.py": "from twinloop.training import loop\n",
             "training/__init__.py": "",
-            "training/loop.py": "def train():\n    from models.decoder import Decoder\n    return Decoder\n",
+            "training/loop.py": "def train():\n    from twinloop.models.decoder import Decoder\n    return Decoder\n",
             "models/__init__.py": "",
             "models/decoder.py": decoder,
             "models/unrelated.py": unrelated,
@@ -256,7 +255,7 @@ def test_fingerprint_follows_imports_and_ignores_comments(tmp_path: Path, monkey
             path.write_text(source)
         module._tree.cache_clear()
         fingerprint.cache_clear()
-        return fingerprint("tasks.train")
+        return fingerprint("twinloop.tasks.train")
 
     monkeypatch.setattr(module, "ROOT", tmp_path)
     first = digest("class Decoder: pass\n")
@@ -268,4 +267,4 @@ def test_fingerprint_follows_imports_and_ignores_comments(tmp_path: Path, monkey
 
 def test_fingerprint_of_a_module_that_is_not_ours_is_refused() -> None:
     with pytest.raises(ModuleNotFoundError, match="not a module of this project"):
-        fingerprint("tasks.nothing")
+        fingerprint("twinloop.tasks.nothing")

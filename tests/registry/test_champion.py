@@ -18,18 +18,17 @@ from typing import Any
 import httpx
 import pytest
 import torch
-
-from evaluation.gate import GateReport
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from models.directory import save_model
-from models.onnx_bundle import export_bundle
-from models.tokenizer import train_tokenizer
-from registry.artifact import ArtifactStore
-from registry.champion import follow_champion, open_champion
-from registry.promotion import promote
-from registry.versions import Lineage, Registry, Version
-from serving.retrieval import PolicyIndex
+from twinloop.evaluation.gate import GateReport
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.tokenizer import train_tokenizer
+from twinloop.registry.artifact import ArtifactStore
+from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.promotion import promote
+from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.serving.retrieval import PolicyIndex
 
 CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
@@ -78,7 +77,7 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[[in
 def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     log = (project / "serve.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "serve", "--port", "0", "--slots", "2"],
+        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--port", "0", "--slots", "2"],
         cwd=project,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -116,7 +115,7 @@ def test_a_policy_put_beside_a_running_server_counts_for_its_next_answer(
     version = release(1)
     with serving(project) as (client, _):
         before = decide(client)
-        command = [sys.executable, "-m", "flows.cli", "policies", "put", "P-7", SEVEN_DAYS]
+        command = [sys.executable, "-m", "twinloop.flows.cli", "policies", "put", "P-7", SEVEN_DAYS]
         subprocess.run(command, cwd=project, env=ENVIRONMENT, check=True)
         after = decide(client)
     assert (before["passages"][0]["version"], after["passages"][0]["version"]) == (1, 2)

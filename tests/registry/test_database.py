@@ -18,13 +18,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from registry.tracking import CodeVersion, Execution, Mlruns, Tracker
-from registry.versions import Registry, Snapshot
+from twinloop.common.errors import UserError
+from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker
+from twinloop.registry.versions import Registry, Snapshot
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "registry.promotion"])
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
 
 EXECUTION = Execution(recipe="returns", stage="sft", key="k1", settings={"epochs": 1}, code=CodeVersion("c0ffee"))
 OLD_REVISION = "bf29a5ff90ea"
@@ -259,7 +258,7 @@ def test_an_upgraded_database_keeps_its_rights(old: Mlruns) -> None:
 def test_a_database_that_another_process_writes_to_is_not_called_damaged(
     mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("registry.database.BUSY_FOR_S", 0.1)
+    monkeypatch.setattr("twinloop.registry.database.BUSY_FOR_S", 0.1)
     with closing(sqlite3.connect(mlruns.database)) as writer:
         writer.execute("BEGIN EXCLUSIVE")
         with pytest.raises(UserError, match=r"cannot be opened \(database is locked\).*try again") as raised:

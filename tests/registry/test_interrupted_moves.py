@@ -13,18 +13,17 @@ from typing import Literal
 
 import pytest
 from releases import Bundle, champions, consistent, history, loads, settle, ship
-
-from common.errors import UserError
-from registry import ledger as ledger_module
-from registry.artifact import Artifact, ArtifactStore
-from registry.promotion import finish_interrupted, open_ledger, promote, record_gate, rollback
-from registry.status import status
-from registry.tracking import CodeVersion, Mlruns
-from registry.versions import Lineage, Registry
+from twinloop.common.errors import UserError
+from twinloop.registry import ledger as ledger_module
+from twinloop.registry.artifact import Artifact, ArtifactStore
+from twinloop.registry.promotion import finish_interrupted, open_ledger, promote, record_gate, rollback
+from twinloop.registry.status import status
+from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.registry.versions import Lineage, Registry
 
 # Fresh processes, as in life, but MLflow is imported once for all of them.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "registry.promotion"])
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
 
 
 def _promote(root: Path, number: int, barrier: Barrier) -> None:

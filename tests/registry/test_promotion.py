@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 from releases import Bundle, Make, champions, consistent, history, lines, loads, ship
-
-from common.errors import UserError
-from evaluation.gate import GateReport
-from registry import promotion as promote_module
-from registry.ledger import Ledger
-from registry.promotion import open_ledger, promote, record_gate, rollback
-from registry.status import status
-from registry.tracking import Mlruns
-from registry.versions import Lineage, Registry, Version
+from twinloop.common.errors import UserError
+from twinloop.evaluation.gate import GateReport
+from twinloop.registry import promotion as promote_module
+from twinloop.registry.ledger import Ledger
+from twinloop.registry.promotion import open_ledger, promote, record_gate, rollback
+from twinloop.registry.status import status
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import Lineage, Registry, Version
 
 
 def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, bundle: Bundle) -> None:

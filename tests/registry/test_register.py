@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from registry.tracking import CodeVersion, Mlruns
-from tasks.context import Context, Report
-from tasks.register import register
+from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.register import register
 
 
 class Silent:
@@ -40,9 +39,9 @@ def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
 
 
 def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: Context) -> None:
-    bundle = context.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    bundle = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     later = replace(context, code=CodeVersion("b" * 40, dirty=True))
-    skipped = later.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    skipped = later.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     assert skipped.reused
     version = register.fn(later, checkpoints=[], others=[], bundle=skipped)
     assert version.tags["commit"] == "a" * 40
@@ -53,7 +52,7 @@ def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: C
 
 
 def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_registration(context: Context) -> None:
-    bundle = context.run("export", work, settings={}, inputs={}, modules=("records.validated",))
+    bundle = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     lost = replace(bundle, manifest=bundle.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
     later = replace(context, code=CodeVersion("b" * 40))
     version = register.fn(later, checkpoints=[], others=[], bundle=lost)

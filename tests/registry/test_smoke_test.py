@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.directory import save_model
-from models.onnx_bundle import export_bundle
-from models.tokenizer import train_tokenizer
-from registry.smoke_test import EXAMPLE_POLICIES, prove_answers
-from training.weights import get_weights, new_decoder
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import save_model
+from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.tokenizer import train_tokenizer
+from twinloop.registry.smoke_test import EXAMPLE_POLICIES, prove_answers
+from twinloop.training.weights import get_weights, new_decoder
 
 
 def make_bundle(folder: Path, max_length: int) -> Path:

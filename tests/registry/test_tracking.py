@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import BaseModel
-
-from registry import tracking
-from registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_of_run, code_version, flatten
+from twinloop.registry import tracking
+from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_of_run, code_version, flatten
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "registry.promotion"])
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
 
 
 class Schedule(BaseModel):

@@ -14,14 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from registry.artifact import Artifact
-from registry.tracking import Mlruns
-from registry.versions import Lineage, Registry, Version
+from twinloop.common.errors import UserError
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import Lineage, Registry, Version
 
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "registry.promotion"])
+processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
 
 Make = Callable[..., Artifact]
 Bundle = Callable[[str], Version]
@@ -194,8 +193,8 @@ def test_resolving_imports_neither_mlflow_nor_torch(registry: Registry, bundle: 
     bundle("w1")
     code = (
         "import sys; from pathlib import Path; "
-        "from registry.tracking import Mlruns; from registry.versions import Registry; "
-        "from registry.status import status; "
+        "from twinloop.registry.tracking import Mlruns; from twinloop.registry.versions import Registry; "
+        "from twinloop.registry.status import status; "
         f"r = Registry(Mlruns(Path({str(registry.mlruns.root)!r})), 'returns'); r.resolve('candidate'); status(r); "
         "assert not {'mlflow', 'torch', 'pandas', 'sqlalchemy'} & set(sys.modules)"
     )

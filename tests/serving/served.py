@@ -15,18 +15,17 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
-
-from domains.returns.policies import Policy
-from domains.returns.prompt import REASONS, Order, build_prompt
-from models.tokenizer import ChatTokenizer, train_tokenizer
-from serving.api import create_app, server_config
-from serving.decisions import DecisionService, ModelInfo
-from serving.live import Live
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
-from serving.sampling import SamplingParams
-from serving.scheduler import QueueFullError, SchedulerMetrics, Timings, Totals
-from serving.traces import TraceStore
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import REASONS, Order, build_prompt
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.serving.api import create_app, server_config
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.live import Live
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import RETURNS
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.scheduler import QueueFullError, SchedulerMetrics, Timings, Totals
+from twinloop.serving.traces import TraceStore
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
@@ -48,7 +47,7 @@ SERVER = [
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/serving")
-import serving.api
+import twinloop.serving.api
 from served import ScriptedScheduler, make_app, small_tokenizer
 folder, delay_s, *shutdown_s = sys.argv[1:]
 if shutdown_s:

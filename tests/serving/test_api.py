@@ -28,18 +28,17 @@ from served import (
     small_tokenizer,
     wait_until,
 )
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.onnx_graph import weight_shapes
-from serving.api import create_app, run_server
-from serving.decisions import DecisionService
-from serving.engine import Engine
-from serving.live import Live, Refusal
-from serving.middleware import MAX_BODY_BYTES
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
-from serving.scheduler import Scheduler
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.onnx_graph import weight_shapes
+from twinloop.serving.api import create_app, run_server
+from twinloop.serving.decisions import DecisionService
+from twinloop.serving.engine import Engine
+from twinloop.serving.live import Live, Refusal
+from twinloop.serving.middleware import MAX_BODY_BYTES
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import RETURNS
+from twinloop.serving.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +129,7 @@ def test_a_reason_that_no_policy_speaks_of_is_escalated_without_asking_the_model
 def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, script, tmp_path):
     assert scripted.post("/v1/decisions", json=CASE).json()["decision"]["eligible"] is True
     before = scripted.get("/health").json()
-    code = "import sys; from serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
+    code = "import sys; from twinloop.serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
     text = "damaged items reported within 7 days are eligible."
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.jsonl"), "P-7", text], check=True)
     stale = scripted.post("/v1/decisions", json=CASE).json()
@@ -489,7 +488,7 @@ def test_a_mistake_that_is_the_operators_is_a_servers_error_without_its_words(sc
     def broken(*_):
         raise UserError("/secret/place: cannot be read")
 
-    monkeypatch.setattr("serving.retrieval.PolicyIndex.history", broken)
+    monkeypatch.setattr("twinloop.serving.retrieval.PolicyIndex.history", broken)
     response = scripted.get("/v1/policies/P-7")
     assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in response.text
@@ -499,7 +498,7 @@ def test_messages_that_the_models_template_refuses_are_the_clients_mistake(scrip
     def refuses(*_):
         raise UserError("chat template: the roles must alternate")
 
-    monkeypatch.setattr("models.tokenizer.ChatTokenizer.encode_prompt", refuses)
+    monkeypatch.setattr("twinloop.models.tokenizer.ChatTokenizer.encode_prompt", refuses)
     response = scripted.post("/v1/chat/completions", json={"messages": HELLO})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "messages")
     assert "the roles must alternate" in response.text

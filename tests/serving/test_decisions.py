@@ -8,16 +8,15 @@ import time
 
 import pytest
 from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
-
-from common.errors import UserError
-from domains.returns.policies import Policy
-from domains.returns.prompt import Order
-from evaluation.router import Failure, route
-from serving.decisions import DecisionService, ModelInfo
-from serving.retrieval import PolicyIndex
-from serving.returns import OWNERS, RETURNS
-from serving.scheduler import QueueFullError
-from serving.traces import TraceStore
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import Policy
+from twinloop.domains.returns.prompt import Order
+from twinloop.evaluation.router import Failure, route
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import OWNERS, RETURNS
+from twinloop.serving.scheduler import QueueFullError
+from twinloop.serving.traces import TraceStore
 
 MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)
 
@@ -207,7 +206,7 @@ def test_a_full_disk_loses_traces_and_no_answers(service, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("serving.traces.os.write", full)
+    monkeypatch.setattr("twinloop.serving.traces.os.write", full)
     responses = [decide(service, GOOD) for _ in range(5)]
     assert all(response.decision for response in responses)
     service.traces.close()
@@ -217,7 +216,7 @@ def test_a_full_disk_loses_traces_and_no_answers(service, monkeypatch):
 FULL_DISK = """
 import json, resource, sys, time, uuid
 from pydantic import BaseModel
-from serving.traces import TraceStore
+from twinloop.serving.traces import TraceStore
 
 class Trace(BaseModel):
     trace_id: str
@@ -323,9 +322,8 @@ def test_serving_needs_no_torch():
 def test_another_domain_fits(tmp_path, tokenizer):
     """A domain that only repeats what it found, built from the same few functions."""
     from pydantic import BaseModel
-
-    from domains.returns.verifier import Verdict
-    from serving.decisions import DecisionDomain
+    from twinloop.domains.returns.verifier import Verdict
+    from twinloop.serving.decisions import DecisionDomain
 
     class Question(BaseModel):
         topic: str

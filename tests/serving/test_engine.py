@@ -10,13 +10,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from serving.engine import Engine
-from serving.sampling import SamplingParams, choose, uniform_draws
-from serving.session import cuda_devices
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.serving.engine import Engine
+from twinloop.serving.sampling import SamplingParams, choose, uniform_draws
+from twinloop.serving.session import cuda_devices
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -176,7 +175,7 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
 
 
 def test_the_binding_of_every_step_outlives_those_of_many_prompts(engine, monkeypatch):
-    monkeypatch.setattr("serving.engine._BINDINGS_KEPT", 4)
+    monkeypatch.setattr("twinloop.serving.engine._BINDINGS_KEPT", 4)
     bind, bound = ort.InferenceSession.io_binding, []
     monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: bound.append(self) or bind(self))
     engine.reset()
@@ -362,5 +361,7 @@ def test_sampling_out_of_bounds_is_refused():
 
 
 def test_serving_imports_no_torch():
-    code = "import serving.engine, serving.scheduler, models.onnx_bundle, sys; assert 'torch' not in sys.modules"
+    code = (
+        "import twinloop.serving.engine, serving.scheduler, models.onnx_bundle, sys; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from served import POLICIES, small_tokenizer
 from test_scheduler import Gate, small_engine, wait_for
-
-from serving.decisions import DecisionService, ModelInfo
-from serving.live import Live, Refusal
-from serving.retrieval import PolicyIndex
-from serving.returns import RETURNS
-from serving.sampling import SamplingParams
-from serving.scheduler import Scheduler, SchedulerClosedError, Stream
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.live import Live, Refusal
+from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.returns import RETURNS
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.scheduler import Scheduler, SchedulerClosedError, Stream
 
 LONG = SamplingParams(max_tokens=50)
 

@@ -9,10 +9,9 @@ import sys
 import time
 
 import pytest
-
-from common.errors import UserError
-from domains.returns.policies import Policy
-from serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import Policy
+from twinloop.serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
@@ -27,7 +26,7 @@ def index(tmp_path):
 
 
 def put_in_another_process(path, policy_id, text):
-    code = "import sys; from serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
+    code = "import sys; from twinloop.serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
     subprocess.run([sys.executable, "-c", code, str(path), policy_id, text], check=True, timeout=60)
 
 
@@ -172,7 +171,7 @@ def test_a_torn_last_line_is_not_there_and_the_next_put_repairs_it(index, kept):
 def test_a_writer_killed_at_any_moment_leaves_only_whole_versions(index):
     code = """
 import sys
-from serving.retrieval import PolicyIndex
+from twinloop.serving.retrieval import PolicyIndex
 index = PolicyIndex(sys.argv[1])
 number = 0
 while True:
@@ -292,9 +291,9 @@ def test_the_first_checksum_vouches_for_the_times_of_the_lines_before_it(earlier
 
 FULL_DISK = """
 import resource, sys
-from domains.returns.policies import Policy
-from common.errors import UserError
-from serving.retrieval import PolicyIndex
+from twinloop.domains.returns.policies import Policy
+from twinloop.common.errors import UserError
+from twinloop.serving.retrieval import PolicyIndex
 
 path, room, method = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 index = PolicyIndex(path)
@@ -352,7 +351,7 @@ def test_a_version_that_did_not_reach_the_disk_is_taken_back(index, monkeypatch,
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"serving.retrieval.os.{failing}", fails)
+        patched.setattr(f"twinloop.serving.retrieval.os.{failing}", fails)
         with pytest.raises(UserError, match=r"cannot be written \(Input/output error\), nothing was changed"):
             index.put("P-7", "damaged items within 7 days")
     assert index.path.read_bytes() == before

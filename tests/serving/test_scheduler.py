@@ -10,13 +10,12 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-
-from common.errors import UserError
-from models.config import DecoderConfig
-from models.decoder import Decoder
-from serving.engine import Engine
-from serving.sampling import SamplingParams
-from serving.scheduler import QueueFullError, Scheduler, SchedulerClosedError
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.serving.engine import Engine
+from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.scheduler import QueueFullError, Scheduler, SchedulerClosedError
 
 CONFIG = DecoderConfig(
     vocab_size=96,

@@ -6,15 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-
-from common.errors import UserError
-from domains.returns.generator import GeneratorParams, generate
-from models.tokenizer import train_tokenizer
-from records.validated import read_records
-from records.validation import validate
-from registry.artifact import Artifact, ArtifactStore
-from tasks.lengths import check_lengths, measure_lengths
-from tasks.recipe import Recipe, ValidateSettings, load_recipe
+from twinloop.common.errors import UserError
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.models.tokenizer import train_tokenizer
+from twinloop.records.validated import read_records
+from twinloop.records.validation import validate
+from twinloop.registry.artifact import Artifact, ArtifactStore
+from twinloop.tasks.lengths import check_lengths, measure_lengths
+from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 

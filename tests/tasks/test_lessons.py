@@ -12,7 +12,7 @@ def test_lessons_and_the_benchmarks_on_them_need_neither_orchestration_nor_track
 import sys
 for name in ("prefect", "mlflow", "dvc", "polars", "pandera"):
     sys.modules[name] = None  # an import raises
-import tasks.lessons.pretrain, tasks.lessons.sft, tasks.lessons.dpo, tasks.lessons.rlvr, tasks.learn
+import twinloop.tasks.lessons.pretrain, tasks.lessons.sft, tasks.lessons.dpo, tasks.lessons.rlvr, tasks.learn
 import benchmarks.__main__, benchmarks.lifecycle
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from common.errors import UserError
-from tasks import runtime
-from tasks.recipe import ExportSettings, PretrainSettings, load_recipe
-from tasks.runtime import Runtime
+from twinloop.common.errors import UserError
+from twinloop.tasks import runtime
+from twinloop.tasks.recipe import ExportSettings, PretrainSettings, load_recipe
+from twinloop.tasks.runtime import Runtime
 
 PROJECT = Path(__file__).parents[2]
 TINY = (PROJECT / "recipes" / "tiny.yaml").read_text()

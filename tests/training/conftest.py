@@ -1,9 +1,8 @@
 import pytest
 import torch
 from small import TINY, Texts
-
-from models.decoder import Decoder
-from training.weights import new_decoder
+from twinloop.models.decoder import Decoder
+from twinloop.training.weights import new_decoder
 
 
 @pytest.fixture(autouse=True)

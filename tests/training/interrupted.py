@@ -6,11 +6,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from small import TINY, Texts
-
-from training.loop import TrainSettings, train
-from training.objectives import NextToken
-from training.stream import BatchStream
-from training.weights import new_decoder
+from twinloop.training.loop import TrainSettings, train
+from twinloop.training.objectives import NextToken
+from twinloop.training.stream import BatchStream
+from twinloop.training.weights import new_decoder
 
 
 def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, optimizer="muon", device="cpu"):

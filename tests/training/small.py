@@ -1,9 +1,8 @@
 """A network small enough to train in milliseconds, and random tokens for it."""
 
 import numpy as np
-
-from models.config import DecoderConfig
-from training.tree import Tree, document, example, pair
+from twinloop.models.config import DecoderConfig
+from twinloop.training.tree import Tree, document, example, pair
 
 TINY = DecoderConfig(
     vocab_size=64,

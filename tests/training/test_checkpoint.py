@@ -1,9 +1,8 @@
 """Checkpoints on disk: whole, checked, and never pickled."""
 
 import torch
-
-from training import checkpoint
-from training.checkpoint import Checkpoint
+from twinloop.training import checkpoint
+from twinloop.training.checkpoint import Checkpoint
 
 
 def write(folder, step):

@@ -5,13 +5,12 @@ import pytest
 import torch
 from interrupted import run
 from test_rollouts import stream_for
-
-from training.loop import TrainSettings, train
-from training.objectives import GroupRelative
-from training.packing import pack
-from training.scoring import tree_logprobs
-from training.tree import collate, scored_logprobs
-from training.weights import new_decoder
+from twinloop.training.loop import TrainSettings, train
+from twinloop.training.objectives import GroupRelative
+from twinloop.training.packing import pack
+from twinloop.training.scoring import tree_logprobs
+from twinloop.training.tree import collate, scored_logprobs
+from twinloop.training.weights import new_decoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 CUDA = torch.device("cuda")

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import run
-
-from common.errors import UserError
-from training import checkpoint
-from training.loop import TrainSettings, train
-from training.objectives import NextToken
-from training.stream import BatchStream
-from training.tree import document
-from training.weights import new_decoder
+from twinloop.common.errors import UserError
+from twinloop.training import checkpoint
+from twinloop.training.loop import TrainSettings, train
+from twinloop.training.objectives import NextToken
+from twinloop.training.stream import BatchStream
+from twinloop.training.tree import document
+from twinloop.training.weights import new_decoder
 
 
 class StoppedError(Exception):

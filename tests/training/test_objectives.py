@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-
-from training.loop import _accumulate
-from training.objectives import DirectPreference, GroupRelative, NextToken
-from training.packing import pack
-from training.scoring import attach_reference
-from training.stream import BatchStream, Step, micro_batches
-from training.tree import Tree, collate, document, example, group, scored_logprobs
+from twinloop.training.loop import _accumulate
+from twinloop.training.objectives import DirectPreference, GroupRelative, NextToken
+from twinloop.training.packing import pack
+from twinloop.training.scoring import attach_reference
+from twinloop.training.stream import BatchStream, Step, micro_batches
+from twinloop.training.tree import Tree, collate, document, example, group, scored_logprobs
 
 CPU = torch.device("cpu")
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from training.objectives import NextToken
-from training.optim import (
+from twinloop.training.objectives import NextToken
+from twinloop.training.optim import (
     MAX_GRAD_NORM,
     UPDATE_RMS,
     OptimizerSettings,
@@ -12,9 +11,9 @@ from training.optim import (
     learning_rate_at,
     orthogonalise,
 )
-from training.packing import pack
-from training.tree import collate, scored_logprobs
-from training.weights import new_decoder
+from twinloop.training.packing import pack
+from twinloop.training.tree import collate, scored_logprobs
+from twinloop.training.weights import new_decoder
 
 
 def backward(model, texts):

@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-
-from training.reproducible import reproducible
+from twinloop.training.reproducible import reproducible
 
 CUDA = torch.device("cuda")
 

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-
-from serving.engine import Engine
-from training.loop import TrainSettings, train
-from training.objectives import GroupRelative
-from training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
-from training.sampler import BoundSampler
-from training.tree import scored_logprobs
-from training.weights import new_decoder
+from twinloop.serving.engine import Engine
+from twinloop.training.loop import TrainSettings, train
+from twinloop.training.objectives import GroupRelative
+from twinloop.training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
+from twinloop.training.sampler import BoundSampler
+from twinloop.training.tree import scored_logprobs
+from twinloop.training.weights import new_decoder
 
 STOP = 5
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-
-from training.packing import pack
-from training.scoring import ROWS_AT_ONCE, attach_reference, tree_logprobs
-from training.tree import collate, scored_logprobs
+from twinloop.training.packing import pack
+from twinloop.training.scoring import ROWS_AT_ONCE, attach_reference, tree_logprobs
+from twinloop.training.tree import collate, scored_logprobs
 
 ROW_LENGTH = 32
 

@@ -1,10 +1,9 @@
 """The stream of batches: everything once an epoch, and a position that survives."""
 
 import pytest
-
-from common.errors import UserError
-from training.stream import BatchStream
-from training.tree import document, example
+from twinloop.common.errors import UserError
+from twinloop.training.stream import BatchStream
+from twinloop.training.tree import document, example
 
 
 def targets(step):

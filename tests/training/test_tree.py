@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-
-from common.errors import UserError
-from training.packing import cut, pack
-from training.tree import (
+from twinloop.common.errors import UserError
+from twinloop.training.packing import cut, pack
+from twinloop.training.tree import (
     Segment,
     Tree,
     attention_mask,
