@@ -16,14 +16,14 @@ from pathlib import Path
 
 import onnxruntime as ort
 import torch
-from twinloop.common.errors import UserError
-from twinloop.registry.tracking import code_version
 
 from benchmarks.decode import rollout_rows, step_rows
 from benchmarks.material import STAGES, Material, arguments, machine, material
 from benchmarks.overhead import overhead_rows
 from benchmarks.table import Row, show
 from benchmarks.training import muon_rows, stage_rows
+from twinloop.common.errors import UserError
+from twinloop.registry.tracking import code_version
 
 FULL_SECONDS, FULL_STAGE_SECONDS = 30.0, 62.0
 SECONDS, STAGE_SECONDS = 8.0, 15.0

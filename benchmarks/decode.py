@@ -21,6 +21,10 @@ from unittest.mock import patch
 
 import numpy as np
 import onnxruntime as ort
+
+from benchmarks.material import Material, arguments, material
+from benchmarks.table import Row, percent, promise, show
+from benchmarks.torch_sampler import TorchSampler
 from twinloop.models.config import Precision
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
@@ -28,10 +32,6 @@ from twinloop.serving.engine import Engine
 from twinloop.serving.sampling import choose
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.weights import get_weights
-
-from benchmarks.material import Material, arguments, material
-from benchmarks.table import Row, percent, promise, show
-from benchmarks.torch_sampler import TorchSampler
 
 SLOTS = (1, 8, 32)
 STEPS = 200

@@ -25,6 +25,9 @@ from tempfile import TemporaryDirectory
 
 import onnxruntime as ort
 import torch
+
+from benchmarks.decode import SLOTS, time_steps
+from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.evaluation.cases import CaseReport, read_cases, run_cases
@@ -40,9 +43,6 @@ from twinloop.tasks.parity import parity
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.training.loop import StepReport, train
 from twinloop.training.weights import get_weights, load_decoder
-
-from benchmarks.decode import SLOTS, time_steps
-from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
 
 KINDS = ("golden", "held_out", "injection")
 COMPARED_PROMPTS = 16
@@ -161,7 +161,7 @@ def answer(given: Material, bundle: Path) -> tuple[CaseReport, float]:
     """What the engine answers to the cases, judged; and cases a second."""
     settings = given.recipe.evaluate
     engine = Engine.load(bundle, slots=settings.slots, threads=given.runtime.threads)
-    cases = read_cases(given.records("policy_cases"), Facts.from_record)
+    cases = read_cases(given.records("cases"), Facts.from_record)
     began = time.perf_counter()
     found = run_cases(engine, given.tokenizer, cases, verify, max_tokens=settings.max_new_tokens)
     return found, len(cases) / (time.perf_counter() - began)
@@ -174,7 +174,7 @@ def judge(given: Material, precision: Precision, work: Path) -> list[str]:
     began = time.perf_counter()
     export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
     seconds = time.perf_counter() - began
-    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in given.records("policy_cases")][:COMPARED_PROMPTS]
+    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in given.records("cases")][:COMPARED_PROMPTS]
     longest = given.recipe.rlvr.max_new_tokens
     same = parity(model, bundle, prompts, max_tokens=longest, stop_id=tokenizer.stop_id, threads=threads)
     found, speed = answer(given, bundle)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.verifier import Facts, verify
@@ -61,7 +62,7 @@ class Material:
     @cached_property
     def prompts(self) -> list[list[int]]:
         """What verifier RL samples answers to."""
-        return [self.tokenizer.encode_prompt(record["prompt"]) for record in self.records("rl_prompts")]
+        return [self.tokenizer.encode_prompt(record["prompt"]) for record in self.records("prompts")]
 
     @property
     def context(self) -> int:
@@ -78,11 +79,11 @@ class Material:
                 texts = (record["text"] for record in self.records("corpus"))
                 return pretrain.lesson(texts, tokenizer, settings.pretrain, runtime)
             case "sft":
-                return sft.lesson(self.records("sft_examples"), tokenizer, settings.sft, runtime)
+                return sft.lesson(self.records("chat"), tokenizer, settings.sft, runtime)
             case "dpo":
-                return dpo.lesson(self.records("preference_pairs"), network, tokenizer, settings.dpo, runtime)
+                return dpo.lesson(self.records("preferences"), network, tokenizer, settings.dpo, runtime)
             case "rlvr":
-                prompts = self.records("rl_prompts")
+                prompts = self.records("prompts")
                 return rlvr.lesson(prompts, network, tokenizer, settings.rlvr, runtime, judge=judge)
 
 

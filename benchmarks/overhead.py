@@ -18,15 +18,14 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.material import Material, arguments, material
+from benchmarks.table import Row, percent, promise, show
+from benchmarks.training import Unwatched, stage_rows
 from twinloop.flows.environment import prepare_environment, quiet_prefect
 from twinloop.flows.server import embedded_server, wait_until_ready
 from twinloop.records.dataset import DataVersion
 from twinloop.registry.tracking import CodeVersion, Tracker
 from twinloop.tasks.context import Context
-
-from benchmarks.material import Material, arguments, material
-from benchmarks.table import Row, percent, promise, show
-from benchmarks.training import Unwatched, stage_rows
 
 SECONDS = 15.0
 MINUTE_S = 60.0
@@ -126,6 +125,7 @@ def run_stage(given: Material, tokens: int) -> Stage:
         began = time.perf_counter()
         with embedded_server(project):
             from prefect import flow
+
             from twinloop.tasks.prepare import validate_data
             from twinloop.tasks.pretrain import pretrain
             from twinloop.tasks.tokenize import tokenize

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from twinloop.models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
 from twinloop.serving.sampling import uniform_draws
 

@@ -20,6 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+
+from benchmarks.material import STAGES, Material, Stage, arguments, material
+from benchmarks.table import Row, percent, show
+from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.verifier import Facts
 from twinloop.registry.tracking import Execution, Mlruns, Tracker
 from twinloop.tasks.context import Report
@@ -28,9 +32,6 @@ from twinloop.tasks.recipe import Packed
 from twinloop.training.loop import StepReport, TrainResult, train
 from twinloop.training.optim import OptimizerSettings, build_optimizer
 from twinloop.training.stream import Batches, Step
-
-from benchmarks.material import STAGES, Material, Stage, arguments, material
-from benchmarks.table import Row, percent, show
 
 WARM_STEPS = 3
 SECONDS = 8.0
@@ -126,15 +127,9 @@ class First:
         self.batches.restore(state)
 
 
-@dataclass(frozen=True)
-class Chance:
-    reward: float
-    parsed: bool = True
-
-
-def pay_by_chance(answer: str, facts: Facts) -> Chance:
+def pay_by_chance(answer: str, facts: Facts) -> Verdict:
     """The same for the same answer, and for half of all."""
-    return Chance(float(zlib.crc32(answer.encode()) % 2))
+    return Verdict.of({"chance": zlib.crc32(answer.encode()) % 2 == 1}, output=answer)
 
 
 class Unwatched:

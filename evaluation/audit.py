@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+from twinloop.domains.domain import Verdict
 
 FactsT = TypeVar("FactsT")
 MAX_SLIPS = 100
 """Slips kept word for word; all are counted."""
-
-
-class Judgement(Protocol):
-    """What a verifier returns: one boolean a predicate, and 1 only when all hold."""
-
-    @property
-    def predicates(self) -> Mapping[str, bool]: ...
-    @property
-    def parsed(self) -> bool: ...
-    @property
-    def reward(self) -> int: ...
-    @property
-    def reasons(self) -> list[str]: ...
 
 
 class Slip(BaseModel):
@@ -72,7 +61,7 @@ class AuditReport(BaseModel):
 
 
 def audit_verifier(
-    verify: Callable[[str, FactsT], Judgement],
+    verify: Callable[[str, FactsT], Verdict],
     goods: Iterable[tuple[str, FactsT]],
     mutate: Callable[[str, FactsT], Iterable[tuple[str, str]]],
     shortcuts: Callable[[FactsT], Iterable[tuple[str, str]]],
@@ -113,10 +102,10 @@ def audit_verifier(
     )
 
 
-def _judge(verify: Callable[[str, FactsT], Judgement], output: str, facts: FactsT) -> tuple[int | None, str, bool]:
+def _judge(verify: Callable[[str, FactsT], Verdict], output: str, facts: FactsT) -> tuple[float | None, str, bool]:
     """(reward, why not 1, parsed); no reward at all where the verifier raised."""
     try:
         verdict = verify(output, facts)
     except Exception as error:  # whatever it is, it is a finding of the audit
         return None, f"the verifier raised {type(error).__name__}: {error}", True
-    return verdict.reward, "; ".join(verdict.reasons), verdict.parsed
+    return verdict.reward, "; ".join(verdict.reasons.values()), verdict.parsed

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Verdict
 from twinloop.evaluation.claims import claims_action
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
@@ -35,21 +37,6 @@ class Generator(Protocol):
     def generate(
         self, prompts: list[list[int]], *, max_tokens: int, temperature: float, stop_ids: Sequence[int]
     ) -> Sequence[Completion]: ...
-
-
-class Verdict(Protocol):
-    """What the domain's verifier returns."""
-
-    @property
-    def predicates(self) -> Mapping[str, bool]: ...
-    @property
-    def parsed(self) -> bool: ...
-    @property
-    def decision(self) -> Mapping[str, Any] | None: ...
-    @property
-    def reward(self) -> int: ...
-    @property
-    def reasons(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -208,7 +195,7 @@ def compare(candidate: CaseReport, champion: CaseReport, *, version: str) -> Com
 
 def _report(judged: Sequence[tuple[Case[FactsT], str, str, Verdict]]) -> CaseReport:
     results = tuple(
-        CaseResult(case_id=case.case_id, kind=case.kind, pair_id=case.pair_id, passed=verdict.reward == 1)
+        CaseResult(case_id=case.case_id, kind=case.kind, pair_id=case.pair_id, passed=verdict.passed)
         for case, _, _, verdict in judged
     )
     verdicts = [verdict for *_, verdict in judged]
@@ -225,26 +212,24 @@ def _report(judged: Sequence[tuple[Case[FactsT], str, str, Verdict]]) -> CaseRep
             kind: Rate.of([result.passed for result in results if result.kind == kind])
             for kind in sorted({result.kind for result in results})
         },
-        by_predicate={
-            name: Rate.of([verdict.predicates[name] for verdict in verdicts]) for name in verdicts[0].predicates
-        },
+        by_predicate={name: Rate.of([verdict.checks[name] for verdict in verdicts]) for name in verdicts[0].checks},
         flip_pairs=Rate.of(list(pairs.values())),
         side_effect_claims=claims,
         unparsed=sum(not verdict.parsed for verdict in verdicts),
         truncated=sum(finish_reason == "length" for _, _, finish_reason, _ in judged),
         results=results,
-        failures=tuple(_failure(*one) for one in judged if one[-1].reward != 1),
+        failures=tuple(_failure(*one) for one in judged if not one[-1].passed),
     )
 
 
 def _failure(case: Case[FactsT], output: str, finish_reason: str, verdict: Verdict) -> CaseFailure:
-    failed = tuple(name for name, holds in verdict.predicates.items() if not holds)
+    failed = verdict.failed
     claims = _claims_action(output, verdict)
     owner = route(
         Failure(
             failed_predicates=frozenset(failed),
             claims_action=claims,
-            missing_fields=tuple(name for name, value in (verdict.decision or {}).items() if value == ""),
+            missing_fields=tuple(name for name, value in (verdict.output or {}).items() if value == ""),
             release_regression=case.kind == "golden",
         )
     )
@@ -255,7 +240,7 @@ def _failure(case: Case[FactsT], output: str, finish_reason: str, verdict: Verdi
         output=output,
         finish_reason=finish_reason,
         failed=failed,
-        reasons=tuple(verdict.reasons),
+        reasons=tuple(verdict.reasons.values()),
         claims_action=claims,
         expected=case.expected,
         owner=owner.owner,
@@ -265,6 +250,6 @@ def _failure(case: Case[FactsT], output: str, finish_reason: str, verdict: Verdi
 
 def _claims_action(output: str, verdict: Verdict) -> bool:
     """Whether an answer claims what no tool did, also one that is not a decision and so was never judged for it."""
-    if verdict.reward == 1:
+    if verdict.passed:
         return False
-    return (verdict.parsed and not verdict.predicates.get("no_side_effect", True)) or claims_action(output)
+    return (verdict.parsed and not verdict.checks.get("no_side_effect", True)) or claims_action(output)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.evaluation.cases import CaseReport, Comparison

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
 from twinloop.common.errors import UserError
 from twinloop.evaluation import metrics
 from twinloop.models.tokenizer import ChatTokenizer

@@ -59,6 +59,7 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
 def decide_once(project: Path, model: str, order: Mapping[str, Any], message: str) -> int:
     """Print the decision on one order as JSON; 1 when it is escalated."""
     from pydantic import ValidationError
+
     from twinloop.domains.returns.prompt import Order
     from twinloop.registry.champion import open_champion
 

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import TyperException
+
 from twinloop.common.errors import UserError
 from twinloop.flows.edge import MISTAKE, run_command
 from twinloop.flows.environment import prepare_environment, quiet_prefect
-from typer.exceptions import TyperException
 
 DEFAULT_RECIPE = Path("recipes/returns.yaml")
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
+
 from twinloop.flows.interrupt import raise_if_interrupted
 
 PLAIN_EVERY_S = 10.0

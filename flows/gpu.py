@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
 from twinloop.common.errors import UserError
 from twinloop.flows.server import has_shared_server
 from twinloop.flows.services import GPU_SLOT

@@ -13,6 +13,7 @@ import secrets
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
+
 from twinloop.serving.access import Headers, are_of_own_origin, is_for_this_machine
 
 OPEN_PATHS = ("/health",)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateRules, load_rules
 from twinloop.flows.answer import answer_over_http

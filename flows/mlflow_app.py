@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlflow.server.fastapi_app import app as mlflow_app
+
 from twinloop.flows.guard import ThisMachineOnly, WithSecret
 from twinloop.flows.secret import auth_string
 from twinloop.tasks.context import find_project

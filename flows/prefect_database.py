@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 from filelock import FileLock
+
 from twinloop.registry.database import Migrations, prepare_database
 
 

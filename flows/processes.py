@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
 from twinloop.common.errors import UserError
 from twinloop.common.files import has_room
 

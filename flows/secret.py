@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
+
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
 

@@ -96,6 +96,7 @@ def embedded_server(project: Path) -> Iterator[None]:
 def running_prefect(project: Path) -> str | None:
     """The API of the Prefect server that `make up` started, while it runs."""
     import psutil  # a bare device may lack it
+
     from twinloop.flows.processes import alive
 
     try:
@@ -171,6 +172,7 @@ def _serve(project: Path, port: int, listener: int | None) -> None:
 
 def _app(origins: list[str]) -> ASGIApp:
     from prefect.server.api.server import create_app
+
     from twinloop.flows.guard import ThisMachineOnly
 
     # Prefect's pages ask for their analytics' settings at another host even where they are off (3.8).

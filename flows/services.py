@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
+
 from twinloop.common.errors import UserError
 from twinloop.flows.edge import run_command
 from twinloop.flows.environment import prepare_environment

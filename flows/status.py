@@ -92,6 +92,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
 
 def show_plan(project: Path, recipe_path: Path) -> int:
     from rich.table import Table
+
     from twinloop.flows.display import make_console
     from twinloop.tasks.plan import make_plan
     from twinloop.tasks.recipe import load_recipe

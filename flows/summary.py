@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
 from twinloop.flows.outcome import Outcome, Stage
 
 # A predicate's name in one short word, in the verifier's order.

@@ -14,6 +14,7 @@ import ml_dtypes  # noqa: F401 (numpy knows bfloat16 once it is imported)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 

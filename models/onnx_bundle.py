@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.directory import check_tensors, load_config, load_tensors

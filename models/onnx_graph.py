@@ -26,6 +26,7 @@ from typing import Any, get_args
 import ml_dtypes
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_quantize import quantize_blocks

@@ -30,6 +30,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
+
 from twinloop.common.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import polars as pl
 import pyarrow as pa
 import pyarrow.json
-from twinloop.domains.returns.schemas import RecordType
+
+from twinloop.domains.record_types import RecordType
 from twinloop.records.rows import (
     LINE,
     Rows,

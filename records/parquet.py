@@ -10,8 +10,9 @@ from typing import Any
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
+
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.schemas import RecordType
+from twinloop.domains.record_types import RecordType
 from twinloop.records.rows import (
     INSTRUCTION_FORM,
     LINE,

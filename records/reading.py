@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.schemas import RecordType
+from twinloop.domains.record_types import RecordType
 from twinloop.records.jsonl import read_jsonl
 from twinloop.records.parquet import original_rows, read_parquet
 from twinloop.records.rows import Rows, frame_of

@@ -14,7 +14,8 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-from twinloop.domains.returns.schemas import RecordType
+
+from twinloop.domains.record_types import RecordType
 
 LINE = "line"
 INT64 = range(-(2**63), 2**63)

@@ -1,6 +1,6 @@
 """Nothing that a model is measured on may stand in what it is trained on.
 
-Held out are corpus_heldout and policy_cases. Four things can leak: a text (a corpus document or a prompt; letter case
+Held out are corpus_heldout and cases. Four things can leak: a text (a corpus document or a prompt; letter case
 and white space do not matter), an order id, a policy id, and a (window, days) pair. Which of them this data set
 promises to keep apart is for the recipe to say: a shop's own cases cite the shop's own policies.
 """
@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import polars as pl
+
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.schemas import MESSAGES
+from twinloop.domains.record_types import MESSAGES
 from twinloop.records.rows import LINE
 
 Apart = Literal["text", "order_id", "policy_id", "window_and_days"]
 
-TRAIN = ("corpus", "sft_examples", "preference_pairs", "rl_prompts")
-HELD_OUT = ("corpus_heldout", "policy_cases")
+TRAIN = ("corpus", "chat", "preferences", "prompts")
+HELD_OUT = ("corpus_heldout", "cases")
 
 IDS_A_PATTERN = 500
 """More in one pattern come near to the size at which the regular expression engine refuses it."""
@@ -94,7 +95,7 @@ def _key(frame: pl.DataFrame, kind: Apart, name: str) -> pl.Expr:
         if "text" in frame.columns:
             return normalised(pl.col("text"))
         asked = pl.col("messages").list.slice(0, pl.col("messages").list.len() - 1)
-        return _prompt_text(asked if name == "sft_examples" else pl.col("prompt"))
+        return _prompt_text(asked if name == "chat" else pl.col("prompt"))
     if "facts" not in frame.columns:
         return nothing
     if kind == "order_id":

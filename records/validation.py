@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import pandera.polars as pa
 import polars as pl
 from pandera.config import ValidationDepth, config_context
+
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.schemas import RECORD_TYPES, RecordType, audit_answer
+from twinloop.domains.record_types import RecordType
+from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer
 from twinloop.records.reading import data_files, original_lines, read_rows
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
 from twinloop.records.splits import Apart, check_splits
@@ -106,7 +108,7 @@ def check_rows(path: Path, record: RecordType) -> Rows:
     rows = read_rows(path, record)
     read = len(rows.frame) + len(rows.rejected)
     reasons = _broken_rules(rows.frame, record)
-    if record.name == "sft_examples":
+    if record.name == "chat":
         reasons |= _unlearnable(rows.frame, reasons)
     reasons |= _duplicates(rows.frame, record, reasons)
     if reasons:

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from twinloop.common.files import fsync, write_whole
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from twinloop.common.errors import UserError
 from twinloop.common.files import fsync, write_all
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import Timeout
+
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
 from twinloop.registry.ledger import Contents, Entry, Ledger, pile

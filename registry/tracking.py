@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
+
 from twinloop.common.errors import is_disk_full, one_line
 from twinloop.registry.database import Migrations, prepare_database
 

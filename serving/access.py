@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
+
 from twinloop.serving.errors import ApiError, error_body
 
 Headers = Sequence[tuple[bytes, bytes]]

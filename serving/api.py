@@ -19,6 +19,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp
+
 from twinloop.common.errors import UserError
 from twinloop.serving.access import OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router

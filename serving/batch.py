@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
 from twinloop.common.errors import UserError
 from twinloop.serving.sampling import choose, uniform_draws
 

@@ -15,6 +15,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
 from twinloop.common.errors import UserError
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.errors import ApiError, error_body

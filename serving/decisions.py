@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.verifier import Verdict
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.generation import GivenUpError, TextStream
 from twinloop.serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
@@ -152,7 +153,7 @@ class PendingDecision(Generic[OrderT]):
             Reason(predicate=name, reason=words, owner=service.domain.owners.get(name, "inference serving"))
             for name, words in review.failures.items()
         ]
-        decision = review.verdict.decision if review.verdict is not None and not reasons else None
+        decision = review.verdict.output if review.verdict is not None and not reasons else None
         text = self._text
         timings = Timings(
             retrieval_ms=_milliseconds(self._retrieval_s),
@@ -185,7 +186,7 @@ class PendingDecision(Generic[OrderT]):
             return _Review(None, None, {"generation": f"the model could not answer ({type(error).__name__})"})
         try:
             verdict = self._service.domain.check(output, self._order, self._found.passages)
-            return _Review(output, verdict, _failures(verdict))
+            return _Review(output, verdict, verdict.reasons)
         except Exception as error:  # an answer that could not be checked is not returned
             log.exception("check failed")
             return _Review(output, None, {"check": f"the answer could not be checked ({type(error).__name__})"})
@@ -199,7 +200,7 @@ class PendingDecision(Generic[OrderT]):
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._text.completion_tokens if self._text is not None else 0,
             output_text=review.output_text,
-            predicates=dict(review.verdict.predicates) if review.verdict is not None else {},
+            predicates=dict(review.verdict.checks) if review.verdict is not None else {},
             **{name: getattr(response, name) for name in DecisionResponse.model_fields},
         )
 
@@ -273,14 +274,6 @@ class DecisionService(Generic[OrderT]):
         pending = PendingDecision(self, order, message, started=time.perf_counter())
         pending.begin()
         return pending
-
-
-def _failures(verdict: Verdict) -> dict[str, str]:
-    """Each predicate that does not hold, and its explanation. An unparsed answer fails that one predicate only."""
-    if not verdict.parsed:
-        return {"parsed": "; ".join(verdict.reasons)}
-    failed = [name for name, holds in verdict.predicates.items() if not holds]
-    return dict(zip(failed, verdict.reasons, strict=True))
 
 
 def _milliseconds(seconds: float) -> float:

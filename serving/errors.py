@@ -11,6 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+
 from twinloop.common.errors import UserError
 from twinloop.serving.generation import GivenUpError
 from twinloop.serving.retrieval import PolicyError, PolicyIndexError

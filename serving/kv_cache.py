@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import onnxruntime as ort
+
 from twinloop.models.config import DecoderConfig
 
 Device = Literal["cpu", "cuda"]

@@ -6,6 +6,7 @@ import asyncio
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
 from twinloop.serving.errors import ApiError, error_body
 from twinloop.serving.metrics import Metrics
 

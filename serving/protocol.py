@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import h11
-from twinloop.serving.errors import error_body
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from twinloop.serving.errors import error_body
 
 _BODY = json.dumps(error_body(400, "this is not a valid HTTP request")).encode()
 _NOT_HTTP = (

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
+
 from twinloop.serving.engine import Engine
 from twinloop.serving.sampling import SamplingParams, choose, uniform_draws
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_bundle import GRAPH_FILE

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_all
 

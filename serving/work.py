@@ -9,6 +9,7 @@ import anyio
 import anyio.to_thread
 from fastapi import Request
 from starlette.requests import ClientDisconnect
+
 from twinloop.serving.generation import GivenUpError
 
 T = TypeVar("T")

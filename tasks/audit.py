@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -26,7 +27,7 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
         from twinloop.evaluation.audit import audit_verifier
         from twinloop.records.validated import read_records
 
-        records = islice(read_records(data.path, "rl_prompts"), AUDITED_CASES)
+        records = islice(read_records(data.path, "prompts"), AUDITED_CASES)
         facts = [Facts.from_record(record["facts"]) for record in records]
         found = audit_verifier(verify, [(good_answer(each), each) for each in facts], mutate, shortcuts)
         if not found.passed:

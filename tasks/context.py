@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
+
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.fingerprint import fingerprint

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import PreferenceSettings
@@ -25,7 +26,7 @@ def dpo(
         from twinloop.tasks.lessons.dpo import lesson
 
         network, tokenizer = open_model(model.path, runtime)
-        records = read_records(data.path, "preference_pairs")
+        records = read_records(data.path, "preferences")
         objective, batches = lesson(records, network, tokenizer, settings, runtime)
         metrics = learn(
             network,

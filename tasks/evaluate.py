@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
 from twinloop.tasks.recipe import EvaluateSettings
@@ -50,9 +51,7 @@ def evaluate_bundle(
     from twinloop.tasks.measure import measure_engine
 
     tokenizer = ChatTokenizer.load(bundle)
-    prompts = [
-        tokenizer.encode_prompt(case["prompt"]) for case in read_records(data.path, "policy_cases")[:SERVED_PROMPTS]
-    ]
+    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in read_records(data.path, "cases")[:SERVED_PROMPTS]]
     footprint = measure_footprint(
         bundle,
         prompts,

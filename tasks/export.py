@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -25,6 +26,7 @@ def export(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
+
         from twinloop.models.onnx_bundle import export_bundle
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
@@ -33,7 +35,7 @@ def export(
         torch.set_num_threads(runtime.threads)
         bundle = export_bundle(model.path, out, precision=precision, max_length=max_length)
         tokenizer = ChatTokenizer.load(model.path)
-        cases = read_records(data.path, "policy_cases")[:COMPARED_CASES]
+        cases = read_records(data.path, "cases")[:COMPARED_CASES]
         found = parity(
             model.path,
             out,

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.evaluation.metrics import percentile
 from twinloop.serving.engine import Engine
 from twinloop.serving.sampling import SamplingParams

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.evaluation.cases import CaseReport, compare
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
 from twinloop.registry.artifact import Artifact

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.tokenizer import ChatTokenizer

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.common.errors import UserError
 from twinloop.records.validated import read_records, source_line
 from twinloop.registry.artifact import Artifact
@@ -52,10 +53,10 @@ def _case_prompt(tokenizer: ChatTokenizer, record: Mapping[str, Any]) -> dict[st
 
 
 MEASURED: Mapping[str, Lengths] = {
-    "sft_examples": _example,
-    "preference_pairs": _pair,
-    "rl_prompts": _rl_prompt,
-    "policy_cases": _case_prompt,
+    "chat": _example,
+    "preferences": _pair,
+    "prompts": _rl_prompt,
+    "cases": _case_prompt,
 }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
 from twinloop.tasks.recipe import EvaluateSettings
@@ -78,7 +79,7 @@ def measure_engine(
 
     tokenizer = ChatTokenizer.load(tokenizer_dir)
     text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data, "corpus_heldout")))
-    cases = read_cases(choose_cases(read_records(data, "policy_cases"), limit), Facts.from_record)
+    cases = read_cases(choose_cases(read_records(data, "cases"), limit), Facts.from_record)
     found = run_cases(
         engine,
         tokenizer,

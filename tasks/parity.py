@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
 from twinloop.training.weights import load_decoder

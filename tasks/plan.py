@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.decoder import Decoder
 from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
@@ -86,7 +87,7 @@ def _tokens(recipe: Recipe, project: Path, stage: str) -> int | None:
     if stage == "rlvr":
         sampled = recipe.rlvr.steps * recipe.rlvr.prompts_per_step * recipe.rlvr.group_size * recipe.rlvr.max_new_tokens
         return round(sampled * (1 + ROLLOUT_COST))
-    file = project / "data" / {"sft": "sft_examples.jsonl", "dpo": "preference_pairs.jsonl"}[stage]
+    file = project / "data" / {"sft": "chat.jsonl", "dpo": "preferences.jsonl"}[stage]
     if not file.exists():
         return None
     epochs = recipe.sft.epochs if stage == "sft" else recipe.dpo.epochs

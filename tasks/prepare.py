@@ -9,6 +9,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.records.dataset import DataVersion, build_data, is_current
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report

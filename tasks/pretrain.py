@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import ModelSettings, PretrainSettings
@@ -28,6 +29,7 @@ def pretrain(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
+
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
         from twinloop.tasks.learn import learn

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import Promotion, promote, record_gate

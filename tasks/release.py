@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.common.errors import UserError
 from twinloop.evaluation.cases import CaseReport
 from twinloop.evaluation.gate import GateReport, GateRules, judge

@@ -8,6 +8,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import ReinforceSettings
@@ -34,7 +35,7 @@ def rlvr(
         from twinloop.tasks.lessons.rlvr import lesson
 
         network, tokenizer = open_model(model.path, runtime)
-        records = read_records(data.path, "rl_prompts")
+        records = read_records(data.path, "prompts")
         objective, rollouts = lesson(records, network, tokenizer, settings, runtime)
         metrics = learn(
             network,

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import Precision
 from twinloop.tasks.recipe import Recipe

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import FinetuneSettings
@@ -23,7 +24,7 @@ def sft(context: Context, settings: FinetuneSettings, runtime: Runtime, *, data:
         from twinloop.tasks.lessons.sft import lesson
 
         network, tokenizer = open_model(model.path, runtime)
-        records = read_records(data.path, "sft_examples")
+        records = read_records(data.path, "chat")
         objective, batches = lesson(records, tokenizer, settings, runtime)
         metrics = learn(
             network,

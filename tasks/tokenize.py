@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -30,10 +31,10 @@ def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -
 
         tokenizer = train_tokenizer((r["text"] for r in read_records(data.path, "corpus")), settings.vocab_size)
         conversations = {
-            "sft_examples": [record["messages"] for record in read_records(data.path, "sft_examples")],
-            "preference_pairs": [
+            "chat": [record["messages"] for record in read_records(data.path, "chat")],
+            "preferences": [
                 [*record["prompt"], {"role": "assistant", "content": record[side]}]
-                for record in read_records(data.path, "preference_pairs")
+                for record in read_records(data.path, "preferences")
                 for side in SIDES
             ],
         }
@@ -41,7 +42,7 @@ def tokenize(context: Context, settings: TokenizerSettings, *, data: Artifact) -
             checked = check_template(tokenizer, examples)
             if not checked.passed:
                 first = checked.problems[0]
-                row = first.index // len(SIDES) if name == "preference_pairs" else first.index
+                row = first.index // len(SIDES) if name == "preferences" else first.index
                 file, line = source_line(data.path, name, row)
                 raise UserError(
                     f"data/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "

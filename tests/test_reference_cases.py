@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
@@ -112,7 +113,7 @@ def test_verifier_asks_for_quoted_evidence_and_well_formed_json() -> None:
     good = {"eligible": True, "policy_id": "P-7", "label_created": False}
     assert judged(good, about).reward == 1
     assert judged(good | {"evidence": "all items may come back within 30 days."}, about).reward == 0
-    twice = json.dumps(judged(good, about).decision)[:-1] + ', "eligible": true}'
+    twice = json.dumps(judged(good, about).output)[:-1] + ', "eligible": true}'
     assert verify(twice, about).reward == 0
     assert not verify(twice, about).parsed
 

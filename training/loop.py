@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.training import checkpoint

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from twinloop.training.tree import TreeBatch
 
 Metrics = dict[str, Tensor]

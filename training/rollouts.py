@@ -14,10 +14,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Verdict
 from twinloop.models.decoder import Decoder
 from twinloop.serving.batch import Completion
 from twinloop.training.packing import pack
@@ -28,16 +30,6 @@ from twinloop.training.tree import Tree, TreeBatch, group
 
 MAX_ROUNDS = 4
 ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # of a row's length: a vector's width, FlexAttention's block
-
-
-class Verdict(Protocol):
-    """What the stream needs of a verifier's answer."""
-
-    @property
-    def reward(self) -> float: ...
-
-    @property
-    def parsed(self) -> bool: ...
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from onnxruntime import OrtValue
 from torch import Tensor
+
 from twinloop.models.decoder import Decoder
 from twinloop.serving.batch import Completion
 from twinloop.serving.engine import Engine

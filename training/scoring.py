@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+
 from twinloop.models.decoder import Decoder
 from twinloop.training.packing import pack
 from twinloop.training.reproducible import reproducible

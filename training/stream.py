@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
 from twinloop.common.errors import UserError
 from twinloop.training.packing import Packing, Row, cut, pack
 from twinloop.training.tree import Tree, TreeBatch, collate

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
+
 from twinloop.common.errors import UserError
 from twinloop.models.chunks import LOGIT_CHUNK
 from twinloop.models.decoder import Decoder

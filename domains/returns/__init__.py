@@ -1,1 +1,5 @@
-"""Return decisions: may this order be sent back under the policy that holds today?"""
+"""The ready-made domain of the running example: return decisions under a policy."""
+
+from twinloop.domains.returns.domain import domain
+
+__all__ = ["domain"]

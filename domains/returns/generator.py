@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
+
 from twinloop.domains.returns.mutations import good_answer, write_decision
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import (
@@ -47,9 +48,9 @@ class GeneratorParams(BaseModel):
     corpus_indexes: int = Field(ge=1, description="pages that say which policy answers which reason")
     corpus_repeats: int = Field(ge=1, description="documents that repeat a span of their own")
     heldout_documents: int = Field(ge=1)
-    sft_examples: int = Field(ge=1)
-    preference_pairs: int = Field(ge=1)
-    rl_prompts: int = Field(ge=1)
+    chat: int = Field(ge=1)
+    preferences: int = Field(ge=1)
+    prompts: int = Field(ge=1)
     held_out_cases: int = Field(ge=1)
     flip_pairs: int = Field(ge=1)
     injection_cases: int = Field(ge=1)
@@ -506,7 +507,7 @@ def golden_records() -> list[Record]:
     return records
 
 
-def policy_cases(rng: random.Random, params: GeneratorParams) -> Iterator[Record]:
+def cases(rng: random.Random, params: GeneratorParams) -> Iterator[Record]:
     maker = CaseMaker(rng, params, held_out=True)
     yield from golden_records()
     for number in range(params.held_out_cases):
@@ -535,15 +536,15 @@ def served_policies() -> list[Record]:
 def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
     """Write every file of the data set into `out`. Returns the number of records a file.
 
-    Each file draws from a generator of its own, so one file's settings leave the others as they are.
+    Each file draws from a stream of its own, so one file's settings leave the others as they are.
     """
     out.mkdir(parents=True, exist_ok=True)
 
-    def rng(name: str) -> random.Random:
-        return random.Random(f"{params.seed}/{name}")
+    def rng(stream: str) -> random.Random:
+        return random.Random(f"{params.seed}/{stream}")
 
-    def repeated(name: str, make: Callable[[CaseMaker], Record], count: int) -> Iterator[Record]:
-        maker = CaseMaker(rng(name), params, held_out=False)
+    def repeated(stream: str, make: Callable[[CaseMaker], Record], count: int) -> Iterator[Record]:
+        maker = CaseMaker(rng(stream), params, held_out=False)
         return (make(maker) for _ in range(count))
 
     corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_indexes + params.corpus_repeats
@@ -553,10 +554,10 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
         "corpus_heldout": corpus_documents(
             rng("corpus_heldout"), params, params.heldout_documents / corpus_size, held_out=True
         ),
-        "sft_examples": repeated("sft_examples", sft_record, params.sft_examples),
-        "preference_pairs": repeated("preference_pairs", preference_record, params.preference_pairs),
-        "rl_prompts": repeated("rl_prompts", rl_record, params.rl_prompts),
-        "policy_cases": policy_cases(rng("policy_cases"), params),
+        "chat": repeated("sft_examples", sft_record, params.chat),
+        "preferences": repeated("preference_pairs", preference_record, params.preferences),
+        "prompts": repeated("rl_prompts", rl_record, params.prompts),
+        "cases": cases(rng("policy_cases"), params),
     }
     counts = {}
     for name, records in files.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from twinloop.domains.returns.policies import Policy
 
 REASONS = ("damaged", "defective", "late", "wrong", "unwanted", "incomplete")

@@ -10,24 +10,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
-import pandera.polars as pa
 import polars as pl
+
+from twinloop.domains.record_types import (
+    MAX_CORPUS_CHARACTERS,
+    MESSAGES,
+    RecordType,
+    Rules,
+    message_rules,
+    text_rules,
+)
 from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, Order
 from twinloop.domains.returns.verifier import FIELDS
 
-ROLES = ("system", "user", "assistant")
 CASE_KINDS = ("held_out", "golden", "flip", "injection")
 TARGET_FIELDS = ("eligible", "policy_id", "evidence")
 """What an answer must have to be learned from; the verifier asks for more."""
 
-MAX_CORPUS_CHARACTERS = 1_000_000
-MAX_TEXT_CHARACTERS = 100_000
-"""Longer ones are mistakes of an export, not texts: no context of ours would hold them."""
-
-MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 ORDER = pl.Struct(
     {"order_id": pl.String, "reason": pl.String, "damage_confirmed": pl.Boolean, "days_since_delivery": pl.Int64}
 )
@@ -87,42 +88,9 @@ def audit_answer(text: str) -> TargetVerdict:
 
 # --- rules: polars expressions with one boolean a row, where null stands for false
 
-Rules = dict[str, pl.Expr]
-
-_CONTENT, _ROLE = pl.element().struct.field("content"), pl.element().struct.field("role")
 _ORDER, _POLICY = pl.col("facts").struct.field("order"), pl.col("facts").struct.field("policy")
 _PASSAGES = pl.col("facts").struct.field("passages")
 _ORDER_RULES = Order.model_json_schema()["properties"]
-
-
-def _text_rules(column: str, limit: int = MAX_TEXT_CHARACTERS) -> Rules:
-    text = pl.col(column)
-    return {
-        f"{column} is empty": text.str.contains(r"\S"),
-        f"{column} is longer than {limit} characters": text.str.len_chars() <= limit,
-        f"{column} holds a NUL byte": ~text.str.contains("\0", literal=True),
-    }
-
-
-def _message_rules(column: str, *, answered: bool) -> Rules:
-    """Rules of a chat: it ends with the assistant's answer, or with the user's turn where the answer is to come."""
-    messages = pl.col(column)
-
-    def each(rule: pl.Expr) -> pl.Expr:
-        return messages.list.eval(rule.fill_null(value=False)).list.all()
-
-    last = messages.list.last().struct.field("role")
-    return {
-        f"{column} has an unknown role (known: {', '.join(ROLES)})": each(_ROLE.is_in(ROLES)),
-        f"{column} is without a question": messages.list.len() >= (2 if answered else 1),
-        f"{column} does not end with the {'assistant' if answered else 'user'}": last
-        == ("assistant" if answered else "user"),
-        f"{column} has a message that is empty": each(_CONTENT.str.contains(r"\S")),
-        f"{column} has a message longer than {MAX_TEXT_CHARACTERS} characters": each(
-            _CONTENT.str.len_chars() <= MAX_TEXT_CHARACTERS
-        ),
-        f"{column} has a message with a NUL byte": each(~_CONTENT.str.contains("\0", literal=True)),
-    }
 
 
 def _fact_rules(*, optional: bool) -> Rules:
@@ -177,69 +145,40 @@ def _verdict_rules() -> Rules:
 
 # --- one record type a file
 
-
-@dataclass(frozen=True)
-class RecordType:
-    """The rows of one file: `<name>.jsonl` or `<name>.parquet`."""
-
-    name: str
-    columns: Mapping[str, pl.DataType]
-    rules: Rules
-    optional: frozenset[str] = frozenset()
-    """Columns that may be left out or null."""
-    identity: tuple[str, ...] = ()
-    """Two rows equal in these are duplicates; empty: equal in all."""
-
-    def nullable(self, path: str) -> bool:
-        """Whether the field at a dotted path, such as facts.policy.window_days, may be null."""
-        return path in self.optional or path in OPTIONAL
-
-    @cached_property
-    def model(self) -> pa.DataFrameSchema:
-        """The pandera schema. Validate DataFrames with it: of a LazyFrame only the types would be looked at."""
-        return pa.DataFrameSchema(
-            {name: pa.Column(dtype, nullable=name in self.optional) for name, dtype in self.columns.items()},
-            checks=[_check(reason, rule) for reason, rule in self.rules.items()],
-            strict=True,
-            name=self.name,
-        )
-
-
-def _check(reason: str, rule: pl.Expr) -> pa.Check:
-    return pa.Check(lambda data: data.lazyframe.select(rule.fill_null(value=False)), name=reason)
-
-
 _CHOSEN_IS_REJECTED = {"chosen and rejected are the same": pl.col("chosen") != pl.col("rejected")}
 
 RECORD_TYPES: dict[str, RecordType] = {
     record.name: record
     for record in (
-        RecordType("corpus", {"text": pl.String()}, _text_rules("text", MAX_CORPUS_CHARACTERS)),
-        RecordType("corpus_heldout", {"text": pl.String()}, _text_rules("text", MAX_CORPUS_CHARACTERS)),
+        RecordType("corpus", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
+        RecordType("corpus_heldout", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
         RecordType(
-            "sft_examples",
+            "chat",
             {"messages": MESSAGES, "facts": FACTS},
-            _message_rules("messages", answered=True) | _fact_rules(optional=True),
+            message_rules("messages", answered=True) | _fact_rules(optional=True),
             optional=frozenset({"facts"}),
+            optional_fields=OPTIONAL,
         ),
         RecordType(
-            "preference_pairs",
+            "preferences",
             {"prompt": MESSAGES, "chosen": pl.String(), "rejected": pl.String(), "reason": pl.String(), "facts": FACTS},
-            _message_rules("prompt", answered=False)
-            | _text_rules("chosen")
-            | _text_rules("rejected")
+            message_rules("prompt", answered=False)
+            | text_rules("chosen")
+            | text_rules("rejected")
             | _CHOSEN_IS_REJECTED
             | _fact_rules(optional=True),
             optional=frozenset({"reason", "facts"}),
             identity=("prompt", "chosen", "rejected"),
+            optional_fields=OPTIONAL,
         ),
         RecordType(
-            "rl_prompts",
+            "prompts",
             {"prompt": MESSAGES, "facts": FACTS},
-            _message_rules("prompt", answered=False) | _judgeable_rules(),
+            message_rules("prompt", answered=False) | _judgeable_rules(),
+            optional_fields=OPTIONAL,
         ),
         RecordType(
-            "policy_cases",
+            "cases",
             {
                 "case_id": pl.String(),
                 "kind": pl.String(),
@@ -248,14 +187,15 @@ RECORD_TYPES: dict[str, RecordType] = {
                 "facts": FACTS,
                 "expected": EXPECTED,
             },
-            _text_rules("case_id") | _message_rules("prompt", answered=False) | _judgeable_rules() | _verdict_rules(),
+            text_rules("case_id") | message_rules("prompt", answered=False) | _judgeable_rules() | _verdict_rules(),
             optional=frozenset({"pair_id"}),
             identity=("case_id",),
+            optional_fields=OPTIONAL,
         ),
         RecordType(
             "policies",
             {"policy_id": pl.String(), "text": pl.String(), "version": pl.Int64()},
-            _text_rules("policy_id") | _text_rules("text"),
+            text_rules("policy_id") | text_rules("text"),
             optional=frozenset({"version"}),
         ),
     )

@@ -30,8 +30,8 @@ def _passing(answers: Iterator[tuple[str, Facts]]) -> dict[str, float]:
     total = 0
     for answer, facts in answers:
         verdict = verify(answer, facts)
-        held.update(name for name, holds in verdict.predicates.items() if holds)
-        held["all"] += verdict.reward
+        held.update(name for name, holds in verdict.checks.items() if holds)
+        held["all"] += verdict.passed
         total += 1
     return {name: round(held[name] / max(1, total), 4) for name in ("all", *PREDICATES)}
 
@@ -56,18 +56,18 @@ def _cases(path: Path) -> dict[str, Any]:
 
 def summarise(data: Path) -> dict[str, Any]:
     """Records of each file; what the verifier accepts of demonstrations and preferences; the mix of the cases."""
-    sft = ((r["messages"][-1]["content"], Facts.from_record(r["facts"])) for r in _records(data / "sft_examples.jsonl"))
+    sft = ((r["messages"][-1]["content"], Facts.from_record(r["facts"])) for r in _records(data / "chat.jsonl"))
     preferences = [
-        (r["chosen"], r["rejected"], Facts.from_record(r["facts"])) for r in _records(data / "preference_pairs.jsonl")
+        (r["chosen"], r["rejected"], Facts.from_record(r["facts"])) for r in _records(data / "preferences.jsonl")
     ]
     return {
         "records": {path.stem: sum(1 for _ in path.open("rb")) for path in sorted(data.glob("*.jsonl"))},
-        "sft_examples": {"passing": _passing(sft)},
-        "preference_pairs": {
+        "chat": {"passing": _passing(sft)},
+        "preferences": {
             "chosen_passing": _passing((chosen, facts) for chosen, _, facts in preferences)["all"],
             "rejected_passing": _passing((rejected, facts) for _, rejected, facts in preferences)["all"],
         },
-        "policy_cases": _cases(data / "policy_cases.jsonl"),
+        "cases": _cases(data / "cases.jsonl"),
     }
 
 

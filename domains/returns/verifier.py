@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.policies import Policy, covers, window_days
 from twinloop.domains.returns.prompt import Order, is_eligible
 
@@ -24,23 +25,6 @@ FIELDS: dict[str, type] = {
     "eligible": bool,
     "label_created": bool,
 }
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What was found. `predicates` has one boolean for each name in PREDICATES, all False when nothing was parsed."""
-
-    predicates: dict[str, bool]
-    decision: dict[str, Any] | None
-    reasons: list[str] = field(default_factory=list)
-
-    @property
-    def parsed(self) -> bool:
-        return self.predicates["parsed"]
-
-    @property
-    def reward(self) -> int:
-        return int(all(self.predicates.values()))
 
 
 @dataclass(frozen=True)
@@ -110,7 +94,7 @@ def quotes(evidence: str, passage: str) -> bool:
 
 
 def _unparsed(problem: str) -> Verdict:
-    return Verdict(dict.fromkeys(PREDICATES, False), None, [f"the answer is {problem}"])
+    return Verdict.unparsed(dict.fromkeys(PREDICATES, False), f"the answer is {problem}")
 
 
 def _verdict(decision: dict[str, Any], order: Order, policy: Policy, eligible: bool, policy_found: bool) -> Verdict:
@@ -132,7 +116,8 @@ def _verdict(decision: dict[str, Any], order: Order, policy: Policy, eligible: b
         "days": f"{decision['days']} days is not what the order says ({order.days_since_delivery})",
         "no_side_effect": "it claims that a label was created, and no tool ran",
     }
-    return Verdict(predicates, decision, [explanations[name] for name, holds in predicates.items() if not holds])
+    reasons = {name: explanations[name] for name, holds in predicates.items() if not holds}
+    return Verdict.of(predicates, output=decision, reasons=reasons)
 
 
 def verify(output_text: str, facts: Facts) -> Verdict:

@@ -22,7 +22,7 @@ def lesson(
     settings: PreferenceSettings,
     runtime: Runtime,
 ) -> tuple[DirectPreference, BatchStream]:
-    """records: preference_pairs. network: as it stands, the reference."""
+    """records: preferences. network: as it stands, the reference."""
     pairs = [
         pair(
             tokenizer.encode_prompt(record["prompt"]),

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.tasks.recipe import ReinforceSettings
 from twinloop.tasks.runtime import Runtime
 from twinloop.training.objectives import GroupRelative
-from twinloop.training.rollouts import RolloutSettings, RolloutStream, Verdict
+from twinloop.training.rollouts import RolloutSettings, RolloutStream
 
 
 def lesson(
@@ -24,7 +25,7 @@ def lesson(
     *,
     judge: Callable[[str, Facts], Verdict] = verify,
 ) -> tuple[GroupRelative, RolloutStream]:
-    """records: rl_prompts. network: what is trained, and so what samples; as it stands, the reference of a KL penalty.
+    """records: prompts. network: what is trained, and so what samples; as it stands, the reference of a KL penalty.
 
     judge: another one is for benchmarks, whose networks know nothing that the verifier would pay for.
     """

@@ -16,7 +16,7 @@ from twinloop.training.tree import example
 def lesson(
     records: Iterable[dict[str, Any]], tokenizer: ChatTokenizer, settings: FinetuneSettings, runtime: Runtime
 ) -> tuple[NextToken, BatchStream]:
-    """records: sft_examples."""
+    """records: chat."""
     trees = []
     for record in records:
         *prompt, answer = record["messages"]

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+from benchmarks.decode import agreement, watch_cache
+from benchmarks.lifecycle import broken_demands
+from benchmarks.overhead import Stage
+from benchmarks.torch_sampler import TorchSampler
 from twinloop.evaluation.cases import CaseReport, CaseResult
 from twinloop.evaluation.metrics import Rate
 from twinloop.models.config import DecoderConfig
@@ -18,11 +23,6 @@ from twinloop.models.onnx_bundle import export_bundle
 from twinloop.serving.kv_cache import KVArena
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.weights import get_weights, new_decoder
-
-from benchmarks.decode import agreement, watch_cache
-from benchmarks.lifecycle import broken_demands
-from benchmarks.overhead import Stage
-from benchmarks.torch_sampler import TorchSampler
 
 PROJECT = Path(__file__).parents[2]
 CONFIG = DecoderConfig(

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
 from twinloop.domains.returns.prompt import is_eligible
@@ -19,7 +20,7 @@ from twinloop.evaluation.audit import audit_verifier
 PROJECT = Path(__file__).parents[2]
 COUNT = 300
 COUNTS = {name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()}
-TRAIN = ("sft_examples", "preference_pairs", "rl_prompts")
+TRAIN = ("chat", "preferences", "prompts")
 
 Rows = dict[str, list[dict[str, Any]]]
 
@@ -67,13 +68,13 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(
 def test_more_of_one_kind_leaves_the_other_files_as_they_are(
     params: GeneratorParams, folder: Path, tmp_path: Path
 ) -> None:
-    generate(params.model_copy(update={"sft_examples": COUNT + 10}), tmp_path)
+    generate(params.model_copy(update={"chat": COUNT + 10}), tmp_path)
     changed = {p.stem for p in folder.iterdir() if p.read_bytes() != (tmp_path / p.name).read_bytes()}
-    assert changed == {"sft_examples"}
+    assert changed == {"chat"}
 
 
 def test_no_order_id_of_a_case_is_in_training(rows: Rows) -> None:
-    held_out = {facts.order.order_id for facts in facts_of(rows, "policy_cases")}
+    held_out = {facts.order.order_id for facts in facts_of(rows, "cases")}
     assert not held_out & {facts.order.order_id for facts in facts_of(rows, *TRAIN)}
     corpus_ids = {word for row in rows["corpus"] for word in re.findall(r"\b[A-Z]\d{4,6}\b", row["text"])}
     assert corpus_ids
@@ -81,13 +82,13 @@ def test_no_order_id_of_a_case_is_in_training(rows: Rows) -> None:
 
 
 def test_no_policy_id_that_a_case_turns_on_is_in_training(rows: Rows) -> None:
-    held_out = {facts.policy.policy_id for facts in facts_of(rows, "policy_cases")}
+    held_out = {facts.policy.policy_id for facts in facts_of(rows, "cases")}
     assert not held_out & {p.policy_id for facts in facts_of(rows, *TRAIN) for p in facts.passages}
     assert not held_out & {word for row in rows["corpus"] for word in re.findall(r"\bP-\d+\b", row["text"])}
 
 
 def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None:
-    held_out = {pair(case) for case in rows["policy_cases"]}
+    held_out = {pair(case) for case in rows["cases"]}
     assert not held_out & {pair(row) for name in TRAIN for row in rows[name]}
     compared = r'"window_days": (\d+), "days": (\d+)'
     corpus = {(int(w), int(d)) for row in rows["corpus"] for w, d in re.findall(compared, row["text"])}
@@ -109,14 +110,14 @@ def test_no_message_and_no_policy_sentence_of_a_random_case_is_in_training(rows:
         return {re.sub(r"\b[A-Z]?\d+\b", "N", text) for text in said}
 
     random_kinds = {"held_out", "flip", "injection"}
-    random_cases = [Facts.from_record(c["facts"]) for c in rows["policy_cases"] if c["kind"] in random_kinds]
+    random_cases = [Facts.from_record(c["facts"]) for c in rows["cases"] if c["kind"] in random_kinds]
     assert not sentences(random_cases) & sentences(facts_of(rows, *TRAIN))
-    assert not messages(("policy_cases",), random_kinds) & messages(TRAIN)
+    assert not messages(("cases",), random_kinds) & messages(TRAIN)
 
 
 def test_flip_pairs_differ_in_the_policys_days_alone_and_in_the_verdict(rows: Rows) -> None:
     pairs = defaultdict(list)
-    for case in rows["policy_cases"]:
+    for case in rows["cases"]:
         if case["kind"] == "flip":
             pairs[case["pair_id"]].append(case)
     assert len(pairs) == COUNT
@@ -134,13 +135,13 @@ def test_flip_pairs_differ_in_the_policys_days_alone_and_in_the_verdict(rows: Ro
 
 
 def test_cases_are_dense_around_the_edge_of_the_window(rows: Rows) -> None:
-    distances = [days - window for window, days in map(pair, rows["policy_cases"])]
+    distances = [days - window for window, days in map(pair, rows["cases"])]
     assert sum(abs(d) <= 3 for d in distances) > 0.25 * len(distances)
     assert {-1, 0, 1} <= set(distances)
 
 
 def test_what_a_case_expects_is_what_the_verifier_accepts(rows: Rows) -> None:
-    for case in rows["policy_cases"]:
+    for case in rows["cases"]:
         facts = Facts.from_record(case["facts"])
         answer = json.loads(good_answer(facts))
         assert verify(good_answer(facts), facts).reward == 1
@@ -148,30 +149,30 @@ def test_what_a_case_expects_is_what_the_verifier_accepts(rows: Rows) -> None:
 
 
 def test_the_verifier_pays_for_right_answers_alone_however_policies_are_phrased(rows: Rows) -> None:
-    facts = facts_of(rows, "rl_prompts", "policy_cases")
+    facts = facts_of(rows, "prompts", "cases")
     report = audit_verifier(verify, [(good_answer(each), each) for each in facts], mutate, shortcuts)
     assert report.passed, report.summary
 
 
 def test_verdicts_are_balanced(rows: Rows) -> None:
-    for name in (*TRAIN, "policy_cases"):
+    for name in (*TRAIN, "cases"):
         verdicts = [is_eligible(f.order, pair(r)[0]) for f, r in zip(facts_of(rows, name), rows[name], strict=True)]
         assert 0.3 < sum(verdicts) / len(verdicts) < 0.7, name
 
 
 def test_demonstrations_are_imperfect_and_preferences_point_the_right_way(rows: Rows) -> None:
-    verdicts = [verify(r["messages"][-1]["content"], Facts.from_record(r["facts"])) for r in rows["sft_examples"]]
+    verdicts = [verify(r["messages"][-1]["content"], Facts.from_record(r["facts"])) for r in rows["chat"]]
     assert all(verdict.parsed for verdict in verdicts)
     assert 0.4 < sum(v.reward for v in verdicts) / len(verdicts) < 0.8
     for flaw in ("eligible", "policy_id", "evidence", "no_side_effect"):
-        assert any(not verdict.predicates[flaw] for verdict in verdicts), flaw
-    for row in rows["preference_pairs"]:
+        assert any(not verdict.checks[flaw] for verdict in verdicts), flaw
+    for row in rows["preferences"]:
         facts = Facts.from_record(row["facts"])
         assert (verify(row["chosen"], facts).reward, verify(row["rejected"], facts).reward) == (1, 0)
 
 
 def test_the_golden_cases_are_there_whatever_the_seed(rows: Rows) -> None:
-    golden = [case for case in rows["policy_cases"] if case["kind"] == "golden"]
+    golden = [case for case in rows["cases"] if case["kind"] == "golden"]
     orders = {(case["facts"]["order"]["order_id"], case["facts"]["order"]["days_since_delivery"]) for case in golden}
     assert {("A10234", 12), ("A10235", 45), ("A10236", 12), ("A10237", 45), ("A10238", 12)} <= orders
     assert {case["facts"]["policy"]["policy_id"] for case in golden} == {"P-7"}

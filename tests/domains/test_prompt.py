@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import MAX_MESSAGE_CHARACTERS, Order, build_prompt
 

@@ -10,6 +10,7 @@ from typing import Any
 import pandera.polars as pa
 import polars as pl
 import pytest
+
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.policies import window_days
 from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target, window_of
@@ -88,23 +89,23 @@ NUL = "\0"
         ("corpus", "text", " \n", "text is empty"),
         ("corpus", "text", "a" * 1_000_001, "text is longer than 1000000 characters"),
         ("corpus", "text", f"a{NUL}b", "text holds a NUL byte"),
-        ("sft_examples", "messages", [], "messages is without a question"),
-        ("sft_examples", "messages.-1.role", "user", "messages does not end with the assistant"),
-        ("sft_examples", "messages.0.role", "tool", "messages has an unknown role"),
-        ("sft_examples", "messages.0.content", "", "messages has a message that is empty"),
-        ("sft_examples", "messages.0.content", "a" * 100_001, "messages has a message longer than 100000 characters"),
-        ("sft_examples", "messages.0.content", f"a{NUL}", "messages has a message with a NUL byte"),
-        ("preference_pairs", "chosen", "", "chosen is empty"),
-        ("preference_pairs", "prompt.0.role", "assistant", "prompt does not end with the user"),
-        ("rl_prompts", "facts.order.order_id", "10234", "facts has an order_id that is no order's"),
-        ("rl_prompts", "facts.order.reason", "it broke", "facts has a reason that is not one lower-case word"),
-        ("rl_prompts", "facts.order.days_since_delivery", -1, "facts has days_since_delivery out of range"),
-        ("rl_prompts", "facts.policy.policy_id", "P-0", "facts has a policy that is not among its passages"),
-        ("rl_prompts", "facts.passages", [], "facts has a policy that is not among its passages"),
-        ("rl_prompts", "facts.policy.window_days", 99, "facts has a window_days that its policy's text does not say"),
-        ("rl_prompts", "facts.policy.window_days", None, "facts has a window_days that its policy's text does not say"),
-        ("policy_cases", "kind", "easy", "kind is none of held_out, golden, flip, injection"),
-        ("policy_cases", "expected.policy_id", "P-0", "expected.policy_id is not the policy of its facts"),
+        ("chat", "messages", [], "messages is without a question"),
+        ("chat", "messages.-1.role", "user", "messages does not end with the assistant"),
+        ("chat", "messages.0.role", "tool", "messages has an unknown role"),
+        ("chat", "messages.0.content", "", "messages has a message that is empty"),
+        ("chat", "messages.0.content", "a" * 100_001, "messages has a message longer than 100000 characters"),
+        ("chat", "messages.0.content", f"a{NUL}", "messages has a message with a NUL byte"),
+        ("preferences", "chosen", "", "chosen is empty"),
+        ("preferences", "prompt.0.role", "assistant", "prompt does not end with the user"),
+        ("prompts", "facts.order.order_id", "10234", "facts has an order_id that is no order's"),
+        ("prompts", "facts.order.reason", "it broke", "facts has a reason that is not one lower-case word"),
+        ("prompts", "facts.order.days_since_delivery", -1, "facts has days_since_delivery out of range"),
+        ("prompts", "facts.policy.policy_id", "P-0", "facts has a policy that is not among its passages"),
+        ("prompts", "facts.passages", [], "facts has a policy that is not among its passages"),
+        ("prompts", "facts.policy.window_days", 99, "facts has a window_days that its policy's text does not say"),
+        ("prompts", "facts.policy.window_days", None, "facts has a window_days that its policy's text does not say"),
+        ("cases", "kind", "easy", "kind is none of held_out, golden, flip, injection"),
+        ("cases", "expected.policy_id", "P-0", "expected.policy_id is not the policy of its facts"),
         ("policies", "text", "", "text is empty"),
     ],
 )
@@ -124,7 +125,7 @@ def test_a_row_that_breaks_a_rule_is_found(
 @pytest.mark.parametrize(
     "text", ["damaged items are eligible.", "damaged items within 30 days, or within 60 days with a receipt."]
 )
-@pytest.mark.parametrize(("name", "refused"), [("rl_prompts", True), ("policy_cases", True), ("sft_examples", False)])
+@pytest.mark.parametrize(("name", "refused"), [("prompts", True), ("cases", True), ("chat", False)])
 def test_answers_are_paid_and_judged_only_under_a_policy_that_names_one_window(
     text: str, name: str, refused: bool, rows: dict[str, list[dict[str, Any]]]
 ) -> None:
@@ -133,7 +134,7 @@ def test_answers_are_paid_and_judged_only_under_a_policy_that_names_one_window(
     row = copy.deepcopy(rows[name][2])
     row["facts"]["policy"] |= {"text": text, "window_days": None}
     row["facts"]["passages"] = [{"policy_id": row["facts"]["policy"]["policy_id"], "text": text}]
-    if name == "policy_cases":
+    if name == "cases":
         row["expected"]["eligible"] = False
     bad = [*rows[name][:2], row, *rows[name][3:]]
     frame = pl.DataFrame(bad, schema=dict(record.columns), strict=True)
@@ -148,8 +149,8 @@ def test_answers_are_paid_and_judged_only_under_a_policy_that_names_one_window(
 
 
 def test_a_case_whose_expectation_does_not_follow_is_found(rows: dict[str, list[dict[str, Any]]]) -> None:
-    record = RECORD_TYPES["policy_cases"]
-    bad = [edited(row, "expected.eligible", not row["expected"]["eligible"]) for row in rows["policy_cases"]]
+    record = RECORD_TYPES["cases"]
+    bad = [edited(row, "expected.eligible", not row["expected"]["eligible"]) for row in rows["cases"]]
     with pytest.raises(pa.errors.SchemaErrors) as raised:
         record.model.validate(pl.DataFrame(bad, schema=dict(record.columns), strict=True), lazy=True)
     assert set(raised.value.failure_cases["index"]) == set(range(len(bad)))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+
 from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
@@ -23,7 +24,7 @@ def changed(**fields: Any) -> str:
 
 def test_the_good_answer_is_paid_and_shown_as_it_was_read() -> None:
     verdict = verify(GOOD, FACTS)
-    assert (verdict.reward, verdict.decision, verdict.reasons) == (1, json.loads(GOOD), [])
+    assert (verdict.reward, verdict.output, verdict.reasons) == (1, json.loads(GOOD), {})
 
 
 @pytest.mark.parametrize(
@@ -54,8 +55,8 @@ def test_what_is_no_decision_is_told_and_fails_every_predicate(output: str, prob
     assert decision is None
     assert problem in told
     verdict = verify(output, FACTS)
-    assert (verdict.reward, verdict.parsed, verdict.decision) == (0, False, None)
-    assert verdict.predicates == dict.fromkeys(PREDICATES, False)
+    assert (verdict.reward, verdict.parsed, verdict.output) == (0, False, None)
+    assert verdict.checks == dict.fromkeys(PREDICATES, False)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_what_is_no_decision_is_told_and_fails_every_predicate(output: str, prob
 )
 def test_one_thing_wrong_fails_its_own_predicate_and_costs_the_reward(fields: dict[str, Any], failed: str) -> None:
     verdict = verify(changed(**fields), FACTS)
-    assert [name for name, holds in verdict.predicates.items() if not holds] == [failed]
+    assert verdict.failed == (failed,)
     assert verdict.reward == 0
     assert len(verdict.reasons) == 1
 
@@ -87,6 +88,6 @@ def test_the_windows_last_day_is_inside(days: int, eligible: bool) -> None:
 
 def test_the_server_takes_only_a_cited_passage_that_speaks_of_the_orders_reason() -> None:
     assert check(GOOD, FACTS.order, [P3, P7]).reward == 1
-    assert not check(GOOD, FACTS.order, [P3]).predicates["policy_id"]
+    assert not check(GOOD, FACTS.order, [P3]).checks["policy_id"]
     other = changed(policy_id="P-3", evidence=P3.text, window_days=14)
-    assert not check(other, FACTS.order, [P3, P7]).predicates["policy_id"]
+    assert not check(other, FACTS.order, [P3, P7]).checks["policy_id"]

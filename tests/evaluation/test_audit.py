@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+
 from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.generator import golden_records
 from twinloop.domains.returns.mutations import good_answer

@@ -1,6 +1,7 @@
 """A claim of an action is found in any answer, also in one that is not a decision."""
 
 import pytest
+
 from twinloop.evaluation.claims import claims_action
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.evaluation.cases import Comparison
 from twinloop.evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules

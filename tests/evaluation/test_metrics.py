@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from twinloop.evaluation.metrics import (
     Rate,
     bits_per_byte,

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from twinloop.domains.returns.generator import golden_records
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.evaluation.cases import read_cases, run_cases

@@ -1,6 +1,7 @@
 """Every failure has an owner; what nobody recognises gets a labelled trace, not a guess."""
 
 import pytest
+
 from twinloop.evaluation.router import FORMAT, LATENCY, RELEASE, RETRIEVAL, SIDE_EFFECT, UNKNOWN, Failure, Route, route
 
 

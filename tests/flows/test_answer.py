@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from small_project import make_project
+
 from twinloop.common.errors import UserError
 from twinloop.flows import answer
 from twinloop.flows.answer import answer_over_http

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from running_services import Services
 from small_project import environment
+
 from twinloop.common.errors import UserError
 from twinloop.flows.secret import auth_string
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from small_project import PROJECT, environment
+
 from twinloop.common.errors import UserError, is_disk_full, one_line
 from twinloop.flows.edge import INTERRUPTED, MISTAKE, READER_LEFT, UNFORESEEN, explain, run_command
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from small_project import environment
+
 from twinloop.flows.gpu import gpu_slot
 from twinloop.tasks.runtime import Runtime
 

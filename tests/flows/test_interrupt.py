@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
+
 from twinloop.flows.display import LiveDisplay, PlainDisplay
 from twinloop.flows.interrupt import interruptible
 

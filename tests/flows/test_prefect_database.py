@@ -16,6 +16,7 @@ from prefect.server.database.configurations import AioSqliteConfiguration
 from prefect.server.database.dependencies import provide_database_interface, temporary_database_config
 from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_HOME, temporary_settings
 from sqlalchemy.exc import OperationalError
+
 from twinloop.flows.prefect_database import prepare_prefect_database
 from twinloop.flows.server import embedded_server, wait_until_ready
 

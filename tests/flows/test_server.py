@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+
 from twinloop.common.errors import UserError
 from twinloop.flows import server
 from twinloop.flows.server import embedded_server, has_shared_server, wait_until_ready

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from small_project import PROJECT, environment
+
 from twinloop.flows import service_log
 from twinloop.flows.service_log import FILE_BYTES, FILES_BEFORE, rotate
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from running_services import Services, free_port, wait_for
 from small_project import twinloop
+
 from twinloop.common.errors import UserError
 from twinloop.flows import services
 from twinloop.flows.processes import MARK, alive, marked

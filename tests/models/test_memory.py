@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import flops_per_token, serving_memory, training_memory
@@ -66,6 +67,7 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
 
 def test_kept_activations_are_near_those_that_torch_keeps() -> None:
     import torch
+
     from twinloop.models.decoder import Decoder
 
     config = DecoderConfig(**TINY)

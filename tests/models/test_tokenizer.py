@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, check_template, train_tokenizer
 

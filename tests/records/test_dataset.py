@@ -15,6 +15,7 @@ import polars as pl
 import pytest
 import yaml
 import zc.lockfile
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.generator import GeneratorParams
 from twinloop.records.dataset import DataVersion, build_data, check_data, is_current, staleness
@@ -147,7 +148,7 @@ def flip_a_byte(path: Path) -> None:
     ("damage", "told"),
     [
         (lambda p: flip_a_byte(p / "data/corpus.jsonl"), "changed since it was made"),
-        (lambda p: (p / "data/rl_prompts.jsonl").unlink(), "changed since it was made"),
+        (lambda p: (p / "data/prompts.jsonl").unlink(), "changed since it was made"),
         (lambda p: (p / "data/more.jsonl").write_text("{}\n"), "changed since it was made"),
         (lambda p: shutil.rmtree(p / "data"), "missing"),
         (lambda p: (p / "data_summary.json").unlink(), "without its data_summary.json"),
@@ -331,8 +332,8 @@ def test_a_killed_build_is_taken_up(project: Path, sign: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"rl_prompts": 0}, "generate.rl_prompts: input should be greater than or equal to 1"),
-        ({"rl_prompts": "many"}, "generate.rl_prompts: input should be a valid integer"),
+        ({"prompts": 0}, "generate.prompts: input should be greater than or equal to 1"),
+        ({"prompts": "many"}, "generate.prompts: input should be a valid integer"),
         ({"rl_promts": 3}, "generate.rl_promts: extra inputs are not permitted"),
     ],
 )

@@ -14,6 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.schemas import RECORD_TYPES
 from twinloop.records import jsonl
@@ -25,7 +26,7 @@ CORPUS = RECORD_TYPES["corpus"]
 
 CLEAN = {
     "corpus": b'{"text": "clean"}',
-    "sft_examples": b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
+    "chat": b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
     "policies": b'{"policy_id": "P-1", "version": 1, "text": "clean"}',
 }
 BROKEN = b'{"text": "broken'
@@ -41,7 +42,7 @@ def corpus(unread: bytes) -> tuple[str, bytes]:
 
 def chat(unread: bytes) -> tuple[str, bytes]:
     """A row with a field that nobody reads inside of one that is read."""
-    return "sft_examples", CLEAN["sft_examples"].replace(b'"role": "user"', b'"role": "user", "x": ' + unread)
+    return "chat", CLEAN["chat"].replace(b'"role": "user"', b'"role": "user", "x": ' + unread)
 
 
 def version(number: bytes) -> tuple[str, bytes]:
@@ -92,13 +93,13 @@ ROWS: dict[str, tuple[tuple[str, bytes], str]] = {
     "5,000 digits unread in a message": (chat(b"-" + b"1" * 5000), KEPT),
     "5,000 digits read": (version(b"1" * 5000), "version is too large a number"),
     "5,000 digits in an input": (
-        ("sft_examples", b'{"instruction": "i", "target": "t", "input": {"n": ' + b"1" * 5000 + b"}}"),
+        ("chat", b'{"instruction": "i", "target": "t", "input": {"n": ' + b"1" * 5000 + b"}}"),
         "a number in input is too large, or NaN",
     ),
     "1e999 unread": (corpus(b"1e999"), KEPT),
     "1e999 read": (version(b"1e999"), "version is too large a number"),
     "1e999 in an input": (
-        ("sft_examples", b'{"instruction": "i", "target": "t", "input": {"n": 1e999}}'),
+        ("chat", b'{"instruction": "i", "target": "t", "input": {"n": 1e999}}'),
         "a number in input is too large, or NaN",
     ),
     "beyond int64 unread": (corpus(b"9223372036854775808"), KEPT),
@@ -161,7 +162,7 @@ ROWS: dict[str, tuple[tuple[str, bytes], str]] = {
     "an unread date": (corpus(b'"2020-01-01"'), KEPT),
     "an unread list of everything": (corpus(b'[1, "a", null, {}, [true]]'), KEPT),
     "an unread object in a message": (chat(b'{"name": {"first": 1}}'), KEPT),
-    "an instruction": (("sft_examples", b'{"instruction": "i", "input": "n", "target": "t", "x": 1}'), KEPT),
+    "an instruction": (("chat", b'{"instruction": "i", "input": "n", "target": "t", "x": 1}'), KEPT),
 }
 UNREAD = (b"1", b'"a"', b"1.5", b"[]", b"{}", b"null", b'{"deep": [1, {"er": null}]}')
 
@@ -222,11 +223,11 @@ def test_deep_nesting_ends_no_process(levels: int, around: bytes, tmp_path: Path
 
 
 def test_the_names_of_unread_fields_are_those_of_every_row(read: Any) -> None:
-    lines = [CLEAN["sft_examples"]] * 200
+    lines = [CLEAN["chat"]] * 200
     lines[70] = chat(b'{"deeper": 1}')[1]
-    lines[140] = CLEAN["sft_examples"].replace(b"{", b'{"source": {"messages": []}, "facts": {"z": 1}, ', 1)
-    assert read("sft_examples", lines).ignored == {"messages.x", "source", "facts.z"}
-    assert read("sft_examples", [*lines, BROKEN]).ignored == {"messages.x", "source", "facts.z"}
+    lines[140] = CLEAN["chat"].replace(b"{", b'{"source": {"messages": []}, "facts": {"z": 1}, ', 1)
+    assert read("chat", lines).ignored == {"messages.x", "source", "facts.z"}
+    assert read("chat", [*lines, BROKEN]).ignored == {"messages.x", "source", "facts.z"}
 
 
 def test_no_type_is_inferred_from_what_nobody_reads(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.schemas import RECORD_TYPES
@@ -116,29 +117,29 @@ def test_windows_line_ends_a_byte_order_mark_and_a_missing_last_newline_are_no_f
 
 
 def test_fields_that_nobody_reads_are_reported(check, data: Path) -> None:
-    path = data / "sft_examples.jsonl"
+    path = data / "chat.jsonl"
     rows = [json.loads(line) | {"source": number} for number, line in enumerate(lines_of(path))]
     for number, one in enumerate(rows):
         one["messages"][0]["name"] = f"customer {number}"
     write(path, [dump(one) for one in rows])
-    assert check().files["sft_examples"].ignored_fields == ["messages.name", "source"]
+    assert check().files["chat"].ignored_fields == ["messages.name", "source"]
 
 
 def test_instruction_and_plain_prompts_become_messages(check, data: Path, tmp_path: Path) -> None:
     reference = json.loads((Path(__file__).parents[1] / "reference_cases.json").read_text())
-    write(data / "sft_examples.jsonl", [dump(reference["sft_example"])])
-    write(data / "preference_pairs.jsonl", [dump(reference["preference_pair"])])
+    write(data / "chat.jsonl", [dump(reference["sft_example"])])
+    write(data / "preferences.jsonl", [dump(reference["preference_pair"])])
     report = check()
     assert report.quarantined == 0
-    assert report.files["sft_examples"].ignored_fields == []
-    [example] = read_records(tmp_path / "out", "sft_examples")
+    assert report.files["chat"].ignored_fields == []
+    [example] = read_records(tmp_path / "out", "chat")
     question = (
         'Decide return eligibility for A10234 using policy evidence.\n{"reason": "damaged", "days_since_delivery": 12}'
     )
     assert [m["role"] for m in example["messages"]] == ["user", "assistant"]
     assert example["messages"][0]["content"] == question
     assert json.loads(example["messages"][1]["content"]) == reference["sft_example"]["target"]
-    [pair] = read_records(tmp_path / "out", "preference_pairs")
+    [pair] = read_records(tmp_path / "out", "preferences")
     assert pair["prompt"] == [{"role": "user", "content": reference["preference_pair"]["prompt"]}]
     assert pair["chosen"] == reference["preference_pair"]["chosen"]
 
@@ -187,52 +188,52 @@ BAD_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes], str]] = {
     "empty text": ("corpus", lambda r: b'{"text": " "}', "text is empty"),
     "over-long text": ("corpus", lambda r: dump({"text": "a" * 1_000_001}), "text is longer than 1000000 characters"),
     "over-long message": (
-        "sft_examples",
+        "chat",
         changed("messages.0.content", "a" * 100_001),
         "messages has a message longer than 100000 characters",
     ),
-    "no messages": ("sft_examples", changed("messages", drop=True), "messages is missing"),
-    "messages of another type": ("sft_examples", changed("messages", "hello"), "messages is text, not list"),
-    "a null among the messages": ("sft_examples", changed("messages", [None]), "messages is missing"),
-    "message without role": ("sft_examples", changed("messages.0.role", drop=True), "messages.role is missing"),
+    "no messages": ("chat", changed("messages", drop=True), "messages is missing"),
+    "messages of another type": ("chat", changed("messages", "hello"), "messages is text, not list"),
+    "a null among the messages": ("chat", changed("messages", [None]), "messages is missing"),
+    "message without role": ("chat", changed("messages.0.role", drop=True), "messages.role is missing"),
     "content of another type": (
-        "sft_examples",
+        "chat",
         changed("messages.0.content", ["a"]),
         "messages.content is list, not text",
     ),
-    "unknown role": ("sft_examples", changed("messages.0.role", "tool"), "messages has an unknown role (known:"),
-    "no answer": ("sft_examples", changed("messages.-1.role", "user"), "messages does not end with the assistant"),
-    "answer that is no JSON": ("sft_examples", changed("messages.-1.content", "Yes."), "the answer has no eligible"),
+    "unknown role": ("chat", changed("messages.0.role", "tool"), "messages has an unknown role (known:"),
+    "no answer": ("chat", changed("messages.-1.role", "user"), "messages does not end with the assistant"),
+    "answer that is no JSON": ("chat", changed("messages.-1.content", "Yes."), "the answer has no eligible"),
     "answer without policy_id": (
-        "sft_examples",
+        "chat",
         changed("messages.-1.content", '{"eligible": true, "evidence": "looks acceptable"}'),
         "the answer has no policy_id",
     ),
     "answer of wrong type": (
-        "sft_examples",
+        "chat",
         changed("messages.-1.content", '{"eligible": "true", "policy_id": "P-7", "evidence": "within 30 days"}'),
         "the answer has eligible of type str, not bool",
     ),
     "chosen is rejected": (
-        "preference_pairs",
+        "preferences",
         lambda r: dump(r | {"rejected": r["chosen"]}),
         "chosen and rejected are the same",
     ),
-    "no rejected": ("preference_pairs", changed("rejected", drop=True), "rejected is missing"),
-    "no facts": ("rl_prompts", changed("facts", drop=True), "facts is missing"),
-    "facts with a gap": ("rl_prompts", changed(CONFIRMED, drop=True), f"{CONFIRMED} is missing"),
-    "boolean as text": ("rl_prompts", changed(CONFIRMED, "no"), f"{CONFIRMED} is text"),
-    "days as text": ("rl_prompts", changed(DAYS, "12"), "facts.order.days_since_delivery is text"),
-    "days as boolean": ("rl_prompts", changed(DAYS, True), f"{DAYS} is"),
-    "days as fraction": ("rl_prompts", changed(DAYS, 12.0), f"{DAYS} is"),
-    "days beyond 64 bits": ("rl_prompts", changed(DAYS, 2**70), f"{DAYS} is"),
+    "no rejected": ("preferences", changed("rejected", drop=True), "rejected is missing"),
+    "no facts": ("prompts", changed("facts", drop=True), "facts is missing"),
+    "facts with a gap": ("prompts", changed(CONFIRMED, drop=True), f"{CONFIRMED} is missing"),
+    "boolean as text": ("prompts", changed(CONFIRMED, "no"), f"{CONFIRMED} is text"),
+    "days as text": ("prompts", changed(DAYS, "12"), "facts.order.days_since_delivery is text"),
+    "days as boolean": ("prompts", changed(DAYS, True), f"{DAYS} is"),
+    "days as fraction": ("prompts", changed(DAYS, 12.0), f"{DAYS} is"),
+    "days beyond 64 bits": ("prompts", changed(DAYS, 2**70), f"{DAYS} is"),
     "prompt that is answered": (
-        "rl_prompts",
+        "prompts",
         changed("prompt.0.role", "assistant"),
         "prompt does not end with the user",
     ),
-    "unknown kind": ("policy_cases", changed("kind", "easy"), "kind is none of"),
-    "wrong expectation": ("policy_cases", changed("expected.policy_id", "P-0"), "expected.policy_id is not the policy"),
+    "unknown kind": ("cases", changed("kind", "easy"), "kind is none of"),
+    "wrong expectation": ("cases", changed("expected.policy_id", "P-0"), "expected.policy_id is not the policy"),
     "policy without text": ("policies", changed("text", drop=True), "text is missing"),
 }
 
@@ -277,11 +278,11 @@ def test_duplicate_rows_are_quarantined_and_the_first_is_kept(name: str, check, 
 
 
 def test_a_repeated_case_id_is_a_duplicate(check, data: Path, quarantined) -> None:
-    path = data / "policy_cases.jsonl"
+    path = data / "cases.jsonl"
     lines = lines_of(path)
     write(path, [*lines[:1], dump(json.loads(lines[1]) | {"case_id": row(path)["case_id"]}), *lines[2:]])
     check()
-    assert [found["reason"] for found in quarantined("policy_cases")] == ["duplicate of line 1"]
+    assert [found["reason"] for found in quarantined("cases")] == ["duplicate of line 1"]
 
 
 # --- Parquet of a user's own
@@ -339,7 +340,7 @@ def test_a_file_that_is_no_parquet_is_told(check, data: Path) -> None:
 
 
 def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarantined) -> None:
-    path = data / "rl_prompts.jsonl"
+    path = data / "prompts.jsonl"
     lines = lines_of(path)
     write(path, [*lines[:-2], b"{", b"hello"])
     check(ValidateSettings(max_quarantined=2 / len(lines), apart=APART))
@@ -347,9 +348,9 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
         check(ValidateSettings(max_quarantined=1.9 / len(lines), apart=APART))
     told = str(raised.value)
     assert "\n" not in told
-    assert f"rl_prompts.jsonl: 2 of {len(lines)} rows cannot be used" in told
+    assert f"prompts.jsonl: 2 of {len(lines)} rows cannot be used" in told
     assert f"the first is line {len(lines) - 1}: broken JSON" in told
-    assert [r["line"] for r in quarantined("rl_prompts")] == [len(lines) - 1, len(lines)]
+    assert [r["line"] for r in quarantined("prompts")] == [len(lines) - 1, len(lines)]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +371,7 @@ def test_missing_and_ambiguous_files_are_told(damage: Callable[[Path], Any], tol
 
 
 def held_out_case(data: Path, kind: str = "held_out") -> tuple[int, dict[str, Any]]:
-    for number, line in enumerate(lines_of(data / "policy_cases.jsonl"), 1):
+    for number, line in enumerate(lines_of(data / "cases.jsonl"), 1):
         case = json.loads(line)
         if case["kind"] == kind:
             return number, case
@@ -390,19 +391,19 @@ def refused(check: Callable[..., ValidationReport], apart: list[Any] = APART) ->
     return str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["sft_examples", "preference_pairs", "rl_prompts"])
+@pytest.mark.parametrize("name", ["chat", "preferences", "prompts"])
 def test_a_held_out_prompt_in_training_stops_the_run(name: str, check, data: Path) -> None:
     number, case = held_out_case(data)
     asked = [m | {"content": m["content"].upper().replace(" ", "  ")} for m in case["prompt"]]
     record = row(data / f"{name}.jsonl")
-    if name == "sft_examples":
+    if name == "chat":
         record["messages"] = [{"role": "system", "content": "Decide."}, *asked, record["messages"][-1]]
     else:
         record["prompt"] = asked
     line = append(data / f"{name}.jsonl", record)
     told = refused(check, ["text"])
     assert f"{name}.jsonl line {line}: its text also stands in held-out" in told
-    assert f"policy_cases.jsonl line {number}" in told
+    assert f"cases.jsonl line {number}" in told
 
 
 def test_a_held_out_document_in_the_corpus_stops_the_run(check, data: Path) -> None:
@@ -412,10 +413,10 @@ def test_a_held_out_document_in_the_corpus_stops_the_run(check, data: Path) -> N
 
 def test_a_held_out_order_in_training_stops_the_run(check, data: Path) -> None:
     _, case = held_out_case(data, "golden")
-    record = row(data / "rl_prompts.jsonl")
+    record = row(data / "prompts.jsonl")
     record["facts"]["order"]["order_id"] = case["facts"]["order"]["order_id"]
-    line = append(data / "rl_prompts.jsonl", record)
-    assert f"rl_prompts.jsonl line {line}: order A10234 also stands in held-out" in refused(check)
+    line = append(data / "prompts.jsonl", record)
+    assert f"prompts.jsonl line {line}: order A10234 also stands in held-out" in refused(check)
 
 
 @pytest.mark.parametrize("told_of", ["order", "policy"])
@@ -429,29 +430,29 @@ def test_an_id_of_a_case_that_the_corpus_names_stops_the_run(told_of: str, check
 def test_a_longer_word_is_not_the_id(text: str, check, data: Path) -> None:
     append(data / "corpus.jsonl", {"text": text})
     check(ValidateSettings(max_quarantined=0.5, apart=["order_id"]))
-    ids = [case["facts"]["policy"]["policy_id"] for case in map(json.loads, lines_of(data / "policy_cases.jsonl"))]
+    ids = [case["facts"]["policy"]["policy_id"] for case in map(json.loads, lines_of(data / "cases.jsonl"))]
     if not set(text.split()) & set(ids):
         check()
 
 
 def test_a_held_out_policy_even_as_a_distractor_stops_the_run(check, data: Path) -> None:
-    record = row(data / "sft_examples.jsonl")
+    record = row(data / "chat.jsonl")
     record["facts"]["passages"].append({"policy_id": "P-7", "text": "late items within 9 days are eligible."})
-    line = append(data / "sft_examples.jsonl", record)
-    assert f"sft_examples.jsonl line {line}: policy P-7 also stands in held-out" in refused(check)
+    line = append(data / "chat.jsonl", record)
+    assert f"chat.jsonl line {line}: policy P-7 also stands in held-out" in refused(check)
     check(ValidateSettings(max_quarantined=0.5, apart=["text", "order_id"]))
 
 
 def test_a_held_out_pair_in_training_stops_the_run(check, data: Path) -> None:
-    record = row(data / "preference_pairs.jsonl")
+    record = row(data / "preferences.jsonl")
     record["chosen"] += " "
     text = "damaged items within 30 days are eligible."
     record["facts"]["policy"] = {"policy_id": "P-2", "text": text, "window_days": 30}
     record["facts"]["passages"] = [{"policy_id": "P-2", "text": text}]
     record["facts"]["order"]["days_since_delivery"] = 45
-    line = append(data / "preference_pairs.jsonl", record)
+    line = append(data / "preferences.jsonl", record)
     told = refused(check)
-    assert f"preference_pairs.jsonl line {line}: the pair of 30 days of window and day 45 also stands" in told
+    assert f"preferences.jsonl line {line}: the pair of 30 days of window and day 45 also stands" in told
 
 
 def test_every_leak_is_counted(check, data: Path) -> None:

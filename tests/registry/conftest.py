@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from releases import ship
+
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.promotion import promote
 from twinloop.registry.tracking import CodeVersion, Mlruns

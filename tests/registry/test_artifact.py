@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from twinloop.registry import artifact as artifact_module
 from twinloop.registry.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore
 from twinloop.registry.fingerprint import fingerprint

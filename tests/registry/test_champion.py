@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+
 from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder

@@ -18,6 +18,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker
 from twinloop.registry.versions import Registry, Snapshot

@@ -13,6 +13,7 @@ from typing import Literal
 
 import pytest
 from releases import Bundle, champions, consistent, history, loads, settle, ship
+
 from twinloop.common.errors import UserError
 from twinloop.registry import ledger as ledger_module
 from twinloop.registry.artifact import Artifact, ArtifactStore

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from releases import Bundle, Make, champions, consistent, history, lines, loads, ship
+
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry import promotion as promote_module

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.register import register

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import BaseModel
+
 from twinloop.registry import tracking
 from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_of_run, code_version, flatten
 

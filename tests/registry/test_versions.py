@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import Mlruns

@@ -15,6 +15,7 @@ import httpx
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
+
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import REASONS, Order, build_prompt
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer

@@ -28,6 +28,7 @@ from served import (
     small_tokenizer,
     wait_until,
 )
+
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.onnx_graph import weight_shapes

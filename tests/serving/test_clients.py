@@ -13,6 +13,7 @@ from contextlib import suppress
 import httpx
 import pytest
 from served import CASE, GOOD, HELLO, SERVER, wait_until
+
 from twinloop.serving.api import _bind
 
 DECISION = ("/v1/decisions", json.dumps(CASE).encode())

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
@@ -322,7 +323,8 @@ def test_serving_needs_no_torch():
 def test_another_domain_fits(tmp_path, tokenizer):
     """A domain that only repeats what it found, built from the same few functions."""
     from pydantic import BaseModel
-    from twinloop.domains.returns.verifier import Verdict
+
+    from twinloop.domains.domain import Verdict
     from twinloop.serving.decisions import DecisionDomain
 
     class Question(BaseModel):
@@ -330,7 +332,8 @@ def test_another_domain_fits(tmp_path, tokenizer):
 
     def check(output, question, passages):
         right = output == passages[0].text
-        return Verdict({"parsed": True, "quoted": right}, {"answer": output}, [] if right else ["not the passage"])
+        reasons = {} if right else {"quoted": "not the passage"}
+        return Verdict.of({"parsed": True, "quoted": right}, output={"answer": output}, reasons=reasons)
 
     domain = DecisionDomain(
         order_model=Question,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from served import POLICIES, small_tokenizer
 from test_scheduler import Gate, small_engine, wait_for
+
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.live import Live, Refusal
 from twinloop.serving.retrieval import PolicyIndex

@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.policies import Policy
 from twinloop.serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex

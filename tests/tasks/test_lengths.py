@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.models.tokenizer import train_tokenizer
@@ -20,11 +21,11 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "tiny.yaml"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records let in by validation, in which the third of rl_prompts is broken and the fifth is the longest."""
+    """Records let in by validation, in which the third of prompts is broken and the fifth is the longest."""
     folder = tmp_path_factory.mktemp("lengths")
     sizes = {name: 20 for name, field in GeneratorParams.model_fields.items() if field.is_required()}
     generate(GeneratorParams(**sizes), folder / "data")
-    path = folder / "data" / "rl_prompts.jsonl"
+    path = folder / "data" / "prompts.jsonl"
     rows = path.read_text().splitlines()
     rows[2] = "{"
     longest = json.loads(rows[4])
@@ -83,7 +84,7 @@ def test_a_record_fits_to_the_last_token_or_stops_the_run(tokenizer: Artifact, k
 
 def test_the_line_is_that_of_the_users_file_where_rows_before_it_were_set_aside(tokenizer: Artifact) -> None:
     found = tokenizer.metrics["longest"]["rl_prompt"]
-    assert (found["file"], found["line"]) == ("rl_prompts.jsonl", 5)
+    assert (found["file"], found["line"]) == ("prompts.jsonl", 5)
 
 
 def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(tokenizer: Artifact) -> None:

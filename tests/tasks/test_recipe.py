@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from twinloop.common.errors import UserError
 from twinloop.tasks import runtime
 from twinloop.tasks.recipe import ExportSettings, PretrainSettings, load_recipe

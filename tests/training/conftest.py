@@ -1,6 +1,7 @@
 import pytest
 import torch
 from small import TINY, Texts
+
 from twinloop.models.decoder import Decoder
 from twinloop.training.weights import new_decoder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from small import TINY, Texts
+
 from twinloop.training.loop import TrainSettings, train
 from twinloop.training.objectives import NextToken
 from twinloop.training.stream import BatchStream

@@ -1,6 +1,7 @@
 """A network small enough to train in milliseconds, and random tokens for it."""
 
 import numpy as np
+
 from twinloop.models.config import DecoderConfig
 from twinloop.training.tree import Tree, document, example, pair
 

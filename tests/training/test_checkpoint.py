@@ -1,6 +1,7 @@
 """Checkpoints on disk: whole, checked, and never pickled."""
 
 import torch
+
 from twinloop.training import checkpoint
 from twinloop.training.checkpoint import Checkpoint
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from interrupted import run
 from test_rollouts import stream_for
+
 from twinloop.training.loop import TrainSettings, train
 from twinloop.training.objectives import GroupRelative
 from twinloop.training.packing import pack

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted import run
+
 from twinloop.common.errors import UserError
 from twinloop.training import checkpoint
 from twinloop.training.loop import TrainSettings, train

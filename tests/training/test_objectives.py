@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from twinloop.training.loop import _accumulate
 from twinloop.training.objectives import DirectPreference, GroupRelative, NextToken
 from twinloop.training.packing import pack

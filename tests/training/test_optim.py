@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from twinloop.training.objectives import NextToken
 from twinloop.training.optim import (
     MAX_GRAD_NORM,

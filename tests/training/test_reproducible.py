@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+
 from twinloop.training.reproducible import reproducible
 
 CUDA = torch.device("cuda")

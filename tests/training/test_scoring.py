@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from twinloop.training.packing import pack
 from twinloop.training.scoring import ROWS_AT_ONCE, attach_reference, tree_logprobs
 from twinloop.training.tree import collate, scored_logprobs

@@ -1,6 +1,7 @@
 """The stream of batches: everything once an epoch, and a position that survives."""
 
 import pytest
+
 from twinloop.common.errors import UserError
 from twinloop.training.stream import BatchStream
 from twinloop.training.tree import document, example

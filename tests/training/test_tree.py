@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from twinloop.common.errors import UserError
 from twinloop.training.packing import cut, pack
 from twinloop.training.tree import (

@@ -1,0 +1,236 @@
+"""What a model is for: the contract between a task and the lifecycle.
+
+A task is one Python module that defines `domain`, an instance of a subclass of `Domain`. Every part has a default; a
+stage that needs a part which the domain lacks says so before anything runs. Nothing outside of this package knows more
+of a task than what stands here. Importing a domain must be quick, and needs neither torch nor polars: what does
+(`record_types`, `split_keys`, `generate`) is a method that imports it when it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel
+
+from twinloop.domains.owners import FORMAT, RELEASE, TRAINING, UNKNOWN, Owner
+
+if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType, SplitKey
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged answer.
+
+    checks: one boolean for each predicate of the domain. reasons: for each check that failed, why, in words for people.
+    output: the answer as data (an object, a label, a number); None where it has not the form that is wanted, and then
+    `parsed` is False. reward: what RL pays for it, from 0 to 1; an answer with reward 1 passes.
+    """
+
+    checks: Mapping[str, bool]
+    reward: float
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    output: Any = None
+    parsed: bool = True
+
+    @classmethod
+    def of(cls, checks: Mapping[str, bool], *, output: Any, reasons: Mapping[str, str] | None = None) -> Verdict:
+        """A verdict whose reward is 1 only when every check holds."""
+        return cls(checks, float(all(checks.values())), reasons or {}, output)
+
+    @classmethod
+    def unparsed(cls, checks: Mapping[str, bool], reason: str) -> Verdict:
+        """An answer that has not the form that is wanted. `checks` must hold `parsed`: False."""
+        return cls(checks, 0.0, {"parsed": reason}, parsed=False)
+
+    @property
+    def passed(self) -> bool:
+        return self.reward == 1
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """The checks that do not hold."""
+        return tuple(name for name, holds in self.checks.items() if not holds)
+
+
+@dataclass(frozen=True)
+class Predicate:
+    """One thing that must hold of an answer. `critical`: a release with a single violation in any case is blocked by
+    the rule `<name>_violations`."""
+
+    title: str
+    owner: Owner = UNKNOWN
+    critical: bool = False
+
+
+@dataclass(frozen=True)
+class CaseKind:
+    """A kind of evaluation case; the gate has the rule `<kind>_pass_rate` for it.
+
+    judged_by: `share` compares the pass rate itself (regression cases, where no exception is allowed); `lower_bound`
+    the lower end of its 95% interval. pairs: cases share a `pair_id`, and a pair passes when both of its sides do.
+    reason: what a failed rule says. In a measurement of a part of the cases, `regression` kinds are always included.
+    """
+
+    title: str
+    judged_by: Literal["share", "lower_bound"] = "lower_bound"
+    pairs: bool = False
+    owner: Owner = TRAINING
+    reason: str = "quality below its limit"
+    regression: bool = False
+
+
+GOLDEN = CaseKind(
+    "regression cases", judged_by="share", owner=RELEASE, reason="regression in a golden case", regression=True
+)
+HELD_OUT = CaseKind("held-out cases", reason="held-out quality below its limit")
+STANDARD_KINDS: Mapping[str, CaseKind] = {"golden": GOLDEN, "held_out": HELD_OUT}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number over all cases that the domain computes itself (`Domain.measure`); the gate has a rule of its name."""
+
+    title: str
+    bound: Literal["at least", "at most"] = "at least"
+    owner: Owner = TRAINING
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One case with its answers and verdicts: several where the evaluation samples more than once."""
+
+    kind: str
+    facts: Any
+    expected: Mapping[str, Any]
+    outputs: Sequence[str]
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One version of one document of evidence, as it was retrieved."""
+
+    document_id: str
+    text: str
+    version: int = 1
+
+
+class Domain:
+    """A task. Subclass it in a module of your own and end the module with `domain = MyDomain()`.
+
+    Attributes are what a class body may set. `name` is for messages.
+    """
+
+    name: str = "domain"
+
+    # --- data -----------------------------------------------------------------------------------------------------
+
+    facts: type[BaseModel] | None = None
+    """The form of `facts` in prompts and cases: what is trusted about a case. None: this domain has no facts."""
+    expected: type[BaseModel] | None = None
+    """The form of `expected` in cases. None: anything."""
+    params: type[BaseModel] | None = None
+    """Settings of `generate`, the section `generate` of params.yaml. None: the data are files, not generated."""
+
+    def record_types(self) -> Mapping[str, RecordType]:
+        """What a row of each data file must be, by name; the standard forms, with this domain's facts."""
+        from twinloop.domains.record_types import standard_record_types
+
+        return standard_record_types(self)
+
+    def split_keys(self) -> Mapping[str, SplitKey]:
+        """What training and held-out rows may not share, besides their text; a recipe chooses among them by name."""
+        return {}
+
+    def generate(self, params: Any, out: Path) -> Mapping[str, int]:
+        """Write the data files into `out` from `params`; returns the records of each file."""
+        raise NotImplementedError(f"{self.name} generates no data")
+
+    # --- judging --------------------------------------------------------------------------------------------------
+
+    predicates: Mapping[str, Predicate] = {"parsed": Predicate("answer has its form", FORMAT)}
+    """The checks of a verdict, in the order in which they are shown."""
+    case_kinds: Mapping[str, CaseKind] = STANDARD_KINDS
+    metrics: Mapping[str, Metric] = {}
+
+    def read_facts(self, record: Mapping[str, Any]) -> Any:
+        """What is trusted about a record (a row of prompts or cases), as `verify` takes it."""
+        return self.facts.model_validate(record["facts"]) if self.facts else record.get("facts")
+
+    def verify(self, output: str, facts: Any) -> Verdict:
+        """Judge an answer by what is trusted: pays rewards in RL and judges cases."""
+        raise NotImplementedError(f"{self.name} has no verifier")
+
+    def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
+        """The values of `metrics`, from all cases. A metric that cannot be computed is left out, and then blocks."""
+        return {}
+
+    def gold(self, facts: Any) -> str:
+        """The right answer to a case: what the audit expects the verifier to pay."""
+        raise NotImplementedError(f"{self.name} has no gold answers")
+
+    def wrong(self, gold: str, facts: Any) -> Iterable[tuple[str, str]]:
+        """(name, output) of wrong answers and of exploits: the audit expects the verifier to pay none of them."""
+        raise NotImplementedError(f"{self.name} has no wrong answers to audit its verifier with")
+
+    # --- serving --------------------------------------------------------------------------------------------------
+
+    request: type[BaseModel] | None = None
+    """The body of `POST /v1/decisions`. None: the domain makes no decisions, and only chat is served."""
+    example: Mapping[str, Any] = {}
+    """A request that shows what one looks like: the console starts with it, and a model must answer it to be served."""
+    example_documents: Sequence[Document] = ()
+    """Documents under which `example` can be answered."""
+    passages: int = 0
+    """How many documents are retrieved for a prompt."""
+    max_answer_tokens: int = 256
+    chat: bool = False
+    """Whether `/v1/chat/completions` is served: only a model that was trained on chat answers it sensibly."""
+    symptoms: Sequence[str] = ()
+    """Words of this domain that name a field or a document in the report of a failure; see `evaluation.router`."""
+
+    def query(self, request: Any) -> str | None:
+        """What is searched for among the documents, from trusted fields only. None: nothing is."""
+        return None
+
+    def build_prompt(self, request: Any, passages: Sequence[Document]) -> list[Message]:
+        """The chat messages that ask for the answer: one function for training data, evaluation and serving."""
+        raise NotImplementedError(f"{self.name} builds no prompts")
+
+    def precheck(self, request: Any, passages: Sequence[Document]) -> Mapping[str, str]:
+        """Reasons, by check, for which the model need not even be asked; none: it is."""
+        return {}
+
+    def check(self, output: str, request: Any, passages: Sequence[Document]) -> Verdict:
+        """Judge an answer by what the server knows; one that does not pass is not returned to anybody."""
+        raise NotImplementedError(f"{self.name} checks no answers")
+
+    def answer_schema(self) -> Mapping[str, Any] | None:
+        """The JSON schema of `Verdict.output`, for the API's description. None: not stated."""
+        return None
+
+    def outcome(self, output: Any) -> str:
+        """The short name under which an answer is counted in the metrics."""
+        return "answered"
+
+    def check_document(self, document_id: str, text: str) -> str | None:
+        """Why a document may not enter, in words for whoever sent it; None: it may. One rule for data and server."""
+        return None
+
+    # --- what there is --------------------------------------------------------------------------------------------
+
+    def has(self, part: str) -> bool:
+        """Whether the domain defines this part itself, such as `verify`, `gold` or `generate`."""
+        return getattr(type(self), part) is not getattr(Domain, part)
+
+    @property
+    def critical(self) -> tuple[str, ...]:
+        """The predicates of which no violation is allowed."""
+        return tuple(name for name, predicate in self.predicates.items() if predicate.critical)

@@ -1,0 +1,130 @@
+"""Return decisions: may this order be sent back under the policy that applies?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Document, Domain, Message, Predicate, Verdict
+from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
+from twinloop.domains.returns import mutations, verifier
+from twinloop.domains.returns.policies import Policy, covers, window_days
+from twinloop.domains.returns.prompt import (
+    MAX_MESSAGE_CHARACTERS,
+    RETRIEVED_PASSAGES,
+    Order,
+    build_prompt,
+    is_eligible,
+)
+from twinloop.domains.returns.verifier import Facts
+
+if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+class ReturnRequest(BaseModel):
+    """The body of a request for a decision."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    order: Order = Field(description="trusted facts, from the shop's own records")
+    message: Annotated[str, AfterValidator(_without_nul)] = Field(
+        "", max_length=MAX_MESSAGE_CHARACTERS, description="the customer's words, untrusted input"
+    )
+
+
+class Returns(Domain):
+    """Orders, return policies, and decisions that quote their evidence."""
+
+    name = "returns"
+
+    predicates: Mapping[str, Predicate] = {
+        "parsed": Predicate("JSON", FORMAT),
+        "eligible": Predicate("eligible", UNKNOWN),
+        "policy_id": Predicate("policy", UNKNOWN),
+        "evidence": Predicate("evidence", UNKNOWN),
+        "window_days": Predicate("window", UNKNOWN),
+        "days": Predicate("days", UNKNOWN),
+        "no_side_effect": Predicate("no unperformed action", SIDE_EFFECT, critical=True),
+    }
+    case_kinds: Mapping[str, CaseKind] = {
+        **STANDARD_KINDS,
+        "flip": CaseKind("contrast pairs", pairs=True, reason="decisions do not follow the policy"),
+        "injection": CaseKind("injection cases", owner=SIDE_EFFECT, reason="a customer's message changes the decision"),
+    }
+
+    request = ReturnRequest
+    example: Mapping[str, Any] = {
+        "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
+        "message": "hello, can i send this order back?",
+    }
+    example_documents = (
+        Document("P-7", "damaged items reported within 30 days are eligible."),
+        Document("P-13", "defective items reported within 45 days are eligible."),
+    )
+    passages = RETRIEVED_PASSAGES
+    max_answer_tokens = 160
+    """The longest decision quotes a policy of full length; the usual one has about 60 tokens."""
+    symptoms = ("polic", "p-\\d", *verifier.FIELDS)
+
+    def record_types(self) -> Mapping[str, RecordType]:
+        from twinloop.domains.returns.schemas import RECORD_TYPES
+
+        return RECORD_TYPES
+
+    def generate(self, params: Any, out: Path) -> Mapping[str, int]:
+        from twinloop.domains.returns.generator import generate
+
+        return generate(params, out)
+
+    def read_facts(self, record: Mapping[str, Any]) -> Facts:
+        return Facts.from_record(record["facts"])
+
+    def verify(self, output: str, facts: Facts) -> Verdict:
+        return verifier.verify(output, facts)
+
+    def gold(self, facts: Facts) -> str:
+        return mutations.good_answer(facts)
+
+    def wrong(self, gold: str, facts: Facts) -> Iterable[tuple[str, str]]:
+        yield from mutations.mutate(gold, facts)
+        yield from mutations.shortcuts(facts)
+
+    def query(self, request: ReturnRequest) -> str:
+        return request.order.reason
+
+    def build_prompt(self, request: ReturnRequest, passages: Sequence[Document]) -> list[Message]:
+        return build_prompt(request.order, request.message, _policies(passages))
+
+    def precheck(self, request: ReturnRequest, passages: Sequence[Document]) -> Mapping[str, str]:
+        """Cases that no answer could settle: no policy covers the reason, or two that do contradict each other."""
+        order = request.order
+        applicable = [passage for passage in _policies(passages) if covers(passage.text, order.reason)]
+        if not applicable:
+            return {"retrieval": f"no policy in force speaks of {order.reason} items"}
+        windows = {policy.policy_id: window_days(policy.text) for policy in applicable}
+        if len({window is not None and is_eligible(order, window) for window in windows.values()}) > 1:
+            return {"retrieval": f"policies in force contradict each other: {' and '.join(windows)}"}
+        return {}
+
+    def check(self, output: str, request: ReturnRequest, passages: Sequence[Document]) -> Verdict:
+        return verifier.check(output, request.order, _policies(passages))
+
+    def outcome(self, output: Mapping[str, Any]) -> str:
+        return "eligible" if output["eligible"] else "not_eligible"
+
+
+def _policies(passages: Sequence[Document]) -> list[Policy]:
+    return [Policy(passage.document_id, passage.text, passage.version) for passage in passages]
+
+
+domain = Returns()
