@@ -21,6 +21,7 @@ from unittest.mock import patch
 from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.training import Unwatched, stage_rows
+from twinloop.domains.loader import load_domain
 from twinloop.flows.environment import prepare_environment, quiet_prefect
 from twinloop.flows.server import embedded_server, wait_until_ready
 from twinloop.records.dataset import DataVersion
@@ -135,6 +136,7 @@ def run_stage(given: Material, tokens: int) -> Stage:
                 project=project,
                 recipe="benchmark",
                 recipe_path=None,
+                loaded_domain=load_domain(given.recipe.domain, project),
                 dataset_digest="benchmark",
                 progress=Unwatched(),
                 code=CodeVersion(None),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from twinloop.domains.loader import LoadedDomain
 
 PACKAGE = "twinloop"
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,19 +70,63 @@ def fingerprint(*modules: str, ignore: frozenset[str] = PLUMBING) -> str:
     return digest.hexdigest()
 
 
+def domain_fingerprint(loaded: LoadedDomain) -> str:
+    """sha256 over a domain's module and what it imports: of Twinloop, and of what lies beside it."""
+    if loaded.module.partition(".")[0] == PACKAGE:
+        return fingerprint(loaded.module)
+    digest, seen, pending = hashlib.sha256(), set[Path](), [loaded.file]
+    ours: set[str] = set()
+    while pending:
+        path = pending.pop()
+        if path in seen:
+            continue
+        seen.add(path)
+        for imported in _named(_tree(path), _exists):
+            if imported.partition(".")[0] == PACKAGE:
+                ours.add(imported)
+            else:
+                pending += _beside(loaded, path, imported)
+    for path in sorted(seen):
+        digest.update(f"{path.name}\n{ast.dump(_tree(path))}\n".encode())
+    digest.update(fingerprint(*sorted(ours)).encode())
+    return digest.hexdigest()
+
+
+def _beside(loaded: LoadedDomain, path: Path, imported: str) -> list[Path]:
+    """The files of a module that a user's domain imports, where they lie beside it or in its package."""
+    parts = imported.lstrip(".").split(".")
+    folders = [path.parent, loaded.file.parent]
+    if "." in loaded.module:  # a module of a package: its imports may start at the package's own name
+        folders.append(loaded.file.parents[loaded.module.count(".")])
+    for folder in folders:
+        for end in range(len(parts), 0, -1):
+            base = folder.joinpath(*parts[:end])
+            found = [each for each in (base.with_suffix(".py"), base / "__init__.py") if each.is_file()]
+            if found:
+                return found
+    return []
+
+
 def _imports(module: str) -> Iterator[str]:
     """Every module that a project's module names in an import, wherever in the file; its packages' own too."""
-    path = _source(module)
     parts = module.split(".")
     yield from (".".join(parts[:end]) for end in range(2, len(parts)))
-    for node in ast.walk(_tree(path)):
+    yield from _named(_tree(_source(module)), _exists)
+
+
+def _named(tree: ast.Module, exists: Callable[[str], bool]) -> Iterator[str]:
+    """The modules that a file's imports name. exists: whether a name of this package is a module of its own."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            yield node.module
-            for alias in node.names:  # `from twinloop.models import config` names a module, `from x import f` does not
-                if node.module.partition(".")[0] == PACKAGE and _exists(f"{node.module}.{alias.name}"):
-                    yield f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield from (f"{node.module or alias.name}" for alias in node.names)
+            elif node.module:
+                yield node.module
+                for alias in node.names:  # `from twinloop.models import config` names a module, `import f` does not
+                    if node.module.partition(".")[0] != PACKAGE or exists(f"{node.module}.{alias.name}"):
+                        yield f"{node.module}.{alias.name}"
 
 
 def _source(module: str) -> Path:

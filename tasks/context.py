@@ -10,8 +10,10 @@ from typing import Any, Protocol, TypeAlias
 from pydantic import BaseModel
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.registry.artifact import Artifact, ArtifactStore
-from twinloop.registry.fingerprint import fingerprint
+from twinloop.registry.fingerprint import domain_fingerprint, fingerprint
 from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
 from twinloop.tasks.recipe import Recipe
 
@@ -57,6 +59,7 @@ class Context:
     project: Path
     recipe: str
     recipe_path: Path | None
+    loaded_domain: LoadedDomain
     dataset_digest: str | None
     progress: Progress
     code: CodeVersion
@@ -69,6 +72,7 @@ class Context:
             project=project,
             recipe=recipe.name,
             recipe_path=path,
+            loaded_domain=load_domain(recipe.domain, project),
             dataset_digest=None,
             progress=progress,
             code=code_version(project, path),
@@ -78,6 +82,10 @@ class Context:
     def on_data(self, digest: str) -> Context:
         """The same, once it is known which data it reads."""
         return replace(self, dataset_digest=digest)
+
+    @property
+    def domain(self) -> Domain:
+        return self.loaded_domain.domain
 
     @property
     def store(self) -> ArtifactStore:
@@ -95,14 +103,18 @@ class Context:
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Artifact | str],
         modules: tuple[str, ...],
+        uses_domain: bool = False,
     ) -> Artifact:
         """The stage's artifact: found in the store, or made now under an MLflow run.
 
         work(out, keep, report): as the store's `build`, with a Report to call while it goes. modules: the code whose
-        change makes the artifact anew.
+        change makes the artifact anew; with `uses_domain`, the domain's too.
         """
 
         made_by: list[Tracker] = []
+        code = fingerprint(*modules)
+        if uses_domain:
+            code = f"{code}:{domain_fingerprint(self.loaded_domain)}"
 
         def build(out: Path, keep: Path) -> dict[str, Any]:
             execution = Execution(
@@ -123,7 +135,7 @@ class Context:
             return metrics | {"mlflow_run_id": tracker.run_id}
 
         self.progress.started(stage)
-        artifact = self.store.run(stage, settings=settings, inputs=inputs, code=fingerprint(*modules), build=build)
+        artifact = self.store.run(stage, settings=settings, inputs=inputs, code=code, build=build)
         for tracker in made_by:
             tracker.output(artifact.digest)
         self.progress.finished(stage, seconds=None if artifact.reused else artifact.manifest.seconds, name=artifact.key)

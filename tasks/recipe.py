@@ -185,6 +185,8 @@ class Recipe(Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
     """Also the name of the registered model."""
+    domain: str
+    """What the model is for: a ready-made domain, an importable module, or a file such as ./tickets.py."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"

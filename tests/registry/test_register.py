@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from twinloop.domains.loader import load_domain
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.register import register
@@ -27,6 +28,7 @@ def context(mlruns: Mlruns) -> Context:
         project=mlruns.root.parent,
         recipe="returns",
         recipe_path=Path("recipes/returns.yaml"),
+        loaded_domain=load_domain("returns", mlruns.root.parent),
         dataset_digest="d41d8.dir",
         progress=Silent(),
         code=CodeVersion("a" * 40),

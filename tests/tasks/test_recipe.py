@@ -26,7 +26,7 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
     ("changes", "said"),
     [
         ({"dpo": {"betta": 0.1}}, "dpo.betta: unknown key; did you mean beta?"),
-        ({"zzz": 1}, "zzz: unknown key; known here: name, seed"),
+        ({"zzz": 1}, "zzz: unknown key; known here: name, domain, seed"),
         ({"dpo": {"beta": "0.1"}}, "dpo.beta: '0.1': input should be a valid number"),
         ({"dpo": {"beta": 0}}, "dpo.beta: 0: input should be greater than 0"),
         ({"dpo": {"beta": float("inf")}}, "dpo.beta"),
