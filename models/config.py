@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal, Self, TypeGuard
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from twinloop.common.errors import UserError
+from twinloop.models.shapes import weight_shapes
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -60,15 +62,7 @@ class DecoderConfig(BaseModel):
     @property
     def num_parameters(self) -> int:
         """Trainable values, tied embeddings counted once."""
-        width, heads, kv_heads = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        attention = 2 * width * self.head_dim * (heads + kv_heads)
-        if self.attention_bias:
-            attention += self.head_dim * (heads + 2 * kv_heads)
-        if self.qk_norm:
-            attention += 2 * self.head_dim
-        layer = attention + 3 * width * self.intermediate_size + 2 * width
-        embeddings = self.vocab_size * width * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + width
+        return sum(math.prod(shape) for shape in weight_shapes(self).values())
 
     @property
     def kv_cache_bytes_per_token(self) -> int:

@@ -16,6 +16,7 @@ from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_graph import compute_type, slot_capacity
 from twinloop.models.onnx_quantize import choose_block_size
+from twinloop.models.shapes import hidden_matrices
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def serving_memory(
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
     cell = compute_type(precision)[1].itemsize
-    matrices = _hidden_matrices(config)
+    matrices = hidden_matrices(config)
     projection = (config.vocab_size, config.hidden_size)
     in_matrices = sum(rows * columns for rows, columns in matrices)
     embedding = config.vocab_size * config.hidden_size
@@ -108,7 +109,7 @@ def training_memory(
     """
     _positive(micro_batch_tokens=micro_batch_tokens, row_length=row_length)
     parameters = config.num_parameters
-    muon = sum(rows * columns for rows, columns in _hidden_matrices(config)) if optimizer == "muon" else 0
+    muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
     cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * row_length)
     return TrainingMemory(
         weights_bytes=4 * parameters,
@@ -128,17 +129,9 @@ def flops_per_token(config: DecoderConfig, *, context: float, training: bool) ->
     For whole documents of L tokens the mean context is L / 2.
     """
     projection = config.vocab_size * config.hidden_size
-    weights = sum(rows * columns for rows, columns in _hidden_matrices(config)) + projection
+    weights = sum(rows * columns for rows, columns in hidden_matrices(config)) + projection
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
     return (2 * weights + attention) * (3 if training else 1)
-
-
-def _hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:
-    """(rows, columns) of every matrix inside the layers, as torch keeps it: those that Muon updates."""
-    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
-    layer = [(queries, D), (keys, D), (keys, D), (D, queries), (F, D), (F, D), (D, F)]
-    return layer * config.num_hidden_layers
 
 
 def _blocks(columns: int) -> tuple[int, int]:

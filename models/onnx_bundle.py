@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.directory import check_tensors, load_config, load_tensors
-from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity, weight_shapes
+from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
+from twinloop.models.shapes import weight_shapes
 
 BUNDLE_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"

@@ -30,6 +30,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_quantize import quantize_blocks
+from twinloop.models.shapes import weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
@@ -55,32 +56,6 @@ def slot_capacity(max_length: int) -> int:
     The spare one takes what a batched step writes for a slot that is full and only sits between two active ones.
     """
     return -(-(max_length + 1) // 16) * 16
-
-
-def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint: Hugging Face's name, torch's shape."""
-    D, F, E, V = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
-    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
-    for index in range(config.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        shapes[f"{layer}.input_layernorm.weight"] = (D,)
-        for name, width in (("q", queries), ("k", keys), ("v", keys)):
-            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, D)
-            if config.attention_bias:
-                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
-        if config.qk_norm:
-            shapes[f"{layer}.self_attn.q_norm.weight"] = (E,)
-            shapes[f"{layer}.self_attn.k_norm.weight"] = (E,)
-        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, queries)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
-    shapes["model.norm.weight"] = (D,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (V, D)
-    return shapes
 
 
 def build_graph(

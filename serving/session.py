@@ -14,7 +14,8 @@ import onnxruntime as ort
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_bundle import GRAPH_FILE
-from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes, weight_shapes
+from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes
+from twinloop.models.shapes import weight_shapes
 from twinloop.serving.kv_cache import Device
 
 # GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from twinloop.models.shapes import is_hidden_matrix
+
 MOMENTUM = 0.95  # Jordan et al., 2024
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that lifts small singular values fastest; same source
 NEWTON_SCHULZ_STEPS = 5
@@ -109,7 +111,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, settings: OptimizerSettings):
         self.settings = settings
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        hidden = {name: p for name, p in self._parameters.items() if _is_hidden_matrix(name, p)}
+        hidden = {name: p for name, p in self._parameters.items() if is_hidden_matrix(name, tuple(p.shape))}
         muon = hidden if settings.optimizer == "muon" else {}
         self._muon = Muon(muon)
         self._named_adamw = {name: p for name, p in self._parameters.items() if name not in muon}
@@ -153,10 +155,6 @@ class Optimizer:
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }
-
-
-def _is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    return parameter.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:

@@ -8,7 +8,8 @@ import pytest
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import flops_per_token, serving_memory, training_memory
-from twinloop.models.onnx_graph import build_graph, weight_shapes
+from twinloop.models.onnx_graph import build_graph
+from twinloop.models.shapes import weight_shapes
 
 TINY = {
     "vocab_size": 300,

@@ -14,8 +14,8 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle, read_bundle
-from twinloop.models.onnx_graph import weight_shapes
 from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
+from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
 
 BASE = DecoderConfig(

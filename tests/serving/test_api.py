@@ -31,7 +31,7 @@ from served import (
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
-from twinloop.models.onnx_graph import weight_shapes
+from twinloop.models.shapes import weight_shapes
 from twinloop.serving.api import create_app, run_server
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.engine import Engine

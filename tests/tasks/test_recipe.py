@@ -66,7 +66,7 @@ def test_a_mistake_names_file_key_and_what_is_allowed(tmp_path: Path, changes: d
         ("", "a recipe is a mapping"),
         ("- 1", "a recipe is a mapping"),
         ("name: [", "not valid YAML"),
-        (TINY + "\nseed: 2\n", "key 'seed' stands twice"),
+        (TINY + "\nseed: 2\n", 'duplicate key "seed"'),
         ("name: x", "model: missing"),
         (b"name: \xff", "cannot be read"),
     ],

@@ -1,0 +1,52 @@
+"""The tensors of a network: one table, which the ONNX graph, memory planning, counting and the optimizer read.
+
+Letters in tensor names and comments, one meaning each in the whole repository:
+
+    B rows of a batch        L positions of a row      D width of the network    F width of the MLP
+    H query heads            K key-value heads         E width of a head         V size of the vocabulary
+    N scored tokens          S scored sequences        P preference pairs        M positions of a cache slot
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twinloop.models.config import DecoderConfig
+
+
+def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a checkpoint: Hugging Face's name, torch's shape."""
+    D, F, E, V = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
+    queries, keys = config.num_attention_heads * E, config.num_key_value_heads * E
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        shapes[f"{layer}.input_layernorm.weight"] = (D,)
+        for name, width in (("q", queries), ("k", keys), ("v", keys)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (width, D)
+            if config.attention_bias:
+                shapes[f"{layer}.self_attn.{name}_proj.bias"] = (width,)
+        if config.qk_norm:
+            shapes[f"{layer}.self_attn.q_norm.weight"] = (E,)
+            shapes[f"{layer}.self_attn.k_norm.weight"] = (E,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (D, queries)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+    shapes["model.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised."""
+    return len(shape) == 2 and "embed_tokens" not in name and "lm_head" not in name
+
+
+def hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:
+    """(rows, columns) of every matrix inside the layers, as torch keeps it."""
+    shapes = weight_shapes(config).items()
+    return [(shape[0], shape[1]) for name, shape in shapes if is_hidden_matrix(name, shape)]
