@@ -13,10 +13,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -29,7 +28,7 @@ from twinloop.models.config import Precision
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
 from twinloop.serving.engine import Engine
-from twinloop.serving.sampling import choose
+from twinloop.serving.engine.sampling import SamplingParams, choose
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.weights import get_weights
 
@@ -228,17 +227,21 @@ def rollout_rows(given: Material) -> list[Row]:
     threads = given.runtime.threads
     engine = BoundSampler(network, max_length=longest, prompts=len(prompts), group=settings.group_size, threads=threads)
     torch_sampler = TorchSampler(network)
-    asked: dict[str, Any] = {"max_tokens": settings.max_new_tokens, "stop_ids": [given.tokenizer.stop_id]}
+    sampled = SamplingParams(
+        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(given.tokenizer.stop_id,)
+    )
+    greedy = replace(sampled, temperature=0.0)
 
-    def by_torch(seed: int, *, group: int = settings.group_size, temperature: float = settings.temperature) -> Answers:
-        return torch_sampler.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)
+    def by_torch(seed: int) -> Answers:
+        return torch_sampler.generate(prompts, replace(sampled, seed=seed), group=settings.group_size)
 
-    def by_engine(seed: int, *, group: int = settings.group_size, temperature: float = settings.temperature) -> Answers:
-        done = engine.generate(prompts, group=group, temperature=temperature, seed=seed, **asked)
+    def by_engine(seed: int) -> Answers:
+        done = engine.generate(prompts, replace(sampled, seed=seed), group=settings.group_size)
         return [completion.tokens for completion in done]
 
     on_cpu = given.runtime.device == "cpu"
-    same = agreement(by_torch(0, group=1, temperature=0.0), by_engine(0, group=1, temperature=0.0))
+    engine_greedy = [completion.tokens for completion in engine.generate(prompts, greedy, group=1)]
+    same = agreement(torch_sampler.generate(prompts, greedy, group=1), engine_greedy)
     theirs, ours = rates([by_torch, by_engine])
     setting = f"{len(prompts)} prompts of {settings.group_size} answers, {threads} threads each"
     wall = [one.wall / other.wall for one, other in zip(ours, theirs, strict=True)]

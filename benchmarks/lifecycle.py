@@ -38,6 +38,7 @@ from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
 from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.tasks.learn import train_settings
 from twinloop.tasks.parity import parity
 from twinloop.tasks.recipe import Recipe, load_recipe
@@ -175,8 +176,8 @@ def judge(given: Material, precision: Precision, work: Path) -> list[str]:
     export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
     seconds = time.perf_counter() - began
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in given.records("cases")][:COMPARED_PROMPTS]
-    longest = given.recipe.rlvr.max_new_tokens
-    same = parity(model, bundle, prompts, max_tokens=longest, stop_id=tokenizer.stop_id, threads=threads)
+    greedy = SamplingParams(max_tokens=given.recipe.rlvr.max_new_tokens, stop=(tokenizer.stop_id,))
+    same = parity(model, bundle, prompts, greedy, threads=threads)
     found, speed = answer(given, bundle)
     engine = Engine.load(bundle, slots=1, threads=threads)
     text = score_texts(engine, tokenizer, (record["text"] for record in given.records("corpus_heldout")))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinloop.models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
-from twinloop.serving.sampling import uniform_draws
+from twinloop.serving.engine.sampling import SamplingParams, uniform_draws
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -27,30 +27,22 @@ class TorchSampler:
         self.device = network.model.norm.weight.device
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group: int,
-        max_tokens: int,
-        temperature: float,
-        stop_ids: Sequence[int],
-        seed: int,
-    ) -> list[list[int]]:
-        """Answers, as Engine.generate orders them; temperature 0 is greedy."""
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, group: int) -> list[list[int]]:
+        """Answers, as Engine.generate orders them; top_p is not looked at."""
+        max_tokens = params.max_tokens
         logits_BV, cache, length_B = self._prompts(prompts, group, max_tokens)
         rows = len(length_B)
-        draws = torch.from_numpy(np.stack([uniform_draws(seed, row, max_tokens) for row in range(rows)]))
+        draws = torch.from_numpy(np.stack([uniform_draws(params.seed, row, max_tokens) for row in range(rows)]))
         draws = draws.to(self.device)
         stops_V = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
-        stops_V[list(stop_ids)] = True
+        stops_V[list(params.stop)] = True
         tokens_BT = torch.zeros(rows, max_tokens, dtype=torch.long, device=self.device)
         logprobs_BT = torch.zeros(rows, max_tokens, device=self.device)
         answered_B = torch.zeros(rows, dtype=torch.long, device=self.device)
         row_B = torch.arange(rows, device=self.device)  # the sequence that a row of the batch belongs to
         alive_B = torch.ones(rows, dtype=torch.bool, device=self.device)
         for step in range(max_tokens):
-            next_B = _choose(logits_BV, draws[row_B, step], temperature)
+            next_B = _choose(logits_BV, draws[row_B, step], params.temperature)
             logprobs_BT[row_B, step] = torch.log_softmax(logits_BV, dim=-1).gather(1, next_B[:, None])[:, 0]
             tokens_BT[row_B, step] = next_B
             answered_B[row_B] += alive_B

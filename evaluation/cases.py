@@ -17,6 +17,7 @@ from twinloop.evaluation.claims import claims_action
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.sampling import SamplingParams
 
 FactsT = TypeVar("FactsT")
 
@@ -34,9 +35,7 @@ class Completion(Protocol):
 class Generator(Protocol):
     """The part of serving.engine.Engine that this needs."""
 
-    def generate(
-        self, prompts: list[list[int]], *, max_tokens: int, temperature: float, stop_ids: Sequence[int]
-    ) -> Sequence[Completion]: ...
+    def generate(self, prompts: list[list[int]], params: SamplingParams) -> Sequence[Completion]: ...
 
 
 @dataclass(frozen=True)
@@ -167,11 +166,12 @@ def run_cases(
     """
     if not cases:
         raise UserError("cases: there are none to run; nothing can be said about a model without them")
+    greedy = SamplingParams(max_tokens=max_tokens, stop=(tokenizer.stop_id,))
     judged: list[tuple[Case[FactsT], str, str, Verdict]] = []
     for start in range(0, len(cases), BATCH):
         batch = cases[start : start + BATCH]
         prompts = [tokenizer.encode_prompt(case.prompt) for case in batch]
-        completions = engine.generate(prompts, max_tokens=max_tokens, temperature=0.0, stop_ids=[tokenizer.stop_id])
+        completions = engine.generate(prompts, greedy)
         for case, completion in zip(batch, completions, strict=True):
             output = tokenizer.decode(completion.tokens)
             judged.append((case, output, completion.finish_reason, verify(output, case.facts)))

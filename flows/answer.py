@@ -42,16 +42,16 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
     registry = Registry(Mlruns(project / "mlruns"), model)
-    with open_champion(project, model, slots=slots) as live:
+    with open_champion(project, model, slots=slots) as manager:
         # An empty token is none: it would let everybody in who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
-        app = create_app(live, admin_token=token, local_admin=is_this_machine(host))
+        app = create_app(manager, admin_token=token, local_admin=is_this_machine(host))
 
         def ready(address: str) -> None:
-            answers = live.service.model
+            answers = manager.service.model
             print(f"{address}  {answers.name} version {answers.version}", flush=True)
 
-        with following_champion(registry, live, slots=slots):
+        with following_champion(registry, manager, slots=slots):
             run_server(app, host, port, on_ready=ready)
     return 0
 

@@ -17,10 +17,10 @@ from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry, Served
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
-from twinloop.serving.live import Live, Refusal
+from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.model_manager import ModelManager, Refusal
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import RETURNS
-from twinloop.serving.scheduler import Scheduler
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -58,30 +58,30 @@ def _policies_of(data: Path) -> list[Policy]:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Live[Order]]:
+def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager[Order]]:
     """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
     served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
     traces = TraceStore(project / "state" / "traces")
     try:
-        # Held by `live` alone: a model that was replaced leaves memory.
-        live = Live(_load(served, open_policies(project), traces, slots))
+        # Referred to by `manager` alone: the memory of a model that was replaced is freed.
+        manager = ModelManager(_load(served, open_policies(project), traces, slots))
         try:
-            yield live
+            yield manager
         finally:
-            live.service.scheduler.close()
+            manager.service.scheduler.close()
     finally:
         traces.close()
 
 
 @contextmanager
-def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> Iterator[None]:
+def following_champion(registry: Registry, manager: ModelManager[Order], *, slots: int) -> Iterator[None]:
     """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
-        while not over.wait(RETRY_EVERY_S if live.refusal else every_s):
-            follow_champion(registry, live, slots=slots)
+        while not over.wait(RETRY_EVERY_S if manager.refusal else every_s):
+            follow_champion(registry, manager, slots=slots)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -92,28 +92,28 @@ def following_champion(registry: Registry, live: Live[Order], *, slots: int) -> 
         thread.join()
 
 
-def follow_champion(registry: Registry, live: Live[Order], *, slots: int) -> None:
+def follow_champion(registry: Registry, manager: ModelManager[Order], *, slots: int) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
-    current = live.service
+    current = manager.service
     try:
         champion = registry.snapshot().alias(CHAMPION)
     except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
     if champion is None or str(champion.version) == current.model.version:
-        live.refusal = None
+        manager.refusal = None
         return
     version = str(champion.version)
     try:
-        live.replace(_load(registry.verify(champion), current.index, current.traces, slots))
+        manager.replace(_load(registry.verify(champion), current.index, current.traces, slots))
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         refusal = Refusal(version, " ".join(reason.split()))
-        if refusal != live.refusal:
+        if refusal != manager.refusal:
             words = "version %s is not served, version %s goes on: %s"
             log.warning(words, version, current.model.version, refusal.reason)
-        live.refusal = refusal
+        manager.refusal = refusal
 
 
 def _load(served: Served, index: PolicyIndex, traces: TraceStore | None, slots: int) -> DecisionService[Order]:

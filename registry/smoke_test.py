@@ -15,9 +15,9 @@ from twinloop.domains.returns.prompt import Order
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
+from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import RETURNS
-from twinloop.serving.scheduler import Scheduler
 
 EXAMPLE_ORDER: dict[str, Any] = {
     "order_id": "A10234",

@@ -26,9 +26,9 @@ from twinloop.serving.chat import chat_router
 from twinloop.serving.console import CONTENT_SECURITY_POLICY, PAGE
 from twinloop.serving.decisions import DecisionResponse, Passage
 from twinloop.serving.errors import ApiError, install
-from twinloop.serving.live import Live
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
+from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
 from twinloop.serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
 from twinloop.serving.traces import TraceStore
@@ -56,8 +56,8 @@ class PolicyText(BaseModel):
     text: str = Field(max_length=2 * MAX_TEXT_CHARACTERS, description="a sentence that names its window in days")
 
 
-def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
-    """The application that answers with the frozen model that is live.
+def create_app(manager: ModelManager[Any], *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
+    """The application that answers with the frozen model that `manager` holds.
 
     Policies are changed, and traces are read, only with `admin_token` as the bearer token: a policy decides money, and
     a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only, lets
@@ -68,7 +68,7 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     metrics, workers = Metrics(), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
     app = FastAPI(title="Twinloop", docs_url=None, redoc_url=None)
-    domain, traces, index = live.service.domain, live.service.traces, live.service.index
+    domain, traces, index = manager.service.domain, manager.service.traces, manager.service.index
     fields = domain.order_model.model_fields
     install(app, {f"order.{name}": field.description for name, field in fields.items() if field.description})
     # The last one is asked first, and counts what the others refuse.
@@ -77,19 +77,19 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     app.add_middleware(LimitBody)
     app.add_middleware(AnswerAtTheEnd)
     app.add_middleware(CountRequests, metrics=metrics)
-    app.include_router(chat_router(live, metrics, workers))
-    app.include_router(_decision_router(live, metrics, workers))
+    app.include_router(chat_router(manager, metrics, workers))
+    app.include_router(_decision_router(manager, metrics, workers))
     app.include_router(_policy_router(index))
     guarded = [Depends(administrators_only(admin_token, local_admin))]
     app.include_router(_admin_router(index, traces), dependencies=guarded)
 
     @app.get("/health")
     def health() -> Response:
-        service = live.service
+        service = manager.service
         scheduler = service.scheduler
         body: dict[str, Any] = {
             "model": service.model.model_dump(),
-            "refused_champion": {"version": live.refusal.version, "reason": REFUSED} if live.refusal else None,
+            "refused_champion": {"version": manager.refusal.version, "reason": REFUSED} if manager.refusal else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,
         }
@@ -104,7 +104,7 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        _read_schedulers(metrics, live)
+        _read_schedulers(metrics, manager)
         if traces is not None:
             metrics.set("twinloop_traces_dropped", traces.dropped)
         with suppress(PolicyIndexError):  # /health says what is wrong with the index
@@ -119,22 +119,22 @@ def create_app(live: Live[Any], *, admin_token: str | None = None, local_admin: 
     return app
 
 
-def _read_schedulers(metrics: Metrics, live: Live[Any]) -> None:
-    now, totals = live.service.scheduler.metrics(), live.totals()
+def _read_schedulers(metrics: Metrics, manager: ModelManager[Any]) -> None:
+    now, totals = manager.service.scheduler.metrics(), manager.totals()
     metrics.set("twinloop_queued_requests", now.queued)
     metrics.set("twinloop_active_requests", now.active)
     metrics.set("twinloop_slots", now.slots)
     metrics.set("twinloop_tokens_per_second", now.tokens_per_s)
-    metrics.set("twinloop_champion_refused", live.refusal is not None)
+    metrics.set("twinloop_champion_refused", manager.refusal is not None)
     metrics.set("twinloop_tokens_total", totals.prompt_tokens, kind="prompt")
     metrics.set("twinloop_tokens_total", totals.completion_tokens, kind="completion")
     for end in ("finished", "failed", "cancelled"):
         metrics.set("twinloop_answers_total", getattr(totals, end), end=end)
 
 
-def _decision_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRouter:
+def _decision_router(manager: ModelManager[Any], metrics: Metrics, workers: Workers) -> APIRouter:
     router = APIRouter()
-    order_model, limit = live.service.domain.order_model, live.service.domain.max_message_characters
+    order_model, limit = manager.service.domain.order_model, manager.service.domain.max_message_characters
     decision_request = create_model(
         "DecisionRequest",
         __config__=ConfigDict(frozen=True, extra="forbid", strict=True),
@@ -146,7 +146,7 @@ def _decision_router(live: Live[Any], metrics: Metrics, workers: Workers) -> API
     async def decide(request: Request, body: decision_request) -> DecisionResponse:  # type: ignore[valid-type]
         started = time.perf_counter()
         order, message = body.order, body.message  # type: ignore[attr-defined]
-        pending = await anyio.to_thread.run_sync(live.submit, lambda service: service.begin(order, message))
+        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(order, message))
         response = await workers.run_unless_gone(request, pending.finish, pending.cancel)
         _observe(metrics, response, time.perf_counter() - started)
         return response

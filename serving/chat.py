@@ -18,11 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twinloop.common.errors import UserError
 from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError, error_body
 from twinloop.serving.generation import TextStream
-from twinloop.serving.live import Live
 from twinloop.serving.metrics import Metrics
-from twinloop.serving.sampling import SamplingParams
+from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.work import Workers
 
 MAX_STOP_STRINGS = 4
@@ -141,7 +141,7 @@ class Completion:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
 
 
-def chat_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRouter:
+def chat_router(manager: ModelManager[Any], metrics: Metrics, workers: Workers) -> APIRouter:
     """`POST /v1/chat/completions` and `GET /v1/models`."""
     router = APIRouter()
     created = int(time.time())
@@ -167,7 +167,7 @@ def chat_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRoute
     @router.post("/v1/chat/completions")
     async def complete(request: Request, body: ChatRequest) -> Response:
         started = time.perf_counter()
-        completion = await anyio.to_thread.run_sync(live.submit, lambda service: _submit(service, body, started))
+        completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
             return StreamingResponse(
@@ -181,12 +181,12 @@ def chat_router(live: Live[Any], metrics: Metrics, workers: Workers) -> APIRoute
 
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(live.service.model, created)]}
+        return {"object": "list", "data": [_model_object(manager.service.model, created)]}
 
     @router.get("/v1/models/{name}")
     def one_model(name: str) -> dict[str, Any]:
-        _refuse_other_model(name, live.service.model)
-        return _model_object(live.service.model, created)
+        _refuse_other_model(name, manager.service.model)
+        return _model_object(manager.service.model, created)
 
     return router
 

@@ -20,10 +20,10 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.policies import Policy
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.scheduler import QueueFullError, Scheduler
 from twinloop.serving.generation import GivenUpError, TextStream
 from twinloop.serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
-from twinloop.serving.sampling import SamplingParams
-from twinloop.serving.scheduler import QueueFullError, Scheduler
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)

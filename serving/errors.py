@@ -13,9 +13,9 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from twinloop.common.errors import UserError
+from twinloop.serving.engine.scheduler import QueueFullError
 from twinloop.serving.generation import GivenUpError
 from twinloop.serving.retrieval import PolicyError, PolicyIndexError
-from twinloop.serving.scheduler import QueueFullError
 
 log = logging.getLogger(__name__)
 

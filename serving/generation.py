@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.scheduler import Stream
-
-FinishReason = Literal["stop", "length"]
+from twinloop.serving.engine.slots import FinishReason
+from twinloop.serving.engine.stream import Stream
 
 
 class GivenUpError(Exception):

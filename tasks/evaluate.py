@@ -47,20 +47,15 @@ def evaluate_bundle(
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.records.validated import read_records
     from twinloop.serving.engine import Engine
-    from twinloop.tasks.footprint import measure_footprint
+    from twinloop.serving.engine.sampling import SamplingParams
+    from twinloop.tasks.load_test import run_load_test
     from twinloop.tasks.measure import measure_engine
 
     tokenizer = ChatTokenizer.load(bundle)
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in read_records(data.path, "cases")[:SERVED_PROMPTS]]
-    footprint = measure_footprint(
-        bundle,
-        prompts,
-        slots=settings.slots,
-        threads=runtime.threads,
-        stop_id=tokenizer.stop_id,
-        max_tokens=settings.max_new_tokens,
-    )
+    greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=(tokenizer.stop_id,))
+    load = run_load_test(bundle, prompts, greedy, slots=settings.slots, threads=runtime.threads)
     engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
     longest = settings.max_new_tokens
     metrics = measure_engine(engine, bundle, data.path, out, on_progress, limit=None, max_tokens=longest)
-    return metrics | footprint.model_dump()
+    return metrics | load.model_dump()

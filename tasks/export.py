@@ -30,6 +30,7 @@ def export(
         from twinloop.models.onnx_bundle import export_bundle
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
+        from twinloop.serving.engine.sampling import SamplingParams
         from twinloop.tasks.parity import parity
 
         torch.set_num_threads(runtime.threads)
@@ -40,8 +41,7 @@ def export(
             model.path,
             out,
             [tokenizer.encode_prompt(case["prompt"]) for case in cases],
-            max_tokens=COMPARED_TOKENS,
-            stop_id=tokenizer.stop_id,
+            SamplingParams(max_tokens=COMPARED_TOKENS, stop=(tokenizer.stop_id,)),
             threads=runtime.threads,
         )
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

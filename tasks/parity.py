@@ -11,6 +11,7 @@ import torch
 
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.weights import load_decoder
 
 
@@ -25,12 +26,15 @@ class Parity:
 
 
 def parity(
-    model_dir: Path, bundle_dir: Path, prompts: Sequence[list[int]], *, max_tokens: int, stop_id: int, threads: int
+    model_dir: Path, bundle_dir: Path, prompts: Sequence[list[int]], params: SamplingParams, *, threads: int
 ) -> Parity:
-    """Compare three ways: teacher forcing, prefill and then decode steps, and the tokens of greedy answers."""
+    """Compare three ways: teacher forcing, prefill and then decode steps, and the tokens of answers.
+
+    params: of the answers, greedy.
+    """
     engine = Engine.load(bundle_dir, slots=8, threads=threads)
     network = load_decoder(model_dir)
-    answers = engine.generate(prompts, max_tokens=max_tokens, stop_ids=[stop_id])
+    answers = engine.generate(prompts, params)
     gap, agreed, total = 0.0, 0, 0
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = [*prompt, *answer.tokens]

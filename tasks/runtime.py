@@ -43,7 +43,7 @@ class Runtime(BaseModel):
 def cuda_is_here() -> bool:
     """Whether a GPU is here that both torch and ONNX Runtime can use. Torch itself is not asked: its import takes
     1.5 s."""
-    from twinloop.serving.session import cuda_devices  # a recipe may be checked without ONNX Runtime's 0.1 s
+    from twinloop.serving.engine.session import cuda_devices  # a recipe may be checked without ONNX Runtime's 0.1 s
 
     try:
         return not version("torch").endswith("+cpu") and cuda_devices() > 0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ import numpy as np
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Verdict
 from twinloop.models.decoder import Decoder
-from twinloop.serving.batch import Completion
+from twinloop.serving.engine import Completion
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.packing import pack
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.scoring import attach_reference
@@ -36,20 +37,24 @@ ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # of a row's length: a vector's width, 
 class RolloutSettings:
     """prompts_per_step: prompts of a round, and informative groups wanted.
 
+    sampling: how the answers of a group are drawn; its seed is set anew in every round.
     updates_per_rollout: optimizer steps taken on each rollout.
     """
 
     prompts_per_step: int
     group: int
-    max_tokens: int
-    temperature: float = 1.0
+    sampling: SamplingParams
     updates_per_rollout: int = 1
 
     def __post_init__(self) -> None:
         if self.group < 2:
             raise ValueError(f"group is {self.group}, but an advantage is relative to others: at least 2")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}, but a greedy group is one answer many times")
+        if self.sampling.temperature <= 0:
+            raise ValueError(f"temperature is {self.sampling.temperature}, but a greedy group is one answer many times")
+        if self.sampling.top_p < 1:
+            raise ValueError(
+                f"top_p is {self.sampling.top_p}, but the loss is over the whole vocabulary: leave it at 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,6 @@ class RolloutStream:
         *,
         steps: int,
         seed: int,
-        stop_ids: Sequence[int],
         micro_rows: int | None = None,
         reference: Decoder | None = None,
         device: str = "cpu",
@@ -93,7 +97,7 @@ class RolloutStream:
         self._model, self._reference, self._device, self._threads = model, reference, device, threads
         self._prompts, self._reward, self._decode = prompts, reward, decode
         self._settings, self._steps, self._seed = settings, steps, seed
-        self._stop_ids, self._micro_rows = stop_ids, micro_rows
+        self._micro_rows = micro_rows
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
         self._step = 0
@@ -130,7 +134,7 @@ class RolloutStream:
         """Rounds of prompts_per_step prompts until as many groups are informative."""
         started = time.perf_counter()
         settings = self._settings
-        tally = _Tally()
+        stats = _RolloutStats()
         informative: list[_Group] = []
         for attempt in range(MAX_ROUNDS):
             chosen = self._draw_prompts(settings.prompts_per_step)
@@ -139,13 +143,13 @@ class RolloutStream:
                 members = completions[position * settings.group : (position + 1) * settings.group]
                 verdicts = [self._reward(prompt, self._text(member)) for member in members]
                 advantages = group_advantages([float(verdict.reward) for verdict in verdicts])
-                tally.add(members, verdicts, informative=advantages is not None)
+                stats.add(members, verdicts, informative=advantages is not None)
                 if advantages is not None:
                     tokens, logprobs = [m.tokens for m in members], [m.logprobs for m in members]
                     informative.append(_Group(prompt, tokens, logprobs, advantages))
             if len(informative) >= settings.prompts_per_step:
                 break
-        return informative, tally.metrics(time.perf_counter() - started)
+        return informative, stats.metrics(time.perf_counter() - started)
 
     def _draw_prompts(self, count: int) -> list[int]:
         """The next prompts of the stream; each epoch goes through all in its own order."""
@@ -161,7 +165,7 @@ class RolloutStream:
     def _sample(self, chosen: list[int], seeds: np.random.SeedSequence) -> list[Completion]:
         settings = self._settings
         if self._sampler is None:
-            max_length = self._longest_prompt + settings.max_tokens
+            max_length = self._longest_prompt + settings.sampling.max_tokens
             self._sampler = BoundSampler(
                 self._model,
                 max_length=max_length,
@@ -171,11 +175,8 @@ class RolloutStream:
             )
         return self._sampler.generate(
             [self._prompts[index] for index in chosen],
+            replace(settings.sampling, seed=int(seeds.generate_state(1)[0])),
             group=settings.group,
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            seed=int(seeds.generate_state(1)[0]),
-            stop_ids=self._stop_ids,
         )
 
     def _text(self, completion: Completion) -> str:
@@ -185,7 +186,7 @@ class RolloutStream:
     def _micro_batches(self) -> list[TreeBatch]:
         if not self._pending:
             return []
-        temperature = self._settings.temperature
+        temperature = self._settings.sampling.temperature
         trees = [
             group(self._prompts[g.prompt], g.completions, advantages=g.advantages, old_logprobs=g.logprobs)
             for g in self._pending
@@ -202,7 +203,7 @@ class RolloutStream:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""
         longest = max(tree.length for tree in trees)
         if self._device == "cuda":
-            longest = self._longest_prompt + self._settings.group * self._settings.max_tokens
+            longest = self._longest_prompt + self._settings.group * self._settings.sampling.max_tokens
         multiple = ROW_MULTIPLE[self._device]
         return -(-longest // multiple) * multiple
 
@@ -216,7 +217,7 @@ def group_advantages(rewards: Sequence[float]) -> list[float] | None:
     return [(reward - mean) / deviation for reward in rewards]
 
 
-class _Tally:
+class _RolloutStats:
     """Counts over all that a rollout sampled, dropped groups included."""
 
     def __init__(self) -> None:

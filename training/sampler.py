@@ -10,9 +10,9 @@ from onnxruntime import OrtValue
 from torch import Tensor
 
 from twinloop.models.decoder import Decoder
-from twinloop.serving.batch import Completion
-from twinloop.serving.engine import Engine
-from twinloop.serving.session import session_threads
+from twinloop.serving.engine import Completion, Engine
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.session import session_threads
 
 SLOTS = 64  # rows of a decode step; more only wait longer for the longest of them
 
@@ -47,16 +47,7 @@ class BoundSampler:
         ]
         self._pool = ThreadPoolExecutor(engines, thread_name_prefix="sampler")
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        group: int,
-        max_tokens: int,
-        temperature: float,
-        seed: int,
-        stop_ids: Sequence[int],
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, group: int) -> list[Completion]:
         """Complete each prompt `group` times with the weights as they stand; see Engine.generate.
 
         A function of weights, arguments, slots and number of threads.
@@ -67,15 +58,8 @@ class BoundSampler:
         share = -(-len(prompts) // len(self.engines))
 
         def complete(engine: Engine, start: int) -> list[Completion]:
-            return engine.generate(
-                prompts[start : start + share],
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                group=group,
-                stop_ids=stop_ids,
-                first_sequence=start * group,
-            )
+            mine = prompts[start : start + share]
+            return engine.generate(mine, params, group=group, first_sequence=start * group)
 
         parts = self._pool.map(complete, self.engines, range(0, len(prompts), share))
         return [completion for part in parts for completion in part]

@@ -10,6 +10,7 @@ from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.tasks.recipe import ReinforceSettings
 from twinloop.tasks.runtime import Runtime
 from twinloop.training.objectives import GroupRelative
@@ -45,13 +46,13 @@ def lesson(
         RolloutSettings(
             prompts_per_step=settings.prompts_per_step,
             group=settings.group_size,
-            max_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
+            sampling=SamplingParams(
+                max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(tokenizer.stop_id,)
+            ),
             updates_per_rollout=settings.updates_per_rollout,
         ),
         steps=settings.steps,
         seed=runtime.seed,
-        stop_ids=[tokenizer.stop_id],
         micro_rows=settings.micro_rows,
         reference=copy.deepcopy(network) if settings.kl else None,
         threads=runtime.threads,

@@ -20,7 +20,8 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
-from twinloop.serving.kv_cache import KVArena
+from twinloop.serving.engine.kv_cache import KVArena
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.weights import get_weights, new_decoder
 
@@ -61,10 +62,10 @@ def test_the_baseline_answers_as_the_engine_does(network, temperature):
     """Token by token, at temperature 1 from the same draws; rows that end early are dropped on the way."""
     random = np.random.default_rng(0)
     prompts = [random.integers(0, CONFIG.vocab_size, length).tolist() for length in (3, 9, 20)]
-    asked = {"group": 4, "max_tokens": 30, "temperature": temperature, "seed": 7, "stop_ids": list(range(4))}
-    theirs = TorchSampler(network).generate(prompts, **asked)
+    params = SamplingParams(max_tokens=30, temperature=temperature, seed=7, stop=(0, 1, 2, 3))
+    theirs = TorchSampler(network).generate(prompts, params, group=4)
     engine = BoundSampler(network, max_length=64, prompts=3, group=4)
-    ours = [completion.tokens for completion in engine.generate(prompts, **asked)]
+    ours = [completion.tokens for completion in engine.generate(prompts, params, group=4)]
     assert len(set(map(len, ours))) > 1
     assert agreement(theirs, ours) == 1
 

@@ -45,7 +45,7 @@ def test_onnx_runtime_by_itself_writes_a_queue(model: Path, tmp_path: Path) -> N
     "first_import",
     [
         "twinloop.serving.engine",
-        "twinloop.serving.session",
+        "twinloop.serving.engine.session",
         "twinloop.training.sampler",
         "twinloop.registry.champion",
         "twinloop.flows.lifecycle",

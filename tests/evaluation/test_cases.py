@@ -18,6 +18,7 @@ from twinloop.evaluation.gate import Measurements
 from twinloop.evaluation.metrics import token_loss
 from twinloop.evaluation.texts import score_texts
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.serving.engine.sampling import SamplingParams
 
 
 @dataclass
@@ -33,11 +34,10 @@ class ScriptedEngine:
         self.answers = {tuple(tokenizer.encode_prompt(case.prompt)): answer(case) for case in cases}
         self.tokenizer = tokenizer
 
-    def generate(
-        self, prompts: list[list[int]], *, max_tokens: int, temperature: float, stop_ids: Sequence[int]
-    ) -> list[Answer]:
-        assert temperature == 0.0
-        assert list(stop_ids) == [self.tokenizer.stop_id]
+    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Answer]:
+        assert params.temperature == 0.0
+        assert params.stop == (self.tokenizer.stop_id,)
+        max_tokens = params.max_tokens
         completions = []
         for prompt in prompts:
             ids = self.tokenizer.encode_answer(self.answers[tuple(prompt)])

@@ -172,11 +172,11 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
 
 def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[[int], Version]) -> None:
     release(1)
-    with open_champion(project, "returns", slots=1) as live:
-        first = weakref.ref(live.service)
+    with open_champion(project, "returns", slots=1) as manager:
+        first = weakref.ref(manager.service)
         second = release(2)
-        follow_champion(registry, live, slots=1)
-        assert live.service.model.version == str(second.version)
+        follow_champion(registry, manager, slots=1)
+        assert manager.service.model.version == str(second.version)
         gc.collect()
         assert first() is None
 
@@ -189,8 +189,8 @@ def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
     def away() -> None:
         raise OSError("the registry is away")
 
-    with open_champion(project, "returns", slots=1) as live:
+    with open_champion(project, "returns", slots=1) as manager:
         monkeypatch.setattr(registry, "snapshot", away)
-        follow_champion(registry, live, slots=1)
-        assert live.refusal is None
-        assert live.service.model.version == str(version.version)
+        follow_champion(registry, manager, slots=1)
+        assert manager.refusal is None
+        assert manager.service.model.version == str(version.version)

@@ -21,11 +21,12 @@ from twinloop.domains.returns.prompt import REASONS, Order, build_prompt
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.live import Live
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.scheduler import QueueFullError, SchedulerMetrics, Totals
+from twinloop.serving.engine.stream import Timings
+from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import RETURNS
-from twinloop.serving.sampling import SamplingParams
-from twinloop.serving.scheduler import QueueFullError, SchedulerMetrics, Timings, Totals
 from twinloop.serving.traces import TraceStore
 
 DAMAGED = "damaged items reported within 30 days are eligible."
@@ -125,7 +126,7 @@ def make_app(folder: Path, scheduler: Any, tokenizer: ChatTokenizer, **settings:
     index = PolicyIndex(folder / "index.jsonl")
     index.seed(POLICIES)
     service = DecisionService(scheduler, tokenizer, index, MODEL, RETURNS, TraceStore(folder / "traces"))
-    return create_app(Live(service), **settings)
+    return create_app(ModelManager(service), **settings)
 
 
 def exchange(port: int, request: bytes) -> tuple[int, bytes]:

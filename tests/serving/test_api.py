@@ -35,11 +35,11 @@ from twinloop.models.shapes import weight_shapes
 from twinloop.serving.api import create_app, run_server
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.engine import Engine
-from twinloop.serving.live import Live, Refusal
+from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.middleware import MAX_BODY_BYTES
+from twinloop.serving.model_manager import ModelManager, Refusal
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import RETURNS
-from twinloop.serving.scheduler import Scheduler
 
 
 @pytest.fixture(scope="module")
@@ -507,9 +507,9 @@ def test_messages_that_the_models_template_refuses_are_the_clients_mistake(scrip
 
 def test_why_a_champion_is_refused_is_answered_without_its_path(tmp_path, script, tokenizer):
     service = DecisionService(script, tokenizer, PolicyIndex(tmp_path / "index.jsonl"), MODEL, RETURNS)
-    live = Live(service)
-    live.refusal = Refusal("4", f"{tmp_path}/model.onnx differs from its digest")
-    with running(create_app(live)) as client:
+    manager = ModelManager(service)
+    manager.refusal = Refusal("4", f"{tmp_path}/model.onnx differs from its digest")
+    with running(create_app(manager)) as client:
         answer = client.get("/health")
     assert answer.json()["refused_champion"]["version"] == "4"
     assert "it is not used" in answer.json()["refused_champion"]["reason"]

@@ -14,9 +14,9 @@ from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
 from twinloop.evaluation.router import Failure, route
 from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.engine.scheduler import QueueFullError
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import OWNERS, RETURNS
-from twinloop.serving.scheduler import QueueFullError
 from twinloop.serving.traces import TraceStore
 
 MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)

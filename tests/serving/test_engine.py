@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
-from twinloop.serving.sampling import SamplingParams, choose, uniform_draws
-from twinloop.serving.session import cuda_devices
+from twinloop.serving.engine.sampling import SamplingParams, choose, uniform_draws
+from twinloop.serving.engine.session import cuda_devices
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -161,7 +162,7 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
     monkeypatch.setattr(ort.IOBinding, "bind_input", record("in", ort.IOBinding.bind_input))
     monkeypatch.setattr(ort.IOBinding, "bind_output", record("out", ort.IOBinding.bind_output))
     engine.prefill(0, some_tokens(9))
-    engine.generate(prompts_of([3, 9, 4, 5, 7]), max_tokens=20, group=2)
+    engine.generate(prompts_of([3, 9, 4, 5, 7]), SamplingParams(max_tokens=20), group=2)
     steps = [addresses for _, addresses in bound.values() if addresses["in"]]  # on CUDA, copies have bindings too
     assert len(steps) > 5
     assert [engine._arena.address(block, 0) for block in range(4)] == before
@@ -176,7 +177,7 @@ def test_past_and_present_are_one_memory_that_never_moves(engine, monkeypatch):
 
 
 def test_the_binding_of_every_step_outlives_those_of_many_prompts(engine, monkeypatch):
-    monkeypatch.setattr("twinloop.serving.engine._BINDINGS_KEPT", 4)
+    monkeypatch.setattr("twinloop.serving.engine.runner._BINDINGS_KEPT", 4)
     bind, bound = ort.InferenceSession.io_binding, []
     monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: bound.append(self) or bind(self))
     engine.reset()
@@ -192,9 +193,9 @@ def test_the_binding_of_every_step_outlives_those_of_many_prompts(engine, monkey
 
 
 def test_steps_reuse_their_bindings(engine, monkeypatch):
-    engine.generate(prompts_of([3, 9]), max_tokens=20)
+    engine.generate(prompts_of([3, 9]), SamplingParams(max_tokens=20))
     monkeypatch.setattr(ort.InferenceSession, "io_binding", lambda self: pytest.fail("a step was bound again"))
-    engine.generate(prompts_of([3, 9]), max_tokens=20)
+    engine.generate(prompts_of([3, 9]), SamplingParams(max_tokens=20))
 
 
 # --- somebody else's weights -------------------------------------------------------------------------------------
@@ -239,35 +240,36 @@ def test_memory_is_weights_and_arena(network):
 
 def test_generate_is_a_function_of_its_arguments_whatever_happened_before(engine):
     prompts = prompts_of([3, 9, 4, 15, 7, 2])
-    sampled = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "group": 3, "stop_ids": [STOP]}
-    first = engine.generate(prompts, **sampled)
-    engine.generate(prompts_of([30, 31]), max_tokens=9, temperature=1.0)
+    sampled = SamplingParams(max_tokens=12, temperature=1.0, seed=5, stop=(STOP,))
+    first = engine.generate(prompts, sampled, group=3)
+    engine.generate(prompts_of([30, 31]), SamplingParams(max_tokens=9, temperature=1.0))
     engine.score(some_tokens(40), slot=1)
-    assert engine.generate(prompts, **sampled) == first
-    assert engine.generate(prompts, **sampled | {"seed": 6}) != first
+    assert engine.generate(prompts, sampled, group=3) == first
+    assert engine.generate(prompts, replace(sampled, seed=6), group=3) != first
 
 
 def test_who_shares_the_batch_changes_no_ones_tokens():
     """In float32: bfloat16's rounding, which differs with the batch, is large enough to move a draw."""
     prompts = prompts_of([3, 9, 4, 15, 7, 2])
-    sampled = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "group": 3, "stop_ids": [STOP]}
+    sampled = SamplingParams(max_tokens=12, temperature=1.0, seed=5, stop=(STOP,))
     engines = [bind(random_network("cpu"), slots) for slots in (1, 3, 32)]
-    first, *others = [[answer.tokens for answer in engine.generate(prompts, **sampled)] for engine in engines]
+    first, *others = [[answer.tokens for answer in engine.generate(prompts, sampled, group=3)] for engine in engines]
     assert all(tokens == first for tokens in others)
 
 
 def test_the_order_of_prompts_changes_no_greedy_answer():
     engine = bind(random_network("cpu"))
     prompts = prompts_of([3, 9, 4, 15, 7, 2])
-    forward = engine.generate(prompts, max_tokens=12)
-    backward = engine.generate(prompts[::-1], max_tokens=12)
+    forward = engine.generate(prompts, SamplingParams(max_tokens=12))
+    backward = engine.generate(prompts[::-1], SamplingParams(max_tokens=12))
     assert [completion.tokens for completion in forward] == [completion.tokens for completion in backward[::-1]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 def test_logprobs_are_those_of_the_distribution_drawn_from(engine, network, temperature):
     prompts = prompts_of([3, 9, 4])
-    completions = engine.generate(prompts, max_tokens=12, temperature=temperature, seed=2, group=2, stop_ids=[STOP])
+    params = SamplingParams(max_tokens=12, temperature=temperature, seed=2, stop=(STOP,))
+    completions = engine.generate(prompts, params, group=2)
     for index, completion in enumerate(completions):
         prompt = prompts[index // 2]
         logits = torch.from_numpy(forced_logits(network, np.array(prompt + completion.tokens)))[len(prompt) - 1 : -1]
@@ -279,7 +281,8 @@ def test_logprobs_are_those_of_the_distribution_drawn_from(engine, network, temp
 
 
 def test_an_answer_ends_with_its_stop_token_or_with_the_room(engine):
-    completions = engine.generate(prompts_of([3, 40]), max_tokens=30, temperature=1.0, seed=1, group=8, stop_ids=[STOP])
+    params = SamplingParams(max_tokens=30, temperature=1.0, seed=1, stop=(STOP,))
+    completions = engine.generate(prompts_of([3, 40]), params, group=8)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
     for index, completion in enumerate(completions):
         room = 30 if index < 8 else MAX_LENGTH - 40
@@ -289,12 +292,14 @@ def test_an_answer_ends_with_its_stop_token_or_with_the_room(engine):
         assert completion.finish_reason == "stop" or len(completion.tokens) == room
 
 
-def test_a_group_computes_its_prompt_once(engine, monkeypatch):
+@pytest.mark.parametrize("group", [4, 11])
+def test_a_group_computes_its_prompt_once(engine, monkeypatch, group):
+    """Also where it has more members than there are slots."""
     prefilled = []
     prefill = Engine.prefill
     monkeypatch.setattr(Engine, "prefill", lambda self, slot, tokens, **at: (
         prefilled.append(len(tokens)), prefill(self, slot, tokens, **at))[1])  # fmt: skip
-    engine.generate(prompts_of([20]), max_tokens=9, temperature=1.0, seed=0, group=4)
+    engine.generate(prompts_of([20]), SamplingParams(max_tokens=9, temperature=1.0, seed=0), group=group)
     assert prefilled == [20]
 
 
@@ -305,7 +310,7 @@ def test_a_group_computes_its_prompt_once(engine, monkeypatch):
 ])  # fmt: skip
 def test_a_prompt_that_cannot_be_answered_is_refused(engine, prompt, words):
     with pytest.raises(UserError, match=words):
-        engine.generate([[1, 2], prompt], max_tokens=4)
+        engine.generate([[1, 2], prompt], SamplingParams(max_tokens=4))
 
 
 # --- sampling ----------------------------------------------------------------------------------------------------
@@ -358,11 +363,9 @@ def test_sampling_out_of_bounds_is_refused():
             SamplingParams(**wrong)
 
 
-# --- the room ----------------------------------------------------------------------------------------------------
+# --- the package -------------------------------------------------------------------------------------------------
 
 
 def test_serving_imports_no_torch():
-    code = (
-        "import twinloop.serving.engine, serving.scheduler, models.onnx_bundle, sys; assert 'torch' not in sys.modules"
-    )
+    code = "import twinloop.serving.engine.scheduler, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -15,8 +15,8 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
-from twinloop.serving.sampling import SamplingParams
-from twinloop.serving.scheduler import QueueFullError, Scheduler, SchedulerClosedError
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.scheduler import QueueFullError, Scheduler, SchedulerClosedError
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -86,7 +86,7 @@ def test_concurrent_answers_equal_those_of_the_engine_alone(scheduler):
         thread.join(20)
     engine = small_engine(slots=1)
     for index, prompt in enumerate(prompts):
-        alone = engine.generate([prompt], max_tokens=20, temperature=1.0, seed=index, stop_ids=[7])[0]
+        alone = engine.generate([prompt], SamplingParams(max_tokens=20, temperature=1.0, seed=index, stop=(7,)))[0]
         assert answers[index] == alone.tokens
     totals = scheduler.metrics().totals
     assert totals.finished == 24
@@ -94,12 +94,25 @@ def test_concurrent_answers_equal_those_of_the_engine_alone(scheduler):
     assert totals.completion_tokens == sum(map(len, answers.values()))
 
 
+@pytest.mark.parametrize("params", [
+    SamplingParams(max_tokens=40),
+    SamplingParams(max_tokens=40, temperature=0.8, seed=3, stop=(7, 8, 9)),
+    SamplingParams(max_tokens=40, temperature=1.5, top_p=0.6, seed=4),
+])  # fmt: skip
+def test_an_answer_is_that_of_generate_bit_for_bit(scheduler, params):
+    prompt = prompt_of(3, 8)
+    (alone,) = small_engine(slots=3).generate([prompt], params)
+    stream = scheduler.submit(prompt, params)
+    assert list(stream) == alone.tokens
+    assert (stream.logprobs, stream.finish_reason) == (alone.logprobs, alone.finish_reason)
+
+
 def test_greedy_and_cut_requests_share_a_step(scheduler):
     greedy = scheduler.submit(prompt_of(1), SamplingParams(max_tokens=30))
     narrow = scheduler.submit(prompt_of(2), SamplingParams(max_tokens=30, temperature=1.0, top_p=1e-6))
     engine = small_engine(slots=1)
-    assert list(greedy) == engine.generate([prompt_of(1)], max_tokens=30)[0].tokens
-    assert list(narrow) == engine.generate([prompt_of(2)], max_tokens=30)[0].tokens
+    assert list(greedy) == engine.generate([prompt_of(1)], SamplingParams(max_tokens=30))[0].tokens
+    assert list(narrow) == engine.generate([prompt_of(2)], SamplingParams(max_tokens=30))[0].tokens
 
 
 def test_an_answer_says_why_it_ended_and_how_long_it_took(scheduler):

@@ -1,10 +1,13 @@
 """Rollouts on the real engine, bound to the weights that train."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from twinloop.domains.domain import Verdict
 from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.loop import TrainSettings, train
 from twinloop.training.objectives import GroupRelative
 from twinloop.training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
@@ -13,6 +16,7 @@ from twinloop.training.tree import scored_logprobs
 from twinloop.training.weights import new_decoder
 
 STOP = 5
+SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, stop=(STOP,))
 
 
 def paid(reward, *, parsed=True):
@@ -31,10 +35,9 @@ def as_text(tokens):
 
 def stream_for(model, *, reward=by_length, steps=6, updates=1, temperature=1.0, seed=3, **kwargs):
     prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
-    settings = RolloutSettings(
-        prompts_per_step=5, group=4, max_tokens=12, temperature=temperature, updates_per_rollout=updates
-    )
-    return RolloutStream(model, prompts, reward, as_text, settings, steps=steps, seed=seed, stop_ids=[STOP], **kwargs)
+    sampling = replace(SAMPLED, temperature=temperature)
+    settings = RolloutSettings(prompts_per_step=5, group=4, sampling=sampling, updates_per_rollout=updates)
+    return RolloutStream(model, prompts, reward, as_text, settings, steps=steps, seed=seed, **kwargs)
 
 
 @pytest.fixture
@@ -61,7 +64,7 @@ def test_an_optimizer_step_is_seen_by_the_next_sample(eager_to_stop):
     sampler = BoundSampler(eager_to_stop, max_length=24, prompts=1, group=4)
 
     def sample():
-        return sampler.generate([[1, 2, 3]], group=4, max_tokens=12, temperature=1.0, seed=0, stop_ids=[STOP])
+        return sampler.generate([[1, 2, 3]], replace(SAMPLED, seed=0), group=4)
 
     before = sample()
     assert sample() == before
@@ -72,12 +75,13 @@ def test_an_optimizer_step_is_seen_by_the_next_sample(eager_to_stop):
 
 def test_engines_that_share_the_prompts_answer_as_one_would(eager_to_stop):
     prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9], [1, 9], [3, 3, 3]]
-    asked = {"group": 3, "max_tokens": 12, "temperature": 1.0, "seed": 5, "stop_ids": [STOP]}
     answers = []
     for threads in (1, 2, 8):
         sampler = BoundSampler(eager_to_stop, max_length=24, prompts=5, group=3, threads=threads)
         assert len(sampler.engines) == min(threads, 5)
-        answers.append([completion.tokens for completion in sampler.generate(prompts, **asked)])
+        answers.append(
+            [completion.tokens for completion in sampler.generate(prompts, replace(SAMPLED, seed=5), group=3)]
+        )
     assert len({tuple(tokens) for tokens in answers[0]}) > 5
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
@@ -205,9 +209,14 @@ def test_reinforcement_raises_the_reward(eager_to_stop):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"), [({"group": 1}, "at least 2"), ({"temperature": 0.0}, "one answer many times")]
+    ("change", "message"),
+    [
+        ({"group": 1}, "at least 2"),
+        ({"sampling": SamplingParams(temperature=0.0)}, "one answer many times"),
+        ({"sampling": SamplingParams(temperature=1.0, top_p=0.9)}, "whole vocabulary"),
+    ],
 )
 def test_settings_that_cannot_teach_are_refused(change, message):
-    fields = {"prompts_per_step": 1, "group": 2, "max_tokens": 4, "temperature": 1.0}
+    fields = {"prompts_per_step": 1, "group": 2, "sampling": SAMPLED}
     with pytest.raises(ValueError, match=message):
         RolloutSettings(**(fields | change))

@@ -62,7 +62,7 @@ class KVArena:
                 to.update_inplace(source_view)
 
     def _slot(self, session: ort.InferenceSession, slot: int) -> list[ort.OrtValue]:
-        """One OrtValue a block over a slot's memory. A binding makes them: there is no other door to an address."""
+        """One OrtValue a block over a slot's memory. Only a binding can make them from an address."""
         if slot not in self._views:
             binding = session.io_binding()
             for block, name in enumerate(self.names):

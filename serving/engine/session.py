@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions: over a bundle's own weights, or over tensors that someone else owns."""
+"""ONNX Runtime sessions: over an exported model's own weights, or over tensors that someone else owns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_bundle import GRAPH_FILE
 from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes
 from twinloop.models.shapes import weight_shapes
-from twinloop.serving.kv_cache import Device
+from twinloop.serving.engine.kv_cache import Device
 
 # GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).
 _DEVICE_OF: dict[Precision, Device] = {"fp32": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
@@ -57,11 +57,11 @@ def cuda_devices() -> int:
     return count.value
 
 
-def open_bundle(
-    bundle_dir: Path, config: DecoderConfig, *, device: Device, threads: int | None
+def open_exported(
+    exported_dir: Path, config: DecoderConfig, *, device: Device, threads: int | None
 ) -> ort.InferenceSession:
-    """A session over a bundle's graph and weights, which were verified already."""
-    return _open(bundle_dir / GRAPH_FILE, _options(config, device, threads), device)
+    """A session over an exported model's graph and weights, whose integrity was checked already."""
+    return _open(exported_dir / GRAPH_FILE, _options(config, device, threads), device)
 
 
 def open_bound(

@@ -1,7 +1,8 @@
-"""What serving a bundle takes on this machine: time to first token, speed, memory. In a process of its own, because
-the memory of one that has trained says nothing.
+"""Load test of an exported model on this machine: time to first token, speed, memory. It runs in a process of its own,
+since the memory of one that has trained says nothing.
 
-    echo '[[1, 3, ...], ...]' | python -m twinloop.tasks.footprint BUNDLE SLOTS THREADS STOP_ID MAX_TOKENS
+    echo '{"params": {"max_tokens": 96, "stop": [2]}, "prompts": [[1, 3, ...], ...]}' \\
+        | python -m twinloop.tasks.load_test MODEL_DIR SLOTS THREADS
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.evaluation.metrics import percentile
 from twinloop.serving.engine import Engine
-from twinloop.serving.sampling import SamplingParams
-from twinloop.serving.scheduler import Scheduler
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.scheduler import Scheduler
 
 CLIENTS = 4
-"""Customers who ask at the same time, each for the next answer as soon as the last one is there."""
+"""Callers at the same time; each sends its next request as soon as its last answer is complete."""
 
 
-class Footprint(BaseModel):
+class LoadTestResult(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     p50_ttft_ms: float
@@ -37,29 +39,26 @@ class Footprint(BaseModel):
     """The most that the process ever held, libraries included."""
 
 
-def measure_footprint(
-    bundle: Path, prompts: Sequence[Sequence[int]], *, slots: int, threads: int, stop_id: int, max_tokens: int
-) -> Footprint:
-    """Serve the prompts in a fresh process. Raises RuntimeError with its last words when that fails."""
-    numbers = [str(number) for number in (slots, threads, stop_id, max_tokens)]
+def run_load_test(
+    exported_dir: Path, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slots: int, threads: int
+) -> LoadTestResult:
+    """Serve the prompts in a fresh process. Raises RuntimeError with the last line of its errors when that fails."""
     done = subprocess.run(
-        [sys.executable, "-m", "twinloop.tasks.footprint", str(bundle), *numbers],
-        input=json.dumps([list(prompt) for prompt in prompts]),
+        [sys.executable, "-m", "twinloop.tasks.load_test", str(exported_dir), str(slots), str(threads)],
+        input=json.dumps({"params": asdict(params), "prompts": [list(prompt) for prompt in prompts]}),
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"measuring {bundle} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return Footprint.model_validate_json(done.stdout)
+        raise RuntimeError(f"load test of {exported_dir} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return LoadTestResult.model_validate_json(done.stdout)
 
 
 def _serve(
-    bundle: Path, prompts: list[list[int]], slots: int, threads: int, stop_id: int, max_tokens: int
-) -> Footprint:
-    engine = Engine.load(bundle, slots=slots, threads=threads)
-    scheduler = Scheduler(engine)
-    params = SamplingParams(max_tokens=max_tokens, stop=(stop_id,))
+    exported_dir: Path, prompts: list[list[int]], params: SamplingParams, *, slots: int, threads: int
+) -> LoadTestResult:
+    scheduler = Scheduler(Engine.load(exported_dir, slots=slots, threads=threads))
 
     def ask(prompt: list[int]) -> tuple[float, int]:
         stream = scheduler.submit(prompt, params)
@@ -74,7 +73,7 @@ def _serve(
         seconds = time.perf_counter() - started
     scheduler.close()
     first_tokens_ms = [1000 * ttft_s for ttft_s, _ in answers]
-    return Footprint(
+    return LoadTestResult(
         p50_ttft_ms=percentile(first_tokens_ms, 0.5),
         p95_ttft_ms=percentile(first_tokens_ms, 0.95),
         tokens_per_s=sum(tokens for _, tokens in answers) / seconds,
@@ -91,6 +90,12 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def _main(exported_dir: str, slots: str, threads: str) -> None:
+    work = json.load(sys.stdin)
+    params = SamplingParams(**work["params"])
+    result = _serve(Path(exported_dir), work["prompts"], params, slots=int(slots), threads=int(threads))
+    print(result.model_dump_json())
+
+
 if __name__ == "__main__":
-    folder, *figures = sys.argv[1:]
-    print(_serve(Path(folder), json.load(sys.stdin), *map(int, figures)).model_dump_json())
+    _main(*sys.argv[1:])

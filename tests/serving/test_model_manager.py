@@ -11,11 +11,12 @@ from served import POLICIES, small_tokenizer
 from test_scheduler import Gate, small_engine, wait_for
 
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.live import Live, Refusal
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError
+from twinloop.serving.engine.stream import Stream
+from twinloop.serving.model_manager import ModelManager, Refusal
 from twinloop.serving.retrieval import PolicyIndex
 from twinloop.serving.returns import RETURNS
-from twinloop.serving.sampling import SamplingParams
-from twinloop.serving.scheduler import Scheduler, SchedulerClosedError, Stream
 
 LONG = SamplingParams(max_tokens=50)
 
@@ -39,14 +40,14 @@ def ask(service: DecisionService) -> tuple[str, Stream]:
 def test_what_was_begun_ends_on_the_old_model_and_what_comes_goes_to_the_new(service, monkeypatch):
     gate = Gate(monkeypatch)
     old, new = service("1"), service("2")
-    live = Live(old)
-    live.refusal = Refusal("2", "it was damaged")
-    begun = [live.submit(ask) for _ in range(4)]  # two of them wait for a slot
-    replacing = threading.Thread(target=live.replace, args=(new,))
+    manager = ModelManager(old)
+    manager.refusal = Refusal("2", "it was damaged")
+    begun = [manager.submit(ask) for _ in range(4)]  # two of them wait for a slot
+    replacing = threading.Thread(target=manager.replace, args=(new,))
     replacing.start()
-    wait_for(lambda: live.service is new)
-    later = live.submit(ask)
-    assert live.refusal is None
+    wait_for(lambda: manager.service is new)
+    later = manager.submit(ask)
+    assert manager.refusal is None
     assert replacing.is_alive()
     gate.opened.set()
     assert [version for version, _ in begun] == ["1"] * 4
@@ -56,20 +57,20 @@ def test_what_was_begun_ends_on_the_old_model_and_what_comes_goes_to_the_new(ser
     assert not old.scheduler.running
     assert new.scheduler.running
     new.scheduler.close()
-    assert (live.totals().finished, live.totals().completion_tokens) == (5, 250)
+    assert (manager.totals().finished, manager.totals().completion_tokens) == (5, 250)
 
 
 def test_a_request_that_meets_the_change_is_asked_again_of_the_new_model(service):
-    live = Live(service("1"))
+    manager = ModelManager(service("1"))
     new = service("2")
 
     def overtaken(now: DecisionService) -> tuple[str, Stream]:
         if now is not new:
-            live.replace(new)
+            manager.replace(new)
         return ask(now)
 
-    version, stream = live.submit(overtaken)
+    version, stream = manager.submit(overtaken)
     assert (version, len(list(stream))) == ("2", 50)
     new.scheduler.close()
     with pytest.raises(SchedulerClosedError):
-        live.submit(ask)
+        manager.submit(ask)

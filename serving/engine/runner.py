@@ -1,7 +1,6 @@
-"""The engine: frozen weights, or a trainer's, that answer token by token out of an in-place key-value cache.
+"""A model and its cache: prefill, decode steps and scoring over slots, each of them one forward pass or a few.
 
-One object, one thread: the arena has no locks. `serving.scheduler` owns it while it serves; rollouts and evaluation
-call `generate`. Every array that a method returns as a view is valid until the next call.
+One object, one thread: the arena has no locks. An array that a method returns as a view is valid until the next call.
 
 Shapes: S slots, B rows, L positions, V vocabulary.
 """
@@ -11,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import onnxruntime as ort
@@ -21,16 +21,15 @@ from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_bundle import WEIGHTS_FILE, read_bundle
 from twinloop.models.onnx_graph import compute_type, slot_capacity
-from twinloop.serving.batch import Completion, generate
-from twinloop.serving.kv_cache import Device, KVArena, StepBinding
-from twinloop.serving.session import choose_device, open_bound, open_bundle
+from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
+from twinloop.serving.engine.session import choose_device, open_bound, open_exported
 
 # A binding costs some 30 us a layer to make and keeps its buffers: decode ranges and usual lengths stay, others go.
 _BINDINGS_KEPT = 512
 _BINDING_BYTES_KEPT = 256 << 20
 
 
-class Engine:
+class ModelRunner:
     """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [S] says how many each one holds."""
 
     def __init__(
@@ -64,34 +63,36 @@ class Engine:
     @classmethod
     def load(
         cls,
-        bundle_dir: Path | str,
+        exported_dir: Path | str,
         *,
         slots: int = 8,
         max_length: int | None = None,
         provider: Device | None = None,
         threads: int | None = None,
-    ) -> Engine:
-        """Open an ONNX bundle. max_length: the bundle's unless given; provider: the one its precision runs on.
+    ) -> Self:
+        """Open an exported model. max_length: what it was exported for unless given; provider: the one its precision
+        runs on.
 
-        Raises UserError where there is no bundle, it is damaged, or its precision cannot run on this machine.
+        Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine.
         """
-        bundle_dir = Path(bundle_dir)
-        bundle, config = read_bundle(bundle_dir)
+        exported_dir = Path(exported_dir)
+        exported, config = read_bundle(exported_dir)
         if slots < 1:
             raise UserError(f"engine: slots is {slots}; it must be at least 1")
-        if max_length is not None and not 2 <= max_length <= bundle.max_length:
+        if max_length is not None and not 2 <= max_length <= exported.max_length:
             raise UserError(
-                f"engine: max_length {max_length} is outside 2..{bundle.max_length}, what {bundle_dir} was exported for"
+                f"engine: max_length {max_length} is outside 2..{exported.max_length}, the range that {exported_dir} "
+                f"was exported for"
             )
-        device = choose_device(bundle.precision, provider)
+        device = choose_device(exported.precision, provider)
         return cls(
-            open_bundle(bundle_dir, config, device=device, threads=threads),
+            open_exported(exported_dir, config, device=device, threads=threads),
             config,
-            precision=bundle.precision,
+            precision=exported.precision,
             device=device,
             slots=slots,
-            max_length=max_length or bundle.max_length,
-            weight_bytes=(bundle_dir / WEIGHTS_FILE).stat().st_size,
+            max_length=max_length or exported.max_length,
+            weight_bytes=(exported_dir / WEIGHTS_FILE).stat().st_size,
         )
 
     @classmethod
@@ -104,18 +105,18 @@ class Engine:
         slots: int = 8,
         precision: Precision | None = None,
         threads: int | None = None,
-    ) -> Engine:
-        """The same graph over tensors that stay the caller's: what is changed in place shows in the next run.
+    ) -> Self:
+        """The same graph over the caller's own tensors: a change made in place shows in the next run.
 
         initializers: every weight by its Hugging Face name, e.g. `OrtValue.from_dlpack(parameter.detach())`, all on
-        one device, contiguous, of one float type. They must outlive the engine. Work on a CUDA weight must be finished
-        (synchronised) before the engine runs. precision: float32 on CPU, bf16 on CUDA unless given; weights of
+        one device, contiguous, of one float type. They must outlive the runner. Work on a CUDA weight must be finished
+        (synchronised) before it is used. precision: float32 on CPU, bf16 on CUDA unless given; weights of
         another type are cast in every run.
         """
         device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
         precision = precision or ("fp32" if device == "cpu" else "bf16")
         if precision == "int8":
-            raise UserError("engine: int8 needs weights of its own; export a bundle, or bind the weights as fp32")
+            raise UserError("engine: int8 needs weights of its own; export the model, or bind the weights as fp32")
         choose_device(precision, device)
         session = open_bound(
             config,
@@ -125,7 +126,7 @@ class Engine:
             device=device,
             threads=threads,
         )
-        engine = cls(
+        runner = cls(
             session,
             config,
             precision=precision,
@@ -134,8 +135,8 @@ class Engine:
             max_length=max_length,
             weight_bytes=sum(value.tensor_size_in_bytes() for value in initializers.values()),
         )
-        engine._owned = dict(initializers)  # the session only borrows them
-        return engine
+        runner._owned = dict(initializers)  # the session only borrows them
+        return runner
 
     _owned: Mapping[str, ort.OrtValue] | None = None
 
@@ -194,35 +195,6 @@ class Engine:
     def reset(self) -> None:
         """Forget every slot's content."""
         self.lengths[:] = 0
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        seed: int | None = None,
-        group: int = 1,
-        stop_ids: Sequence[int] = (),
-        first_sequence: int = 0,
-    ) -> list[Completion]:
-        """Complete every prompt `group` times; completion i of prompt p stands at p * group + i.
-
-        first_sequence: which one the first completion is to the seed, where several engines share the work of one call.
-
-        Synchronous, and takes all slots. The result is a function of weights, arguments and number of slots alone,
-        bit for bit (with a seed, or at temperature 0). Raises UserError for a prompt that leaves no room to answer.
-        """
-        return generate(
-            self,
-            prompts,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            group=group,
-            stop_ids=stop_ids,
-            first_sequence=first_sequence,
-        )
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """Raise UserError unless the prompt has tokens, all of the vocabulary, and leaves room for one more."""

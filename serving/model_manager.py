@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from twinloop.serving.decisions import DecisionService, OrderT
-from twinloop.serving.scheduler import Scheduler, SchedulerClosedError, Totals
+from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, Totals
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ class Refusal:
     reason: str
 
 
-class Live(Generic[OrderT]):
-    """The service that answers. Safe for many threads; one of them replaces it."""
+class ModelManager(Generic[OrderT]):
+    """Holds the service that answers now. Safe for many threads; one of them replaces it."""
 
     def __init__(self, service: DecisionService[OrderT]):
         self.service = service

@@ -1,0 +1,204 @@
+"""The sequences in an engine's slots, from their prompts to their last tokens.
+
+The core of both drivers: `Engine.generate` (rollouts, evaluation) and `Scheduler` (serving) decide who gets a slot and
+when; what happens in it is decided here. What a sequence draws depends on its seed, its number and the position alone.
+
+Shapes: S slots, B rows, T tokens of an answer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from twinloop.serving.engine.runner import ModelRunner
+from twinloop.serving.engine.sampling import SamplingParams, choose, uniform_draws
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(eq=False)
+class Prompt:
+    """Token ids. Sequences that are admitted with the same object share its computation."""
+
+    tokens: Sequence[int]
+    logits_V: np.ndarray | None = None
+    """After the last token, once the prompt is computed."""
+
+
+class Drawn(NamedTuple):
+    """The next token of some sequences, an array [B] each.
+
+    positions: tokens that the answer had before. stopped: ended with one of its stop tokens; ended: for that reason or
+    because it has no room for more. Slots of ended sequences are free again.
+    """
+
+    slots: np.ndarray
+    sequences: np.ndarray
+    positions: np.ndarray
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    stopped: np.ndarray
+    ended: np.ndarray
+
+
+class SlotBatch:
+    """The slots of one runner, which it resets and then owns."""
+
+    def __init__(self, runner: ModelRunner):
+        runner.reset()
+        self._runner = runner
+        slots, length, vocabulary = runner.slots, runner.max_length, runner.config.vocab_size
+        self._reading: deque[tuple[Prompt, list[int]]] = deque()
+        self._held: list[Prompt | None] = [None] * slots  # what a slot begins with, also after its sequence has ended
+        self._occupied_S = np.zeros(slots, bool)
+        self._decoding_S = np.zeros(slots, bool)  # occupied, and the prompt is computed
+        self._sequence_S = np.zeros(slots, np.int64)
+        self._produced_S = np.zeros(slots, np.int64)
+        self._limit_S = np.zeros(slots, np.int64)
+        self._next_S = np.zeros(slots, np.int64)
+        self._temperature_S = np.zeros(slots, np.float32)
+        self._top_p_S = np.ones(slots, np.float64)
+        self._uniform_ST = np.zeros((slots, length))
+        self._stops_SV = np.zeros((slots, vocabulary), bool)
+
+    @property
+    def free(self) -> int:
+        """Slots that hold no sequence."""
+        return len(self._occupied_S) - int(np.count_nonzero(self._occupied_S))
+
+    @property
+    def decoding(self) -> list[int]:
+        """Slots that the next `step` advances."""
+        slots: list[int] = np.flatnonzero(self._decoding_S).tolist()
+        return slots
+
+    @property
+    def reading(self) -> list[int]:
+        """Slots of the prompt that the next `read_prompt` continues; empty when all prompts are computed."""
+        return self._reading[0][1].copy() if self._reading else []
+
+    def admit(self, prompt: Prompt, params: SamplingParams, sequences: Sequence[int] = (0,)) -> list[int]:
+        """Give free slots to sequences of one prompt, at most `free` of them, and return the slots.
+
+        The lowest ones are taken, so that the range of a decode step stays narrow. sequences: their numbers to the
+        seed. A prompt that some slot still begins with is copied; any other is computed by `read_prompt`.
+        """
+        slots: list[int] = np.flatnonzero(~self._occupied_S)[: len(sequences)].tolist()
+        assert len(slots) == len(sequences), "more sequences than free slots"
+        holder = next((slot for slot, held in enumerate(self._held) if held is prompt), None)
+        if prompt.logits_V is not None and holder is not None:
+            self._copy(prompt, holder, slots)
+        else:
+            prompt.logits_V = None
+            self._runner.lengths[slots] = 0
+        limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
+        self._occupied_S[slots] = True
+        self._sequence_S[slots] = sequences
+        self._produced_S[slots] = 0
+        self._limit_S[slots] = limit
+        self._temperature_S[slots] = params.temperature
+        self._top_p_S[slots] = params.top_p
+        self._stops_SV[slots] = False
+        self._stops_SV[np.ix_(slots, params.stop)] = True
+        for slot, sequence in zip(slots, sequences, strict=True):
+            self._held[slot] = prompt
+            if params.temperature > 0:
+                self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)
+        self._reading.append((prompt, slots.copy()))
+        return slots
+
+    def read_prompt(self, max_tokens: int | None = None) -> tuple[int, Drawn | None]:
+        """Compute the next tokens of the prompt that was admitted first, all or `max_tokens` of them.
+
+        Returns how many it computed, and the first tokens of its sequences once it is whole.
+        """
+        prompt, slots = self._reading[0]
+        count = 0
+        if prompt.logits_V is None:
+            done = int(self._runner.lengths[slots[0]])
+            part = prompt.tokens[done : None if max_tokens is None else done + max_tokens]
+            logits_V = self._runner.prefill(slots[0], part, start=done)
+            count = len(part)
+            if done + count < len(prompt.tokens):
+                return count, None
+            prompt.logits_V = logits_V.copy()
+            self._copy(prompt, slots[0], slots)
+        self._reading.popleft()
+        self._decoding_S[slots] = True
+        logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
+        return count, self._draw(np.array(slots), logits_BV)
+
+    def step(self) -> Drawn:
+        """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all."""
+        slots = np.flatnonzero(self._decoding_S)
+        first, end = int(slots[0]), int(slots[-1]) + 1
+        logits_BV = self._runner.decode(first, self._next_S[first:end], self._decoding_S[first:end])
+        return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first])
+
+    def release(self, slot: int) -> None:
+        """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""
+        self._occupied_S[slot] = self._decoding_S[slot] = False
+        for _, slots in self._reading:
+            if slot in slots:
+                slots.remove(slot)
+        self._reading = deque(entry for entry in self._reading if entry[1])
+
+    def compact_slots(self) -> None:
+        """Move the last sequences into the gaps: every later step then has fewer idle rows. All must be decoding.
+
+        A move costs about what two steps of a row cost, so it pays when nobody waits for the gaps.
+        """
+        assert not self._reading
+        count = int(np.count_nonzero(self._occupied_S))
+        gaps = np.flatnonzero(~self._occupied_S[:count])
+        if not len(gaps):
+            return
+        occupied = np.flatnonzero(self._occupied_S)
+        for target, source in zip(gaps.tolist(), occupied[-len(gaps) :].tolist(), strict=True):
+            self._runner.copy_prefix(source, [target], int(self._runner.lengths[source]))
+            self._held[target] = self._held[source]
+            for state in (
+                self._occupied_S,
+                self._decoding_S,
+                self._sequence_S,
+                self._produced_S,
+                self._limit_S,
+                self._next_S,
+                self._temperature_S,
+                self._top_p_S,
+                self._uniform_ST,
+                self._stops_SV,
+            ):
+                state[target] = state[source]
+            self.release(source)
+
+    def _copy(self, prompt: Prompt, source: int, slots: Sequence[int]) -> None:
+        """Make `slots` hold the prompt and nothing else; `source`, which may be one of them, begins with it."""
+        length = len(prompt.tokens)
+        if targets := [slot for slot in slots if slot != source]:
+            self._runner.copy_prefix(source, targets, length)
+        self._runner.lengths[list(slots)] = length
+
+    def _draw(self, slots: np.ndarray, logits_BV: np.ndarray) -> Drawn:
+        """Choose each slot's next token, and free the slots whose sequences end with it."""
+        positions, top_p_B = self._produced_S[slots], self._top_p_S[slots]
+        cut = np.count_nonzero(top_p_B < 1)  # `any` takes ten times as long over so few
+        tokens, logprobs = choose(
+            logits_BV,
+            self._temperature_S[slots],
+            self._uniform_ST[slots, positions],
+            top_p_B=top_p_B if cut else None,
+        )
+        self._next_S[slots] = tokens
+        self._produced_S[slots] = positions + 1
+        stopped = self._stops_SV[slots, tokens]
+        ended = stopped | (positions + 1 >= self._limit_S[slots])
+        if np.count_nonzero(ended):
+            freed = slots[ended]
+            self._occupied_S[freed] = self._decoding_S[freed] = False
+        return Drawn(slots, self._sequence_S[slots], positions, tokens, logprobs, stopped, ended)

@@ -1,0 +1,78 @@
+"""What one caller of the scheduler gets: the tokens of an answer as they are drawn."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.slots import FinishReason
+
+StreamEnd = Literal[FinishReason, "cancelled", "error"]
+
+
+@dataclass
+class Timings:
+    """Seconds. queue_s: waiting for a slot; ttft_s: from submit to the first token; token_s: gaps after it."""
+
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    total_s: float | None = None
+    token_s: list[float] = field(default_factory=list)
+
+
+class Stream:
+    """One answer as it comes: iterate over its token ids, once. Raises what went wrong with the request, if it did.
+
+    `cancel` may be called from any thread and frees the slot before the next step. `finish_reason` is set once the
+    iteration has ended, `timings` during it.
+    """
+
+    def __init__(self, prompt: Sequence[int], params: SamplingParams):
+        self.prompt, self.params = list(prompt), params
+        self.timings = Timings()
+        self.logprobs: list[float] = []
+        self.finish_reason: StreamEnd | None = None
+        self.cancelled = False
+        self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._submitted = self._latest = time.perf_counter()
+        self._ended = False
+
+    def cancel(self) -> None:
+        """Give the answer up. Tokens that are computed already may still come."""
+        self.cancelled = True
+
+    def __iter__(self) -> Iterator[int]:
+        while not self._ended:
+            event = self._events.get()
+            if isinstance(event, int):
+                yield event
+                continue
+            self._ended = True
+            if event is not None:
+                raise event
+
+    # --- for the scheduler ----------------------------------------------------------------------------------------
+
+    def started(self) -> None:
+        """It has a slot."""
+        self.timings.queue_s = time.perf_counter() - self._submitted
+
+    def push(self, token: int, logprob: float, now: float) -> None:
+        """The next token, drawn at `now` (time.perf_counter)."""
+        if self.timings.ttft_s is None:
+            self.timings.ttft_s = now - self._submitted
+        else:
+            self.timings.token_s.append(now - self._latest)
+        self._latest = now
+        self.logprobs.append(logprob)
+        self._events.put(token)
+
+    def end(self, reason: StreamEnd, error: BaseException | None = None) -> None:
+        """Nothing comes after this. `error` is raised where the stream is read."""
+        self.finish_reason = reason
+        self.timings.total_s = time.perf_counter() - self._submitted
+        self._events.put(error)

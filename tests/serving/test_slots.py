@@ -1,0 +1,93 @@
+"""The core of the slots: prompts read in pieces, sequences that are released early, copies and moves between slots."""
+
+from __future__ import annotations
+
+import pytest
+from test_scheduler import MAX_LENGTH, prompt_of, small_engine
+
+from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.slots import Prompt, SlotBatch
+
+PARAMS = SamplingParams(max_tokens=6, temperature=1.0, seed=2)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return small_engine(slots=3)
+
+
+def run(batch: SlotBatch) -> dict[int, list[int]]:
+    """Read every prompt in pieces of 8, a step between two of them, to the end. Tokens by sequence."""
+    answers: dict[int, list[int]] = {}
+    while batch.reading or batch.decoding:
+        all_drawn = [batch.read_prompt(8)[1] if batch.reading else None]
+        all_drawn.append(batch.step() if batch.decoding else None)
+        for drawn in filter(None, all_drawn):
+            for sequence, token in zip(drawn.sequences.tolist(), drawn.tokens.tolist(), strict=True):
+                answers.setdefault(sequence, []).append(token)
+    return answers
+
+
+def expected(engine: Engine, prompt: list[int], group: int) -> dict[int, list[int]]:
+    return dict(enumerate(completion.tokens for completion in engine.generate([prompt], PARAMS, group=group)))
+
+
+def test_a_group_continues_when_the_slot_that_reads_its_prompt_is_released(engine):
+    prompt = prompt_of(1, 30)
+    answers = expected(engine, prompt, 3)
+    batch = SlotBatch(engine)
+    slots = batch.admit(Prompt(prompt), PARAMS, [0, 1, 2])
+    assert batch.read_prompt(8) == (8, None)
+    batch.release(slots[0])
+    assert batch.free == 1
+    del answers[0]
+    assert run(batch) == answers
+    assert batch.free == 3
+
+
+def test_a_released_prompt_leaves_the_one_after_it_alone(engine):
+    second = prompt_of(2, 20)
+    answers = expected(engine, second, 1)
+    batch = SlotBatch(engine)
+    slots = batch.admit(Prompt(prompt_of(1, 30)), PARAMS, [1, 2])
+    batch.admit(Prompt(second), PARAMS, [0])
+    for slot in slots:
+        batch.release(slot)
+    assert run(batch) == answers
+
+
+def test_a_prompt_is_copied_while_a_slot_begins_with_it_and_computed_again_otherwise(engine):
+    tokens = prompt_of(4, 24)
+    answers = expected(engine, tokens, 6)
+    batch, prompt = SlotBatch(engine), Prompt(tokens)
+    batch.admit(prompt, PARAMS, [0, 1])
+    assert run(batch) == {sequence: answers[sequence] for sequence in (0, 1)}
+    batch.admit(prompt, PARAMS, [2])
+    count, drawn = batch.read_prompt(8)
+    assert (count, drawn is None) == (0, False)
+    assert [drawn.tokens[0], *run(batch)[2]] == answers[2]
+    batch.admit(Prompt(prompt_of(5, 9)), PARAMS, [3, 4, 5])  # takes all slots
+    run(batch)
+    batch.admit(prompt, PARAMS, [4, 5])
+    assert batch.read_prompt(8) == (8, None)
+    assert run(batch) == {sequence: answers[sequence] for sequence in (4, 5)}
+
+
+def test_compacted_slots_change_no_answer(engine):
+    prompts = [prompt_of(seed, 12) for seed in range(3)]
+    alone = [engine.generate([prompt], PARAMS, first_sequence=at)[0].tokens for at, prompt in enumerate(prompts)]
+    batch = SlotBatch(engine)
+    slots = [batch.admit(Prompt(prompt), PARAMS, [at])[0] for at, prompt in enumerate(prompts)]
+    first_tokens = [batch.read_prompt()[1].tokens[0] for _ in prompts]
+    batch.release(slots[0])
+    batch.compact_slots()
+    assert batch.decoding == [0, 1]
+    answers = run(batch)
+    assert {at: [first_tokens[at], *answers[at]] for at in answers} == {1: alone[1], 2: alone[2]}
+
+
+def test_an_answer_ends_when_its_slot_is_full(engine):
+    batch = SlotBatch(engine)
+    batch.admit(Prompt(prompt_of(1, MAX_LENGTH - 3)), PARAMS)
+    assert len(run(batch)[0]) == 3
