@@ -30,7 +30,7 @@ LIBRARIES = {
     "torch": ("torch",),
 }
 # Modules that carry results and don't shape them. Settings reach the key as settings, what is derived from them too.
-PLUMBING = frozenset(
+UNHASHED = frozenset(
     {
         "twinloop.registry.artifact",
         "twinloop.tasks.context",
@@ -43,7 +43,7 @@ PLUMBING = frozenset(
 
 
 @cache
-def fingerprint(*modules: str, ignore: frozenset[str] = PLUMBING) -> str:
+def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
     """sha256 over `modules` and their transitive imports within the project, `ignore` and below left out.
 
     Raises ModuleNotFoundError for a module that is not the project's.
