@@ -49,14 +49,14 @@ SERVER = [
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/serving")
-import twinloop.serving.api
+from twinloop.serving import api
 from served import ScriptedScheduler, make_app, small_tokenizer
 folder, delay_s, *shutdown_s = sys.argv[1:]
 if shutdown_s:
-    serving.api.SHUTDOWN_S = int(shutdown_s[0])
+    api.SHUTDOWN_S = int(shutdown_s[0])
 tokenizer = small_tokenizer()
 app = make_app(Path(folder), ScriptedScheduler(tokenizer, delay_s=float(delay_s)), tokenizer)
-serving.api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
+api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
 print("stopped", flush=True)
 """,
 ]
