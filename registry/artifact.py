@@ -161,10 +161,6 @@ class ArtifactStore:
             shutil.rmtree(work)
             return Artifact(final, manifest)
 
-    def damage(self, artifact: Artifact) -> str | None:
-        """What differs from the manifest, in words; None if every byte is as it was written."""
-        return _damage(artifact.path, artifact.manifest)
-
     def _verified(self, stage: str, key: str) -> Artifact | None:
         path = self.root / stage / key
         if not path.exists():
@@ -174,7 +170,7 @@ class ArtifactStore:
         except (OSError, ValueError, ValidationError):
             damage: str | None = f"{MANIFEST} is missing or changed"
         else:
-            damage = _damage(path, manifest)
+            damage = integrity_error(path, manifest)
             if damage is None and manifest.key == key:
                 return Artifact(path, manifest, reused=True)
         log.warning("%s/%s: %s; building it again", stage, key, damage or "holds another key's artifact")
@@ -251,7 +247,8 @@ def _hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damage(path: Path, manifest: Manifest) -> str | None:
+def integrity_error(path: Path, manifest: Manifest) -> str | None:
+    """What differs from the manifest, in words; None if every byte is as it was written. Reads every byte."""
     try:
         found = hash_files(path)
     except OSError as error:

@@ -30,7 +30,7 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import fsync
-from twinloop.registry.artifact import MANIFEST, Artifact, ArtifactStore, Manifest
+from twinloop.registry.artifact import MANIFEST, Manifest, integrity_error
 from twinloop.registry.database import holds_records
 from twinloop.registry.tracking import CodeVersion, Mlruns
 
@@ -323,8 +323,8 @@ def verified_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder}: no artifact here ({MANIFEST} is missing or changed); run the recipe again"
         ) from error
-    if damage := ArtifactStore(folder).damage(Artifact(folder, manifest)):
-        raise UserError(f"{folder}: {damage}; run the recipe again")
+    if problem := integrity_error(folder, manifest):
+        raise UserError(f"{folder}: {problem}; run the recipe again")
     return manifest
 
 
@@ -336,7 +336,7 @@ def damage_of(version: Version) -> str | None:
         return f"{MANIFEST} is missing or changed"
     if manifest.digest != version.digest:
         return "another artifact than was registered lies"
-    return ArtifactStore(version.path).damage(Artifact(version.path, manifest))
+    return integrity_error(version.path, manifest)
 
 
 def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlruns: Mlruns) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from twinloop.registry import artifact as artifact_module
-from twinloop.registry.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore
+from twinloop.registry.artifact import ABANDONED_AFTER_S, MANIFEST, Artifact, ArtifactStore, integrity_error
 from twinloop.registry.fingerprint import fingerprint
 
 
@@ -79,7 +79,7 @@ def test_damage_is_said_in_one_line_and_built_again(
         mended = run(store, stage)
     assert stage.built == 2
     assert mended.digest == sound.digest
-    assert store.damage(mended) is None
+    assert integrity_error(mended.path, mended.manifest) is None
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
     assert run(store, stage).reused
@@ -94,9 +94,9 @@ def test_every_single_bit_of_every_file_counts(store: ArtifactStore) -> None:
             changed = bytearray(content)
             changed[position] ^= 0x10
             path.write_bytes(changed)
-            assert store.damage(artifact) == f"{name} differs from what was written"
+            assert integrity_error(artifact.path, artifact.manifest) == f"{name} differs from what was written"
         path.write_bytes(content)
-    assert store.damage(artifact) is None
+    assert integrity_error(artifact.path, artifact.manifest) is None
 
 
 def test_a_failed_stage_leaves_no_artifact_and_keeps_its_working_directory(store: ArtifactStore) -> None:
