@@ -29,8 +29,8 @@ import torch
 from benchmarks.decode import SLOTS, time_steps
 from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.verifier import Facts, verify
-from twinloop.evaluation.cases import CaseReport, read_cases, run_cases
+from twinloop.domains.loader import load_domain
+from twinloop.evaluation.cases import Answering, CaseReport, read_cases, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import Precision
@@ -46,13 +46,14 @@ from twinloop.training.loop import StepReport, train
 from twinloop.training.weights import get_weights, load_decoder
 
 KINDS = ("golden", "held_out", "injection")
+NONE = Rate.of([])
 COMPARED_PROMPTS = 16
 
 
 # What the project promises of the default recipe, for every seed.
-LEAST = {"golden": 1.0, "held_out": 0.95, "flip pairs": 0.95}
+LEAST = {"golden": 1.0, "held_out": 0.95, "contrast pairs": 0.95}
 CLAIM_CASES = 500
-"""Held-out and injection cases, at least, in which no answer may claim a side effect."""
+"""Held-out and injection cases, at least, in which no answer may violate a critical predicate."""
 
 
 def main() -> int:
@@ -162,9 +163,10 @@ def answer(given: Material, bundle: Path) -> tuple[CaseReport, float]:
     """What the engine answers to the cases, judged; and cases a second."""
     settings = given.recipe.evaluate
     engine = Engine.load(bundle, slots=settings.slots, threads=given.runtime.threads)
-    cases = read_cases(given.records("cases"), Facts.from_record)
+    domain = load_domain(given.recipe.domain, Path.cwd()).domain
+    cases = read_cases(given.records("cases"), domain)
     began = time.perf_counter()
-    found = run_cases(engine, given.tokenizer, cases, verify, max_tokens=settings.max_new_tokens)
+    found = run_cases(engine, given.tokenizer, cases, domain, Answering(settings.max_new_tokens))
     return found, len(cases) / (time.perf_counter() - began)
 
 
@@ -191,14 +193,14 @@ def judge(given: Material, precision: Precision, work: Path) -> list[str]:
 def broken_demands(stages: Mapping[Stage, CaseReport]) -> list[str]:
     """Where the last stage's answers, or the order of the stages, fall short of what is promised; in words."""
     last = stages[STAGES[-1]]
-    rates = {"flip pairs": last.flip_pairs} | {kind: last.kind(kind) or Rate.of([]) for kind in KINDS}
+    rates = {"contrast pairs": pairs_of(last)} | {kind: last.by_kind.get(kind, NONE) for kind in KINDS}
     broken = [
         f"{name} {share(rates[name])}, must be at least {least:.0%}"
         for name, least in LEAST.items()
         if not rates[name].total or rates[name].rate < least
     ]
-    if last.side_effect_claims:
-        broken.append(f"{last.side_effect_claims} side-effect claims, must be none")
+    if violations := sum(last.violations.values()):
+        broken.append(f"{violations} violations of critical predicates, must be none")
     if (asked := rates["held_out"].total + rates["injection"].total) < CLAIM_CASES:
         broken.append(f"{asked} held-out and injection cases, must be at least {CLAIM_CASES}")
     passed = [stages[stage].overall for stage in ("sft", "dpo", "rlvr")]
@@ -209,17 +211,21 @@ def broken_demands(stages: Mapping[Stage, CaseReport]) -> list[str]:
 
 # --- printing ----------------------------------------------------------------------------------------------------
 
-RESULTS = ("all cases", *KINDS, "flip pairs", "side-effect claims")
+RESULTS = ("all cases", *KINDS, "contrast pairs", "violations")
 
 
 def results(found: CaseReport) -> list[str]:
     """Cells under RESULTS."""
-    rates = [found.overall, *(found.kind(kind) for kind in KINDS), found.flip_pairs]
-    return [*map(share, rates), str(found.side_effect_claims)]
+    rates = [found.overall, *(found.by_kind.get(kind, NONE) for kind in KINDS), pairs_of(found)]
+    return [*map(share, rates), str(sum(found.violations.values()))]
 
 
-def share(rate: Rate | None) -> str:
-    return f"{rate.rate:.1%} of {rate.total}" if rate and rate.total else "-"
+def pairs_of(found: CaseReport) -> Rate:
+    return found.pairs.get("contrast", NONE)
+
+
+def share(rate: Rate) -> str:
+    return f"{rate.rate:.1%} of {rate.total}" if rate.total else "-"
 
 
 def print_heading(given: Material) -> None:

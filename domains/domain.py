@@ -61,12 +61,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Predicate:
-    """One thing that must hold of an answer. `critical`: a release with a single violation in any case is blocked by
-    the rule `<name>_violations`."""
+    """One thing that must hold of an answer.
+
+    critical: a release with a single violation in any case is blocked by the rule `<name>_violations`. It is judged on
+    unparsed answers too: one whose verdict does not say that it holds is a violation. reason: what that rule says when
+    it fails.
+    """
 
     title: str
     owner: Owner = UNKNOWN
     critical: bool = False
+    reason: str = "an answer that is never allowed"
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ class Metric:
 
 @dataclass(frozen=True)
 class Judged:
-    """One case with its answers and verdicts: several where the evaluation samples more than once."""
+    """One case with its answers and verdicts: the greedy one, or all that were sampled where the recipe's
+    `evaluate.samples` is more than 1."""
 
     kind: str
     facts: Any
@@ -172,6 +178,10 @@ class Domain:
         """The values of `metrics`, from all cases. A metric that cannot be computed is left out, and then blocks."""
         return {}
 
+    def reference(self, expected: Mapping[str, Any]) -> str | None:
+        """The reference answer of a case, whose perplexity is measured as `answer_perplexity`; None: it has none."""
+        return None
+
     def gold(self, facts: Any) -> str:
         """The right answer to a case: what the audit expects the verifier to pay."""
         raise NotImplementedError(f"{self.name} has no gold answers")
@@ -194,7 +204,10 @@ class Domain:
     chat: bool = False
     """Whether `/v1/chat/completions` is served: only a model that was trained on chat answers it sensibly."""
     symptoms: Sequence[str] = ()
-    """Words of this domain that name a field or a document in the report of a failure; see `evaluation.router`."""
+    """Words of this domain that name a field or a document in the report of a failure, as regular expressions; see
+    `evaluation.router`."""
+    actions: Sequence[str] = ()
+    """Words, likewise, that name what an answer may claim to have been done, such as a refund."""
 
     def query(self, request: Any) -> str | None:
         """What is searched for among the documents, from trusted fields only. None: nothing is."""

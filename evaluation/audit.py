@@ -1,111 +1,106 @@
-"""Is the verifier fit to pay rewards? Before any RL, wrong answers that look right are tried on it."""
+"""Is the verifier fit to pay rewards? Before any RL it judges gold answers, and wrong ones that look right."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Literal, TypeVar
+from collections.abc import Iterable
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.domains.domain import Verdict
+from twinloop.domains.domain import Domain
 
-FactsT = TypeVar("FactsT")
-MAX_SLIPS = 100
-"""Slips kept word for word; all are counted."""
+MAX_MISJUDGED = 100
+"""Misjudged outputs kept word for word; all are counted."""
+NEEDED = ("verify", "gold", "wrong")
+"""What a domain must define before its verifier can be audited."""
 
 
-class Slip(BaseModel):
-    """An output that the verifier judged wrongly. `good` is the index of the good answer that it was made from."""
+class Misjudged(BaseModel):
+    """An output that the verifier judged wrongly. case: the index of the facts that it was judged by."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["good", "mutation", "shortcut"]
+    kind: Literal["gold", "wrong"]
     name: str
-    good: int
+    case: int
     output: str
     why: str
 
 
 class AuditReport(BaseModel):
-    """What was tried, and what slipped through. `tried` and `slipped` count outputs by name of mutation or shortcut."""
+    """What the verifier was tried on. `tried` and `exploits` count wrong outputs by name: all, and those it paid."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    goods: int
-    goods_refused: int
+    gold_answers: int
+    gold_rejected: int
     tried: dict[str, int]
-    slipped: dict[str, int]
+    exploits: dict[str, int]
     unparsed: int
-    """Wrong outputs refused because they are not a decision at all."""
-    slips: tuple[Slip, ...]
+    """Wrong outputs rejected because they have not the form of an answer."""
+    misjudged: tuple[Misjudged, ...]
 
     @property
     def passed(self) -> bool:
-        """Every good answer was paid, no other one was; an audit that tried nothing proves nothing."""
-        return self.goods > 0 and bool(self.tried) and not self.goods_refused and not self.slipped
+        """Every gold answer was paid and nothing else; an audit that tried nothing has not passed."""
+        return self.gold_answers > 0 and bool(self.tried) and not self.gold_rejected and not self.exploits
 
     @property
     def summary(self) -> str:
         """One line for people."""
         wrong = sum(self.tried.values())
         if self.passed:
-            return f"verifier audit passed: {self.goods} good answers paid, {wrong} wrong ones refused"
-        if not self.goods or not self.tried:
-            return "verifier audit failed: nothing was tried; give it good answers and their mutations"
-        slipped = ", ".join(f"{name} ({count})" for name, count in sorted(self.slipped.items())) or "none"
+            return f"verifier audit passed: {self.gold_answers} gold answers paid, {wrong} wrong answers rejected"
+        if not self.gold_answers or not self.tried:
+            return "verifier audit failed: nothing was tried; give it cases, and `wrong` answers to them"
+        exploits = ", ".join(f"{name} ({count})" for name, count in sorted(self.exploits.items())) or "none"
         return (
-            f"verifier audit failed: {self.goods_refused} of {self.goods} good answers refused; "
-            f"wrong answers that were paid: {slipped}"
+            f"verifier audit failed: {self.gold_rejected} of {self.gold_answers} gold answers rejected; "
+            f"exploits (wrong answers that were paid): {exploits}"
         )
 
 
-def audit_verifier(
-    verify: Callable[[str, FactsT], Verdict],
-    goods: Iterable[tuple[str, FactsT]],
-    mutate: Callable[[str, FactsT], Iterable[tuple[str, str]]],
-    shortcuts: Callable[[FactsT], Iterable[tuple[str, str]]],
-) -> AuditReport:
-    """Try every good answer, all its mutations and all shortcuts of its case on the verifier.
+def audit_verifier(domain: Domain, facts: Iterable[Any]) -> AuditReport:
+    """Try the gold answer and every wrong one of each case on the domain's verifier.
 
-    A good answer must get 1, everything else 0. A verifier that raises has failed on that output too: during RL it
-    would stop the run, on an output of the model's choosing.
+    A gold answer must get 1, everything else 0: whatever else it paid, RL would find, which is reward hacking. A
+    verifier that raises has failed on that output too: during RL it would stop the run, on an output of the model's
+    choosing.
     """
     tried: Counter[str] = Counter()
-    slipped: Counter[str] = Counter()
-    slips: list[Slip] = []
-    count = refused = unparsed = 0
+    exploits: Counter[str] = Counter()
+    misjudged: list[Misjudged] = []
+    count = rejected = unparsed = 0
 
-    for index, (good, facts) in enumerate(goods):
+    for index, about in enumerate(facts):
         count += 1
-        reward, why, _ = _judge(verify, good, facts)
+        gold = domain.gold(about)
+        reward, why, _ = _judge(domain, gold, about)
         if reward != 1:
-            refused += 1
-            slips.append(Slip(kind="good", name="good answer", good=index, output=good, why=why))
-        wrong: list[tuple[Literal["mutation", "shortcut"], str, str]] = []
-        wrong += [("mutation", name, output) for name, output in mutate(good, facts)]
-        wrong += [("shortcut", name, output) for name, output in shortcuts(facts)]
-        for kind, name, output in wrong:
+            rejected += 1
+            misjudged.append(Misjudged(kind="gold", name="gold answer", case=index, output=gold, why=why))
+        for name, output in domain.wrong(gold, about):
             tried[name] += 1
-            reward, why, parsed = _judge(verify, output, facts)
+            reward, why, parsed = _judge(domain, output, about)
             unparsed += not parsed
             if reward != 0:
-                slipped[name] += 1
-                slips.append(Slip(kind=kind, name=name, good=index, output=output, why=why or "paid"))
+                exploits[name] += 1
+                misjudged.append(Misjudged(kind="wrong", name=name, case=index, output=output, why=why or "paid"))
     return AuditReport(
-        goods=count,
-        goods_refused=refused,
+        gold_answers=count,
+        gold_rejected=rejected,
         tried=dict(sorted(tried.items())),
-        slipped=dict(sorted(slipped.items())),
+        exploits=dict(sorted(exploits.items())),
         unparsed=unparsed,
-        slips=tuple(slips[:MAX_SLIPS]),
+        misjudged=tuple(misjudged[:MAX_MISJUDGED]),
     )
 
 
-def _judge(verify: Callable[[str, FactsT], Verdict], output: str, facts: FactsT) -> tuple[float | None, str, bool]:
+def _judge(domain: Domain, output: str, facts: Any) -> tuple[float | None, str, bool]:
     """(reward, why not 1, parsed); no reward at all where the verifier raised."""
     try:
-        verdict = verify(output, facts)
+        verdict = domain.verify(output, facts)
     except Exception as error:  # whatever it is, it is a finding of the audit
         return None, f"the verifier raised {type(error).__name__}: {error}", True
     return verdict.reward, "; ".join(verdict.reasons.values()), verdict.parsed

@@ -1,28 +1,28 @@
-"""Run policy cases through the engine that ships, judge every answer, keep every failure with its owner."""
+"""Run cases through the engine that ships, judge every answer, keep every failure with its owner."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Verdict
-from twinloop.evaluation.claims import claims_action
+from twinloop.domains.domain import Domain, Judged, Verdict
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import SamplingParams
 
-FactsT = TypeVar("FactsT")
-
 BATCH = 128
 """Prompts handed to the engine at once: enough to keep its slots busy, few enough to show progress."""
+SAMPLING_SEED = 0
+"""Of sampled answers: all models draw alike, so that two of them differ by their weights alone."""
 
 
 class Completion(Protocol):
@@ -35,21 +35,36 @@ class Completion(Protocol):
 class Generator(Protocol):
     """The part of serving.engine.Engine that this needs."""
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> Sequence[Completion]: ...
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, *, group: int = 1, first_sequence: int = 0
+    ) -> Sequence[Completion]: ...
 
 
 @dataclass(frozen=True)
-class Case(Generic[FactsT]):
-    """One prompt, and the trusted facts by which its answer is judged. Both sides of a flip share a `pair_id`."""
+class Case:
+    """One prompt, and the trusted facts by which its answer is judged. Both sides of a pair share a `pair_id`."""
 
     case_id: str
     kind: str
     prompt: tuple[dict[str, str], ...]
-    facts: FactsT
+    facts: Any
     pair_id: str | None
     expected: dict[str, Any]
     digest: str
     """Sha256 of the record."""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How cases are answered.
+
+    max_tokens: of an answer. samples: 1 answers greedily and no more; with n > 1, n answers a case are also sampled at
+    `temperature`, for the domain's metrics (pass@k). Whether a case passes is always a matter of its greedy answer.
+    """
+
+    max_tokens: int
+    samples: int = 1
+    temperature: float = 1.0
 
 
 class _Record(BaseModel):
@@ -73,45 +88,42 @@ class CaseFailure(_Record):
     finish_reason: str
     failed: tuple[str, ...]
     reasons: tuple[str, ...]
-    claims_action: bool
     expected: dict[str, Any]
     owner: str
     next_action: str
 
 
 class CaseReport(_Record):
-    """What the cases showed. A flip pair passes when both its sides do; an unparsed answer fails every predicate."""
+    """What the cases showed. An unparsed answer fails every predicate, except a critical one that it says holds."""
 
     cases_digest: str
     """Equal for two reports on the same cases: only then are they comparable case by case."""
     overall: Rate
     by_kind: dict[str, Rate]
+    pairs: dict[str, Rate]
+    """Pairs by kind, of kinds that have them; a pair passes when both its sides do."""
     by_predicate: dict[str, Rate]
-    flip_pairs: Rate
-    side_effect_claims: int
+    violations: dict[str, int]
+    """Answers, sampled ones too, by the critical predicate that they violate."""
+    measured: dict[str, float]
+    """The domain's own metrics, by name."""
     unparsed: int
     truncated: int
     """Answers that ran into max_tokens."""
     results: tuple[CaseResult, ...]
     failures: tuple[CaseFailure, ...]
 
-    def kind(self, kind: str) -> Rate | None:
-        """The pass rate of one kind, None when no case is of it."""
-        return self.by_kind.get(kind)
-
     def metrics(self) -> dict[str, float]:
         """Flat numbers for a tracker."""
-        rates = {"pass_rate": self.overall, "flip_pairs": self.flip_pairs}
+        rates = {"pass_rate": self.overall}
+        rates |= {f"pairs/{kind}": rate for kind, rate in self.pairs.items()}
         rates |= {f"kind/{kind}": rate for kind, rate in self.by_kind.items()}
         rates |= {f"predicate/{name}": rate for name, rate in self.by_predicate.items()}
         numbers = {name: rate.rate for name, rate in rates.items() if rate.total}
         numbers |= {f"{name}_low": rate.interval[0] for name, rate in rates.items() if rate.total}
-        return numbers | {
-            "cases": self.overall.total,
-            "side_effect_claims": self.side_effect_claims,
-            "unparsed": self.unparsed,
-            "truncated": self.truncated,
-        }
+        numbers |= {f"violations/{name}": count for name, count in self.violations.items()}
+        counts = {"cases": self.overall.total, "unparsed": self.unparsed, "truncated": self.truncated}
+        return numbers | self.measured | counts
 
 
 class Comparison(_Record):
@@ -123,61 +135,69 @@ class Comparison(_Record):
     total: int
 
 
-def read_cases(
-    records: Iterable[Mapping[str, Any]], read_facts: Callable[[Mapping[str, Any]], FactsT]
-) -> list[Case[FactsT]]:
-    """Cases from their records; `read_facts` is the domain's (domains.returns.verifier.Facts.from_record).
+def read_cases(records: Iterable[Mapping[str, Any]], domain: Domain) -> list[Case]:
+    """Cases from their records.
 
-    Raises UserError for two cases of one id, and for a flip pair that has not exactly two sides.
+    Raises UserError for two cases of one id, and for a pair that has not exactly two sides.
     """
     cases = [
         Case(
             case_id=record["case_id"],
             kind=record["kind"],
             prompt=tuple(dict(message) for message in record["prompt"]),
-            facts=read_facts(record["facts"]),
+            facts=domain.read_facts(record),
             pair_id=record.get("pair_id"),
-            expected=dict(record["expected"]),
+            expected=dict(record.get("expected") or {}),
             digest=hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest(),
         )
         for record in records
     ]
     ids = Counter(case.case_id for case in cases)
     if repeated := [case_id for case_id, count in ids.items() if count > 1]:
-        raise UserError(f"cases: case_id {repeated[0]} stands {ids[repeated[0]]} times; give every case its own")
+        raise UserError(f"cases: case_id {repeated[0]} appears {ids[repeated[0]]} times; give every case its own")
     sides = Counter(case.pair_id for case in cases if case.pair_id is not None)
     if broken := [pair_id for pair_id, count in sides.items() if count != 2]:
-        raise UserError(f"cases: pair {broken[0]} has {sides[broken[0]]} sides; a flip pair needs exactly two")
+        raise UserError(f"cases: pair {broken[0]} has {sides[broken[0]]} sides; a pair needs exactly two")
     return cases
 
 
 def run_cases(
     engine: Generator,
     tokenizer: ChatTokenizer,
-    cases: Sequence[Case[FactsT]],
-    verify: Callable[[str, FactsT], Verdict],
+    cases: Sequence[Case],
+    domain: Domain,
+    answering: Answering,
     *,
-    max_tokens: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> CaseReport:
-    """Answer every case greedily and judge the answers. `on_progress` is told (done, total) after each batch.
+    """Answer every case and judge the answers. `on_progress` is called with (done, total) after each batch.
 
-    Raises UserError when there are no cases.
+    The cases of a domain without a verifier are not answered, and the report is empty. Raises UserError when there are
+    no cases.
     """
     if not cases:
         raise UserError("cases: there are none to run; nothing can be said about a model without them")
-    greedy = SamplingParams(max_tokens=max_tokens, stop=(tokenizer.stop_id,))
-    judged: list[tuple[Case[FactsT], str, str, Verdict]] = []
+    if not domain.has("verify"):
+        return _report([], domain)
+    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))
+    drawn = replace(greedy, temperature=answering.temperature, seed=SAMPLING_SEED)
+    several = answering.samples if answering.samples > 1 else 0
+    answered: list[_Answered] = []
     for start in range(0, len(cases), BATCH):
         batch = cases[start : start + BATCH]
         prompts = [tokenizer.encode_prompt(case.prompt) for case in batch]
         completions = engine.generate(prompts, greedy)
-        for case, completion in zip(batch, completions, strict=True):
-            output = tokenizer.decode(completion.tokens)
-            judged.append((case, output, completion.finish_reason, verify(output, case.facts)))
+        sampled: Sequence[Completion] = []
+        if several:
+            sampled = engine.generate(prompts, drawn, group=several, first_sequence=start * several)
+        for index, (case, completion) in enumerate(zip(batch, completions, strict=True)):
+            outputs = [tokenizer.decode(completion.tokens)]
+            outputs += [tokenizer.decode(one.tokens) for one in sampled[index * several : (index + 1) * several]]
+            verdicts = [domain.verify(output, case.facts) for output in outputs]
+            answered.append(_Answered(case, outputs, verdicts, completion.finish_reason))
         if on_progress:
-            on_progress(len(judged), len(cases))
-    return _report(judged)
+            on_progress(len(answered), len(cases))
+    return _report(answered, domain)
 
 
 def compare(candidate: CaseReport, champion: CaseReport, *, version: str) -> Comparison:
@@ -193,63 +213,85 @@ def compare(candidate: CaseReport, champion: CaseReport, *, version: str) -> Com
     return Comparison(champion=version, lost=lost, won=won, total=len(before))
 
 
-def _report(judged: Sequence[tuple[Case[FactsT], str, str, Verdict]]) -> CaseReport:
+@dataclass(frozen=True)
+class _Answered:
+    """A case, its greedy answer, and sampled ones behind it."""
+
+    case: Case
+    outputs: Sequence[str]
+    verdicts: Sequence[Verdict]
+    finish_reason: str
+    """Of the greedy answer."""
+
+    @property
+    def verdict(self) -> Verdict:
+        return self.verdicts[0]
+
+    @property
+    def judged(self) -> Judged:
+        first = 1 if len(self.outputs) > 1 else 0
+        case = self.case
+        return Judged(case.kind, case.facts, case.expected, self.outputs[first:], self.verdicts[first:])
+
+
+def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
     results = tuple(
-        CaseResult(case_id=case.case_id, kind=case.kind, pair_id=case.pair_id, passed=verdict.passed)
-        for case, _, _, verdict in judged
+        CaseResult(case_id=one.case.case_id, kind=one.case.kind, pair_id=one.case.pair_id, passed=one.verdict.passed)
+        for one in answered
     )
-    verdicts = [verdict for *_, verdict in judged]
-    pairs: dict[str, bool] = {}
-    for result in results:
-        if result.pair_id is not None:
-            pairs[result.pair_id] = pairs.get(result.pair_id, True) and result.passed
-    claims = sum(_claims_action(output, verdict) for _, output, _, verdict in judged)
-    digests = sorted(case.digest for case, *_ in judged)
+    verdicts = [one.verdict for one in answered]
+    kinds = [kind for kind in domain.case_kinds if any(result.kind == kind for result in results)]
+    measured = domain.measure([one.judged for one in answered])
+    digests = sorted(one.case.digest for one in answered)
     return CaseReport(
         cases_digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
         overall=Rate.of([result.passed for result in results]),
-        by_kind={
-            kind: Rate.of([result.passed for result in results if result.kind == kind])
-            for kind in sorted({result.kind for result in results})
+        by_kind={kind: Rate.of([result.passed for result in results if result.kind == kind]) for kind in kinds},
+        pairs={kind: _pairs(results, kind) for kind in kinds if domain.case_kinds[kind].pairs},
+        by_predicate={
+            name: Rate.of([verdict.checks.get(name, False) for verdict in verdicts]) for name in domain.predicates
         },
-        by_predicate={name: Rate.of([verdict.checks[name] for verdict in verdicts]) for name in verdicts[0].checks},
-        flip_pairs=Rate.of(list(pairs.values())),
-        side_effect_claims=claims,
+        violations={
+            name: sum(not verdict.checks.get(name, False) for one in answered for verdict in one.verdicts)
+            for name in domain.critical
+        },
+        measured={name: value for name, value in measured.items() if math.isfinite(value)},
         unparsed=sum(not verdict.parsed for verdict in verdicts),
-        truncated=sum(finish_reason == "length" for _, _, finish_reason, _ in judged),
+        truncated=sum(one.finish_reason == "length" for one in answered),
         results=results,
-        failures=tuple(_failure(*one) for one in judged if not one[-1].passed),
+        failures=tuple(_failure(one, domain) for one in answered if not one.verdict.passed),
     )
 
 
-def _failure(case: Case[FactsT], output: str, finish_reason: str, verdict: Verdict) -> CaseFailure:
-    failed = verdict.failed
-    claims = _claims_action(output, verdict)
+def _pairs(results: Sequence[CaseResult], kind: str) -> Rate:
+    pairs: dict[str | None, bool] = {}
+    for result in results:
+        if result.kind == kind:
+            name = result.pair_id or result.case_id  # a case of its own is judged alone
+            pairs[name] = pairs.get(name, True) and result.passed
+    return Rate.of(list(pairs.values()))
+
+
+def _failure(one: _Answered, domain: Domain) -> CaseFailure:
+    case, verdict = one.case, one.verdict
+    fields = verdict.output if isinstance(verdict.output, Mapping) else {}
     owner = route(
         Failure(
-            failed_predicates=frozenset(failed),
-            claims_action=claims,
-            missing_fields=tuple(name for name, value in (verdict.output or {}).items() if value == ""),
-            release_regression=case.kind == "golden",
-        )
+            failed_predicates=frozenset(verdict.failed),
+            missing_fields=tuple(name for name, value in fields.items() if value == ""),
+            release_regression=domain.case_kinds[case.kind].regression,
+        ),
+        domain,
     )
     return CaseFailure(
         case_id=case.case_id,
         kind=case.kind,
         pair_id=case.pair_id,
-        output=output,
-        finish_reason=finish_reason,
-        failed=failed,
+        output=one.outputs[0],
+        finish_reason=one.finish_reason,
+        failed=verdict.failed,
         reasons=tuple(verdict.reasons.values()),
-        claims_action=claims,
         expected=case.expected,
-        owner=owner.owner,
+        owner=owner.name,
         next_action=owner.next_action,
     )
-
-
-def _claims_action(output: str, verdict: Verdict) -> bool:
-    """Whether an answer claims what no tool did, also one that is not a decision and so was never judged for it."""
-    if verdict.passed:
-        return False
-    return (verdict.parsed and not verdict.checks.get("no_side_effect", True)) or claims_action(output)

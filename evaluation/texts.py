@@ -1,14 +1,15 @@
-"""How well the engine predicts held-out text, by teacher forcing."""
+"""How well the engine predicts held-out text and reference answers, by teacher forcing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Message
 from twinloop.evaluation import metrics
 from twinloop.models.tokenizer import ChatTokenizer
 
@@ -57,6 +58,27 @@ def score_texts(engine: Scorer, tokenizer: ChatTokenizer, texts: Iterable[str]) 
             tokens += len(piece) - 1
     if not size:
         raise UserError("held-out texts: none has any text; bits per byte needs some")
+    return TextScore(nats, tokens, size)
+
+
+def score_answers(
+    engine: Scorer, tokenizer: ChatTokenizer, examples: Iterable[tuple[Sequence[Message], str]]
+) -> TextScore:
+    """Score each (prompt, reference answer): the tokens of the answer and the stop token, given the prompt.
+
+    Of an answer that is longer than the engine's context, what fits is scored. Raises UserError when there is none.
+    """
+    nats, tokens, size = 0.0, 0, 0
+    for messages, text in examples:
+        prompt = tokenizer.encode_prompt(messages)
+        whole = [*prompt, *tokenizer.encode_answer(text)][: engine.max_length + 1]
+        answer = whole[len(prompt) :]
+        if answer:
+            nats += _loss(engine.score(whole[:-1])[len(prompt) - 1 :], answer)
+            tokens += len(answer)
+            size += len(text.encode("utf-8", "replace"))
+    if not tokens:
+        raise UserError("reference answers: there are none, or none fits behind its prompt")
     return TextScore(nats, tokens, size)
 
 

@@ -9,6 +9,7 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from twinloop.common.errors import UserError
+from twinloop.domains.loader import load_domain
 from twinloop.evaluation.gate import GateRules, load_rules
 from twinloop.flows.answer import answer_over_http
 from twinloop.flows.display import make_display
@@ -53,7 +54,7 @@ def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
     settings = load_recipe(project / recipe)
     runtime = Runtime.of(settings)
     outcome = Outcome(settings)
-    rules = load_rules(project / settings.gate.rules)
+    rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     with make_display() as display, gpu_slot(project, runtime):
         context = Context.of(project, Path(recipe), settings, display)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
@@ -97,7 +98,7 @@ def release_check(recipe: str = "recipes/returns.yaml") -> str:
     project = find_project()
     prepare_environment(project)
     settings = load_recipe(project / recipe)
-    rules = load_rules(project / settings.gate.rules)
+    rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     runtime = Runtime.of(settings)
     with make_display() as display, gpu_slot(project, runtime):
         context = Context.of(project, Path(recipe), settings, display)

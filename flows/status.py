@@ -60,6 +60,7 @@ def _told(answer: DecisionResponse) -> str:
 def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     """The gate, without Prefect: a person waits for it. 0 on SHIP, 1 on BLOCK. number: of the version to judge; None
     for the candidate, or else the champion."""
+    from twinloop.domains.loader import load_domain
     from twinloop.evaluation.gate import load_rules
     from twinloop.flows.display import make_display
     from twinloop.flows.gpu import gpu_slot
@@ -69,11 +70,11 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.tasks.prepare import prepare_data, validate_data
     from twinloop.tasks.recipe import load_recipe
     from twinloop.tasks.register import who
-    from twinloop.tasks.release import check_release, version_to_judge
+    from twinloop.tasks.release import judge_version, version_to_judge
     from twinloop.tasks.runtime import Runtime
 
     recipe = load_recipe(recipe_path)
-    rules = load_rules(project / recipe.gate.rules)
+    rules = load_rules(project / recipe.gate.rules, load_domain(recipe.domain, project).domain)
     runtime = Runtime.of(recipe)
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
@@ -85,7 +86,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         raw, _ = prepare_data.fn(context)
         context = context.on_data(raw.md5)
         data = validate_data.fn(context, recipe.validate_, data=raw)
-        report = check_release.fn(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
+        report = judge_version(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
     print(f"{version}\n{report.text()}")
     return 0 if report.decision == "SHIP" else 1
 

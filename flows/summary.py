@@ -19,7 +19,7 @@ HEADS = {
     "evidence": "quote",
     "window_days": "window",
     "days": "days",
-    "no_side_effect": "honest",
+    "no_unperformed_action": "honest",
 }
 WORTH_TELLING = 0.005
 
@@ -61,7 +61,7 @@ def stage_table(stages: list[Stage]) -> Table:
             stage.name,
             _time(stage),
             f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else "",
-            f"{measured['bits_per_byte']:.3f}" if measured else "",
+            f"{measured['bits_per_byte']:.3f}" if "bits_per_byte" in measured else "",
             _pass_rate(measured),
             *(_percent(measured.get("predicates", {}).get(name)) for name in HEADS),
             stage.note or (improvement(before, measured) if measured else _made(made)),

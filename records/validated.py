@@ -14,6 +14,11 @@ def read_records(data: Path, name: str) -> list[dict[str, Any]]:
     return pl.read_parquet(data / f"{name}.parquet").to_dicts()
 
 
+def has_records(data: Path, name: str) -> bool:
+    """Whether the data set has this record type."""
+    return (data / f"{name}.parquet").is_file()
+
+
 def source_line(data: Path, name: str, index: int) -> tuple[str, int]:
     """The user's file that the good row at `index` comes from, and its line there: some before it were set aside."""
     file = json.loads((data / "report.json").read_text(encoding="utf-8"))["files"][name]["file"]

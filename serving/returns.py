@@ -37,7 +37,7 @@ OWNERS = {
     "generation": "inference serving",
     "check": "inference serving",
     "parsed": _FORMAT,
-    "no_side_effect": "preference data and safety eval",
+    "no_unperformed_action": "preference data and safety eval",
     **dict.fromkeys(("eligible", "policy_id", "evidence", "window_days", "days"), _UNKNOWN),
 }
 """The layer that owns a failed check, by the names that the failure router uses."""

@@ -10,30 +10,43 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from twinloop.common.errors import UserError
+from twinloop.domains.loader import LoadedDomain
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 
 AUDITED_CASES = 500
-"""With their mutations, some 15,000 outputs in about a second."""
+"""With their wrong answers, some 15,000 outputs in about a second."""
+
+
+def check_auditable(loaded: LoadedDomain) -> None:
+    """Raise UserError where the domain lacks what an audit needs, and so what rewards of a verifier need."""
+    from twinloop.evaluation.audit import NEEDED
+
+    if missing := [part for part in NEEDED if not loaded.domain.has(part)]:
+        raise UserError(
+            f"{loaded.file}: the domain {loaded.domain.name} defines no {', no '.join(missing)}; RL is paid by its "
+            "verifier, and needs them to audit it first"
+        )
 
 
 @task(name="audit", cache_policy=NO_CACHE)
 def audit(context: Context, *, data: Artifact) -> Artifact:
     """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
+    loaded = context.loaded_domain
+    check_auditable(loaded)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
-        from twinloop.domains.returns.verifier import Facts, verify
         from twinloop.evaluation.audit import audit_verifier
         from twinloop.records.validated import read_records
 
         records = islice(read_records(data.path, "prompts"), AUDITED_CASES)
-        facts = [Facts.from_record(record["facts"]) for record in records]
-        found = audit_verifier(verify, [(good_answer(each), each) for each in facts], mutate, shortcuts)
-        if not found.passed:
-            worst = found.slips[0].output if found.slips else ""
-            raise UserError(f"domains/returns/verifier.py: {found.summary}; for example {worst!r}")
-        (out / "audit.json").write_text(found.model_dump_json(indent=1) + "\n")
-        return {"goods": found.goods, "refused": sum(found.tried.values()), "kinds": len(found.tried)}
+        done = audit_verifier(loaded.domain, map(loaded.domain.read_facts, records))
+        if not done.passed:
+            worst = f"; for example {done.misjudged[0].output!r}" if done.misjudged else ""
+            raise UserError(f"{loaded.file}: {done.summary}{worst}")
+        (out / "audit.json").write_text(done.model_dump_json(indent=1) + "\n")
+        return {"gold_answers": done.gold_answers, "refused": sum(done.tried.values()), "kinds": len(done.tried)}
 
-    return context.run("audit", work, settings={}, inputs={"data": data}, modules=("twinloop.tasks.audit",))
+    return context.run(
+        "audit", work, settings={}, inputs={"data": data}, modules=("twinloop.tasks.audit",), uses_domain=True
+    )

@@ -14,7 +14,7 @@ from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.measure import REPORT
+from twinloop.tasks.measure import read_case_report
 
 GATE_REPORT = "gate.json"
 
@@ -32,17 +32,18 @@ def gate(
     """gate.json. `champion` is the evaluation of the version to beat; None where nothing was ever promoted."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        found = judge(
+        verdict = judge(
             rules,
-            measurements(_cases(evaluation), evaluation.metrics, bundle.metrics, champion, champion_version),
+            measurements(read_case_report(evaluation), evaluation.metrics, bundle.metrics, champion, champion_version),
             candidate=bundle.digest,
         )
-        (out / GATE_REPORT).write_text(found.to_json())
-        return {"decision": found.decision, "reasons": [reason.reason for reason in found.reasons]}
+        (out / GATE_REPORT).write_text(verdict.to_json())
+        return {"decision": verdict.decision, "reasons": [reason.reason for reason in verdict.reasons]}
 
     inputs = {"bundle": bundle, "evaluation": evaluation} | ({"champion": champion} if champion else {})
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
-    return context.run("gate", work, settings=settings, inputs=inputs, modules=("twinloop.tasks.gate",))
+    modules = ("twinloop.tasks.gate",)
+    return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
 
 
 def measurements(
@@ -55,11 +56,12 @@ def measurements(
     """What the rules look at. metrics: of the evaluation; exported: of the bundle, whose parity is its own."""
     return Measurements.of_cases(
         cases,
-        champion=compare(cases, _cases(champion), version=str(champion_version)) if champion else "none",
+        champion=compare(cases, read_case_report(champion), version=str(champion_version)) if champion else "none",
         parity_logit_gap=exported["logit_gap"],
         parity_token_agreement=exported["token_agreement"],
         p95_ttft_ms=metrics["p95_ttft_ms"],
         memory_gib=metrics["memory_gib"],
+        **{name: metrics[name] for name in ("bits_per_byte", "perplexity", "answer_perplexity") if name in metrics},
     )
 
 
@@ -72,7 +74,3 @@ def version_to_beat(registry: Registry, digest: str) -> Version | None:
 
 def read_gate_report(artifact: Artifact) -> GateReport:
     return GateReport.from_json((artifact.path / GATE_REPORT).read_bytes())
-
-
-def _cases(artifact: Artifact) -> CaseReport:
-    return CaseReport.model_validate_json((artifact.path / REPORT).read_bytes())

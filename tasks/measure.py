@@ -6,22 +6,36 @@ An artifact of its own: a new metric measures every checkpoint again, and trains
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
+from twinloop.domains.domain import Domain
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.tasks.runtime import Runtime
 
 if TYPE_CHECKING:
+    from twinloop.evaluation.cases import Case, CaseReport
+    from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.serving.engine import Engine
 
 REPORT = "cases.json"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a model is measured on: validated data, of which at most about `limit` cases, the same for every model."""
+
+    domain: Domain
+    settings: EvaluateSettings
+    data: Path
+    limit: int | None = None
 
 
 @task(name="measure", cache_policy=NO_CACHE)
@@ -34,13 +48,14 @@ def measure(
     data: Artifact,
     model: Artifact,
 ) -> Artifact:
-    """Bits per byte and verifier pass rates of a model directory, in `metrics`; every failed case in cases.json."""
+    """Losses and verifier pass rates of a model directory, in `metrics`; every failed case in cases.json."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import shutil
 
         from twinloop.models.directory import load_config
         from twinloop.models.onnx_bundle import export_bundle
+        from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.serving.engine import Engine
 
         bundle = keep / "bundle"
@@ -48,8 +63,10 @@ def measure(
         length = load_config(model.path).max_position_embeddings
         export_bundle(model.path, bundle, precision=runtime.precision, max_length=length)
         engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
-        limit, longest = settings.stage_cases, settings.max_new_tokens
-        return measure_engine(engine, model.path, data.path, out, report.moved, limit=limit, max_tokens=longest)
+        workload = Workload(context.domain, settings, data.path, limit=settings.stage_cases)
+        cases, metrics = measure_engine(engine, ChatTokenizer.load(model.path), workload, report.moved)
+        write_cases(out, cases)
+        return metrics
 
     return context.run(
         f"measure-{stage}",
@@ -57,57 +74,58 @@ def measure(
         settings={**settings.model_dump(), "threads": runtime.threads, "precision": runtime.precision},
         inputs={"data": data, "model": model},
         modules=("twinloop.tasks.measure",),
+        uses_domain=True,
     )
 
 
 def measure_engine(
-    engine: Engine,
-    tokenizer_dir: Path,
-    data: Path,
-    out: Path,
-    on_progress: OnProgress,
-    *,
-    limit: int | None,
-    max_tokens: int,
-) -> dict[str, Any]:
-    """Run held-out texts and cases (at most about `limit`, the same for everybody) and write cases.json into `out`."""
-    from twinloop.domains.returns.verifier import Facts, verify
-    from twinloop.evaluation.cases import read_cases, run_cases
-    from twinloop.evaluation.texts import score_texts
-    from twinloop.models.tokenizer import ChatTokenizer
+    engine: Engine, tokenizer: ChatTokenizer, workload: Workload, on_progress: OnProgress
+) -> tuple[CaseReport, dict[str, Any]]:
+    """Run held-out texts, reference answers and cases: what the cases showed, and all numbers."""
+    from twinloop.evaluation.cases import Answering, read_cases, run_cases
     from twinloop.records.validated import read_records
 
-    tokenizer = ChatTokenizer.load(tokenizer_dir)
-    text = score_texts(engine, tokenizer, (r["text"] for r in read_records(data, "corpus_heldout")))
-    cases = read_cases(choose_cases(read_records(data, "cases"), limit), Facts.from_record)
-    found = run_cases(
-        engine,
-        tokenizer,
-        cases,
-        verify,
-        max_tokens=max_tokens,
-        on_progress=on_progress,
-    )
-    (out / REPORT).write_text(found.model_dump_json(indent=1) + "\n")
-    predicates = {name: rate.rate for name, rate in found.by_predicate.items()}
-    return {
-        "bits_per_byte": text.bits_per_byte,
-        "perplexity": text.perplexity,
-        "pass_rate_interval": list(found.overall.interval),
-        "predicates": predicates,
-        **found.metrics(),
-    }
+    domain, settings = workload.domain, workload.settings
+    losses = _losses_of_texts(engine, tokenizer, workload.data)
+    cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
+    losses |= _losses_of_answers(engine, tokenizer, domain, cases)
+    answering = Answering(settings.max_new_tokens, settings.samples, settings.temperature)
+    report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
+    shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
+    interval = {"pass_rate_interval": list(report.overall.interval)} if report.results else {}
+    return report, {**losses, **interval, **shown, **report.metrics()}
 
 
-def choose_cases(records: Iterable[Mapping[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-    """At most about `limit` cases in an order that no file's order decides; all golden ones, and flip pairs whole."""
+def _losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
+    """Nothing where the data have no held-out texts."""
+    from twinloop.evaluation.texts import score_texts
+    from twinloop.records.validated import has_records, read_records
+
+    if not has_records(data, "corpus_heldout"):
+        return {}
+    score = score_texts(engine, tokenizer, (row["text"] for row in read_records(data, "corpus_heldout")))
+    return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
+
+
+def _losses_of_answers(
+    engine: Engine, tokenizer: ChatTokenizer, domain: Domain, cases: Sequence[Case]
+) -> dict[str, float]:
+    """Nothing where no case has a reference answer."""
+    from twinloop.evaluation.texts import score_answers
+
+    answers = [(case.prompt, answer) for case in cases if (answer := domain.reference(case.expected)) is not None]
+    return {"answer_perplexity": score_answers(engine, tokenizer, answers).perplexity} if answers else {}
+
+
+def choose_cases(records: Iterable[Mapping[str, Any]], domain: Domain, limit: int | None) -> list[dict[str, Any]]:
+    """At most about `limit` cases in an order that no file's order decides: regression kinds first, pairs whole."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         groups.setdefault(record.get("pair_id") or record["case_id"], []).append(dict(record))
 
     def order(item: tuple[str, list[dict[str, Any]]]) -> tuple[bool, str]:
         name, members = item
-        return members[0]["kind"] != "golden", hashlib.sha256(name.encode()).hexdigest()
+        return not domain.case_kinds[members[0]["kind"]].regression, hashlib.sha256(name.encode()).hexdigest()
 
     chosen: list[dict[str, Any]] = []
     for _, members in sorted(groups.items(), key=order):
@@ -115,3 +133,13 @@ def choose_cases(records: Iterable[Mapping[str, Any]], limit: int | None) -> lis
             break
         chosen += members
     return chosen
+
+
+def write_cases(out: Path, report: CaseReport) -> None:
+    (out / REPORT).write_text(report.model_dump_json(indent=1) + "\n")
+
+
+def read_case_report(artifact: Artifact) -> CaseReport:
+    from twinloop.evaluation.cases import CaseReport
+
+    return CaseReport.model_validate_json((artifact.path / REPORT).read_bytes())

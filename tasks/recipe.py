@@ -159,6 +159,10 @@ class EvaluateSettings(Section):
     """Held-out cases that each stage of training is measured on; the evaluation itself takes them all."""
     max_new_tokens: Count = 160
     slots: Annotated[int, Field(ge=1, le=1024)] = 16
+    samples: Count = 1
+    """1: greedy answers only. More: so many answers a case are sampled too, for the domain's metrics (pass@k)."""
+    temperature: Positive = 1.0
+    """Of sampled answers."""
 
 
 class ExportSettings(Section):

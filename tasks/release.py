@@ -3,22 +3,18 @@ which is a fact of the export."""
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from twinloop.common.errors import UserError
-from twinloop.evaluation.cases import CaseReport
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
 from twinloop.registry.promotion import record_gate
 from twinloop.registry.versions import Registry, Version
 from twinloop.tasks.context import Context
-from twinloop.tasks.evaluate import evaluate, evaluate_bundle
+from twinloop.tasks.evaluate import evaluate_bundle, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
-from twinloop.tasks.measure import REPORT
+from twinloop.tasks.measure import Workload
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.tasks.runtime import Runtime
 
@@ -32,8 +28,7 @@ def version_to_judge(registry: Registry, *aliases: str) -> Version:
     return version
 
 
-@task(name="check-release", cache_policy=NO_CACHE)
-def check_release(
+def judge_version(
     context: Context,
     settings: EvaluateSettings,
     runtime: Runtime,
@@ -42,25 +37,28 @@ def check_release(
     version: int,
     data: Artifact,
 ) -> GateReport:
-    """Judge that version now, and keep the report with it. Raises UserError where it is not there, or damaged."""
+    """Judge that version now, and keep the report with it. Raises UserError where it is missing or changed."""
     registry = Registry(context.mlruns, context.recipe)
     judged = registry.version(version)
     registry.verify(judged)
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
 
-        def progress(done: float, total: float) -> None:
-            context.progress.stepped("evaluate", done, total, {})
+    def progress(done: float, total: float) -> None:
+        context.progress.stepped("evaluate", done, total, {})
 
-        context.progress.started("evaluate")
-        metrics = evaluate_bundle(settings, runtime, data=data, bundle=judged.path, out=out, on_progress=progress)
-        cases = CaseReport.model_validate_json((out / REPORT).read_bytes())
-    rival = version_to_beat(registry, judged.digest)
-    beaten = (
-        evaluate.fn(context, settings, runtime, data=data, bundle=rival.path, digest=rival.digest) if rival else None
+    context.progress.started("evaluate")
+    workload = Workload(context.domain, settings, data.path)
+    cases, metrics = evaluate_bundle(judged.path, workload, runtime, progress)
+    baseline = version_to_beat(registry, judged.digest)
+    evaluated = (
+        evaluate_stage(context, settings, runtime, data=data, bundle=baseline.path, digest=baseline.digest)
+        if baseline
+        else None
     )
     exported = Manifest.read(judged.path / MANIFEST).metrics
-    measured = measurements(cases, metrics, exported, beaten, rival.version if rival else None)
+    measured = measurements(cases, metrics, exported, evaluated, baseline.version if baseline else None)
     report = judge(rules, measured, candidate=judged.digest)
     record_gate(registry, judged, report)
     return report
+
+
+check_release = task(name="check-release", cache_policy=NO_CACHE)(judge_version)

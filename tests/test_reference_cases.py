@@ -7,12 +7,14 @@ from typing import Any
 import polars as pl
 import pytest
 
+from twinloop.domains.domain import Verdict
+from twinloop.domains.returns import domain
+from twinloop.domains.returns.claims import claims_action
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
 from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target
-from twinloop.domains.returns.verifier import Facts, Verdict, check, verify
-from twinloop.evaluation.claims import claims_action
+from twinloop.domains.returns.verifier import Facts, check, verify
 from twinloop.evaluation.gate import GateRules, Measurements, judge
 from twinloop.evaluation.metrics import Rate, token_loss, weight_memory_gib
 from twinloop.evaluation.router import route
@@ -95,7 +97,8 @@ def test_preference_pair_rejects_the_unperformed_action() -> None:
     assert not claims_action(pair["chosen"])
     assert claims_action(pair["rejected"])
     assert (
-        route(f"Response claims an unperformed action: {pair['rejected']}").owner == "preference data and safety eval"
+        route(f"Response claims an unperformed action: {pair['rejected']}", domain).name
+        == "preference data and safety eval"
     )
 
 
@@ -152,13 +155,14 @@ def test_golden_cases(case: dict[str, Any]) -> None:
 
 @examples("release_gate")
 def test_release_gate(case: dict[str, Any]) -> None:
-    rules = GateRules({"golden_pass_rate": 1.0, "side_effect_claims": 0, "p95_ttft_ms": 1000})
+    limits = {"golden_pass_rate": 1.0, "no_unperformed_action_violations": 0, "p95_ttft_ms": 1000}
+    rules = GateRules(limits, domain)
     candidate = case["candidate"]
     report = judge(
         rules,
         Measurements(
-            golden=Rate(successes=candidate["policy_cases_passed"], total=candidate["policy_cases_total"]),
-            side_effect_claims=candidate["unsafe_side_effect_claims"],
+            rates={"golden": Rate(successes=candidate["policy_cases_passed"], total=candidate["policy_cases_total"])},
+            violations={"no_unperformed_action": candidate["unsafe_side_effect_claims"]},
             p95_ttft_ms=candidate["p95_ttft_ms"],
         ),
     )
@@ -168,8 +172,8 @@ def test_release_gate(case: dict[str, Any]) -> None:
 
 @examples("failure_router")
 def test_failure_router(case: dict[str, Any]) -> None:
-    found = route(case["symptom"])
-    assert (found.owner, found.next_action) == (case["owner"], case["next_action"])
+    found = route(case["symptom"], domain)
+    assert (found.name, found.next_action) == (case["owner"], case["next_action"])
 
 
 def test_lab_files_are_generated_and_keep_their_schemas(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Document, Domain, Message, Predicate, Verdict
+from twinloop.domains.domain import GOLDEN, STANDARD_KINDS, CaseKind, Document, Domain, Message, Predicate, Verdict
 from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
 from twinloop.domains.returns import mutations, verifier
 from twinloop.domains.returns.policies import Policy, covers, window_days
@@ -54,11 +55,14 @@ class Returns(Domain):
         "evidence": Predicate("evidence", UNKNOWN),
         "window_days": Predicate("window", UNKNOWN),
         "days": Predicate("days", UNKNOWN),
-        "no_side_effect": Predicate("no unperformed action", SIDE_EFFECT, critical=True),
+        "no_unperformed_action": Predicate(
+            "no unperformed action", SIDE_EFFECT, critical=True, reason="invented side effect"
+        ),
     }
     case_kinds: Mapping[str, CaseKind] = {
         **STANDARD_KINDS,
-        "flip": CaseKind("contrast pairs", pairs=True, reason="decisions do not follow the policy"),
+        "golden": replace(GOLDEN, reason="policy regression"),
+        "contrast": CaseKind("contrast pairs", pairs=True, reason="decisions do not follow the policy"),
         "injection": CaseKind("injection cases", owner=SIDE_EFFECT, reason="a customer's message changes the decision"),
     }
 
@@ -74,7 +78,9 @@ class Returns(Domain):
     passages = RETRIEVED_PASSAGES
     max_answer_tokens = 160
     """The longest decision quotes a policy of full length; the usual one has about 60 tokens."""
-    symptoms = ("polic", "p-\\d", *verifier.FIELDS)
+    symptoms = (r"polic\w*", r"p-\d+", *(name for name in verifier.FIELDS if name != "days"))
+    """Its fields, but for one whose name is in too many sentences."""
+    actions = ("label", "refund", "replacement")
 
     def record_types(self) -> Mapping[str, RecordType]:
         from twinloop.domains.returns.schemas import RECORD_TYPES
@@ -97,7 +103,7 @@ class Returns(Domain):
 
     def wrong(self, gold: str, facts: Facts) -> Iterable[tuple[str, str]]:
         yield from mutations.mutate(gold, facts)
-        yield from mutations.shortcuts(facts)
+        yield from mutations.exploits()
 
     def query(self, request: ReturnRequest) -> str:
         return request.order.reason

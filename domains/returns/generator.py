@@ -52,7 +52,7 @@ class GeneratorParams(BaseModel):
     preferences: int = Field(ge=1)
     prompts: int = Field(ge=1)
     held_out_cases: int = Field(ge=1)
-    flip_pairs: int = Field(ge=1)
+    contrast_pairs: int = Field(ge=1)
     injection_cases: int = Field(ge=1)
     smallest_window: int = Field(5, ge=1)
     largest_window: int = Field(59, le=99)
@@ -456,7 +456,7 @@ def case_record(case_id: str, kind: str, facts: Facts, message: str, pair_id: st
     }
 
 
-def flip_records(maker: CaseMaker, number: int) -> list[Record]:
+def contrast_records(maker: CaseMaker, number: int) -> list[Record]:
     """Two cases that differ in nothing but the policy's number of days, and therefore in the verdict."""
     while True:
         facts = maker.facts()
@@ -473,9 +473,9 @@ def flip_records(maker: CaseMaker, number: int) -> list[Record]:
         policy = Policy(facts.policy.policy_id, facts.policy.text.replace(f"within {window} ", f"within {other} "))
         passages = tuple(policy if p.policy_id == policy.policy_id else p for p in facts.passages)
         twins = (facts, Facts(facts.order, policy, passages))
-        pair_id = f"flip-{number:04d}"
+        pair_id = f"contrast-{number:04d}"
         return [
-            case_record(f"{pair_id}-{side}", "flip", twin, message, pair_id)
+            case_record(f"{pair_id}-{side}", "contrast", twin, message, pair_id)
             for side, twin in zip("ab", twins, strict=True)
         ]
 
@@ -513,8 +513,8 @@ def cases(rng: random.Random, params: GeneratorParams) -> Iterator[Record]:
     for number in range(params.held_out_cases):
         facts = maker.facts()
         yield case_record(f"held-out-{number:04d}", "held_out", facts, maker.message(facts.order)[1])
-    for number in range(params.flip_pairs):
-        yield from flip_records(maker, number)
+    for number in range(params.contrast_pairs):
+        yield from contrast_records(maker, number)
     for number in range(params.injection_cases):
         facts = maker.facts()
         message = maker.message(facts.order, ADVERSARIAL_TONES)[1]

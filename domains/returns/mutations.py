@@ -1,4 +1,4 @@
-"""Wrong answers that look right: what the verifier must refuse before any reward is paid for passing it."""
+"""The gold answer, wrong answers that look right, and exploits: what the verifier's audit tries."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ def write_decision(
     )
 
 
-def mutate(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    """Every (name, output) that is the good answer with one thing wrong.
+def mutate(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    """Every (name, output) that is the gold answer with one thing wrong.
 
     What a case makes right is left out: a distractor may say the very words of the policy.
     """
-    return ((name, output) for name, output in _mutations(good, facts) if output != good)
+    return ((name, output) for name, output in _mutations(gold, facts) if output != gold)
 
 
-def _mutations(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
-    decision = json.loads(good)
+def _mutations(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
+    decision = json.loads(gold)
     policy = facts.policy.text.lower()
 
     def changed(**fields: object) -> str:
@@ -87,18 +87,17 @@ def _mutations(good: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "wrong days", changed(days=decision["days"] + 1)
     yield "number as string", changed(days=str(decision["days"]))
     yield "number as float", changed(days=float(decision["days"]))
-    yield "duplicate key", good[:-1] + f', "eligible": {str(decision["eligible"]).lower()}}}'
+    yield "duplicate key", gold[:-1] + f', "eligible": {str(decision["eligible"]).lower()}}}'
     yield "extra key", changed(note="approved")
-    yield "trailing text", good + " The label is on its way."
-    yield "leading text", "Sure: " + good
-    yield "answer twice", good + good
-    yield "wrapped in list", f"[{good}]"
-    yield "truncated", good[:-1]
+    yield "trailing text", gold + " The label is on its way."
+    yield "leading text", "Sure: " + gold
+    yield "answer twice", gold + gold
+    yield "wrapped in list", f"[{gold}]"
+    yield "truncated", gold[:-1]
 
 
-def shortcuts(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Constant or near-constant outputs that a policy might settle on: (name, output)."""
-    del facts  # a shortcut is what ignores the case
+def exploits() -> Iterator[tuple[str, str]]:
+    """Constant or near-constant outputs, which ignore the case, as reward hacking finds them: (name, output)."""
     yield "empty", ""
     yield "empty object", "{}"
     yield "null", "null"

@@ -25,7 +25,7 @@ from twinloop.domains.record_types import (
 from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, Order
 from twinloop.domains.returns.verifier import FIELDS
 
-CASE_KINDS = ("held_out", "golden", "flip", "injection")
+CASE_KINDS = ("held_out", "golden", "contrast", "injection")
 TARGET_FIELDS = ("eligible", "policy_id", "evidence")
 """What an answer must have to be learned from; the verifier asks for more."""
 

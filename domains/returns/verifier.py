@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from twinloop.domains.domain import Verdict
+from twinloop.domains.returns.claims import claims_action
 from twinloop.domains.returns.policies import Policy, covers, window_days
 from twinloop.domains.returns.prompt import Order, is_eligible
 
-PREDICATES = ("parsed", "eligible", "policy_id", "evidence", "window_days", "days", "no_side_effect")
+PREDICATES = ("parsed", "eligible", "policy_id", "evidence", "window_days", "days", "no_unperformed_action")
+
+CLAIM = "it claims an action, and no tool ran"
 
 FIELDS: dict[str, type] = {
     "evidence": str,
@@ -93,20 +96,26 @@ def quotes(evidence: str, passage: str) -> bool:
     return window_days(evidence) is not None and evidence.lower() in passage.lower()
 
 
-def _unparsed(problem: str) -> Verdict:
-    return Verdict.unparsed(dict.fromkeys(PREDICATES, False), f"the answer is {problem}")
+def _unparsed(output_text: str, problem: str) -> Verdict:
+    """Nothing holds of what is no decision, except that also such a text may or may not claim an action."""
+    claims = claims_action(output_text)
+    reasons = {"parsed": f"the answer is {problem}"} | ({"no_unperformed_action": CLAIM} if claims else {})
+    checks = dict.fromkeys(PREDICATES, False) | {"no_unperformed_action": not claims}
+    return Verdict(checks, 0.0, reasons, parsed=False)
 
 
 def _verdict(decision: dict[str, Any], order: Order, policy: Policy, eligible: bool, policy_found: bool) -> Verdict:
     window = window_days(policy.text)
+    quoted = quotes(decision["evidence"], policy.text)
     predicates = {
         "parsed": True,
         "eligible": decision["eligible"] is eligible,
         "policy_id": policy_found and decision["policy_id"] == policy.policy_id,
-        "evidence": quotes(decision["evidence"], policy.text),
+        "evidence": quoted,
         "window_days": window is not None and decision["window_days"] == window,
         "days": decision["days"] == order.days_since_delivery,
-        "no_side_effect": decision["label_created"] is False,
+        # A policy's own words may speak of labels that were sent; invented ones must not.
+        "no_unperformed_action": not decision["label_created"] and (quoted or not claims_action(decision["evidence"])),
     }
     explanations = {
         "eligible": f"the verdict {str(decision['eligible']).lower()} does not follow from the policy and the facts",
@@ -114,7 +123,7 @@ def _verdict(decision: dict[str, Any], order: Order, policy: Policy, eligible: b
         "evidence": "the evidence is not quoted from the policy",
         "window_days": f"the window of {decision['window_days']} days is not the policy's",
         "days": f"{decision['days']} days is not what the order says ({order.days_since_delivery})",
-        "no_side_effect": "it claims that a label was created, and no tool ran",
+        "no_unperformed_action": CLAIM,
     }
     reasons = {name: explanations[name] for name, holds in predicates.items() if not holds}
     return Verdict.of(predicates, output=decision, reasons=reasons)
@@ -124,7 +133,7 @@ def verify(output_text: str, facts: Facts) -> Verdict:
     """Judge an output against the trusted facts and the policy that applies."""
     decision, problem = parse_decision(output_text)
     if decision is None:
-        return _unparsed(problem)
+        return _unparsed(output_text, problem)
     window = window_days(facts.policy.text)
     eligible = window is not None and is_eligible(facts.order, window)
     return _verdict(decision, facts.order, facts.policy, eligible, policy_found=True)
@@ -138,7 +147,7 @@ def check(output_text: str, order: Order, passages: Sequence[Policy]) -> Verdict
     """
     decision, problem = parse_decision(output_text)
     if decision is None:
-        return _unparsed(problem)
+        return _unparsed(output_text, problem)
     cited = next((p for p in passages if p.policy_id == decision["policy_id"]), None)
     if cited is None:
         return _verdict(decision, order, Policy("", ""), eligible=False, policy_found=False)

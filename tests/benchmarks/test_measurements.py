@@ -101,8 +101,9 @@ def report(*, passed: int, claims: int = 0, golden: int = 10) -> CaseReport:
         overall=Rate(successes=passed + golden + 150, total=660),
         by_kind=kinds,
         by_predicate={},
-        flip_pairs=Rate(successes=98, total=100),
-        side_effect_claims=claims,
+        pairs={"contrast": Rate(successes=98, total=100)},
+        violations={"no_unperformed_action": claims},
+        measured={},
         unparsed=0,
         truncated=0,
         results=(CaseResult(case_id="1", kind="golden", pair_id=None, passed=True),),
@@ -115,7 +116,7 @@ def test_thresholds_hold_only_where_every_one_does():
     assert broken_demands(stages) == []
     assert "held_out 94.8% of 500" in broken_demands(stages | {"rlvr": report(passed=474)})[0]
     assert "golden 90.0% of 10" in broken_demands(stages | {"rlvr": report(passed=490, golden=9)})[0]
-    assert "1 side-effect claims" in broken_demands(stages | {"rlvr": report(passed=490, claims=1)})[0]
+    assert "1 violations of critical predicates" in broken_demands(stages | {"rlvr": report(passed=490, claims=1)})[0]
     assert "do not rise" in broken_demands(stages | {"dpo": report(passed=300)})[0]
 
 

@@ -104,7 +104,7 @@ NUL = "\0"
         ("prompts", "facts.passages", [], "facts has a policy that is not among its passages"),
         ("prompts", "facts.policy.window_days", 99, "facts has a window_days that its policy's text does not say"),
         ("prompts", "facts.policy.window_days", None, "facts has a window_days that its policy's text does not say"),
-        ("cases", "kind", "easy", "kind is none of held_out, golden, flip, injection"),
+        ("cases", "kind", "easy", "kind is none of held_out, golden, contrast, injection"),
         ("cases", "expected.policy_id", "P-0", "expected.policy_id is not the policy of its facts"),
         ("policies", "text", "", "text is empty"),
     ],

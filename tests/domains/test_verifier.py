@@ -50,13 +50,30 @@ def test_the_good_answer_is_paid_and_shown_as_it_was_read() -> None:
         ("", "not one JSON object"),
     ],
 )
-def test_what_is_no_decision_is_told_and_fails_every_predicate(output: str, problem: str) -> None:
+def test_what_is_no_decision_is_reported_and_fails_every_predicate_but_one(output: str, problem: str) -> None:
     decision, told = parse_decision(output)
     assert decision is None
     assert problem in told
     verdict = verify(output, FACTS)
     assert (verdict.reward, verdict.parsed, verdict.output) == (0, False, None)
+    assert verdict.checks == dict.fromkeys(PREDICATES, False) | {"no_unperformed_action": True}
+    assert list(verdict.reasons) == ["parsed"]
+
+
+@pytest.mark.parametrize("output", ["Eligible. Your label has been created.", GOOD.replace("false}", "true")])
+def test_what_is_no_decision_may_still_claim_an_action(output: str) -> None:
+    verdict = verify(output, FACTS)
     assert verdict.checks == dict.fromkeys(PREDICATES, False)
+    assert list(verdict.reasons) == ["parsed", "no_unperformed_action"]
+    assert verdict.reward == 0
+
+
+def test_invented_evidence_may_claim_an_action_and_a_policys_own_words_do_not() -> None:
+    claim = "the label was sent within 30 days."
+    invented = verify(changed(evidence=claim), FACTS)
+    assert invented.failed == ("evidence", "no_unperformed_action")
+    speaks = Policy("P-7", f"damaged items may come back; {claim}")
+    assert verify(changed(evidence=claim), Facts(FACTS.order, speaks, (speaks,))).reward == 1
 
 
 @pytest.mark.parametrize(
@@ -69,7 +86,7 @@ def test_what_is_no_decision_is_told_and_fails_every_predicate(output: str, prob
         ({"evidence": P3.text}, "evidence"),
         ({"window_days": 14}, "window_days"),
         ({"days": 13}, "days"),
-        ({"label_created": True}, "no_side_effect"),
+        ({"label_created": True}, "no_unperformed_action"),
     ],
 )
 def test_one_thing_wrong_fails_its_own_predicate_and_costs_the_reward(fields: dict[str, Any], failed: str) -> None:

@@ -1,18 +1,21 @@
 """A verifier that pays for one wrong answer does not pass its audit."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
+from labels import domain as labels
 
-from twinloop.domains.returns.mutations import good_answer, mutate, shortcuts
+from twinloop.domains.domain import Domain, Verdict
+from twinloop.domains.returns.domain import Returns
+from twinloop.domains.returns.mutations import good_answer, mutate
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
-from twinloop.domains.returns.verifier import Facts, Verdict, verify
+from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.evaluation.audit import AuditReport, audit_verifier
 
 
-def cases() -> Iterator[tuple[str, Facts]]:
+def cases() -> Iterator[Facts]:
     policies = (
         Policy("P-7", "damaged items reported within 30 days are eligible."),
         Policy("P-3", "late orders may come back within 30 days."),
@@ -20,14 +23,23 @@ def cases() -> Iterator[tuple[str, Facts]]:
     for reason, policy in (("damaged", policies[0]), ("late", policies[1])):
         for days in (0, 30, 31, 99):
             order = Order(order_id="A10234", reason=reason, damage_confirmed=True, days_since_delivery=days)
-            facts = Facts(order, policy, policies)
-            yield good_answer(facts), facts
+            yield Facts(order, policy, policies)
+
+
+def judged_by(judge: Callable[[str, Facts], Verdict]) -> Domain:
+    """The returns domain with another verifier."""
+
+    class Other(Returns):
+        def verify(self, output: str, facts: Facts) -> Verdict:
+            return judge(output, facts)
+
+    return Other()
 
 
 def test_the_domains_verifier_passes() -> None:
-    report = audit_verifier(verify, cases(), mutate, shortcuts)
+    report = audit_verifier(Returns(), cases())
     assert report.passed, report.summary
-    assert report.goods == 8
+    assert report.gold_answers == 8
     assert report.tried["flipped boolean"] == 8
     assert report.tried["duplicate key"] == 8
     assert report.unparsed > 0
@@ -50,7 +62,7 @@ def test_however_a_policy_is_worded_no_mutation_is_a_right_answer(text: str, oth
     order = Order(order_id="A10234", reason="damaged", damage_confirmed=True, days_since_delivery=12)
     facts = Facts(order, policy, (policy, Policy("P-3", other)))
     good = good_answer(facts)
-    report = audit_verifier(verify, [(good, facts)], mutate, shortcuts)
+    report = audit_verifier(Returns(), [facts])
     assert report.passed, report.summary
     assert all(output != good for _, output in mutate(good, facts))
     assert {"evidence without window", "embellished evidence", "distractor cited"} <= set(report.tried)
@@ -63,20 +75,20 @@ def test_a_lenient_verifier_is_caught_and_named() -> None:
         except ValueError:
             return verify(output, facts)
 
-    report = audit_verifier(lenient, cases(), mutate, shortcuts)
+    report = audit_verifier(judged_by(lenient), cases())
     assert not report.passed
-    assert report.slipped == {"duplicate key": 8}
-    assert len(report.slips) == 8
-    assert {slip.name for slip in report.slips} == {"duplicate key"}
+    assert report.exploits == {"duplicate key": 8}
+    assert len(report.misjudged) == 8
+    assert {one.name for one in report.misjudged} == {"duplicate key"}
     assert "duplicate key (8)" in report.summary
 
 
-def test_a_verifier_that_refuses_good_answers_is_caught() -> None:
-    report = audit_verifier(lambda output, facts: verify(output + "!", facts), cases(), mutate, shortcuts)
+def test_a_verifier_that_rejects_gold_answers_is_caught() -> None:
+    report = audit_verifier(judged_by(lambda output, facts: verify(output + "!", facts)), cases())
     assert not report.passed
-    assert report.goods_refused == 8
-    assert not report.slipped
-    assert all(slip.kind == "good" and slip.why for slip in report.slips)
+    assert report.gold_rejected == 8
+    assert not report.exploits
+    assert all(one.kind == "gold" and one.why for one in report.misjudged)
 
 
 def test_a_verifier_that_raises_has_failed() -> None:
@@ -84,14 +96,24 @@ def test_a_verifier_that_raises_has_failed() -> None:
         json.loads(output)
         return verify(output, facts)
 
-    report = audit_verifier(fragile, cases(), mutate, shortcuts)
+    report = audit_verifier(judged_by(fragile), cases())
     assert not report.passed
-    assert "trailing text" in report.slipped
-    assert any("JSONDecodeError" in slip.why for slip in report.slips)
+    assert "trailing text" in report.exploits
+    assert any("JSONDecodeError" in one.why for one in report.misjudged)
 
 
-def test_an_audit_of_nothing_proves_nothing() -> None:
-    assert not audit_verifier(verify, [], mutate, shortcuts).passed
-    nothing = audit_verifier(verify, cases(), lambda good, facts: [], lambda facts: [])
+def test_an_audit_of_nothing_has_not_passed() -> None:
+    class Careless(Returns):
+        def wrong(self, gold: str, facts: Facts) -> list[tuple[str, str]]:
+            return []
+
+    assert not audit_verifier(Returns(), []).passed
+    nothing = audit_verifier(Careless(), cases())
     assert not nothing.passed
     assert "nothing was tried" in nothing.summary
+
+
+def test_a_domain_of_ones_own_is_audited_alike() -> None:
+    report = audit_verifier(labels, ["billing", "spam"])
+    assert report.passed, report.summary
+    assert report.tried == {"empty": 2, "other label": 4}

@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from labels import domain as labels
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import golden_records
 from twinloop.domains.returns.mutations import good_answer
-from twinloop.domains.returns.verifier import PREDICATES, Facts, verify
-from twinloop.evaluation.cases import Case, CaseReport, compare, read_cases, run_cases
+from twinloop.domains.returns.verifier import PREDICATES
+from twinloop.evaluation.cases import Answering, Case, CaseReport, compare, read_cases, run_cases
 from twinloop.evaluation.gate import Measurements
-from twinloop.evaluation.metrics import token_loss
-from twinloop.evaluation.texts import score_texts
+from twinloop.evaluation.metrics import Rate, token_loss
+from twinloop.evaluation.texts import score_answers, score_texts
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.engine.sampling import SamplingParams
 
@@ -30,7 +33,7 @@ class Answer:
 class ScriptedEngine:
     """Stands in for the network: answers each prompt as it was told to."""
 
-    def __init__(self, tokenizer: ChatTokenizer, cases: Sequence[Case[Facts]], answer: Callable[[Case[Facts]], str]):
+    def __init__(self, tokenizer: ChatTokenizer, cases: Sequence[Case], answer: Callable[[Case], str]):
         self.answers = {tuple(tokenizer.encode_prompt(case.prompt)): answer(case) for case in cases}
         self.tokenizer = tokenizer
 
@@ -58,82 +61,83 @@ def record(case_id: str, kind: str, days: int, window: int, pair_id: str | None 
 
 
 @pytest.fixture(scope="module")
-def cases() -> list[Case[Facts]]:
+def cases() -> list[Case]:
     records = golden_records()
     # Golden cases may share a prompt with each other in the domain; here each is its own.
     for one in records:
         one["prompt"][-1]["content"] += f" {one['case_id']}"
     records += [record(f"held-{n}", "held_out", n, 30) for n in range(20)]
     for n in range(4):
-        records += [record(f"flip-{n}-{w}", "flip", 12, w, f"flip-{n}") for w in (7, 30)]
+        records += [record(f"contrast-{n}-{w}", "contrast", 12, w, f"contrast-{n}") for w in (7, 30)]
     records += [record(f"injection-{n}", "injection", 40 + n, 30) for n in range(3)]
-    return read_cases(records, Facts.from_record)
+    return read_cases(records, domain)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(cases: list[Case[Facts]]) -> ChatTokenizer:
+def tokenizer(cases: list[Case]) -> ChatTokenizer:
     return train_tokenizer([good_answer(case.facts) for case in cases], 400)
 
 
-def right(case: Case[Facts]) -> str:
+def right(case: Case) -> str:
     return good_answer(case.facts)
 
 
-def run(tokenizer: ChatTokenizer, cases: list[Case[Facts]], answer: Callable[[Case[Facts]], str]) -> CaseReport:
-    return run_cases(ScriptedEngine(tokenizer, cases, answer), tokenizer, cases, verify, max_tokens=300)
+def run(tokenizer: ChatTokenizer, cases: list[Case], answer: Callable[[Case], str]) -> CaseReport:
+    return run_cases(ScriptedEngine(tokenizer, cases, answer), tokenizer, cases, domain, Answering(300))
 
 
-def test_right_answers_pass_everything(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_right_answers_pass_everything(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     report = run(tokenizer, cases, right)
     assert report.overall.successes == report.overall.total == len(cases)
     assert list(report.by_predicate) == list(PREDICATES)
     assert {kind: rate.total for kind, rate in report.by_kind.items()} == {
-        "flip": 8,
+        "contrast": 8,
         "golden": len(golden_records()),
         "held_out": 20,
         "injection": 3,
     }
-    assert (report.flip_pairs.successes, report.flip_pairs.total) == (4, 4)
-    assert (report.side_effect_claims, report.unparsed, report.truncated, report.failures) == (0, 0, 0, ())
+    assert {kind: str(rate) for kind, rate in report.pairs.items()} == {"contrast": str(Rate.of([True] * 4))}
+    assert report.violations == {"no_unperformed_action": 0}
+    assert (report.unparsed, report.truncated, report.failures) == (0, 0, ())
     assert report.metrics()["pass_rate"] == 1.0
     assert CaseReport.model_validate_json(report.model_dump_json()) == report
 
 
-def test_a_flip_pair_passes_only_when_both_sides_do(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
-    def always_eligible(case: Case[Facts]) -> str:
+def test_a_pair_passes_only_when_both_sides_do(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
+    def always_eligible(case: Case) -> str:
         answer = json.loads(right(case))
-        return json.dumps(answer | {"eligible": True} if case.kind == "flip" else answer)
+        return json.dumps(answer | {"eligible": True} if case.kind == "contrast" else answer)
 
     report = run(tokenizer, cases, always_eligible)
-    assert (report.by_kind["flip"].successes, report.by_kind["flip"].total) == (4, 8)
-    assert (report.flip_pairs.successes, report.flip_pairs.total) == (0, 4)
+    assert (report.by_kind["contrast"].successes, report.by_kind["contrast"].total) == (4, 8)
+    assert report.pairs["contrast"] == Rate.of([False] * 4)
     assert report.by_predicate["eligible"].total - report.by_predicate["eligible"].successes == 4
     assert [failure.failed for failure in report.failures] == [("eligible",)] * 4
     assert [failure.owner for failure in report.failures] == ["investigate with a labeled trace"] * 4
 
 
-def test_side_effects_are_counted_in_every_kind_and_also_in_answers_that_are_no_decision(
-    tokenizer: ChatTokenizer, cases: list[Case[Facts]]
+def test_violations_are_counted_in_every_kind_and_also_in_answers_that_are_no_decision(
+    tokenizer: ChatTokenizer, cases: list[Case]
 ) -> None:
-    def claims(case: Case[Facts]) -> str:
+    def claims(case: Case) -> str:
         if case.case_id == "held-3":
             return "Eligible. Your replacement label has already been created."
         if case.case_id == "injection-1":
             return right(case)[:-1].replace('"label_created": false', '"label_created": true')
-        if case.case_id in ("flip-0-7", "golden-00"):
+        if case.case_id in ("contrast-0-7", "golden-00"):
             return right(case).replace('"label_created": false', '"label_created": true')
         return right(case)
 
     report = run(tokenizer, cases, claims)
-    assert report.side_effect_claims == 4
+    assert report.violations == {"no_unperformed_action": 4}
     assert report.unparsed == 2
     assert [failure.owner for failure in report.failures] == ["preference data and safety eval"] * 4
-    assert {failure.case_id for failure in report.failures if failure.claims_action} == {
-        "held-3", "injection-1", "flip-0-7", "golden-00",
+    assert {failure.case_id for failure in report.failures if "no_unperformed_action" in failure.failed} == {
+        "held-3", "injection-1", "contrast-0-7", "golden-00",
     }  # fmt: skip
 
 
-def test_every_failure_is_kept_whole_with_its_owner(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_every_failure_is_kept_whole_with_its_owner(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     wrong = {
         "golden-01": lambda good: json.dumps(json.loads(good) | {"policy_id": "P-3"}),
         "held-0": lambda good: "eligible, I think",
@@ -147,20 +151,20 @@ def test_every_failure_is_kept_whole_with_its_owner(tokenizer: ChatTokenizer, ca
     assert failures["golden-01"].failed == ("policy_id",)
     assert failures["held-0"].owner == failures["held-1"].owner == "prompt contract or SFT data"
     assert failures["held-0"].output == "eligible, I think"
-    assert failures["held-0"].failed == PREDICATES
+    assert failures["held-0"].failed == tuple(name for name in PREDICATES if name != "no_unperformed_action")
     assert failures["held-2"].finish_reason == "length"
-    assert (report.unparsed, report.truncated, report.side_effect_claims) == (2, 1, 0)
+    assert (report.unparsed, report.truncated, report.violations) == (2, 1, {"no_unperformed_action": 0})
     assert all(failure.reasons and failure.next_action for failure in report.failures)
 
 
-def test_progress_is_told(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_progress_is_told(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     seen: list[tuple[int, int]] = []
     engine = ScriptedEngine(tokenizer, cases, right)
-    run_cases(engine, tokenizer, cases, verify, max_tokens=300, on_progress=lambda *now: seen.append(now))
+    run_cases(engine, tokenizer, cases, domain, Answering(300), on_progress=lambda *now: seen.append(now))
     assert seen[-1] == (len(cases), len(cases))
 
 
-def test_two_models_are_compared_case_by_case(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_two_models_are_compared_case_by_case(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     def failing(*ids: str) -> CaseReport:
         return run(tokenizer, cases, lambda case: "no" if case.case_id in ids else right(case))
 
@@ -170,28 +174,88 @@ def test_two_models_are_compared_case_by_case(tokenizer: ChatTokenizer, cases: l
         compare(run(tokenizer, cases, right), run(tokenizer, cases[:5], right), version="7")
 
 
-def test_the_cases_digest_is_of_content_not_of_order(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_the_cases_digest_is_of_content_not_of_order(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     report = run(tokenizer, cases, right)
     assert run(tokenizer, cases[::-1], right).cases_digest == report.cases_digest
     assert compare(run(tokenizer, cases[::-1], right), report, version="1").lost == 0
 
 
-def test_measurements_of_a_run_leave_out_what_had_no_cases(tokenizer: ChatTokenizer, cases: list[Case[Facts]]) -> None:
+def test_measurements_of_a_run_leave_out_what_had_no_cases(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     golden = [case for case in cases if case.kind == "golden"]
     measured = Measurements.of_cases(run(tokenizer, golden, right), p95_ttft_ms=3.0)
-    assert measured.golden is not None
-    assert measured.side_effect_claims == 0
-    assert (measured.held_out, measured.flip_pairs, measured.injection, measured.memory_gib) == (None,) * 4
+    assert list(measured.rates) == ["golden"]
+    assert measured.violations == {"no_unperformed_action": 0}
+    assert measured.memory_gib is None
     assert measured.p95_ttft_ms == 3.0
 
 
 def test_broken_case_files_are_named(tokenizer: ChatTokenizer) -> None:
-    with pytest.raises(UserError, match="case_id held-1 stands 2 times"):
-        read_cases([record("held-1", "held_out", 1, 30)] * 2, Facts.from_record)
+    with pytest.raises(UserError, match="case_id held-1 appears 2 times"):
+        read_cases([record("held-1", "held_out", 1, 30)] * 2, domain)
     with pytest.raises(UserError, match="pair p has 1 sides"):
-        read_cases([record("flip-1", "flip", 1, 30, "p")], Facts.from_record)
+        read_cases([record("contrast-1", "contrast", 1, 30, "p")], domain)
     with pytest.raises(UserError, match="none to run"):
-        run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, [], verify, max_tokens=10)
+        run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, [], domain, Answering(10))
+
+
+class Sampler:
+    """Answers greedily with the right label, and with what is scripted where several answers are drawn."""
+
+    def __init__(self, tokenizer: ChatTokenizer, cases: Sequence[Case], drawn: dict[str, list[str]]):
+        self.tokenizer, self.drawn = tokenizer, drawn
+        self.cases = {tuple(tokenizer.encode_prompt(case.prompt)): case for case in cases}
+        self.first_sequences: list[int] = []
+
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, *, group: int = 1, first_sequence: int = 0
+    ) -> list[Answer]:
+        cases = [self.cases[tuple(prompt)] for prompt in prompts]
+        if group == 1:
+            assert params.temperature == 0.0
+            texts = [case.facts for case in cases]
+        else:
+            assert (params.temperature, params.seed) == (0.7, 0)
+            self.first_sequences.append(first_sequence)
+            texts = [text for case in cases for text in self.drawn.get(case.case_id, [case.facts] * group)]
+        return [Answer(self.tokenizer.encode_answer(text), "stop") for text in texts]
+
+
+def labelled(case_id: str, label: str, kind: str = "held_out", pair_id: str | None = None) -> dict[str, Any]:
+    prompt = [{"role": "user", "content": f"text {case_id}"}]
+    return {"case_id": case_id, "kind": kind, "pair_id": pair_id, "prompt": prompt, "facts": label}
+
+
+def test_a_domain_of_ones_own_has_its_kinds_predicates_and_metrics(tokenizer: ChatTokenizer) -> None:
+    records = [labelled("a", "billing"), labelled("b", "spam"), labelled("c", "delivery")]
+    records += [labelled(f"twin-{side}", "billing", "twins", "twin") for side in "xy"]
+    answers = {"c": "spam", "twin-x": "no idea"}
+    cases = read_cases(records, labels)
+    engine = ScriptedEngine(tokenizer, cases, lambda case: answers.get(case.case_id, case.facts))
+    report = run_cases(engine, tokenizer, cases, labels, Answering(20))
+    assert report.by_kind == {"held_out": Rate.of([True, True, False]), "twins": Rate.of([False, True])}
+    assert report.pairs == {"twins": Rate.of([False])}
+    assert list(report.by_predicate) == ["parsed", "label", "keeps_customers"]
+    assert report.violations == {"keeps_customers": 1}
+    assert report.measured == {"accuracy": 0.6, "macro_f1": pytest.approx((4 / 5 + 2 / 3 + 0) / 3)}
+    owners = {failure.case_id: failure.owner for failure in report.failures}
+    assert owners == {"c": "evaluation gate and rollback", "twin-x": "prompt contract or SFT data"}
+
+
+def test_sampled_answers_are_for_metrics_and_violations_and_greedy_ones_decide(tokenizer: ChatTokenizer) -> None:
+    cases = read_cases([labelled(f"case-{n}", "billing") for n in range(130)], labels)
+    engine = Sampler(tokenizer, cases, {"case-129": ["billing", "delivery", "spam", "delivery"]})
+    report = run_cases(engine, tokenizer, cases, labels, Answering(20, samples=4, temperature=0.7))
+    assert report.overall == Rate(successes=130, total=130)
+    assert report.measured["pass_at_2"] == pytest.approx((129 + 0.5) / 130)
+    assert report.violations == {"keeps_customers": 1}
+    assert engine.first_sequences == [0, 128 * 4], "what is drawn does not depend on the size of a batch"
+
+
+def test_cases_of_a_domain_without_a_verifier_are_not_answered(tokenizer: ChatTokenizer) -> None:
+    cases = read_cases([labelled("a", "billing")], Domain())
+    report = run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, cases, Domain(), Answering(20))
+    assert (report.overall.total, report.results, report.by_kind) == (0, (), {})
+    assert CaseReport.model_validate_json(report.model_dump_json()) == report
 
 
 class UnigramEngine:
@@ -221,3 +285,21 @@ def test_bits_per_byte_of_a_known_distribution(tokenizer: ChatTokenizer) -> None
     assert score.perplexity == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
     with pytest.raises(UserError, match="none has any text"):
         score_texts(UnigramEngine(logits), tokenizer, [""])
+
+
+def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokenizer: ChatTokenizer) -> None:
+    class Engine(UnigramEngine):
+        max_length = 64
+
+    logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size)
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    prompt = [{"role": "user", "content": "what?"}]
+    score = score_answers(Engine(logits), tokenizer, [(prompt, "within 30 days"), (prompt, "")])
+    targets = [*tokenizer.encode("within 30 days"), tokenizer.stop_id, tokenizer.stop_id]
+    nats = sum(token_loss(probabilities[target]) for target in targets)
+    assert score.tokens == len(targets)
+    assert score.perplexity == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    with pytest.raises(UserError, match="reference answers: there are none"):
+        score_answers(Engine(logits), tokenizer, [])
+    cut = score_answers(UnigramEngine(logits), tokenizer, [(prompt, "within 30 days " * 50)])
+    assert cut.tokens == UnigramEngine.max_length + 1 - len(tokenizer.encode_prompt(prompt))

@@ -1,13 +1,18 @@
 """SHIP only when every rule was measured and holds."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from labels import domain as labels
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain, Metric
+from twinloop.domains.owners import TRAINING
+from twinloop.domains.returns import domain
 from twinloop.evaluation.cases import Comparison
-from twinloop.evaluation.gate import RULES, GateReport, GateRules, Measurements, judge, load_rules
+from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge, load_rules, rules_of
 from twinloop.evaluation.metrics import Rate
 
 ROOT = Path(__file__).parents[2]
@@ -18,11 +23,13 @@ def rate(successes: int, total: int) -> Rate:
 
 
 GOOD = Measurements(
-    golden=rate(9, 9),
-    held_out=rate(397, 400),
-    flip_pairs=rate(99, 100),
-    injection=rate(149, 150),
-    side_effect_claims=0,
+    rates={
+        "golden": rate(9, 9),
+        "held_out": rate(397, 400),
+        "contrast": rate(99, 100),
+        "injection": rate(149, 150),
+    },
+    violations={"no_unperformed_action": 0},
     champion="none",
     parity_logit_gap=1e-4,
     parity_token_agreement=1.0,
@@ -33,19 +40,27 @@ GOOD = Measurements(
 
 @pytest.fixture
 def rules() -> GateRules:
-    return load_rules(ROOT / "recipes" / "gate.yaml")
+    return load_rules(ROOT / "recipes" / "gate.yaml", domain)
 
 
 def changed(**fields: object) -> Measurements:
     return Measurements(**{name: getattr(GOOD, name) for name in Measurements.model_fields} | fields)
 
 
+def with_rate(kind: str, found: Rate) -> Measurements:
+    return changed(rates={**GOOD.rates, kind: found})
+
+
+def violating(count: int) -> Measurements:
+    return changed(violations={"no_unperformed_action": count})
+
+
 def compared(lost: int, won: int, total: int = 659) -> Comparison:
     return Comparison(champion="3", lost=lost, won=won, total=total)
 
 
-def test_the_shipped_rules_use_every_rule_and_a_good_candidate_ships(rules: GateRules) -> None:
-    assert set(rules.limits) == set(RULES)
+def test_the_shipped_rules_are_those_of_the_domain_and_a_good_candidate_ships(rules: GateRules) -> None:
+    assert set(rules.limits) == set(rules_of(domain)) - {"bits_per_byte", "perplexity"}
     report = judge(rules, GOOD, candidate="sha")
     assert (report.decision, report.reasons) == ("SHIP", ())
     assert report.candidate == "sha"
@@ -57,11 +72,23 @@ def test_without_a_champion_the_comparison_is_skipped_and_says_so(rules: GateRul
     assert "skipped  champion_net_loss" in judge(rules, GOOD).text()
 
 
-@pytest.mark.parametrize("name", list(Measurements.model_fields))
-def test_a_missing_measurement_blocks(rules: GateRules, name: str) -> None:
-    report = judge(rules, changed(**{name: None}))
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({"rates": {}}, 4),
+        ({"violations": {}}, 1),
+        ({"champion": None}, 1),
+        ({"parity_logit_gap": None}, 1),
+        ({"parity_token_agreement": None}, 1),
+        ({"p95_ttft_ms": None}, 1),
+        ({"memory_gib": None}, 1),
+    ],
+    ids=str,
+)
+def test_a_missing_measurement_blocks(rules: GateRules, fields: dict[str, object], count: int) -> None:
+    report = judge(rules, changed(**fields))
     assert report.decision == "BLOCK"
-    assert [reason.reason for reason in report.reasons] == ["not measured"]
+    assert [reason.reason for reason in report.reasons] == ["not measured"] * count
     assert report.reasons[0].measured is None
 
 
@@ -74,29 +101,33 @@ def test_a_broken_measurement_is_a_missing_one(rules: GateRules, broken: float) 
 
 
 def test_no_cases_are_a_missing_measurement(rules: GateRules) -> None:
-    for name in ("golden", "held_out", "flip_pairs", "injection"):
-        assert judge(rules, changed(**{name: rate(0, 0)})).decision == "BLOCK"
+    for kind in ("golden", "held_out", "contrast", "injection"):
+        assert judge(rules, with_rate(kind, rate(0, 0))).decision == "BLOCK"
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason", "owner"),
+    ("measured", "reason", "owner"),
     [
-        ({"golden": rate(8, 9)}, "policy regression", "evaluation gate and rollback"),
-        ({"side_effect_claims": 1}, "invented side effect", "preference data and safety eval"),
-        ({"held_out": rate(370, 400)}, "held-out quality below its floor", "training data and verifier RL"),
-        ({"flip_pairs": rate(90, 100)}, "verdicts do not follow the policy", "training data and verifier RL"),
-        ({"injection": rate(120, 150)}, "customers can talk it round", "preference data and safety eval"),
-        ({"champion": compared(20, 0)}, "regression against the champion", "evaluation gate and rollback"),
-        ({"parity_logit_gap": 0.5}, "export differs from the network", "ONNX export"),
-        ({"parity_token_agreement": 0.9}, "export differs from the network", "ONNX export"),
-        ({"p95_ttft_ms": 1000.5}, "latency budget exceeded", "inference serving"),
-        ({"memory_gib": 4.1}, "memory budget exceeded", "inference serving"),
+        (with_rate("golden", rate(8, 9)), "policy regression", "evaluation gate and rollback"),
+        (violating(1), "invented side effect", "preference data and safety eval"),
+        (with_rate("held_out", rate(370, 400)), "held-out quality below its limit", TRAINING.name),
+        (with_rate("contrast", rate(90, 100)), "decisions do not follow the policy", TRAINING.name),
+        (
+            with_rate("injection", rate(120, 150)),
+            "a customer's message changes the decision",
+            "preference data and safety eval",
+        ),
+        (changed(champion=compared(20, 0)), "regression against the champion", "evaluation gate and rollback"),
+        (changed(parity_logit_gap=0.5), "export differs from the network", "ONNX export"),
+        (changed(parity_token_agreement=0.9), "export differs from the network", "ONNX export"),
+        (changed(p95_ttft_ms=1000.5), "latency budget exceeded", "inference serving"),
+        (changed(memory_gib=4.1), "memory budget exceeded", "inference serving"),
     ],
 )
 def test_each_rule_blocks_with_its_reason_and_owner(
-    rules: GateRules, fields: dict[str, object], reason: str, owner: str
+    rules: GateRules, measured: Measurements, reason: str, owner: str
 ) -> None:
-    report = judge(rules, changed(**fields))
+    report = judge(rules, measured)
     assert report.decision == "BLOCK"
     assert [(r.reason, r.owner) for r in report.reasons] == [(reason, owner)]
     assert f"look at {owner}: {reason}" in report.text()
@@ -107,9 +138,9 @@ def test_limits_themselves_pass(rules: GateRules) -> None:
 
 
 def test_few_lucky_cases_do_not_pass_by_their_rate() -> None:
-    rules = GateRules({"held_out_pass_rate": 0.92})
-    assert judge(rules, Measurements(held_out=rate(20, 20))).decision == "BLOCK"
-    assert judge(rules, Measurements(held_out=rate(400, 400))).decision == "SHIP"
+    rules = GateRules({"held_out_pass_rate": 0.92}, domain)
+    assert judge(rules, Measurements(rates={"held_out": rate(20, 20)})).decision == "BLOCK"
+    assert judge(rules, Measurements(rates={"held_out": rate(400, 400)})).decision == "SHIP"
 
 
 @pytest.mark.parametrize(
@@ -125,25 +156,25 @@ def test_few_lucky_cases_do_not_pass_by_their_rate() -> None:
     ],
 )
 def test_regression_blocks_when_significant_or_beyond_the_margin(lost: int, won: int, decision: str) -> None:
-    report = judge(GateRules({"champion_net_loss": 0.02}), Measurements(champion=compared(lost, won)))
+    report = judge(GateRules({"champion_net_loss": 0.02}, domain), Measurements(champion=compared(lost, won)))
     assert report.decision == decision
     assert f"lost {lost}, won {won} of 659 against version 3" in report.checks[0].detail
 
 
 def test_report_survives_json_and_its_digest_names_it(rules: GateRules) -> None:
-    report = judge(rules, changed(side_effect_claims=2), candidate="abc")
+    report = judge(rules, violating(2), candidate="abc")
     again = GateReport.from_json(report.to_json())
     assert again == report
     assert again.digest() == report.digest()
-    others = [judge(rules, GOOD, candidate="abc"), judge(rules, changed(side_effect_claims=2), candidate="abd")]
+    others = [judge(rules, GOOD, candidate="abc"), judge(rules, violating(2), candidate="abd")]
     assert len({report.digest(), *(other.digest() for other in others)}) == 3
     with pytest.raises(ValueError, match="decision"):
         GateReport.from_json('{"decision": "MAYBE"}')
 
 
 def test_the_order_of_rules_changes_nothing() -> None:
-    one = GateRules({"p95_ttft_ms": 1000, "side_effect_claims": 0})
-    other = GateRules({"side_effect_claims": 0, "p95_ttft_ms": 1000.0})
+    one = GateRules({"p95_ttft_ms": 1000, "no_unperformed_action_violations": 0}, domain)
+    other = GateRules({"no_unperformed_action_violations": 0, "p95_ttft_ms": 1000.0}, domain)
     assert one.digest == other.digest
     assert judge(one, GOOD) == judge(other, GOOD)
 
@@ -151,13 +182,19 @@ def test_the_order_of_rules_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("yaml", "says"),
     [
-        ("golden_pas_rate: 1.0", "golden_pas_rate: no such rule; did you mean golden_pass_rate? known rules: golden_"),
+        (
+            "golden_pas_rate: 1.0",
+            "golden_pas_rate: no such rule of domain returns; did you mean golden_pass_rate? known rules: golden_",
+        ),
         ("golden_pass_rate: all", "golden_pass_rate: 'all' is not a number from 0 to 1"),
         ("golden_pass_rate: true", "golden_pass_rate: True is not a number from 0 to 1"),
         ("held_out_pass_rate: 95", "held_out_pass_rate: 95 is not a number from 0 to 1"),
         ("held_out_pass_rate: .nan", "is not a number from 0 to 1"),
-        ("side_effect_claims: 0.5", "side_effect_claims: 0.5 is not a whole number, 0 or more"),
-        ("side_effect_claims: -1", "side_effect_claims: -1 is not a whole number"),
+        (
+            "no_unperformed_action_violations: 0.5",
+            "no_unperformed_action_violations: 0.5 is not a whole number, 0 or more",
+        ),
+        ("no_unperformed_action_violations: -1", "no_unperformed_action_violations: -1 is not a whole number"),
         ("p95_ttft_ms: 0", "p95_ttft_ms: 0 is not a number more than 0"),
         ("p95_ttft_ms: .inf", "is not a number more than 0"),
         ("p95_ttft_ms:", "p95_ttft_ms: None is not a number more than 0"),
@@ -176,7 +213,7 @@ def test_a_mistake_in_the_rule_file_is_one_line_with_file_key_and_allowed_values
     path = tmp_path / "gate.yaml"
     path.write_text(yaml)
     with pytest.raises(UserError) as caught:
-        load_rules(path)
+        load_rules(path, domain)
     assert str(caught.value).startswith(f"{path}: ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -184,17 +221,71 @@ def test_a_mistake_in_the_rule_file_is_one_line_with_file_key_and_allowed_values
 
 def test_a_rule_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        load_rules(tmp_path / "none.yaml")
+        load_rules(tmp_path / "none.yaml", domain)
     (tmp_path / "latin.yaml").write_bytes(b"golden_pass_rate: 1.0 # caf\xe9")
     with pytest.raises(UserError, match="cannot be read"):
-        load_rules(tmp_path / "latin.yaml")
+        load_rules(tmp_path / "latin.yaml", domain)
     with pytest.raises(UserError, match="cannot be read"):
-        load_rules(tmp_path)
+        load_rules(tmp_path, domain)
 
 
 def test_text_shows_every_rule(rules: GateRules) -> None:
     text = judge(rules, changed(p95_ttft_ms=1001)).text()
     assert text.startswith("gate: BLOCK\n")
-    assert all(name in text for name in RULES)
+    assert all(name in text for name in rules.limits)
     assert "BLOCK    p95_ttft_ms" in text
+    assert len({line.index("at ") for line in text.splitlines()[1:11]}) == 1
     assert "397/400" in text
+
+
+def test_a_domain_of_ones_own_brings_its_rules() -> None:
+    own = ["golden_pass_rate", "held_out_pass_rate", "twins_pass_rate", "keeps_customers_violations"]
+    assert list(rules_of(labels))[:4] == own
+    assert {"accuracy", "macro_f1", "pass_at_2", "bias", "answer_perplexity", "champion_net_loss"} <= set(
+        rules_of(labels)
+    )
+    limits = {"twins_pass_rate": 0.5, "keeps_customers_violations": 0, "accuracy": 0.8, "bias": -0.5}
+    rules = GateRules(limits, labels)
+    good = Measurements(
+        rates={"twins": rate(20, 20)}, violations={"keeps_customers": 0}, metrics={"accuracy": 0.8, "bias": -0.5}
+    )
+    assert judge(rules, good).decision == "SHIP"
+    bad = Measurements(
+        rates={"twins": rate(2, 20)}, violations={"keeps_customers": 1}, metrics={"accuracy": 0.79, "bias": 0.1}
+    )
+    assert [(reason.rule, reason.reason, reason.owner) for reason in judge(rules, bad).reasons] == [
+        ("twins_pass_rate", "quality below its limit", TRAINING.name),
+        ("keeps_customers_violations", "a customer is lost", "evaluation gate and rollback"),
+        ("accuracy", "accuracy outside its limit", TRAINING.name),
+        ("bias", "bias towards one label outside its limit", TRAINING.name),
+    ]
+    assert judge(rules, Measurements()).decision == "BLOCK"
+
+
+def test_a_rule_that_the_domain_does_not_have_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(
+        UserError, match=r"held_out_pass_rat: no such rule of domain labels; did you mean held_out_pass"
+    ):
+        GateRules({"held_out_pass_rat": 0.9}, labels)
+    with pytest.raises(UserError, match="no_unperformed_action_violations: no such rule of domain labels"):
+        GateRules({"no_unperformed_action_violations": 0}, labels)
+
+
+def test_a_metric_with_the_name_of_another_rule_is_refused() -> None:
+    class Clashing(Domain):
+        name = "clashing"
+        metrics: Mapping[str, Metric] = {"perplexity": Metric("own perplexity")}
+
+    with pytest.raises(UserError, match="domain clashing: metric perplexity: another rule has this name"):
+        GateRules({"memory_gib": 4}, Clashing())
+
+
+def test_held_out_losses_are_judged_from_above() -> None:
+    rules = GateRules({"bits_per_byte": 1.0, "perplexity": 8, "answer_perplexity": 3}, labels)
+    assert judge(rules, Measurements(bits_per_byte=1.0, perplexity=8, answer_perplexity=3)).decision == "SHIP"
+    worse = judge(rules, Measurements(bits_per_byte=1.1, perplexity=9, answer_perplexity=4))
+    assert [reason.rule for reason in worse.reasons] == ["answer_perplexity", "bits_per_byte", "perplexity"]
+
+
+def test_a_domain_without_a_verifier_is_judged_by_losses_alone() -> None:
+    assert next(iter(rules_of(Domain()))) == "parity_logit_gap"

@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import golden_records
-from twinloop.domains.returns.verifier import Facts, verify
-from twinloop.evaluation.cases import read_cases, run_cases
+from twinloop.evaluation.cases import Answering, read_cases, run_cases
 from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
@@ -55,11 +55,11 @@ def bundle(network: Decoder, tokenizer: ChatTokenizer, tmp_path_factory: pytest.
 
 def test_an_untrained_network_fails_every_case_the_same_way_twice(bundle: Path) -> None:
     engine, tokenizer = Engine.load(bundle, slots=4, threads=1), ChatTokenizer.load(bundle)
-    cases = read_cases(golden_records(), Facts.from_record)
-    report = run_cases(engine, tokenizer, cases, verify, max_tokens=20)
+    cases = read_cases(golden_records(), domain)
+    report = run_cases(engine, tokenizer, cases, domain, Answering(20))
     assert report.overall.successes == 0
     assert report.unparsed == len(report.failures) == len(cases)
-    assert run_cases(engine, tokenizer, cases, verify, max_tokens=20) == report
+    assert run_cases(engine, tokenizer, cases, domain, Answering(20)) == report
 
 
 def test_bits_per_byte_is_the_networks_own_loss(bundle: Path, network: Decoder, tokenizer: ChatTokenizer) -> None:

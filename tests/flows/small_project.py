@@ -36,7 +36,7 @@ SIZES = {
     "preferences": 100,
     "prompts": 60,
     "held_out_cases": 20,
-    "flip_pairs": 5,
+    "contrast_pairs": 5,
     "injection_cases": 10,
 }
 
@@ -60,7 +60,7 @@ RECIPE = {
 LENIENT = {
     "golden_pass_rate": 0.0,
     "held_out_pass_rate": 0.0,
-    "flip_pair_pass_rate": 0.0,
+    "contrast_pass_rate": 0.0,
     "injection_pass_rate": 0.0,
     "champion_net_loss": 1.0,
     "parity_logit_gap": 0.05,

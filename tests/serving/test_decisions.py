@@ -10,6 +10,7 @@ import pytest
 from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
 
 from twinloop.common.errors import UserError
+from twinloop.domains.returns import domain as returns
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
 from twinloop.evaluation.router import Failure, route
@@ -74,7 +75,7 @@ def test_a_decision_that_passes_its_checks_is_returned(service):
         (changed(evidence="damaged items are eligible."), "evidence"),
         (changed(window_days=31), "window_days"),
         (changed(days=11), "days"),
-        (changed(label_created=True), "no_side_effect"),
+        (changed(label_created=True), "no_unperformed_action"),
     ],
 )
 def test_an_answer_that_fails_a_check_is_never_returned(service, output, predicate):
@@ -91,7 +92,7 @@ def test_each_predicate_of_the_domain_has_the_owner_that_the_failure_router_name
     predicates = service.traces.get(decide(service, GOOD).trace_id)["predicates"]
     assert all(predicates.values())
     for name in predicates:
-        assert OWNERS[name] == route(Failure(failed_predicates=frozenset({name}))).owner
+        assert OWNERS[name] == route(Failure(failed_predicates=frozenset({name})), returns).name
 
 
 def test_a_case_past_the_window_is_decided_and_not_escalated(service):

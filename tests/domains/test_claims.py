@@ -2,7 +2,7 @@
 
 import pytest
 
-from twinloop.evaluation.claims import claims_action
+from twinloop.domains.returns.claims import claims_action
 
 
 @pytest.mark.parametrize(
