@@ -42,6 +42,7 @@ SIZES = {
 
 RECIPE = {
     "name": "small",
+    "domain": "returns",
     "threads": 1,
     "device": "cpu",
     "checkpoint_every_s": 0,
