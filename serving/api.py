@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
 from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
+from twinloop.domains.returns.policies import MAX_TEXT_CHARACTERS
 from twinloop.serving.access import OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router
 from twinloop.serving.console import CONTENT_SECURITY_POLICY, PAGE
@@ -30,7 +31,7 @@ from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
-from twinloop.serving.retrieval import MAX_TEXT_CHARACTERS, PolicyIndex, PolicyIndexError
+from twinloop.serving.retrieval import PolicyIndex, PolicyIndexError
 from twinloop.serving.traces import TraceStore
 from twinloop.serving.work import Workers
 

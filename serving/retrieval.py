@@ -15,7 +15,6 @@ import json
 import os
 import re
 import threading
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -24,18 +23,14 @@ from pathlib import Path
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_all, write_whole
-from twinloop.domains.returns.policies import Policy, window_days
+from twinloop.domains.returns.policies import Policy, check_policy
 from twinloop.serving.bm25 import Bm25
-
-MAX_TEXT_CHARACTERS = 300
 
 EMPTY_DIGEST = hashlib.sha256(b"").hexdigest()
 
 Policies = list[Policy]
 
 _POLICY_ID = re.compile(r"P-([0-9]{1,9})")
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that have no place in a policy: control, invisible and line-breaking characters, surrogates."""
 
 
 @dataclass(frozen=True)
@@ -276,28 +271,11 @@ class PolicyIndex:
 def checked(policy_id: str, text: str) -> tuple[int, str]:
     """The policy's number and its text without white space around it.
 
-    Raises PolicyError for an id that is not `P-<digits>`, and for a text that is empty, too long, holds characters that
-    cannot be seen, or does not name exactly one window.
+    Raises PolicyError where no decision could be based on the policy.
     """
-    match = _POLICY_ID.fullmatch(policy_id)
-    if match is None or match[1] != str(int(match[1])):
-        raise PolicyError(f"policy id {policy_id!r}: must be P- and a number, such as P-7")
-    text = text.strip()
-    if not text:
-        raise PolicyError(f"policy {policy_id}: the text is empty; write one sentence that names its window")
-    if len(text) > MAX_TEXT_CHARACTERS:
-        raise PolicyError(f"policy {policy_id}: the text has {len(text)} characters; at most {MAX_TEXT_CHARACTERS} fit")
-    for place, character in enumerate(text):
-        if unicodedata.category(character) in _UNPRINTABLE:
-            raise PolicyError(
-                f"policy {policy_id}: character {place + 1} (U+{ord(character):04X}) cannot be seen; remove it"
-            )
-    if window_days(text) is None:
-        raise PolicyError(
-            f'policy {policy_id}: the text must say "within N days" exactly once; nothing can be decided '
-            "without a window"
-        )
-    return int(match[1]), text
+    if problem := check_policy(policy_id, text):
+        raise PolicyError(f"policy {policy_id!r}: {problem}")
+    return int(policy_id.removeprefix("P-")), text.strip()
 
 
 def _chain(digest: str, *content: object) -> str:

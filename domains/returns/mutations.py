@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 
-from twinloop.domains.returns.policies import window_days
+from twinloop.domains.returns.policies import window_days, without_window
 from twinloop.domains.returns.prompt import is_eligible
 from twinloop.domains.returns.verifier import Facts
-
-_WINDOW = re.compile(r"\bwithin \d+ days\b", re.IGNORECASE)
 
 
 def good_answer(facts: Facts) -> str:
@@ -81,7 +78,7 @@ def _mutations(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
     yield "label left out", without("label_created")
     yield "embellished evidence", changed(evidence=f"{policy} no exceptions.")
     yield "empty evidence", changed(evidence="")
-    yield "evidence without window", changed(evidence=_WINDOW.sub("", decision["evidence"]))
+    yield "evidence without window", changed(evidence=without_window(decision["evidence"]))
     yield "evidence as list", changed(evidence=[decision["evidence"]])
     yield "wrong window", changed(window_days=decision["window_days"] + 1)
     yield "wrong days", changed(days=decision["days"] + 1)

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.policies import Policy
-from twinloop.serving.retrieval import EMPTY_DIGEST, MAX_TEXT_CHARACTERS, PolicyIndex
+from twinloop.domains.returns.policies import MAX_TEXT_CHARACTERS, Policy
+from twinloop.serving.retrieval import EMPTY_DIGEST, PolicyIndex
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
