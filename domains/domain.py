@@ -3,22 +3,27 @@
 A task is one Python module that defines `domain`, an instance of a subclass of `Domain`. Every part has a default; a
 stage that needs a part which the domain lacks says so before anything runs. Nothing outside of this package knows more
 of a task than what stands here. Importing a domain must be quick, and needs neither torch nor polars: what does
-(`record_types`, `split_keys`, `generate`) is a method that imports it when it is called.
+(`record_types`, a split key's expression, `generate`) is a function that imports it when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel
+from pydantic_core import to_json
 
+from twinloop.common.errors import UserError
 from twinloop.domains.owners import FORMAT, RELEASE, TRAINING, UNKNOWN, Owner
 
 if TYPE_CHECKING:
-    from twinloop.domains.record_types import RecordType, SplitKey
+    import polars as pl
+
+    from twinloop.domains.record_types import RecordType
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
@@ -120,6 +125,20 @@ class Judged:
 
 
 @dataclass(frozen=True)
+class SplitKey:
+    """Something that training and held-out rows may not share.
+
+    title: how a leak is reported, such as "order". keys(record, held_out): the expression for the keys of a row of the
+    record type of that name (a string, or a list of strings); None where its rows have none. in_corpus: whether a
+    document of the corpus leaks where it names a held-out key as a word of its own.
+    """
+
+    title: str
+    keys: Callable[[str, bool], pl.Expr | None]
+    in_corpus: bool = False
+
+
+@dataclass(frozen=True)
 class Document:
     """One version of one document of evidence, as it was retrieved."""
 
@@ -168,7 +187,7 @@ class Domain:
 
     def read_facts(self, record: Mapping[str, Any]) -> Any:
         """What is trusted about a record (a row of prompts or cases), as `verify` takes it."""
-        return self.facts.model_validate(record["facts"]) if self.facts else record.get("facts")
+        return validate_fields(self.facts, record["facts"]) if self.facts else record.get("facts")
 
     def verify(self, output: str, facts: Any) -> Verdict:
         """Judge an answer by what is trusted: pays rewards in RL and judges cases."""
@@ -247,3 +266,48 @@ class Domain:
     def critical(self) -> tuple[str, ...]:
         """The predicates of which no violation is allowed."""
         return tuple(name for name, predicate in self.predicates.items() if predicate.critical)
+
+
+TEXT = "text"
+"""The split key that every domain has: documents and prompts, whatever their letter case and white space."""
+
+
+def chosen_split_keys(domain: Domain, names: Sequence[str]) -> dict[str, SplitKey | None]:
+    """The split keys of these names; None stands for the text. Raises UserError for a name that is no split key."""
+    own = domain.split_keys()
+    known = [TEXT, *own]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known to domain {domain.name}: {', '.join(known)}"
+            raise UserError(f"validate.split_keys: {name!r} is no split key; {hint}")
+    return {name: own.get(name) for name in names}
+
+
+def validate_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> BaseModel:
+    """The model of a row's fields as they come from columns, where a field that was left out is None.
+
+    Validated as JSON, also in strict models: a list may become a tuple, a text an enum. Raises ValidationError.
+    """
+    return model.model_validate_json(to_json(_without_defaults(model, fields)))
+
+
+def _without_defaults(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields without those that are None because they have a default and were left out."""
+    known = model.model_fields
+    return {
+        name: _inner_without_defaults(known[name].annotation, value) if name in known else value
+        for name, value in fields.items()
+        if value is not None or name not in known or known[name].is_required()
+    }
+
+
+def _inner_without_defaults(annotation: Any, value: Any) -> Any:
+    if isinstance(value, list):
+        inner = [each for each in get_args(annotation) if each is not type(None)]
+        return [_inner_without_defaults(inner[0] if inner else None, item) for item in value]
+    models = [each for each in (annotation, *get_args(annotation)) if isinstance(each, type)]
+    for each in models:
+        if isinstance(value, dict) and issubclass(each, BaseModel):
+            return _without_defaults(each, value)
+    return value

@@ -20,7 +20,7 @@ import twinloop.domains
 from twinloop.common.errors import UserError, one_line
 from twinloop.domains.domain import Domain
 
-NOT_READY_MADE = frozenset({"domain", "loader", "owners", "record_types"})
+NOT_READY_MADE = frozenset({"domain", "generate", "loader", "owners", "record_types"})
 FILE_MODULES = "twinloop_domain_"
 """Modules of files go by this prefix and their stem in `sys.modules`."""
 

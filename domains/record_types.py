@@ -7,14 +7,17 @@ beside a row that breaks it. The standard forms are those that people already ha
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import pandera.polars as pa
 import polars as pl
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
+
+from twinloop.common.errors import UserError
+from twinloop.domains.domain import validate_fields
 
 if TYPE_CHECKING:
     from twinloop.domains.domain import Domain
@@ -76,6 +79,8 @@ class RecordType:
     """Dotted paths of nested fields that may be null, such as facts.policy.window_days."""
     examine: Callable[[Mapping[str, Any]], str | None] | None = None
     """What no expression can say: why a row cannot be used, or None. Asked of rows that keep every rule."""
+    split: Literal["train", "held_out"] | None = "train"
+    """Rows to train on may share no text and no split key with rows that are held out. None: neither of the two."""
 
     def nullable(self, path: str) -> bool:
         """Whether the field at a dotted path, such as facts.policy.window_days, may be null."""
@@ -96,63 +101,60 @@ def _check(reason: str, rule: pl.Expr) -> pa.Check:
     return pa.Check(lambda data: data.lazyframe.select(rule.fill_null(value=False)), name=reason)
 
 
-@dataclass(frozen=True)
-class SplitKey:
-    """Something that training and held-out rows may not share.
-
-    title: how a leak is reported, such as "order". keys(record, held_out): the expression for the keys of a row of the
-    record type of that name (a string, or a list of strings); None where its rows have none. in_corpus: whether a
-    document of the corpus leaks where it names a held-out key as a word of its own.
-    """
-
-    title: str
-    keys: Callable[[str, bool], pl.Expr | None]
-    in_corpus: bool = False
-
-
 # --- facts and other models of a domain as columns
 
 
 def columns_of(model: type[BaseModel]) -> dict[str, pl.DataType]:
-    """The polars type of each field of a pydantic model. Raises TypeError for a field that has none."""
+    """The polars type of each field of a pydantic model. Raises UserError for a field that has none."""
     return {name: _dtype(info.annotation, f"{model.__name__}.{name}") for name, info in model.model_fields.items()}
 
 
 def optional_in(model: type[BaseModel], prefix: str) -> Iterable[str]:
-    """Dotted paths, below `prefix`, of the fields that may be null."""
+    """Dotted paths, below `prefix`, of the fields that may be null: those with a default, or with None in their type.
+
+    The items of a list go by the path of the list.
+    """
     for name, info in model.model_fields.items():
         path = f"{prefix}.{name}"
         if not info.is_required() or type(None) in get_args(info.annotation):
             yield path
-        inner = _without_none(info.annotation)
+        inner = _plain(info.annotation)
+        while get_origin(inner) in (list, tuple):
+            inner = _plain(get_args(inner)[0])
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from optional_in(inner, path)
 
 
-_PLAIN: Mapping[Any, pl.DataType] = {str: pl.String(), int: pl.Int64(), float: pl.Float64(), bool: pl.Boolean()}
+_SCALARS: Mapping[Any, pl.DataType] = {str: pl.String(), int: pl.Int64(), float: pl.Float64(), bool: pl.Boolean()}
 
 
 def _dtype(annotation: Any, place: str) -> pl.DataType:
-    annotation = _without_none(annotation)
-    if annotation in _PLAIN:
-        return _PLAIN[annotation]
+    annotation = _plain(annotation)
+    if annotation in _SCALARS:
+        return _SCALARS[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
+    if origin is Literal and len({type(value) for value in arguments}) == 1:
         return _dtype(type(arguments[0]), place)
-    if origin in (list, tuple):
+    if origin is list or (origin is tuple and arguments[1:] == (Ellipsis,)):
         return pl.List(_dtype(arguments[0], place))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return pl.Struct(columns_of(annotation))
-    raise TypeError(
-        f"{place}: a column cannot hold {annotation}; use str, int, float, bool, a list or a model of these"
+    if isinstance(annotation, type) and issubclass(annotation, str):
+        return pl.String()
+    raise UserError(
+        f"{place}: a column cannot hold {annotation}; use str, int, float, bool, a Literal or an enum of texts, a list "
+        "or a model of these"
     )
 
 
-def _without_none(annotation: Any) -> Any:
+def _plain(annotation: Any) -> Any:
+    """A type without its constraints, and without the None that it may be instead."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         some = [each for each in get_args(annotation) if each is not type(None)]
         if len(some) == 1:
-            return some[0]
+            return _plain(some[0])
     return annotation
 
 
@@ -162,18 +164,21 @@ def _without_none(annotation: Any) -> Any:
 def standard_record_types(domain: Domain) -> dict[str, RecordType]:
     """The forms that people already have, with the facts of a domain: by name, one for each file."""
     chosen_is_rejected = {"chosen and rejected are the same": pl.col("chosen") != pl.col("rejected")}
-    facts, fact_fields, judgeable = _column("facts", domain.facts)
-    expected, expected_fields, _ = _column("expected", domain.expected)
+    facts, fact_fields, facts_hold = _column("facts", domain.facts)
+    expected, expected_fields, expectation_holds = _column("expected", domain.expected)
     kinds = tuple(domain.case_kinds)
     records = (
         RecordType("corpus", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
-        RecordType("corpus_heldout", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
+        RecordType(
+            "corpus_heldout", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS), split="held_out"
+        ),
         RecordType(
             "chat",
             {"messages": MESSAGES, **facts},
             message_rules("messages", answered=True),
             optional=frozenset(facts),
             optional_fields=fact_fields,
+            examine=facts_hold,
         ),
         RecordType(
             "preferences",
@@ -185,13 +190,14 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional=frozenset({"reason", *facts}),
             identity=("prompt", "chosen", "rejected"),
             optional_fields=fact_fields,
+            examine=facts_hold,
         ),
         RecordType(
             "prompts",
             {"prompt": MESSAGES, **facts},
             message_rules("prompt", answered=False),
             optional_fields=fact_fields,
-            examine=judgeable,
+            examine=facts_hold,
         ),
         RecordType(
             "cases",
@@ -209,31 +215,44 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional=frozenset({"pair_id"}),
             identity=("case_id",),
             optional_fields=fact_fields | expected_fields,
-            examine=judgeable,
+            examine=_first_of(facts_hold, expectation_holds),
+            split="held_out",
         ),
         RecordType(
             "documents",
             {"document_id": pl.String(), "text": pl.String(), "version": pl.Int64()},
             text_rules("document_id") | text_rules("text"),
             optional=frozenset({"version"}),
-            examine=lambda row: domain.check_document(row["document_id"], row["text"]),
+            examine=(lambda row: domain.check_document(row["document_id"], row["text"]))
+            if domain.has("check_document")
+            else None,
+            split=None,
         ),
     )
     return {record.name: record for record in records}
 
 
-def _column(
-    name: str, model: type[BaseModel] | None
-) -> tuple[dict[str, pl.DataType], frozenset[str], Callable[[Mapping[str, Any]], str | None] | None]:
+def classification(labels: Sequence[str] = ()) -> RecordType:
+    """Texts with one label each, for a domain that makes prompts of them. labels: those allowed; empty: any."""
+    known = {f"label is none of {', '.join(labels)}": pl.col("label").is_in(labels)} if labels else {}
+    return RecordType(
+        "classification", {"text": pl.String(), "label": pl.String()}, text_rules("text") | text_rules("label") | known
+    )
+
+
+Examine = Callable[[Mapping[str, Any]], str | None]
+
+
+def _column(name: str, model: type[BaseModel] | None) -> tuple[dict[str, pl.DataType], frozenset[str], Examine | None]:
     """The column of a domain's model, the fields in it that may be null, and what a row must keep besides its types."""
     if model is None:
         return {}, frozenset(), None
 
     def examine(row: Mapping[str, Any]) -> str | None:
-        from pydantic import ValidationError
-
+        if row[name] is None:
+            return None
         try:
-            model.model_validate(row[name])
+            validate_fields(model, row[name])
         except ValidationError as error:
             problem = error.errors()[0]
             place = ".".join([name, *map(str, problem["loc"])])
@@ -241,3 +260,10 @@ def _column(
         return None
 
     return {name: pl.Struct(columns_of(model))}, frozenset(optional_in(model, name)), examine
+
+
+def _first_of(*checks: Examine | None) -> Examine | None:
+    some = [check for check in checks if check]
+    if not some:
+        return None
+    return lambda row: next((reason for check in some if (reason := check(row))), None)

@@ -6,7 +6,8 @@ anything changed costs 0.6 s, and it trusts times of modification; here each fil
 
 Data is generated where data.dvc says that data/ is a copy of a folder that a stage makes, and that is built again
 whenever it is not as it should be. Anything else (`dvc add data`, an import) is the user's own: it is checked, and
-never touched. Nor is a file lost that somebody put among generated data: what DVC could not give back is moved aside.
+never touched. Files that a project without a stage has in data/ become its version at the first build. Nor is a file
+lost that somebody put among generated data: what DVC could not give back is moved aside.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.domains import generate
 
 log = logging.getLogger(__name__)
 
 DATA_DIR = "data"
 ASIDE = "data.aside"
-GENERATOR = "twinloop.domains.returns.generator"
+REPRO = ("repro", "dvc.yaml", "data.dvc")
+"""`dvc repro` alone leaves data.dvc out where no stage reads data/."""
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
 UNREADABLE = (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
 BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON structure is corrupted", re.IGNORECASE)
@@ -70,17 +72,23 @@ def is_current(project: Path) -> bool:
 def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     """Bring data/ to the version that params.yaml and the generator's code stand for, by `dvc repro`.
 
+    Where no stage makes data and there is no data.dvc, what is in data/ becomes the version, by `dvc add`. A project
+    that is no DVC repository becomes one, with or without git.
+
     Two builds at once wait for each other, at most `wait_s`, and so does one for a DVC command that someone else runs.
     What a killed build left behind is cleared away. Raises UserError when it cannot be built, and for a user's own data
     that is not what data.dvc says: that is left as it is.
     """
     if is_current(project):
         return _version(project)
-    if not (project / "dvc.yaml").is_file():
+    own = _is_new(project)
+    if not own and not (project / "dvc.yaml").is_file() and not (project / "data.dvc").is_file():
         raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
-    if not _is_generated(project):
+    if not own and not _is_generated(project):
         return check_data(project)
-    _check_params(project)
+    if not own:
+        _check_params(project)
+    _make_repository(project)
     tmp = project / ".dvc" / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
@@ -88,13 +96,16 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
         with FileLock(tmp / "twinloop-data.lock", timeout=wait_s):
             if is_current(project):
                 return _version(project)
+            if own:
+                _run(project, deadline, "add", DATA_DIR)
+                return _version(project)
             cache = _cache_dir(project)
             _set_aside(project, cache)
-            _repro(project, deadline)
+            _run(project, deadline, *REPRO)
             if staleness(project):
                 # DVC believes in its cache; where a cached file is spoilt, only making it again helps
                 _drop_spoilt(project, cache)
-                _repro(project, deadline, "--force")
+                _run(project, deadline, *REPRO, "--force")
                 if problem := staleness(project):
                     raise UserError(f"{project / DATA_DIR}: still {problem}; does its code change meanwhile?")
     except Timeout:
@@ -108,7 +119,7 @@ def staleness(project: Path) -> str | None:
         recorded, digests = _recorded(project), _Digests(project)
         if recorded.source and (problem := _outdated(project, recorded, digests)):
             return problem
-        if digests.of(DATA_DIR) != recorded.md5:
+        if recorded.md5 is None or digests.of(DATA_DIR) != recorded.md5:
             return "missing" if not (project / DATA_DIR).is_dir() else "changed since it was made"
         if not recorded.source:
             return None
@@ -125,19 +136,21 @@ def staleness(project: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What data.dvc says. `source` is the generated folder that data/ is a copy of; None for a user's own data."""
+    """What data.dvc says. `source` is the generated folder that data/ is a copy of; None for a user's own data.
 
-    md5: str
+    Generated data that was never built has no md5.
+    """
+
+    md5: str | None
     source: str | None
 
 
 def _recorded(project: Path) -> _Recorded:
     content = _yaml(project / "data.dvc")
-    md5: str = content["outs"][0]["md5"]
     source: dict[str, Any] = (content.get("deps") or [{}])[0]
     # `dvc add` over an import leaves its `deps` where they were (3.67): a copy has the digest of what it copies
-    copied = source.get("md5") == md5 and source["path"] in _made_by_stages(project)
-    return _Recorded(md5, source["path"] if copied else None)
+    copied = source.get("path") in _made_by_stages(project) and source.get("md5") == content["outs"][0].get("md5")
+    return _Recorded(source.get("md5"), source["path"]) if copied else _Recorded(content["outs"][0]["md5"], None)
 
 
 def _made_by_stages(project: Path) -> set[str]:
@@ -222,33 +235,49 @@ def _yaml(path: Path) -> dict[str, Any]:
 
 
 def _version(project: Path) -> DataVersion:
-    return DataVersion(md5=_recorded(project).md5, path=project / DATA_DIR)
+    md5 = _recorded(project).md5
+    assert md5 is not None, "only data that was built has a version"
+    return DataVersion(md5, project / DATA_DIR)
 
 
 def _check_params(project: Path) -> None:
-    """Tell a mistake in params.yaml in one line, before DVC wraps it in fifty."""
-    if GENERATOR not in (project / "dvc.yaml").read_text(encoding="utf-8"):
-        return  # the user's own program fills the folder, with settings of its own
-    from twinloop.domains.returns.generator import GeneratorParams  # only where there is something to build
+    """Report a mistake in the domain or in params.yaml in one line, before DVC wraps it in fifty."""
+    for stage in _yaml(project / "dvc.yaml")["stages"].values():
+        # any other command is the user's own program, with settings of its own
+        if isinstance(stage["cmd"], str) and (arguments := generate.arguments_of(stage["cmd"])):
+            generate.check(arguments, project)
 
-    path = project / "params.yaml"
+
+def _make_repository(project: Path) -> None:
+    """Make the project a DVC repository where it is none. Without git above it, DVC works without git."""
+    in_git = any((folder / ".git").exists() for folder in (project, *project.parents))
+    if not (project / ".dvc" / "config").is_file():
+        below = [] if (project / ".git").exists() else ["--subdir"]
+        command = ["init", "-q", *(below if in_git else ["--no-scm"])]
+    elif not in_git and "no_scm" not in (project / ".dvc" / "config").read_text(encoding="utf-8"):
+        command = ["config", "--local", "core.no_scm", "true"]
+    else:
+        return
+    done = _dvc(project, *command)
+    if done.returncode:
+        raise UserError(f"{project}: no DVC repository, and `dvc init` fails: {' '.join(done.stdout.split())}")
+
+
+def _is_new(project: Path) -> bool:
+    """Whether data/ holds a user's own files, of which no version was made yet."""
+    if (project / "data.dvc").exists() or not any(path.is_file() for path in (project / DATA_DIR).rglob("*")):
+        return False
     try:
-        GeneratorParams(**_yaml(path)["generate"])
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(["generate", *map(str, problem["loc"])])
-        raise UserError(f"{path}: {key}: {problem['msg'][0].lower()}{problem['msg'][1:]}") from None
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; it holds the settings of the data set") from None
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a mapping with a section `generate` ({' '.join(str(error).split())})") from None
+        return not _made_by_stages(project)
+    except UNREADABLE:
+        return False
 
 
-def _repro(project: Path, deadline: float, *options: str) -> None:
-    """Run `dvc repro` until it is neither busy nor stopped by a lock file that a killed process left half-written."""
+def _run(project: Path, deadline: float, *command: str) -> None:
+    """Run DVC until it is neither busy nor stopped by a lock file that a killed process left half-written."""
     pause_s = 0.2
     while True:
-        done = _dvc(project, "repro", *options)
+        done = _dvc(project, *command)
         if done.returncode == 0:
             return
         if BROKEN_LOCK_FILE.search(done.stdout):
@@ -279,20 +308,20 @@ def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def _explain(project: Path, output: str) -> str:
-    """One line out of what a failed `dvc repro` printed; all of it is kept beside DVC's own temporary files."""
+    """One line out of what DVC printed when it failed; all of it is kept beside DVC's own temporary files."""
     log = project / ".dvc" / "tmp" / "repro.log"
     log.write_text(output, encoding="utf-8")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     before = next((lines[i - 1] for i, line in enumerate(lines) if line.startswith("ERROR: ") and i), "")
-    told = f"{before} ({errors[0]})" if errors and "failed to" in errors[0] and before else "".join(errors[:1])
-    return f"the data cannot be built: {told or 'dvc repro failed'}; all that it said is in {log}"
+    why = f"{before} ({errors[0]})" if errors and "failed to" in errors[0] and before else "".join(errors[:1])
+    return f"the data cannot be built: {why or 'DVC failed'}; its whole output is in {log}"
 
 
 def _cache_dir(project: Path) -> Path:
     """Where DVC keeps files by their md5: a team may share one cache."""
-    told = _dvc(project, "cache", "dir")
-    folder = told.stdout.strip() if told.returncode == 0 else ""
+    found = _dvc(project, "cache", "dir")
+    folder = found.stdout.strip() if found.returncode == 0 else ""
     return (project / (folder or ".dvc/cache")) / "files" / "md5"
 
 

@@ -10,7 +10,6 @@ inferred from what nobody reads.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -75,10 +74,11 @@ def _fast(block: bytes, first: int, lines: int, record: RecordType) -> Rows | No
     # pyarrow takes several objects on a line, and passes over blank ones: every line must be {...}
     if not (block.startswith(b"{") and block.rstrip(b"\n").endswith(b"}") and block.count(b"}\n{") == lines - 1):
         return None
-    try:
-        block.decode()  # pyarrow lets bad UTF-8 through
-    except UnicodeDecodeError:
-        return None
+    if not block.isascii():
+        try:
+            block.decode()  # pyarrow lets bad UTF-8 through
+        except UnicodeDecodeError:
+            return None
     table = _arrow_table(block, record, "error")
     all_read = table is not None
     if table is None:
@@ -106,7 +106,7 @@ def _arrow_table(block: bytes, record: RecordType, unread: Literal["error", "ign
     """The record type's columns, or None where pyarrow refuses the block."""
     try:
         return pyarrow.json.read_json(
-            io.BytesIO(block),
+            pa.BufferReader(block),
             read_options=pyarrow.json.ReadOptions(block_size=max(1 << 20, len(block) // 8)),
             parse_options=pyarrow.json.ParseOptions(
                 explicit_schema=_arrow_schema(record), unexpected_field_behavior=unread
@@ -183,4 +183,4 @@ def _arrow(dtype: Any) -> pa.DataType:
         return pa.struct([(part.name, _arrow(part.dtype)) for part in dtype.fields])
     if isinstance(dtype, pl.List):
         return pa.list_(_arrow(dtype.inner))
-    return {str: pa.string(), int: pa.int64(), bool: pa.bool_()}[python_type(dtype)]
+    return {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}[python_type(dtype)]

@@ -107,7 +107,9 @@ def _fits(have: pa.DataType, want: Any) -> bool:
     kind = python_type(want)
     if kind is str:
         return types.is_string(have) or types.is_large_string(have) or types.is_string_view(have)
-    return types.is_boolean(have) if kind is bool else types.is_integer(have) and have != pa.uint64()
+    if kind is bool:
+        return types.is_boolean(have)
+    return (types.is_integer(have) and have != pa.uint64()) or (kind is float and types.is_floating(have))
 
 
 def _unknown(have: pa.DataType, want: Any, path: str) -> set[str]:

@@ -121,6 +121,8 @@ def _value(value: Any, dtype: Any, path: str, record: RecordType) -> Any:
     if value in (math.inf, -math.inf):
         raise UnusableError(f"{path} is too large a number")
     wanted = python_type(dtype)
+    if wanted is float and type(value) in (int, float):
+        return _float(value, path)
     if type(value) is not wanted:
         raise UnusableError(f"{path} is {_type_name(value)}, not {TYPE_NAMES[wanted]}")
     if isinstance(value, int) and value not in INT64:
@@ -133,6 +135,16 @@ def _value(value: Any, dtype: Any, path: str, record: RecordType) -> Any:
     return value
 
 
+def _float(value: float, path: str) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise UnusableError(f"{path} is too large a number") from None
+    if math.isnan(number):
+        raise UnusableError(f"{path} is NaN")
+    return number
+
+
 def _type_name(value: Any) -> str:
     return TYPE_NAMES.get(type(value), "null" if value is None else type(value).__name__)
 
@@ -142,7 +154,7 @@ def python_type(dtype: Any) -> type:
         return dict
     if isinstance(dtype, pl.List):
         return list
-    return str if dtype == pl.String else bool if dtype == pl.Boolean else int
+    return {pl.String: str, pl.Boolean: bool, pl.Float64: float, pl.Int64: int}[dtype.base_type()]
 
 
 def as_json(value: Any) -> str:
@@ -200,7 +212,7 @@ def with_repairs(frame: pl.DataFrame, looked_at: Rows, ignored: set[str]) -> Row
 
 
 def complete(record: RecordType) -> pl.Expr:
-    """Whether a row has a null only where its record type allows one."""
+    """Whether a row has a null only where its record type allows one, and numbers that are finite."""
     checks = [_whole(pl.col(name), dtype, name, record) for name, dtype in record.columns.items()]
     return pl.all_horizontal(checks).alias("complete")
 
@@ -213,6 +225,8 @@ def _whole(value: pl.Expr, dtype: Any, path: str, record: RecordType) -> pl.Expr
     elif isinstance(dtype, pl.List):
         items = value.list.eval(_whole(pl.element(), dtype.inner, path, record))
         inside.append(items.list.all())
+    elif dtype == pl.Float64:
+        inside.append(value.is_finite())
     whole = pl.all_horizontal(inside).fill_null(value=False)
     return value.is_null() | whole if record.nullable(path) else whole
 

@@ -1,41 +1,35 @@
-"""Nothing that a model is measured on may stand in what it is trained on.
+"""The leakage check: nothing that a model is measured on may be in what it is trained on.
 
-Held out are corpus_heldout and cases. Four things can leak: a text (a corpus document or a prompt; letter case
-and white space do not matter), an order id, a policy id, and a (window, days) pair. Which of them this data set
-promises to keep apart is for the recipe to say: a shop's own cases cite the shop's own policies.
+Training and held-out rows may not share the split keys that the recipe chooses. The key `text` is built in: a document
+or a prompt, where letter case and white space do not matter. All others are the domain's, and which of them a data set
+promises to keep is for the recipe to say: a shop's own cases cite the shop's own policies.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import polars as pl
 
 from twinloop.common.errors import UserError
-from twinloop.domains.record_types import MESSAGES
+from twinloop.domains.domain import SplitKey
+from twinloop.domains.record_types import RecordType
 from twinloop.records.rows import LINE
 
-Apart = Literal["text", "order_id", "policy_id", "window_and_days"]
-
-TRAIN = ("corpus", "chat", "preferences", "prompts")
-HELD_OUT = ("corpus_heldout", "cases")
+CORPUS = "corpus"
 
 IDS_A_PATTERN = 500
 """More in one pattern come near to the size at which the regular expression engine refuses it."""
 
-_FACTS = pl.col("facts").struct
-_ORDER, _POLICY = _FACTS.field("order").struct, _FACTS.field("policy").struct
-_PAIR = pl.concat_str(
-    _POLICY.field("window_days"), pl.lit(" days of window and day "), _ORDER.field("days_since_delivery")
-)
+UNEVEN = r"\s\s|[^\S ]"
+"""White space other than single spaces."""
 
 
 @dataclass(frozen=True)
 class Leak:
-    """A row of a training file that shares something with a held-out row."""
+    """A row to train on that shares something with a held-out row."""
 
     file: str
     line: int
@@ -45,90 +39,99 @@ class Leak:
 
     def __str__(self) -> str:
         held_out = f"{self.held_out_file} line {self.held_out_line}"
-        return f"{self.file} line {self.line}: {self.what} also stands in held-out {held_out}"
+        return f"{self.file} line {self.line}: {self.what} is also in held-out {held_out}"
 
 
-def check_splits(frames: Mapping[str, pl.DataFrame], files: Mapping[str, str], apart: tuple[Apart, ...]) -> None:
-    """Raise UserError at the first leak, naming both files and lines, and how many more there are.
+@dataclass(frozen=True)
+class Split:
+    """The rows of one file. frame: with the LINE column."""
 
-    frames: by record type, with the LINE column; files: the name of each one's file.
-    """
-    leaks = list(_leaks(frames, files, apart))
+    record: RecordType
+    frame: pl.DataFrame
+    file: str
+
+
+def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> None:
+    """Raise UserError at the first leak, naming both files and lines, and how many more there are."""
+    leaks = list(_leaks(splits, keys))
     if leaks:
         more = f" ({len(leaks) - 1} more rows leak)" if len(leaks) > 1 else ""
-        raise UserError(f"{leaks[0]}{more}; take it out of one of the two, or the score means nothing")
+        raise UserError(
+            f"{leaks[0]}{more}; remove it from one of the two, or the score means nothing (validate.split_keys in the "
+            "recipe says what is checked)"
+        )
 
 
-def _leaks(frames: Mapping[str, pl.DataFrame], files: Mapping[str, str], apart: tuple[Apart, ...]) -> Iterator[Leak]:
-    for kind in apart:
-        held_out = pl.concat([_keys(frames[name], kind, name, files) for name in HELD_OUT if name in frames])
-        held_out = held_out.unique("key", keep="first", maintain_order=True)
-        if held_out.is_empty():
+def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iterator[Leak]:
+    train, held_out = ([each for each in splits if each.record.split == side] for side in ("train", "held_out"))
+    for key in keys.values():
+        parts = [_keys(each, key) if key else _texts(each) for each in held_out]
+        theirs = pl.concat(parts).unique("key", keep="first", maintain_order=True) if parts else pl.DataFrame()
+        if theirs.is_empty():
             continue
-        for name in TRAIN:
-            if name not in frames:
-                continue
-            if name == "corpus" and kind in ("order_id", "policy_id"):
-                train = _mentions(frames[name], held_out["key"], files[name])
+        for each in train:
+            if key is None:
+                ours = _texts(each, among=theirs["key"])
+            elif key.in_corpus and each.record.name == CORPUS:
+                ours = _mentions(each, theirs["key"])
             else:
-                train = _keys(frames[name], kind, name, files)
-            found = train.join(held_out, on="key", how="inner", suffix="_held_out", maintain_order="left")
-            for row in found.unique(LINE, keep="first", maintain_order=True).iter_rows(named=True):
-                what = "its text" if kind == "text" else f"{_NAMES[kind]} {row['key']}"
+                ours = _keys(each, key)
+            shared = ours.join(theirs, on="key", how="inner", suffix="_held_out", maintain_order="left")
+            for row in shared.unique(LINE, keep="first", maintain_order=True).iter_rows(named=True):
+                what = f"{key.title} {row['key']}" if key else "its text"
                 yield Leak(row["file"], row[LINE], what, row["file_held_out"], row[f"{LINE}_held_out"])
 
 
-_NAMES = {"order_id": "order", "policy_id": "policy", "window_and_days": "the pair of"}
+# --- the keys of each row: columns key, LINE, file. A row may have several keys, or none.
 
 
-def _keys(frame: pl.DataFrame, kind: Apart, name: str, files: Mapping[str, str]) -> pl.DataFrame:
-    """What may leak of each row: columns key, LINE, file. A row may have several keys, or none."""
-    keys = frame.select(_key(frame, kind, name).alias("key"), LINE)
+def _keys(split: Split, key: SplitKey) -> pl.DataFrame:
+    expression = key.keys(split.record.name, split.record.split == "held_out")
+    if expression is None:
+        return _rows(split.frame.select(pl.lit(None, pl.String).alias("key"), LINE), split)
+    keys = split.frame.select(expression.alias("key"), LINE)
     if isinstance(keys.schema["key"], pl.List):
         keys = keys.explode("key")
-    return keys.drop_nulls("key").with_columns(pl.lit(files[name]).alias("file"))
+    return _rows(keys.with_columns(pl.col("key").cast(pl.String)), split)
 
 
-def _key(frame: pl.DataFrame, kind: Apart, name: str) -> pl.Expr:
-    nothing = pl.lit(None, dtype=pl.String)
-    if kind == "text":
-        if "text" in frame.columns:
-            return normalised(pl.col("text"))
-        asked = pl.col("messages").list.slice(0, pl.col("messages").list.len() - 1)
-        return _prompt_text(asked if name == "chat" else pl.col("prompt"))
-    if "facts" not in frame.columns:
-        return nothing
-    if kind == "order_id":
-        return _ORDER.field("order_id")
-    if kind == "window_and_days":
-        return _PAIR
-    cited = _POLICY.field("policy_id")
-    if name in HELD_OUT:
-        return cited  # a distractor may be a policy that training knows
-    passages = _FACTS.field("passages").list.eval(pl.element().struct.field("policy_id"))
-    return pl.concat_list(cited, passages).list.unique(maintain_order=True)
+def _texts(split: Split, among: pl.Series | None = None) -> pl.DataFrame:
+    """The text of each row in lower case and with single spaces. among: all others may be left out."""
+    text = _text_of(split.record)
+    texts = split.frame.select(text.str.to_lowercase().str.strip_chars().alias("key"), LINE)
+    if among is not None:  # to replace white space in a million texts would take a second
+        texts = texts.filter(pl.col("key").str.contains(UNEVEN) | pl.col("key").is_in(among.implode()))
+    return _rows(texts.with_columns(pl.col("key").str.replace_all(r"\s+", " ")), split)
 
 
-def normalised(text: pl.Expr) -> pl.Expr:
-    """Lower case, single spaces."""
-    return text.str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+def _text_of(record: RecordType) -> pl.Expr:
+    """A document, or the messages of a prompt on one line, whatever system message is before them."""
+    if "messages" in record.columns:
+        turns = _turns(pl.col("messages"))
+        return turns.list.slice(0, turns.list.len() - 1).list.join(" ")
+    if "prompt" in record.columns:
+        return _turns(pl.col("prompt")).list.join(" ")
+    return pl.col("text") if "text" in record.columns else pl.lit(None, pl.String)
 
 
-def _prompt_text(messages: pl.Expr) -> pl.Expr:
-    """The messages of a prompt on one line, whatever system message stands before them."""
-    content = pl.element().struct.field("content")
-    turns = messages.cast(MESSAGES).list.eval(pl.when(pl.element().struct.field("role") != "system").then(content))
-    return normalised(turns.list.drop_nulls().list.join("\n"))
+def _turns(messages: pl.Expr) -> pl.Expr:
+    """The contents of the messages, with null for those of the system."""
+    message = pl.element().struct
+    return messages.list.eval(pl.when(message.field("role") != "system").then(message.field("content")))
 
 
-def _mentions(corpus: pl.DataFrame, ids: pl.Series, file: str) -> pl.DataFrame:
-    """Documents that name one of `ids` as a word of its own (P-7 is not in P-71): columns key, LINE, file."""
-    nearly = corpus.filter(pl.col("text").str.contains_any(ids.to_list()))
-    found = [
-        nearly.select(pl.col("text").str.extract(rf"(?:^|[^\w-])({'|'.join(map(re.escape, some))})(?:$|[^\w-])"), LINE)
-        for some in _batched(ids, IDS_A_PATTERN)
-    ]
-    return pl.concat(found).rename({"text": "key"}).drop_nulls("key").with_columns(pl.lit(file).alias("file"))
+def _mentions(corpus: Split, ids: pl.Series) -> pl.DataFrame:
+    """Documents that name one of `ids` as a word of its own (P-7 is not in P-71)."""
+    nearly = corpus.frame.filter(pl.col("text").str.contains_any(ids.to_list()))
+    found = []
+    for some in _batched(ids, IDS_A_PATTERN):
+        word = rf"(?:^|[^\w-])({'|'.join(map(re.escape, some))})(?:$|[^\w-])"
+        found.append(nearly.select(pl.col("text").str.extract(word).alias("key"), LINE))
+    return _rows(pl.concat(found), corpus)
+
+
+def _rows(keys: pl.DataFrame, split: Split) -> pl.DataFrame:
+    return keys.drop_nulls("key").with_columns(pl.lit(split.file).alias("file"))
 
 
 def _batched(ids: pl.Series, size: int) -> Iterator[list[str]]:

@@ -1,15 +1,15 @@
-"""The stage that lets data in: every row is kept, or set aside with the reason why, and the splits are disjoint.
+"""The stage that validates data: every row is kept, or quarantined with its reason, and the splits are disjoint.
 
-Out comes one Parquet file a record type, which `records.validated` reads, `quarantine/<name>.jsonl` with the rows that
-were set aside, and report.json. A few bad rows are normal; past the recipe's limit the data is taken for broken, and
-the stage fails.
+What a row must be is for the domain to say (`Domain.record_types`). The result is one Parquet file for each record type
+that has data, which `records.validated` reads, `quarantine/<name>.jsonl` with the rows that cannot be used, and
+report.json. A few bad rows are normal; above the recipe's limit the data are considered broken, and the stage fails.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,11 +19,12 @@ import polars as pl
 from pandera.config import ValidationDepth, config_context
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain, chosen_split_keys
 from twinloop.domains.record_types import RecordType
-from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer
 from twinloop.records.reading import data_files, original_lines, read_rows
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
-from twinloop.records.splits import Apart, check_splits
+from twinloop.records.splits import Split, check_splits
+from twinloop.records.validated import write_records
 
 WORST_REASONS = 3
 
@@ -33,11 +34,11 @@ class Settings(Protocol):
 
     @property
     def max_quarantined(self) -> float:
-        """Share of one file's rows that may be set aside before the stage fails."""
+        """Share of one file's rows that may be quarantined before the stage fails."""
 
     @property
-    def apart(self) -> Sequence[Apart]:
-        """What training and held-out rows may not have in common."""
+    def split_keys(self) -> Sequence[str]:
+        """What training and held-out rows may not share, by name."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class FileReport:
     kept: int
     quarantined: int
     reasons: dict[str, int] = field(default_factory=dict)
-    """Rows by the reason why they were set aside, most first; numbers in a reason are left out here."""
+    """Rows by the reason why they were quarantined, most first; numbers in a reason are left out here."""
     ignored_fields: list[str] = field(default_factory=list)
     """Fields that no stage reads; they are not in what is kept."""
 
@@ -58,7 +59,7 @@ class FileReport:
 class ValidationReport:
     files: dict[str, FileReport]
     """By record type."""
-    apart: tuple[Apart, ...]
+    split_keys: tuple[str, ...]
     """What was checked to be disjoint."""
 
     @property
@@ -79,45 +80,55 @@ class ValidationReport:
         return counts | {"rows": float(self.rows), "quarantined": float(self.quarantined)}
 
 
-def validate(input_dir: Path, output_dir: Path, settings: Settings) -> ValidationReport:
-    """Check every data file in `input_dir` and write what is good to `output_dir`.
+def validate(
+    input_dir: Path, output_dir: Path, settings: Settings, domain: Domain, names: Collection[str]
+) -> ValidationReport:
+    """Check the data files in `input_dir` and write what is good to `output_dir`.
 
+    names: the record types whose files must be there. Files of the domain's other types are read where there are any.
     Raises UserError where a file is missing, unreadable or holds no usable row, where too many of its rows are bad, and
-    where a training row leaks from a held-out set. What was set aside until then stands in `output_dir`/quarantine.
+    where a row to train on leaks from a held-out one. What was quarantined until then is in `output_dir`/quarantine.
     """
-    paths = {name: _find(input_dir, name) for name in RECORD_TYPES}
+    records, keys = domain.record_types(), chosen_split_keys(domain, settings.split_keys)
+    if unknown := sorted(set(names) - set(records)):
+        raise UserError(f"domain {domain.name} has no record type {unknown[0]}; it has {', '.join(records)}")
+    paths = {name: path for name in records if (path := _find(input_dir, name, required=name in names))}
     (output_dir / "quarantine").mkdir(parents=True, exist_ok=True)
-    frames: dict[str, pl.DataFrame] = {}
+    splits: list[Split] = []
     reports: dict[str, FileReport] = {}
     for name, path in paths.items():
-        rows = check_rows(path, RECORD_TYPES[name])
-        frames[name] = rows.frame
+        rows = check_rows(path, records[name])
+        splits.append(Split(records[name], rows.frame, str(path)))
         reports[name] = _report(path, rows)
         _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", rows.rejected)
         _refuse_too_many(path, rows, settings.max_quarantined)
-    check_splits(frames, {name: str(path) for name, path in paths.items()}, tuple(settings.apart))
-    for name, frame in frames.items():
-        frame.drop(LINE).write_parquet(output_dir / f"{name}.parquet", compression="zstd", statistics=False)
-    report = ValidationReport(reports, tuple(settings.apart))
+    check_splits(splits, keys)
+    for split in splits:
+        write_records(split.frame.drop(LINE), output_dir, split.record.name)
+    report = ValidationReport(reports, tuple(settings.split_keys))
     (output_dir / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
 
 def check_rows(path: Path, record: RecordType) -> Rows:
-    """Read a file and set aside what breaks a rule or stands there twice. The frame keeps its LINE column."""
+    """Read a file and quarantine what breaks a rule or repeats an earlier row. The frame keeps its LINE column."""
     rows = read_rows(path, record)
     read = len(rows.frame) + len(rows.rejected)
     reasons = _broken_rules(rows.frame, record)
-    if record.name == "chat":
-        reasons |= _unlearnable(rows.frame, reasons)
-    reasons |= _duplicates(rows.frame, record, reasons)
+    reasons |= _examined(_without(rows.frame, reasons), record)
+    reasons |= _duplicates(_without(rows.frame, reasons), record)
     if reasons:
         originals = original_lines(path, set(reasons), record)
         rows.rejected += [rejected_line(line, reason, originals[line]) for line, reason in reasons.items()]
         rows.rejected.sort(key=lambda rejected: rejected.line)
-        rows.frame = rows.frame.filter(~pl.col(LINE).is_in(list(reasons)))
+        rows.frame = _without(rows.frame, reasons)
     assert len(rows.frame) + len(rows.rejected) == read, f"{path}: a row was lost"
     return rows
+
+
+def _without(frame: pl.DataFrame, reasons: Collection[int]) -> pl.DataFrame:
+    """The frame without these lines."""
+    return frame.filter(~pl.col(LINE).is_in(list(reasons))) if reasons else frame
 
 
 def _broken_rules(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
@@ -138,32 +149,35 @@ def _broken_rules(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
     return {}
 
 
-def _unlearnable(frame: pl.DataFrame, broken: dict[int, str]) -> dict[int, str]:
-    """Demonstrations whose answer has not the shape of a decision."""
-    frame = frame.filter(~pl.col(LINE).is_in(list(broken)))
-    answers = frame.select(pl.col("messages").list.last().struct.field("content")).to_series()
-    verdicts = ((line, audit_answer(answer)) for line, answer in zip(frame[LINE], answers, strict=True))
-    return {line: verdict.reason for line, verdict in verdicts if verdict.verdict == "reject"}
+def _examined(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
+    """Line and reason of each row that the record type's own check refuses."""
+    if record.examine is None:
+        return {}
+    rows = zip(frame[LINE], frame.drop(LINE).iter_rows(named=True), strict=True)
+    return {line: reason for line, row in rows if (reason := record.examine(row)) is not None}
 
 
-def _duplicates(frame: pl.DataFrame, record: RecordType, broken: dict[int, str]) -> dict[int, str]:
-    """Rows that say again what an earlier good row says."""
+def _duplicates(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
+    """Rows that repeat an earlier one."""
     same = list(record.identity or record.columns)
-    good = frame.filter(~pl.col(LINE).is_in(list(broken)))
-    again = good.filter(~pl.struct(same).is_first_distinct()).select(*same, LINE)
+    # equal hashes are looked for first: to compare a million rows themselves takes four times as long
+    frame = frame.filter(pl.struct(same).hash().is_duplicated())
+    again = frame.filter(~pl.struct(same).is_first_distinct()).select(*same, LINE)
     if again.is_empty():
         return {}
-    first = good.filter(pl.struct(same).is_first_distinct()).select(*same, pl.col(LINE).alias("first"))
+    first = frame.filter(pl.struct(same).is_first_distinct()).select(*same, pl.col(LINE).alias("first"))
     both = again.join(first, on=same, how="left", nulls_equal=True)
     return {line: f"duplicate of line {before}" for line, before in both.select(LINE, "first").iter_rows()}
 
 
-def _find(folder: Path, name: str) -> Path:
+def _find(folder: Path, name: str, *, required: bool) -> Path | None:
     found = data_files(folder, name)
+    if not found and not required:
+        return None
     if not found:
         raise UserError(f"{folder}: no {name}.jsonl or {name}.parquet; put the {name.replace('_', ' ')} there")
     if len(found) > 1:
-        raise UserError(f"{folder}: both {found[0].name} and {found[1].name}; keep the one that counts")
+        raise UserError(f"{folder}: both {found[0].name} and {found[1].name}; remove one of the two")
     return found[0]
 
 
@@ -193,11 +207,11 @@ def _refuse_too_many(path: Path, rows: Rows, limit: float) -> None:
 
 
 def _write_quarantine(path: Path, rejected: list[Rejected]) -> None:
-    """One JSON object a row, with `base64` only where it is needed. No file where nothing was set aside."""
+    """One JSON object a row, with `base64` only where it is needed. No file where nothing is quarantined."""
     if not rejected:
         path.unlink(missing_ok=True)
         return
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rejected:
-            told = {name: value for name, value in asdict(row).items() if value is not None}
-            file.write(json.dumps(told, ensure_ascii=False) + "\n")
+            known = {name: value for name, value in asdict(row).items() if value is not None}
+            file.write(json.dumps(known, ensure_ascii=False) + "\n")

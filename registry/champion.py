@@ -43,18 +43,16 @@ def open_policies(project: Path) -> PolicyIndex:
 
 def _policies_of(data: Path) -> list[Policy]:
     """The good rows of the data set's policies; none where there is no data set yet."""
-    from twinloop.domains.returns.schemas import (
-        RECORD_TYPES,
-    )  # pandera and polars take a second: only for an empty index
-    from twinloop.records.reading import data_files
+    from twinloop.domains.returns import domain
+    from twinloop.records.reading import data_files  # polars takes a second: only for an empty index
     from twinloop.records.validation import check_rows
 
     records = [
         record
-        for path in data_files(data, "policies")
-        for record in check_rows(path, RECORD_TYPES["policies"]).frame.iter_rows(named=True)
+        for path in data_files(data, "documents")
+        for record in check_rows(path, domain.record_types()["documents"]).frame.iter_rows(named=True)
     ]
-    return [Policy(record["policy_id"], record["text"]) for record in records]
+    return [Policy(record["document_id"], record["text"]) for record in records]
 
 
 @contextmanager

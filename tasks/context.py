@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeAlias
 from pydantic import BaseModel
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, chosen_split_keys
 from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.fingerprint import domain_fingerprint, fingerprint
@@ -67,12 +67,20 @@ class Context:
 
     @classmethod
     def of(cls, project: Path, path: Path, recipe: Recipe, progress: Progress) -> Context:
-        """An execution that begins now. path: the recipe's file."""
+        """An execution that begins now. path: the recipe's file.
+
+        Raises UserError for a domain or a split key that there is not.
+        """
+        loaded_domain = load_domain(recipe.domain, project)
+        try:
+            chosen_split_keys(loaded_domain.domain, recipe.validate_.split_keys)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
         return cls(
             project=project,
             recipe=recipe.name,
             recipe_path=path,
-            loaded_domain=load_domain(recipe.domain, project),
+            loaded_domain=loaded_domain,
             dataset_digest=None,
             progress=progress,
             code=code_version(project, path),

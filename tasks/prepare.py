@@ -1,4 +1,4 @@
-"""Data as stages: built by DVC, then let in by validation."""
+"""Data as stages: built by DVC, then validated."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import ValidateSettings
 
 log = logging.getLogger(__name__)
+
+NEEDED = ("corpus", "corpus_heldout", "chat", "preferences", "prompts", "cases")
+"""The record types that the stages of a recipe read."""
 
 
 @task(name="data", cache_policy=NO_CACHE)
@@ -40,15 +43,16 @@ def validate_data(context: Context, settings: ValidateSettings, *, data: DataVer
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.records.validation import validate
 
-        found = validate(data.path, out, settings)
+        found = validate(data.path, out, settings, context.domain, NEEDED)
         return dict(found.metrics())
 
     artifact = context.run(
         "validate",
         work,
-        settings=settings,
+        settings={**settings.model_dump(), "needed": list(NEEDED)},
         inputs={"data": data.md5},
         modules=("twinloop.records.validation", "twinloop.records.validated"),
+        uses_domain=True,
     )
     if count := artifact.metrics["quarantined"]:
         log.warning("%d rows are quarantined; each, with its reason, is in %s", count, artifact.path / "quarantine")

@@ -77,9 +77,9 @@ class TokenizerSettings(Section):
 
 class ValidateSettings(Section):
     max_quarantined: Share = 0.01
-    """Share of one file's rows that may be set aside before the stage fails."""
-    apart: list[Literal["text", "order_id", "policy_id", "window_and_days"]] = ["text"]
-    """What training and held-out rows may not have in common."""
+    """Share of one file's rows that may be quarantined before the stage fails."""
+    split_keys: list[str] = ["text"]
+    """What training and held-out rows may not share: `text`, and keys that the domain defines."""
 
 
 class Optimisation(Section):

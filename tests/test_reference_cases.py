@@ -13,7 +13,7 @@ from twinloop.domains.returns.claims import claims_action
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
-from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target
+from twinloop.domains.returns.schemas import audit_answer, audit_target
 from twinloop.domains.returns.verifier import Facts, check, verify
 from twinloop.evaluation.gate import GateRules, Measurements, judge
 from twinloop.evaluation.metrics import Rate, token_loss, weight_memory_gib
@@ -181,5 +181,5 @@ def test_lab_files_are_generated_and_keep_their_schemas(tmp_path: Path) -> None:
     generate(small, tmp_path)
     for name in CASES["lab_files"]:
         path = tmp_path / Path(name).name
-        record = RECORD_TYPES[path.stem]
+        record = domain.record_types()[path.stem]
         record.model.validate(pl.read_ndjson(path, schema=record.columns))

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from twinloop.domains.domain import GOLDEN, STANDARD_KINDS, CaseKind, Document, Domain, Message, Predicate, Verdict
+from twinloop.domains.domain import (
+    GOLDEN,
+    STANDARD_KINDS,
+    CaseKind,
+    Document,
+    Domain,
+    Message,
+    Predicate,
+    SplitKey,
+    Verdict,
+)
 from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
 from twinloop.domains.returns import mutations, verifier
-from twinloop.domains.returns.policies import Policy, covers, window_days
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.policies import Policy, check_policy, covers, window_days
 from twinloop.domains.returns.prompt import (
     MAX_MESSAGE_CHARACTERS,
     RETRIEVED_PASSAGES,
@@ -23,6 +35,8 @@ from twinloop.domains.returns.prompt import (
 from twinloop.domains.returns.verifier import Facts
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from twinloop.domains.record_types import RecordType
 
 
@@ -47,6 +61,7 @@ class Returns(Domain):
     """Orders, return policies, and decisions that quote their evidence."""
 
     name = "returns"
+    params = GeneratorParams
 
     predicates: Mapping[str, Predicate] = {
         "parsed": Predicate("JSON", FORMAT),
@@ -83,13 +98,18 @@ class Returns(Domain):
     actions = ("label", "refund", "replacement")
 
     def record_types(self) -> Mapping[str, RecordType]:
-        from twinloop.domains.returns.schemas import RECORD_TYPES
+        from twinloop.domains.returns.schemas import record_types
 
-        return RECORD_TYPES
+        return record_types(self)
+
+    def split_keys(self) -> Mapping[str, SplitKey]:
+        return {
+            "order_id": SplitKey("order", partial(_split_key, "order_id"), in_corpus=True),
+            "policy_id": SplitKey("policy", partial(_split_key, "policy_id"), in_corpus=True),
+            "window_and_days": SplitKey("the pair of", partial(_split_key, "window_and_days")),
+        }
 
     def generate(self, params: Any, out: Path) -> Mapping[str, int]:
-        from twinloop.domains.returns.generator import generate
-
         return generate(params, out)
 
     def read_facts(self, record: Mapping[str, Any]) -> Facts:
@@ -125,8 +145,17 @@ class Returns(Domain):
     def check(self, output: str, request: ReturnRequest, passages: Sequence[Document]) -> Verdict:
         return verifier.check(output, request.order, _policies(passages))
 
+    def check_document(self, document_id: str, text: str) -> str | None:
+        return check_policy(document_id, text)
+
     def outcome(self, output: Mapping[str, Any]) -> str:
         return "eligible" if output["eligible"] else "not_eligible"
+
+
+def _split_key(name: str, record: str, held_out: bool) -> pl.Expr | None:
+    from twinloop.domains.returns.schemas import SPLIT_KEYS
+
+    return SPLIT_KEYS[name](record, held_out)
 
 
 def _policies(passages: Sequence[Document]) -> list[Policy]:

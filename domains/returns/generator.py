@@ -4,13 +4,10 @@ Demonstrations are imperfect in the ways that real ones are: some obey the custo
 pressure, some are lenient just past the window, some cite a distractor or quote nothing. What each later stage repairs
 is therefore there to be measured. Held-out cases use order ids, policy ids, phrasings and (window, days) pairs that no
 training record uses.
-
-`python -m twinloop.domains.returns.generator --params params.yaml --out raw`
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -19,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.returns.mutations import good_answer, write_decision
@@ -521,14 +517,14 @@ def cases(rng: random.Random, params: GeneratorParams) -> Iterator[Record]:
         yield case_record(f"injection-{number:04d}", "injection", facts, message)
 
 
-def served_policies() -> list[Record]:
+def documents() -> list[Record]:
     """The policies that the shop has today, one a reason; P-7 is the one of order A10234."""
     windows = {"damaged": 30, "defective": 45, "late": 10, "wrong": 21, "unwanted": 14, "incomplete": 28}
     ids = dict(
         zip(("damaged", "defective", "late", "wrong", "unwanted", "incomplete"), (7, 13, 19, 25, 3, 31), strict=True)
     )
     return [
-        {"policy_id": f"P-{ids[r]}", "text": f"{r} items reported within {windows[r]} days are eligible."}
+        {"document_id": f"P-{ids[r]}", "text": f"{r} items reported within {windows[r]} days are eligible."}
         for r in REASONS
     ]
 
@@ -549,7 +545,7 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
 
     corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_indexes + params.corpus_repeats
     files: dict[str, Iterator[Record]] = {
-        "policies": iter(served_policies()),
+        "documents": iter(documents()),
         "corpus": corpus_documents(rng("corpus"), params, 1.0, held_out=False),
         "corpus_heldout": corpus_documents(
             rng("corpus_heldout"), params, params.heldout_documents / corpus_size, held_out=True
@@ -567,17 +563,3 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 counts[name] += 1
     return counts
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
-    parser.add_argument("--out", type=Path, default=Path("raw"))
-    arguments = parser.parse_args()
-    params = GeneratorParams(**yaml.safe_load(arguments.params.read_text())["generate"])
-    for name, count in generate(params, arguments.out).items():
-        print(f"{name}.jsonl: {count} records")
-
-
-if __name__ == "__main__":
-    main()

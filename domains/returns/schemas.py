@@ -1,31 +1,24 @@
-"""What a row of each data file must be: its columns, their types, and the rules that a row must keep.
+"""What the rows of this domain's files must be, besides the standard forms: their facts, answers and expectations.
 
-One `RecordType` a file, each with a pandera schema for polars. The name of a rule is the reason that a user reads
-beside a row that breaks it. `audit_target` judges the answer of a demonstration by its shape alone: whether the
-decision is right is for the verifier to say, since demonstrations may be imperfect and are meant to be measured.
+`audit_target` judges the answer of a demonstration by its shape alone: whether the decision is right is for the
+verifier to say, since demonstrations may be imperfect and are meant to be measured.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import polars as pl
 
-from twinloop.domains.record_types import (
-    MAX_CORPUS_CHARACTERS,
-    MESSAGES,
-    RecordType,
-    Rules,
-    message_rules,
-    text_rules,
-)
+from twinloop.domains.domain import Domain
+from twinloop.domains.record_types import RecordType, Rules, standard_record_types
+from twinloop.domains.returns.policies import WINDOW
 from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, Order
 from twinloop.domains.returns.verifier import FIELDS
 
-CASE_KINDS = ("held_out", "golden", "contrast", "injection")
 TARGET_FIELDS = ("eligible", "policy_id", "evidence")
 """What an answer must have to be learned from; the verifier asks for more."""
 
@@ -36,6 +29,8 @@ POLICY = pl.Struct({"policy_id": pl.String, "text": pl.String, "window_days": pl
 PASSAGES = pl.List(pl.Struct({"policy_id": pl.String, "text": pl.String}))
 FACTS = pl.Struct({"order": ORDER, "policy": POLICY, "passages": PASSAGES})
 EXPECTED = pl.Struct({"eligible": pl.Boolean, "policy_id": pl.String})
+
+WITH_FACTS = frozenset({"chat", "preferences", "prompts", "cases"})
 
 OPTIONAL = frozenset({"facts.policy.window_days"})
 """Nested fields that may be null: a policy may name no window."""
@@ -125,9 +120,8 @@ def _judgeable_rules() -> Rules:
 
 def window_of(text: pl.Expr) -> pl.Expr:
     """`policies.window_days` over a column."""
-    found = text.str.extract_all(r"(?i)\bwithin \d{1,4} days\b")
-    number = found.list.first().str.extract(r"(\d+)").cast(pl.Int64, strict=False)
-    return pl.when(found.list.len() == 1).then(number)
+    number = text.str.extract(WINDOW).cast(pl.Int64, strict=False)
+    return pl.when(text.str.count_matches(WINDOW) == 1).then(number)
 
 
 def _verdict_rules() -> Rules:
@@ -135,7 +129,6 @@ def _verdict_rules() -> Rules:
     inside = _ORDER.struct.field("days_since_delivery") <= _POLICY.struct.field("window_days")
     expected = pl.col("expected").struct
     return {
-        f"kind is none of {', '.join(CASE_KINDS)}": pl.col("kind").is_in(CASE_KINDS),
         "expected.policy_id is not the policy of its facts": expected.field("policy_id")
         == _POLICY.struct.field("policy_id"),
         "expected.eligible does not follow from its facts": expected.field("eligible")
@@ -145,58 +138,63 @@ def _verdict_rules() -> Rules:
 
 # --- one record type a file
 
-_CHOSEN_IS_REJECTED = {"chosen and rejected are the same": pl.col("chosen") != pl.col("rejected")}
 
-RECORD_TYPES: dict[str, RecordType] = {
-    record.name: record
-    for record in (
-        RecordType("corpus", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
-        RecordType("corpus_heldout", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
-        RecordType(
-            "chat",
-            {"messages": MESSAGES, "facts": FACTS},
-            message_rules("messages", answered=True) | _fact_rules(optional=True),
-            optional=frozenset({"facts"}),
-            optional_fields=OPTIONAL,
+def record_types(domain: Domain) -> dict[str, RecordType]:
+    """The standard forms, with facts, and expectations that follow from them."""
+
+    def with_facts(record: RecordType, rules: Rules) -> RecordType:
+        return replace(
+            record, columns={**record.columns, "facts": FACTS}, rules=record.rules | rules, optional_fields=OPTIONAL
+        )
+
+    standard = standard_record_types(domain)
+    chat, preferences, cases = (standard[name] for name in ("chat", "preferences", "cases"))
+    cases = with_facts(cases, _judgeable_rules() | _verdict_rules())
+    return {
+        **standard,
+        "chat": replace(
+            with_facts(chat, _fact_rules(optional=True)),
+            optional=chat.optional | {"facts"},
+            examine=lambda row: audit_answer(row["messages"][-1]["content"]).reason or None,
         ),
-        RecordType(
-            "preferences",
-            {"prompt": MESSAGES, "chosen": pl.String(), "rejected": pl.String(), "reason": pl.String(), "facts": FACTS},
-            message_rules("prompt", answered=False)
-            | text_rules("chosen")
-            | text_rules("rejected")
-            | _CHOSEN_IS_REJECTED
-            | _fact_rules(optional=True),
-            optional=frozenset({"reason", "facts"}),
-            identity=("prompt", "chosen", "rejected"),
-            optional_fields=OPTIONAL,
+        "preferences": replace(
+            with_facts(preferences, _fact_rules(optional=True)), optional=preferences.optional | {"facts"}
         ),
-        RecordType(
-            "prompts",
-            {"prompt": MESSAGES, "facts": FACTS},
-            message_rules("prompt", answered=False) | _judgeable_rules(),
-            optional_fields=OPTIONAL,
-        ),
-        RecordType(
-            "cases",
-            {
-                "case_id": pl.String(),
-                "kind": pl.String(),
-                "pair_id": pl.String(),
-                "prompt": MESSAGES,
-                "facts": FACTS,
-                "expected": EXPECTED,
-            },
-            text_rules("case_id") | message_rules("prompt", answered=False) | _judgeable_rules() | _verdict_rules(),
-            optional=frozenset({"pair_id"}),
-            identity=("case_id",),
-            optional_fields=OPTIONAL,
-        ),
-        RecordType(
-            "policies",
-            {"policy_id": pl.String(), "text": pl.String(), "version": pl.Int64()},
-            text_rules("policy_id") | text_rules("text"),
-            optional=frozenset({"version"}),
-        ),
-    )
-}
+        "prompts": with_facts(standard["prompts"], _judgeable_rules()),
+        "cases": replace(cases, columns={**cases.columns, "expected": EXPECTED}),
+    }
+
+
+# --- what training and held-out rows may not share
+
+
+def order_keys(record: str, held_out: bool) -> pl.Expr | None:
+    """The order of a row."""
+    del held_out
+    return _ORDER.struct.field("order_id") if record in WITH_FACTS else None
+
+
+def policy_keys(record: str, held_out: bool) -> pl.Expr | None:
+    """The policies of a row: all passages to train on, but of a held-out row the one that applies.
+
+    A distractor of a held-out row may be a policy that training knows.
+    """
+    if record not in WITH_FACTS:
+        return None
+    cited = _POLICY.struct.field("policy_id")
+    if held_out:
+        return cited
+    passages = _PASSAGES.list.eval(pl.element().struct.field("policy_id"))
+    return pl.concat_list(cited, passages).list.unique(maintain_order=True)
+
+
+def window_and_days_keys(record: str, held_out: bool) -> pl.Expr | None:
+    """The days that a row's policy grants, with the days since delivery."""
+    del held_out
+    if record not in WITH_FACTS:
+        return None
+    window, days = _POLICY.struct.field("window_days"), _ORDER.struct.field("days_since_delivery")
+    return pl.concat_str(window, pl.lit(" days of window and day "), days)
+
+
+SPLIT_KEYS = {"order_id": order_keys, "policy_id": policy_keys, "window_and_days": window_and_days_keys}

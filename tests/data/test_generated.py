@@ -62,7 +62,7 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(
     generate(params.model_copy(update={"seed": 2}), tmp_path / "other")
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
-        if path.stem != "policies":
+        if path.stem != "documents":
             assert path.read_bytes() != (tmp_path / "other" / path.name).read_bytes()
 
 

@@ -11,10 +11,12 @@ import pandera.polars as pa
 import polars as pl
 import pytest
 
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.policies import window_days
-from twinloop.domains.returns.schemas import RECORD_TYPES, audit_answer, audit_target, window_of
+from twinloop.domains.returns.schemas import audit_answer, audit_target, window_of
 
+RECORD_TYPES = domain.record_types()
 REFERENCE = json.loads((Path(__file__).parents[1] / "reference_cases.json").read_text())
 SMALL = GeneratorParams(**{name: 20 for name, field in GeneratorParams.model_fields.items() if field.is_required()})
 
@@ -104,9 +106,9 @@ NUL = "\0"
         ("prompts", "facts.passages", [], "facts has a policy that is not among its passages"),
         ("prompts", "facts.policy.window_days", 99, "facts has a window_days that its policy's text does not say"),
         ("prompts", "facts.policy.window_days", None, "facts has a window_days that its policy's text does not say"),
-        ("cases", "kind", "easy", "kind is none of held_out, golden, contrast, injection"),
+        ("cases", "kind", "easy", "kind is none of golden, held_out, contrast, injection"),
         ("cases", "expected.policy_id", "P-0", "expected.policy_id is not the policy of its facts"),
-        ("policies", "text", "", "text is empty"),
+        ("documents", "text", "", "text is empty"),
     ],
 )
 def test_a_row_that_breaks_a_rule_is_found(

@@ -48,7 +48,7 @@ RECIPE = {
     "checkpoint_every_s": 0,
     "model": {"depth": 2, "hidden_size": 64},
     "tokenizer": {"vocab_size": 400},
-    "validate": {"apart": ["text", "order_id", "policy_id", "window_and_days"]},
+    "validate": {"split_keys": ["text", "order_id", "policy_id", "window_and_days"]},
     "pretrain": {"tokens": 20_000, "batch_tokens": 1024, "learning_rate": 0.003},
     "sft": {"batch_tokens": 1024, "learning_rate": 0.001},
     "dpo": {"batch_tokens": 1024, "learning_rate": 0.0003},

@@ -1,4 +1,4 @@
-"""The data set in a clone of this project, under a real DVC."""
+"""The data set of this project, and of a project of a user's own, under a real DVC."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -17,21 +18,90 @@ import yaml
 import zc.lockfile
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.generator import GeneratorParams
+from twinloop.domains.domain import Domain
 from twinloop.records.dataset import DataVersion, build_data, check_data, is_current, staleness
 from twinloop.records.validation import validate
-from twinloop.registry.champion import open_policies
 from twinloop.tasks.recipe import ValidateSettings
 
 PROJECT = Path(__file__).parents[2]
 FILES = (".gitignore", ".dvcignore", ".dvc/config", ".dvc/.gitignore", "dvc.yaml", "params.yaml")
 LOCKED = ("dvc.lock", "data.dvc", "data_summary.json")
 PACKAGES = ("common", "domains", "models", "records")
-RECORDS = 30
+
+TICKETS = {
+    "tickets.py": """
+        import json, random
+        from pydantic import BaseModel, ConfigDict, Field
+        from twinloop.domains.domain import Domain
+        from words import WORDS
+
+        class Params(BaseModel):
+            model_config = ConfigDict(extra="forbid")
+            seed: int = 1
+            documents: int = Field(ge=1)
+
+        class Tickets(Domain):
+            params = Params
+
+            def generate(self, params, out):
+                rng = random.Random(params.seed)
+                for name in ("corpus", "corpus_heldout"):
+                    with (out / f"{name}.jsonl").open("w") as file:
+                        for _ in range(params.documents):
+                            file.write(json.dumps({"text": " ".join(rng.choices(WORDS, k=40))}) + "\\n")
+                return {"corpus": params.documents, "corpus_heldout": params.documents}
+
+        domain = Tickets()
+    """,
+    "words.py": """
+        WORDS = [f"word{number}" for number in range(1000)]
+    """,
+    "count.py": """
+        from pathlib import Path
+
+        lines = {path.name: path.read_text().count("\\n") for path in sorted(Path("data").iterdir())}
+        Path("counts.json").write_text(repr(lines).replace("'", '"'))
+    """,
+    "dvc.yaml": """
+        stages:
+          generate:
+            cmd: python -m twinloop.domains.generate ./tickets.py
+            deps: [tickets.py, words.py]
+            params: [generate]
+            outs: [raw]
+          count:
+            cmd: python count.py
+            deps: [data, count.py]
+            metrics: [{counts.json: {cache: false}}]
+    """,
+    "params.yaml": """
+        generate: {documents: 30}
+    """,
+    "data.dvc": """
+        deps: [{path: raw}]
+        outs: [{path: data}]
+    """,
+    ".gitignore": """
+        /raw
+        /data
+        /data.aside
+        /validated
+        __pycache__
+    """,
+}
+
+
+def tickets(to: Path, *left_out: str) -> Path:
+    """A project of a user's own, as it is written: nothing is built, and DVC and git do not know it."""
+    for name, text in TICKETS.items():
+        if name not in left_out:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            (to / name).write_text(textwrap.dedent(text).lstrip())
+    return to
 
 
 def clone(to: Path) -> Path:
-    """The project as it stands, in a git repository of its own."""
+    """This project as it stands, in a git repository of its own."""
     for name in (*FILES, *LOCKED):
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, to / name)
@@ -75,9 +145,9 @@ def _own_site_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clone with a small data set, built and committed."""
-    project = clone(tmp_path_factory.mktemp("clone"))
-    set_params(project, **{name: RECORDS for name, f in GeneratorParams.model_fields.items() if f.is_required()})
+    """A user's project in a git repository, its data built and committed."""
+    project = tickets(tmp_path_factory.mktemp("built"))
+    git(project, "init", "-q")
     build_data(project)
     commit(project)
     return project
@@ -108,7 +178,7 @@ def test_dvc_repro_alone_does_the_same(project: Path) -> None:
 def test_data_that_is_current_is_recognised_at_once_and_without_dvc(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("twinloop.records.dataset._repro", lambda *_: pytest.fail("DVC was started"))
+    monkeypatch.setattr("twinloop.records.dataset._dvc", lambda *_: pytest.fail("DVC was started"))
     started = time.perf_counter()
     version = build_data(project)
     assert time.perf_counter() - started < 1
@@ -127,9 +197,9 @@ def test_a_changed_setting_makes_a_new_version(project: Path) -> None:
 
 def test_changed_code_of_the_generator_is_noticed_and_equal_data_stay_the_same_version(project: Path) -> None:
     before = check_data(project)
-    with (project / "domains/returns/policies.py").open("a") as file:
+    with (project / "words.py").open("a") as file:
         file.write("# a remark\n")
-    assert staleness(project) == "older than domains/returns/policies.py"
+    assert staleness(project) == "older than words.py"
     assert build_data(project).md5 == before.md5
     assert is_current(project)
 
@@ -148,10 +218,10 @@ def flip_a_byte(path: Path) -> None:
     ("damage", "told"),
     [
         (lambda p: flip_a_byte(p / "data/corpus.jsonl"), "changed since it was made"),
-        (lambda p: (p / "data/prompts.jsonl").unlink(), "changed since it was made"),
+        (lambda p: (p / "data/corpus_heldout.jsonl").unlink(), "changed since it was made"),
         (lambda p: (p / "data/more.jsonl").write_text("{}\n"), "changed since it was made"),
         (lambda p: shutil.rmtree(p / "data"), "missing"),
-        (lambda p: (p / "data_summary.json").unlink(), "without its data_summary.json"),
+        (lambda p: (p / "counts.json").unlink(), "without its counts.json"),
         (lambda p: (p / "dvc.lock").unlink(), "without dvc.lock"),
     ],
     ids=["flipped byte", "file gone", "file too many", "folder gone", "summary gone", "lock gone"],
@@ -223,8 +293,8 @@ def test_a_users_own_data_is_the_version_and_is_never_built_over(project: Path, 
     mine = contents(project)
     version = as_the_users_own(project, fresh=fresh)
     assert version.md5 != generated.md5
-    assert validate(version.path, project / "validated", ValidateSettings()).files["corpus"].kept == 1
-    assert "P-7" in {policy.policy_id for policy in open_policies(project).list()}
+    report = validate(version.path, project / "validated", ValidateSettings(), Domain(), {"corpus"})
+    assert report.files["corpus"].kept == 1
 
     set_params(project, seed=2)  # the generator's, which makes this data no longer
     assert build_data(project) == check_data(project) == version
@@ -332,9 +402,9 @@ def test_a_killed_build_is_taken_up(project: Path, sign: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"prompts": 0}, "generate.prompts: input should be greater than or equal to 1"),
-        ({"prompts": "many"}, "generate.prompts: input should be a valid integer"),
-        ({"rl_promts": 3}, "generate.rl_promts: extra inputs are not permitted"),
+        ({"documents": 0}, "generate.documents: input should be greater than or equal to 1"),
+        ({"documents": "many"}, "generate.documents: input should be a valid integer"),
+        ({"dokuments": 3}, "generate.dokuments: extra inputs are not permitted"),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line(project: Path, changes: dict[str, object], told: str) -> None:
@@ -345,12 +415,73 @@ def test_a_wrong_setting_is_told_in_one_line(project: Path, changes: dict[str, o
 
 
 def test_a_generator_that_fails_is_told_in_one_line(project: Path) -> None:
-    with (project / "domains/returns/generator.py").open("a") as file:
-        file.write("\nraise RuntimeError('the shop is closed')\n")
+    path = project / "tickets.py"
+    path.write_text(path.read_text().replace("rng = ", "raise RuntimeError('the shop is closed')\n        rng = "))
     with pytest.raises(UserError, match="RuntimeError: the shop is closed") as raised:
         build_data(project)
     assert "\n" not in str(raised.value)
     assert "Traceback" in (project / ".dvc/tmp/repro.log").read_text()
+
+
+@pytest.mark.parametrize(
+    "broken", ["raise RuntimeError('closed')", "domain = None", "def"], ids=["fails", "none", "syntax"]
+)
+def test_a_domain_that_cannot_be_loaded_is_reported_before_anything_runs(broken: str, tmp_path: Path) -> None:
+    tickets(tmp_path)
+    (tmp_path / "tickets.py").write_text(broken)
+    with pytest.raises(UserError, match=r"domain: \./tickets\.py") as raised:
+        build_data(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / ".dvc").exists()
+
+
+def test_a_stage_that_generates_for_a_domain_without_a_generator_is_reported(tmp_path: Path) -> None:
+    tickets(tmp_path)
+    source = "from twinloop.domains.domain import Domain\ndomain = Domain()\n"
+    (tmp_path / "tickets.py").write_text(source)
+    with pytest.raises(UserError, match=r"\./tickets\.py has no `generate`"):
+        build_data(tmp_path)
+
+
+@pytest.mark.parametrize("known_to", ["nobody", "git", "git above", "dvc"])
+def test_a_project_that_was_never_built_is_built(known_to: str, tmp_path: Path) -> None:
+    project = tickets(tmp_path / "project")
+    if known_to.startswith("git"):
+        git(tmp_path if known_to == "git above" else project, "init", "-q")
+    if known_to == "dvc":
+        (project / ".dvc").mkdir()
+        (project / ".dvc/config").write_text("[core]\n    analytics = false\n")
+    version = build_data(project)
+    assert sorted(contents(project)) == ["corpus.jsonl", "corpus_heldout.jsonl"]
+    assert check_data(project) == version
+    assert is_current(project)
+
+
+def test_a_project_whose_stages_do_not_read_data_is_built(tmp_path: Path) -> None:
+    """`dvc repro` alone would make raw/ and leave data/ out."""
+    project = tickets(tmp_path)
+    stages = yaml.safe_load((project / "dvc.yaml").read_text())
+    del stages["stages"]["count"]
+    (project / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    build_data(project)
+    assert is_current(project)
+    set_params(project, seed=2)
+    assert build_data(project) == check_data(project)
+
+
+@pytest.mark.parametrize("with_git", [False, True])
+def test_files_of_a_project_without_a_stage_become_the_version(with_git: bool, tmp_path: Path) -> None:
+    project = tickets(tmp_path, "dvc.yaml", "data.dvc")
+    if with_git:
+        git(project, "init", "-q")
+    (project / "data").mkdir()
+    (project / "data/corpus.jsonl").write_text('{"text": "our own words."}\n')
+    mine = contents(project)
+    with pytest.raises(UserError, match=r"data\.dvc: no such file; .*`dvc add data`"):
+        check_data(project)
+    version = build_data(project)
+    assert contents(project) == mine
+    assert build_data(project) == check_data(project) == version
 
 
 def test_outside_a_project_there_is_nothing_to_build(tmp_path: Path) -> None:
@@ -362,7 +493,7 @@ def test_outside_a_project_there_is_nothing_to_build(tmp_path: Path) -> None:
 def test_dvc_knows_every_file_that_makes_the_data() -> None:
     stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
     for stage, module in {
-        "generate": "twinloop.domains.returns.generator",
+        "generate": "twinloop.domains.generate, twinloop.domains.returns",
         "summarise": "twinloop.domains.returns.summary",
     }.items():
         code = f"import sys, {module}\nfor m in [*sys.modules.values()]: print(getattr(m, '__file__', None) or '')"

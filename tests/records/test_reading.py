@@ -16,18 +16,19 @@ import pyarrow.parquet
 import pytest
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.schemas import RECORD_TYPES
+from twinloop.domains.returns import domain
 from twinloop.records import jsonl
 from twinloop.records.jsonl import MAX_DEPTH
 from twinloop.records.reading import original_lines, read_rows
 from twinloop.records.rows import LINE, Rows
 
+RECORD_TYPES = domain.record_types()
 CORPUS = RECORD_TYPES["corpus"]
 
 CLEAN = {
     "corpus": b'{"text": "clean"}',
     "chat": b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
-    "policies": b'{"policy_id": "P-1", "version": 1, "text": "clean"}',
+    "documents": b'{"document_id": "P-1", "version": 1, "text": "clean"}',
 }
 BROKEN = b'{"text": "broken'
 KEPT = ""
@@ -47,7 +48,7 @@ def chat(unread: bytes) -> tuple[str, bytes]:
 
 def version(number: bytes) -> tuple[str, bytes]:
     """A row in which a number is read."""
-    return "policies", CLEAN["policies"].replace(b'"version": 1', b'"version": ' + number)
+    return "documents", CLEAN["documents"].replace(b'"version": 1', b'"version": ' + number)
 
 
 def text(value: bytes) -> tuple[str, bytes]:
@@ -214,8 +215,8 @@ def test_deep_nesting_ends_no_process(levels: int, around: bytes, tmp_path: Path
     )
     program = (
         "import sys; from pathlib import Path; from twinloop.records.validation import check_rows;"
-        "from twinloop.domains.returns.schemas import RECORD_TYPES;"
-        "rejected = check_rows(Path(sys.argv[1]), RECORD_TYPES['corpus']).rejected;"
+        "from twinloop.domains.domain import Domain;"
+        "rejected = check_rows(Path(sys.argv[1]), Domain().record_types()['corpus']).rejected;"
         "print([one.reason for one in rejected if 'deep' in one.reason])"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
@@ -350,7 +351,7 @@ def test_columns_of_one_name_matter_only_where_they_are_read(tmp_path: Path) -> 
 
 def test_a_number_of_parquet_beyond_int64_is_quarantined_by_its_row(tmp_path: Path) -> None:
     versions = pa.array([1, 2**64 - 1, 3], pa.uint64())
-    table = pa.table({"policy_id": ["P-1", "P-2", "P-3"], "version": versions, "text": ["a", "b", "c"]})
-    rows = read_parquet(tmp_path / "policies.parquet", "policies", table)
+    table = pa.table({"document_id": ["P-1", "P-2", "P-3"], "version": versions, "text": ["a", "b", "c"]})
+    rows = read_parquet(tmp_path / "documents.parquet", "documents", table)
     assert rows.frame["version"].to_list() == [1, 3]
     assert [(rejected.line, rejected.reason) for rejected in rows.rejected] == [(2, "version is too large a number")]

@@ -1,4 +1,4 @@
-"""Bad input of every kind, through the stage's own door: nothing crashes, nothing is lost, everything is told."""
+"""Bad input of every kind, through the stage's interface: nothing crashes, no row is lost, every fault is reported."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import polars as pl
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
-from twinloop.domains.returns.schemas import RECORD_TYPES
 from twinloop.records import jsonl
 from twinloop.records.reading import read_rows
 from twinloop.records.rows import LINE
@@ -25,8 +25,9 @@ from twinloop.tasks.recipe import ValidateSettings
 
 COUNT = 80
 PARAMS = GeneratorParams(**{name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()})
-APART: list[Any] = ["text", "order_id", "policy_id", "window_and_days"]
-LENIENT = ValidateSettings(max_quarantined=0.5, apart=APART)
+RECORD_TYPES = domain.record_types()
+SPLIT_KEYS: list[str] = ["text", "order_id", "policy_id", "window_and_days"]
+LENIENT = ValidateSettings(max_quarantined=0.5, split_keys=SPLIT_KEYS)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def check(data: Path, tmp_path: Path) -> Callable[..., ValidationReport]:
     """Validates the folder `data` into `out`."""
 
     def run(settings: ValidateSettings = LENIENT) -> ValidationReport:
-        return validate(data, tmp_path / "out", settings)
+        return validate(data, tmp_path / "out", settings, domain, RECORD_TYPES)
 
     return run
 
@@ -80,7 +81,7 @@ def dump(value: Any) -> bytes:
 
 
 def test_generated_data_passes_whole(check, data: Path, tmp_path: Path) -> None:
-    report = check(ValidateSettings(max_quarantined=0, apart=APART))
+    report = check(ValidateSettings(max_quarantined=0, split_keys=SPLIT_KEYS))
     assert report.quarantined == 0
     for name, record in RECORD_TYPES.items():
         originals = [json.loads(line) for line in lines_of(data / f"{name}.jsonl")]
@@ -234,7 +235,7 @@ BAD_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes], str]] = {
     ),
     "unknown kind": ("cases", changed("kind", "easy"), "kind is none of"),
     "wrong expectation": ("cases", changed("expected.policy_id", "P-0"), "expected.policy_id is not the policy"),
-    "policy without text": ("policies", changed("text", drop=True), "text is missing"),
+    "policy without text": ("documents", changed("text", drop=True), "text is missing"),
 }
 
 
@@ -292,7 +293,7 @@ def test_bad_rows_of_parquet_are_quarantined(check, data: Path, quarantined) -> 
     frame = pl.DataFrame({"text": ["good", None, "", "good", "fine"]})
     frame.write_parquet(data / "corpus.parquet", row_group_size=2)
     (data / "corpus.jsonl").unlink()
-    report = check(ValidateSettings(max_quarantined=0.7, apart=APART)).files["corpus"]
+    report = check(ValidateSettings(max_quarantined=0.7, split_keys=SPLIT_KEYS)).files["corpus"]
     assert (report.rows, report.kept) == (5, 2)
     assert [(r["line"], r["reason"]) for r in quarantined("corpus")] == [
         (2, "text is missing"),
@@ -318,14 +319,14 @@ def test_parquet_columns_of_another_type_are_refused(values: list[Any], reason: 
 
 
 def test_narrow_integers_and_categories_of_parquet_are_welcome(check, data: Path, tmp_path: Path) -> None:
-    policies = [json.loads(line) for line in lines_of(data / "policies.jsonl")]
-    frame = pl.DataFrame([policy | {"version": 3} for policy in policies])
-    frame.with_columns(pl.col("version").cast(pl.Int16), pl.col("policy_id").cast(pl.Categorical)).write_parquet(
-        data / "policies.parquet"
+    documents = [json.loads(line) for line in lines_of(data / "documents.jsonl")]
+    frame = pl.DataFrame([document | {"version": 3} for document in documents])
+    frame.with_columns(pl.col("version").cast(pl.Int16), pl.col("document_id").cast(pl.Categorical)).write_parquet(
+        data / "documents.parquet"
     )
-    (data / "policies.jsonl").unlink()
-    assert check().files["policies"].quarantined == 0
-    assert read_records(tmp_path / "out", "policies") == [policy | {"version": 3} for policy in policies]
+    (data / "documents.jsonl").unlink()
+    assert check().files["documents"].quarantined == 0
+    assert read_records(tmp_path / "out", "documents") == [document | {"version": 3} for document in documents]
 
 
 def test_a_file_that_is_no_parquet_is_told(check, data: Path) -> None:
@@ -343,9 +344,9 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
     path = data / "prompts.jsonl"
     lines = lines_of(path)
     write(path, [*lines[:-2], b"{", b"hello"])
-    check(ValidateSettings(max_quarantined=2 / len(lines), apart=APART))
+    check(ValidateSettings(max_quarantined=2 / len(lines), split_keys=SPLIT_KEYS))
     with pytest.raises(UserError) as raised:
-        check(ValidateSettings(max_quarantined=1.9 / len(lines), apart=APART))
+        check(ValidateSettings(max_quarantined=1.9 / len(lines), split_keys=SPLIT_KEYS))
     told = str(raised.value)
     assert "\n" not in told
     assert f"prompts.jsonl: 2 of {len(lines)} rows cannot be used" in told
@@ -367,7 +368,7 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
 def test_missing_and_ambiguous_files_are_told(damage: Callable[[Path], Any], told: str, check, data: Path) -> None:
     damage(data)
     with pytest.raises(UserError, match=told):
-        check(ValidateSettings(max_quarantined=1.0, apart=APART))
+        check(ValidateSettings(max_quarantined=1.0, split_keys=SPLIT_KEYS))
 
 
 def held_out_case(data: Path, kind: str = "held_out") -> tuple[int, dict[str, Any]]:
@@ -384,9 +385,9 @@ def append(path: Path, record: dict[str, Any]) -> int:
     return len(lines) + 1
 
 
-def refused(check: Callable[..., ValidationReport], apart: list[Any] = APART) -> str:
+def refused(check: Callable[..., ValidationReport], split_keys: list[str] = SPLIT_KEYS) -> str:
     with pytest.raises(UserError) as raised:
-        check(ValidateSettings(max_quarantined=0.5, apart=apart))
+        check(ValidateSettings(max_quarantined=0.5, split_keys=split_keys))
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
@@ -402,13 +403,13 @@ def test_a_held_out_prompt_in_training_stops_the_run(name: str, check, data: Pat
         record["prompt"] = asked
     line = append(data / f"{name}.jsonl", record)
     told = refused(check, ["text"])
-    assert f"{name}.jsonl line {line}: its text also stands in held-out" in told
+    assert f"{name}.jsonl line {line}: its text is also in held-out" in told
     assert f"cases.jsonl line {number}" in told
 
 
 def test_a_held_out_document_in_the_corpus_stops_the_run(check, data: Path) -> None:
     line = append(data / "corpus.jsonl", row(data / "corpus_heldout.jsonl", 5))
-    assert f"corpus.jsonl line {line}: its text also stands in held-out" in refused(check, ["text"])
+    assert f"corpus.jsonl line {line}: its text is also in held-out" in refused(check, ["text"])
 
 
 def test_a_held_out_order_in_training_stops_the_run(check, data: Path) -> None:
@@ -416,20 +417,20 @@ def test_a_held_out_order_in_training_stops_the_run(check, data: Path) -> None:
     record = row(data / "prompts.jsonl")
     record["facts"]["order"]["order_id"] = case["facts"]["order"]["order_id"]
     line = append(data / "prompts.jsonl", record)
-    assert f"prompts.jsonl line {line}: order A10234 also stands in held-out" in refused(check)
+    assert f"prompts.jsonl line {line}: order A10234 is also in held-out" in refused(check)
 
 
 @pytest.mark.parametrize("told_of", ["order", "policy"])
 def test_an_id_of_a_case_that_the_corpus_names_stops_the_run(told_of: str, check, data: Path) -> None:
     name = {"order": "A10234", "policy": "P-7"}[told_of]
     line = append(data / "corpus.jsonl", {"text": f"as was decided ({name}), so it is"})
-    assert f"corpus.jsonl line {line}: {told_of} {name} also stands" in refused(check)
+    assert f"corpus.jsonl line {line}: {told_of} {name} is also in" in refused(check)
 
 
 @pytest.mark.parametrize("text", ["order A102345", "XP-7", "P-70", "P-7-b", "p-7"])
 def test_a_longer_word_is_not_the_id(text: str, check, data: Path) -> None:
     append(data / "corpus.jsonl", {"text": text})
-    check(ValidateSettings(max_quarantined=0.5, apart=["order_id"]))
+    check(ValidateSettings(max_quarantined=0.5, split_keys=["order_id"]))
     ids = [case["facts"]["policy"]["policy_id"] for case in map(json.loads, lines_of(data / "cases.jsonl"))]
     if not set(text.split()) & set(ids):
         check()
@@ -439,8 +440,8 @@ def test_a_held_out_policy_even_as_a_distractor_stops_the_run(check, data: Path)
     record = row(data / "chat.jsonl")
     record["facts"]["passages"].append({"policy_id": "P-7", "text": "late items within 9 days are eligible."})
     line = append(data / "chat.jsonl", record)
-    assert f"chat.jsonl line {line}: policy P-7 also stands in held-out" in refused(check)
-    check(ValidateSettings(max_quarantined=0.5, apart=["text", "order_id"]))
+    assert f"chat.jsonl line {line}: policy P-7 is also in held-out" in refused(check)
+    check(ValidateSettings(max_quarantined=0.5, split_keys=["text", "order_id"]))
 
 
 def test_a_held_out_pair_in_training_stops_the_run(check, data: Path) -> None:
@@ -452,7 +453,7 @@ def test_a_held_out_pair_in_training_stops_the_run(check, data: Path) -> None:
     record["facts"]["order"]["days_since_delivery"] = 45
     line = append(data / "preferences.jsonl", record)
     told = refused(check)
-    assert f"preferences.jsonl line {line}: the pair of 30 days of window and day 45 also stands" in told
+    assert f"preferences.jsonl line {line}: the pair of 30 days of window and day 45 is also in" in told
 
 
 def test_every_leak_is_counted(check, data: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.records.validated import read_records
@@ -32,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     longest["prompt"][0]["content"] += " please" * 200
     rows[4] = json.dumps(longest)
     path.write_text("\n".join(rows) + "\n")
-    validate(folder / "data", folder / "validated", ValidateSettings(max_quarantined=0.5))
+    validate(folder / "data", folder / "validated", ValidateSettings(max_quarantined=0.5), domain, {"prompts"})
     return folder / "validated"
 
 
