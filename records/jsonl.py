@@ -72,7 +72,7 @@ def _block(block: bytes, first: int, lines: int, record: RecordType) -> Iterator
 def _fast(block: bytes, first: int, lines: int, record: RecordType) -> Rows | None:
     """The block by pyarrow, or None where a line is not one complete, well-typed object."""
     # pyarrow takes several objects on a line, and passes over blank ones: every line must be {...}
-    if not (block.startswith(b"{") and block.rstrip(b"\n").endswith(b"}") and block.count(b"}\n{") == lines - 1):
+    if not (block.startswith(b"{") and block.endswith((b"}", b"}\n")) and block.count(b"}\n{") == lines - 1):
         return None
     if not block.isascii():
         try:

@@ -114,16 +114,20 @@ def check_rows(path: Path, record: RecordType) -> Rows:
     """Read a file and quarantine what breaks a rule or repeats an earlier row. The frame keeps its LINE column."""
     rows = read_rows(path, record)
     read = len(rows.frame) + len(rows.rejected)
-    reasons = _broken_rules(rows.frame, record)
-    reasons |= _examined(_without(rows.frame, reasons), record)
-    reasons |= _duplicates(_without(rows.frame, reasons), record)
-    if reasons:
+    if reasons := unusable(rows.frame, record):
         originals = original_lines(path, set(reasons), record)
         rows.rejected += [rejected_line(line, reason, originals[line]) for line, reason in reasons.items()]
         rows.rejected.sort(key=lambda rejected: rejected.line)
         rows.frame = _without(rows.frame, reasons)
     assert len(rows.frame) + len(rows.rejected) == read, f"{path}: a row was lost"
     return rows
+
+
+def unusable(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
+    """Line and reason of each row that breaks a rule of its record type, or repeats an earlier row."""
+    reasons = _broken_rules(frame, record)
+    reasons |= _examined(_without(frame, reasons), record)
+    return reasons | _duplicates(_without(frame, reasons), record)
 
 
 def _without(frame: pl.DataFrame, reasons: Collection[int]) -> pl.DataFrame:
