@@ -235,6 +235,8 @@ BAD_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes], str]] = {
     ),
     "unknown kind": ("cases", changed("kind", "easy"), "kind is none of"),
     "wrong expectation": ("cases", changed("expected.policy_id", "P-0"), "expected.policy_id is not the policy"),
+    "policy without a window": ("documents", changed("text", "damaged items."), 'the text must say "within N days"'),
+    "policy with an id of another form": ("documents", changed("document_id", "7"), "the id must be P- and a number"),
     "policy without text": ("documents", changed("text", drop=True), "text is missing"),
 }
 
