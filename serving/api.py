@@ -1,7 +1,7 @@
-"""The HTTP interface: decisions, chat completions, policies, traces, health, metrics and the console page."""
+"""The HTTP interface: decisions, chat completions, documents, traces, health, metrics and the console page."""
 
-# No `from __future__ import annotations`: the request model of decisions is made from the domain at run time, and
-# FastAPI must be handed the class itself.
+# No `from __future__ import annotations`: the body of a decision is the domain's own model, and FastAPI must be handed
+# the class itself.
 
 import logging
 import signal
@@ -9,29 +9,27 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.policies import MAX_TEXT_CHARACTERS
+from twinloop.domains.domain import Domain
 from twinloop.serving.access import OwnHostsOnly, administrators_only
-from twinloop.serving.chat import chat_router
-from twinloop.serving.console import CONTENT_SECURITY_POLICY, PAGE
+from twinloop.serving.chat import chat_router, closed_route, models_router
+from twinloop.serving.console import CONTENT_SECURITY_POLICY, console_page
 from twinloop.serving.decisions import DecisionResponse, Passage
-from twinloop.serving.errors import ApiError, install
+from twinloop.serving.errors import ApiError, field_descriptions, install
+from twinloop.serving.knowledge.documents import MAX_TEXT_CHARACTERS, DocumentStore, DocumentStoreError
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
-from twinloop.serving.retrieval import PolicyIndex, PolicyIndexError
 from twinloop.serving.traces import TraceStore
 from twinloop.serving.work import Workers
 
@@ -48,41 +46,43 @@ def _without_nul(text: str) -> str:
     return text
 
 
-_Text = Annotated[str, AfterValidator(_without_nul)]
-
-
-class PolicyText(BaseModel):
+class DocumentText(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str = Field(max_length=2 * MAX_TEXT_CHARACTERS, description="a sentence that names its window in days")
+    text: Annotated[str, AfterValidator(_without_nul)] = Field(
+        max_length=MAX_TEXT_CHARACTERS, description="the document's new text"
+    )
 
 
-def create_app(manager: ModelManager[Any], *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
-    """The application that answers with the frozen model that `manager` holds.
+def create_app(manager: ModelManager, *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
+    """The application that answers with the frozen model that `manager` holds, for that model's domain.
 
-    Policies are changed, and traces are read, only with `admin_token` as the bearer token: a policy decides money, and
-    a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only, lets
-    this machine in, as far as a request can show that it comes from here; and then no request for a foreign host is
-    answered at all. A proxy can hide that a request comes from elsewhere, so behind one a token must be set. The caller
-    owns scheduler and traces and closes them after the server has stopped.
+    Documents are changed, and traces are read, only with `admin_token` as the bearer token: a document decides answers,
+    and a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only,
+    lets this machine in, as far as a request can show that it comes from here; and then no request for a foreign host
+    is answered at all. A proxy can hide that a request comes from elsewhere, so behind one a token must be set. The
+    caller owns scheduler and traces and closes them after the server has stopped.
     """
-    metrics, workers = Metrics(), Workers()
+    metrics, workers = Metrics(manager), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
     app = FastAPI(title="Twinloop", docs_url=None, redoc_url=None)
-    domain, traces, index = manager.service.domain, manager.service.traces, manager.service.index
-    fields = domain.order_model.model_fields
-    install(app, {f"order.{name}": field.description for name, field in fields.items() if field.description})
+    domain, traces, documents = manager.service.domain, manager.service.traces, manager.service.documents
+    install(app, field_descriptions(domain.request) if domain.request else {})
     # The last one is asked first, and counts what the others refuse.
     if local_admin and admin_token is None:
         app.add_middleware(OwnHostsOnly)
     app.add_middleware(LimitBody)
     app.add_middleware(AnswerAtTheEnd)
     app.add_middleware(CountRequests, metrics=metrics)
-    app.include_router(chat_router(manager, metrics, workers))
-    app.include_router(_decision_router(manager, metrics, workers))
-    app.include_router(_policy_router(index))
+    chat, decisions = "/v1/chat/completions", "/v1/decisions"
+    app.include_router(chat_router(manager, metrics, workers) if domain.chat else closed_route(chat, domain))
+    app.include_router(
+        _decision_router(manager, metrics, workers) if domain.request else closed_route(decisions, domain)
+    )
+    app.include_router(models_router(manager))
+    app.include_router(_document_router(documents))
     guarded = [Depends(administrators_only(admin_token, local_admin))]
-    app.include_router(_admin_router(index, traces), dependencies=guarded)
+    app.include_router(_admin_router(documents, traces), dependencies=guarded)
 
     @app.get("/health")
     def health() -> Response:
@@ -90,13 +90,14 @@ def create_app(manager: ModelManager[Any], *, admin_token: str | None = None, lo
         scheduler = service.scheduler
         body: dict[str, Any] = {
             "model": service.model.model_dump(),
+            "domain": domain.name,
             "refused_champion": {"version": manager.refusal.version, "reason": REFUSED} if manager.refusal else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,
         }
         try:
-            body["index"] = {"digest": index.digest(), "policies": len(index.list())}
-        except PolicyIndexError as error:
+            body["index"] = {"digest": documents.digest(), "documents": documents.count()}
+        except DocumentStoreError as error:
             log.error("%s", error)
             return JSONResponse({"status": "failing", "reason": error.reason} | body, 503)
         if not scheduler.running:
@@ -105,94 +106,77 @@ def create_app(manager: ModelManager[Any], *, admin_token: str | None = None, lo
 
     @app.get("/metrics")
     def prometheus() -> Response:
-        _read_schedulers(metrics, manager)
-        if traces is not None:
-            metrics.set("twinloop_traces_dropped", traces.dropped)
-        with suppress(PolicyIndexError):  # /health says what is wrong with the index
-            metrics.set("twinloop_policies", len(index.list()))
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
+
+    page = console_page(domain)
 
     @app.get("/", include_in_schema=False)
     def console() -> Response:
         headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(PAGE, headers=headers)
+        return HTMLResponse(page, headers=headers)
 
     return app
 
 
-def _read_schedulers(metrics: Metrics, manager: ModelManager[Any]) -> None:
-    now, totals = manager.service.scheduler.metrics(), manager.totals()
-    metrics.set("twinloop_queued_requests", now.queued)
-    metrics.set("twinloop_active_requests", now.active)
-    metrics.set("twinloop_slots", now.slots)
-    metrics.set("twinloop_tokens_per_second", now.tokens_per_s)
-    metrics.set("twinloop_champion_refused", manager.refusal is not None)
-    metrics.set("twinloop_tokens_total", totals.prompt_tokens, kind="prompt")
-    metrics.set("twinloop_tokens_total", totals.completion_tokens, kind="completion")
-    for end in ("finished", "failed", "cancelled"):
-        metrics.set("twinloop_answers_total", getattr(totals, end), end=end)
-
-
-def _decision_router(manager: ModelManager[Any], metrics: Metrics, workers: Workers) -> APIRouter:
+def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
     router = APIRouter()
-    order_model, limit = manager.service.domain.order_model, manager.service.domain.max_message_characters
-    decision_request = create_model(
-        "DecisionRequest",
-        __config__=ConfigDict(frozen=True, extra="forbid", strict=True),
-        order=(order_model, Field(description="trusted facts, from the shop's own records")),
-        message=(_Text, Field("", max_length=limit, description="the customer's words, trusted in nothing")),
-    )
+    domain = manager.service.domain
+    body_model = domain.request
+    assert body_model is not None
 
-    @router.post("/v1/decisions")
-    async def decide(request: Request, body: decision_request) -> DecisionResponse:  # type: ignore[valid-type]
+    # The answer's form is only described: it is made here, and its JSON is written once.
+    @router.post("/v1/decisions", response_model=None, responses={200: {"model": _described_response(domain)}})
+    async def decide(request: Request, body: body_model) -> Response:  # type: ignore[valid-type]
         started = time.perf_counter()
-        order, message = body.order, body.message  # type: ignore[attr-defined]
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(order, message))
+        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(body))
         response = await workers.run_unless_gone(request, pending.finish, pending.cancel)
-        _observe(metrics, response, time.perf_counter() - started)
-        return response
+        outcome = "escalated" if response.escalated else domain.outcome(response.decision)
+        metrics.decided(response, outcome)
+        ttft_ms = response.timings.ttft_ms
+        metrics.answered("decisions", time.perf_counter() - started, None if ttft_ms is None else ttft_ms / 1000)
+        return Response(response.model_dump_json(), media_type="application/json")
 
     return router
 
 
-def _observe(metrics: Metrics, response: DecisionResponse, seconds: float) -> None:
-    if response.decision is None:
-        outcome = "escalated"
-    else:
-        outcome = "eligible" if response.decision.get("eligible") else "not_eligible"
-    metrics.count("twinloop_decisions_total", outcome=outcome)
-    for reason in response.reasons:
-        metrics.count("twinloop_escalations_total", predicate=reason.predicate)
-    metrics.observe("twinloop_request_seconds", seconds, route="decisions")
-    if response.timings.ttft_ms is not None:
-        metrics.observe("twinloop_time_to_first_token_seconds", response.timings.ttft_ms / 1000, route="decisions")
+def _described_response(domain: Domain) -> type[BaseModel]:
+    """The response with the domain's own schema for its decision."""
+    schema = domain.answer_schema()
+    if schema is None:
+        return DecisionResponse
+    decision = Annotated[Any, WithJsonSchema({"anyOf": [dict(schema), {"type": "null"}]})]
+    described: type[BaseModel] = create_model("DecisionResponse", __base__=DecisionResponse, decision=(decision, ...))
+    return described
 
 
-def _policy_router(index: PolicyIndex) -> APIRouter:
+def _document_router(documents: DocumentStore) -> APIRouter:
     router = APIRouter()
 
-    @router.get("/v1/policies")
-    def policies() -> dict[str, Any]:
-        return {"policies": [asdict(policy) for policy in index.list()], "digest": index.digest()}
+    @router.get("/v1/documents")
+    def newest() -> dict[str, Any]:
+        return {"documents": [Passage.of(each).model_dump() for each in documents.list()], "digest": documents.digest()}
 
-    @router.get("/v1/policies/{policy_id}")
-    def history(policy_id: str) -> dict[str, Any]:
-        versions = index.history(policy_id)
+    @router.get("/v1/documents/{document_id:path}")
+    def history(document_id: str) -> dict[str, Any]:
+        versions = documents.history(document_id)
         if not versions:
-            raise ApiError(404, f"policy {policy_id!r} is not in the index", param="policy_id")
-        return {"policy_id": policy_id, "versions": [asdict(policy) for policy in versions]}
+            raise ApiError(404, f"document {document_id!r} is not there", param="document_id")
+        told = [
+            {"version": each.document.version, "text": each.document.text, "recorded_at": each.recorded_at}
+            for each in versions
+        ]
+        return {"document_id": document_id, "versions": told}
 
     return router
 
 
-def _admin_router(index: PolicyIndex, traces: TraceStore | None) -> APIRouter:
+def _admin_router(documents: DocumentStore, traces: TraceStore | None) -> APIRouter:
     """Every route that only an administrator may use."""
     router = APIRouter()
 
-    @router.put("/v1/policies/{policy_id}")
-    def put(policy_id: str, body: PolicyText) -> Passage:
-        policy = index.put(policy_id, body.text)
-        return Passage(policy_id=policy.policy_id, version=policy.version, text=policy.text)
+    @router.put("/v1/documents/{document_id:path}")
+    def put(document_id: str, body: DocumentText) -> Passage:
+        return Passage.of(documents.put(document_id, body.text))
 
     @router.get("/v1/traces/{trace_id}")
     def trace(trace_id: str) -> dict[str, Any]:

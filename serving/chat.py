@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError, error_body
@@ -141,15 +142,12 @@ class Completion:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
 
 
-def chat_router(manager: ModelManager[Any], metrics: Metrics, workers: Workers) -> APIRouter:
-    """`POST /v1/chat/completions` and `GET /v1/models`."""
+def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
+    """`POST /v1/chat/completions`."""
     router = APIRouter()
-    created = int(time.time())
 
     def observe(completion: Completion, started: float) -> None:
-        metrics.observe("twinloop_request_seconds", time.perf_counter() - started, route="chat")
-        if completion.text.ttft_s is not None:
-            metrics.observe("twinloop_time_to_first_token_seconds", completion.text.ttft_s, route="chat")
+        metrics.answered("chat", time.perf_counter() - started, completion.text.ttft_s)
 
     async def events(completion: Completion, include_usage: bool, started: float) -> AsyncIterator[str]:
         chunks = completion.chunks(include_usage=include_usage)
@@ -179,19 +177,27 @@ def chat_router(manager: ModelManager[Any], metrics: Metrics, workers: Workers) 
         observe(completion, started)
         return JSONResponse(answer)
 
+    return router
+
+
+def models_router(manager: ModelManager) -> APIRouter:
+    """`GET /v1/models`: which model is served, what it is for, and where it is asked."""
+    router = APIRouter()
+    created = int(time.time())
+
     @router.get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(manager.service.model, created)]}
+        return {"object": "list", "data": [_model_object(manager.service, created)]}
 
     @router.get("/v1/models/{name}")
     def one_model(name: str) -> dict[str, Any]:
         _refuse_other_model(name, manager.service.model)
-        return _model_object(manager.service.model, created)
+        return _model_object(manager.service, created)
 
     return router
 
 
-def _submit(service: DecisionService[Any], body: ChatRequest, started: float) -> Completion:
+def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
     _refuse_unserved(body, service.model)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
@@ -221,7 +227,8 @@ def _submit(service: DecisionService[Any], body: ChatRequest, started: float) ->
     return Completion(text, len(prompt), service.model)
 
 
-def _model_object(model: ModelInfo, created: int) -> dict[str, Any]:
+def _model_object(service: DecisionService, created: int) -> dict[str, Any]:
+    model, domain = service.model, service.domain
     return {
         "id": model.name,
         "object": "model",
@@ -229,7 +236,27 @@ def _model_object(model: ModelInfo, created: int) -> dict[str, Any]:
         "owned_by": "twinloop",
         "version": model.version,
         "digest": model.digest,
+        "domain": domain.name,
+        "routes": routes_of(domain),
     }
+
+
+def routes_of(domain: Domain) -> list[str]:
+    """Where a model of this domain is asked."""
+    decides, chats = domain.request is not None, domain.chat
+    return ["/v1/decisions"] * decides + ["/v1/chat/completions"] * chats
+
+
+def closed_route(path: str, domain: Domain) -> APIRouter:
+    """In the place of what the domain does not serve: a 404 that says so, and names where its model is asked."""
+    router = APIRouter()
+    there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
+
+    @router.post(path, include_in_schema=False)
+    def closed() -> None:
+        raise ApiError(404, f"{path}: not served, since the model's domain is {domain.name}; it answers {there}")
+
+    return router
 
 
 def _refuse_other_model(name: str, model: ModelInfo) -> None:

@@ -1,7 +1,7 @@
-"""One decision: find the policies, ask the model, check what it says, and answer or escalate.
+"""One decision: find the documents, ask the model, check what it says, and answer or escalate.
 
 Nothing that the model writes is returned before the domain's own checks have passed. Whatever goes wrong on the way
-ends in the same place: `decision` is null, and the answer says why and whose it is to mend.
+ends in the same place: `decision` is null, and the answer says why and which layer owns it.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.common.errors import UserError
-from twinloop.domains.domain import Verdict
-from twinloop.domains.returns.policies import Policy
+from twinloop.domains.domain import Document, Domain, Verdict
+from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import QueueFullError, Scheduler
 from twinloop.serving.generation import GivenUpError, TextStream
-from twinloop.serving.retrieval import EMPTY_DIGEST, PolicyIndex, PolicyIndexError, SearchResult
+from twinloop.serving.knowledge.documents import DocumentStore, DocumentStoreError, SearchResult
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
 
-OrderT = TypeVar("OrderT", bound=BaseModel)
+OWNERS = {"retrieval": RETRIEVAL, "prompt": FORMAT, "generation": LATENCY, "check": LATENCY}
+"""Who owns what fails before and around the domain's own predicates."""
 
 
 class _Frozen(BaseModel):
@@ -44,9 +44,15 @@ class ModelInfo(_Frozen):
 
 
 class Passage(_Frozen):
-    policy_id: str
+    """A document as it stands in answers."""
+
+    document_id: str
     version: int
     text: str
+
+    @classmethod
+    def of(cls, document: Document) -> Passage:
+        return cls(document_id=document.document_id, version=document.version, text=document.text)
 
 
 class Reason(_Frozen):
@@ -67,9 +73,9 @@ class Timings(_Frozen):
 
 
 class DecisionResponse(_Frozen):
-    """The answer to `POST /v1/decisions`. Either there is a decision, or the case is escalated."""
+    """The answer to `POST /v1/decisions`. Either there is a decision, in the domain's own form, or it is escalated."""
 
-    decision: dict[str, Any] | None
+    decision: Any
     escalated: bool
     reasons: list[Reason]
     passages: list[Passage]
@@ -79,42 +85,25 @@ class DecisionResponse(_Frozen):
 
 
 class DecisionTrace(_Frozen):
-    """All that an answer was made from. `trace_id` stands first: the trace store finds lines by it."""
+    """All that an answer was made from. `trace_id` stands first: the trace store finds lines by it.
+
+    index_digest is that of the documents; None where none were searched.
+    """
 
     trace_id: str
     time: str
-    order: dict[str, Any]
-    message: str
+    request: dict[str, Any]
     passages: list[Passage]
-    index_digest: str
+    index_digest: str | None
     prompt_tokens: int
     completion_tokens: int
     output_text: str | None
     predicates: dict[str, bool]
-    decision: dict[str, Any] | None
+    decision: Any
     escalated: bool
     reasons: list[Reason]
     model: ModelInfo
     timings: Timings
-
-
-@dataclass(frozen=True)
-class DecisionDomain(Generic[OrderT]):
-    """What a domain brings so that its cases can be decided here.
-
-    `query` sees trusted facts only: a customer's words cannot steer retrieval. `precheck` gives the reasons, by
-    predicate, for which the model need not even be asked. `owners` says which layer owns a predicate that failed.
-    """
-
-    order_model: type[OrderT]
-    retrieved_passages: int
-    max_message_characters: int
-    max_answer_tokens: int
-    query: Callable[[OrderT], str]
-    precheck: Callable[[OrderT, Sequence[Policy]], Mapping[str, str]]
-    build_prompt: Callable[[OrderT, str, Sequence[Policy]], list[dict[str, str]]]
-    check: Callable[[str, OrderT, Sequence[Policy]], Verdict]
-    owners: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -126,15 +115,14 @@ class _Review:
     failures: Mapping[str, str]
 
 
-class PendingDecision(Generic[OrderT]):
-    """A case whose prompt waits in the scheduler's queue, or that is escalated already."""
+class PendingDecision:
+    """A request whose prompt waits in the scheduler's queue, or that is escalated already."""
 
-    def __init__(self, service: DecisionService[OrderT], order: OrderT, message: str, started: float):
+    def __init__(self, service: DecisionService, request: BaseModel, started: float):
         self._service = service
-        self._order = order
-        self._message = message
+        self._request = request
         self._started = started
-        self._found = SearchResult([], EMPTY_DIGEST)
+        self._found: SearchResult | None = None
         self._retrieval_s = 0.0
         self._prompt_tokens = 0
         self._text: TextStream | None = None
@@ -150,8 +138,7 @@ class PendingDecision(Generic[OrderT]):
         review = self._review()
         service = self._service
         reasons = [
-            Reason(predicate=name, reason=words, owner=service.domain.owners.get(name, "inference serving"))
-            for name, words in review.failures.items()
+            Reason(predicate=name, reason=words, owner=service.owner(name)) for name, words in review.failures.items()
         ]
         decision = review.verdict.output if review.verdict is not None and not reasons else None
         text = self._text
@@ -165,7 +152,7 @@ class PendingDecision(Generic[OrderT]):
             decision=decision,
             escalated=decision is None,
             reasons=reasons,
-            passages=[Passage(policy_id=p.policy_id, version=p.version, text=p.text) for p in self._found.passages],
+            passages=[Passage.of(document) for document in self._passages],
             model=service.model,
             timings=timings,
             trace_id=uuid.uuid4().hex,
@@ -173,6 +160,10 @@ class PendingDecision(Generic[OrderT]):
         if service.traces is not None:
             service.traces.record(response.trace_id, self._trace(response, review))
         return response
+
+    @property
+    def _passages(self) -> list[Document]:
+        return self._found.documents if self._found is not None else []
 
     def _review(self) -> _Review:
         if self._failures or self._text is None:
@@ -185,8 +176,8 @@ class PendingDecision(Generic[OrderT]):
             log.exception("generation failed")
             return _Review(None, None, {"generation": f"the model could not answer ({type(error).__name__})"})
         try:
-            verdict = self._service.domain.check(output, self._order, self._found.passages)
-            return _Review(output, verdict, verdict.reasons)
+            verdict = self._service.domain.check(output, self._request, self._passages)
+            return _Review(output, verdict, self._service.failures(verdict))
         except Exception as error:  # an answer that could not be checked is not returned
             log.exception("check failed")
             return _Review(output, None, {"check": f"the answer could not be checked ({type(error).__name__})"})
@@ -194,9 +185,8 @@ class PendingDecision(Generic[OrderT]):
     def _trace(self, response: DecisionResponse, review: _Review) -> DecisionTrace:
         return DecisionTrace(
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            order=self._order.model_dump(mode="json"),
-            message=self._message,
-            index_digest=self._found.index_digest,
+            request=self._request.model_dump(mode="json"),
+            index_digest=self._found.digest if self._found is not None else None,
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._text.completion_tokens if self._text is not None else 0,
             output_text=review.output_text,
@@ -206,29 +196,32 @@ class PendingDecision(Generic[OrderT]):
 
     def begin(self) -> None:
         """Retrieve, and hand the prompt to the scheduler, unless something already speaks against asking."""
-        service, domain = self._service, self._service.domain
         try:
-            self._found = service.index.find(domain.query(self._order), domain.retrieved_passages)
-        except PolicyIndexError as error:
-            log.error("%s", error)
-            self._failures = {"retrieval": error.reason}
-            return
-        finally:
-            self._retrieval_s = time.perf_counter() - self._started
-        self._failures = domain.precheck(self._order, self._found.passages)
-        if self._failures:
-            return
-        try:
-            self._ask()
+            self._retrieve()
+            self._failures = self._service.domain.precheck(self._request, self._passages)
+            if not self._failures:
+                self._ask()
         except QueueFullError:
             raise
+        except DocumentStoreError as error:
+            log.error("%s", error)
+            self._failures = {"retrieval": error.reason}
         except Exception as error:  # as in _review
             log.exception("the model could not be asked")
             self._failures = {"generation": f"the model could not be asked ({type(error).__name__})"}
 
+    def _retrieve(self) -> None:
+        service = self._service
+        query = service.domain.query(self._request)
+        if query is not None and service.domain.passages:
+            try:
+                self._found = service.documents.find(query, service.domain.passages)
+            finally:
+                self._retrieval_s = time.perf_counter() - self._started
+
     def _ask(self) -> None:
         service, domain = self._service, self._service.domain
-        prompt = service.tokenizer.encode_prompt(domain.build_prompt(self._order, self._message, self._found.passages))
+        prompt = service.tokenizer.encode_prompt(domain.build_prompt(self._request, self._passages))
         self._prompt_tokens = len(prompt)
         room = service.scheduler.max_length - len(prompt)
         if room < 1:
@@ -239,41 +232,50 @@ class PendingDecision(Generic[OrderT]):
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
 
-class DecisionService(Generic[OrderT]):
-    """Decides cases of one domain with one frozen model. Safe for many threads."""
+class DecisionService:
+    """Answers requests of one domain with one frozen model. Safe for many threads."""
 
     def __init__(
         self,
         scheduler: Scheduler,
         tokenizer: ChatTokenizer,
-        index: PolicyIndex,
+        documents: DocumentStore,
         model: ModelInfo,
-        domain: DecisionDomain[OrderT],
+        domain: Domain,
         traces: TraceStore | None = None,
     ):
         self.scheduler = scheduler
         self.tokenizer = tokenizer
-        self.index = index
+        self.documents = documents
         self.model = model
         self.domain = domain
         self.traces = traces
 
-    def decide(self, order: OrderT, message: str) -> DecisionResponse:
-        """Decide one case, or escalate it.
+    def decide(self, request: BaseModel) -> DecisionResponse:
+        """Decide one case, or escalate it. request: of the domain's own model.
 
-        Raises UserError for a message that is too long, and QueueFullError when the scheduler takes no more.
+        Raises QueueFullError when the scheduler takes no more.
         """
-        return self.begin(order, message).finish()
+        return self.begin(request).finish()
 
-    def begin(self, order: OrderT, message: str) -> PendingDecision[OrderT]:
+    def begin(self, request: BaseModel) -> PendingDecision:
         """Retrieve and queue a case; `finish()` waits for its answer, `cancel()` gives it up. Raises like `decide`."""
-        if len(message) > self.domain.max_message_characters:
-            raise UserError(
-                f"message: has {len(message)} characters; at most {self.domain.max_message_characters} are read"
-            )
-        pending = PendingDecision(self, order, message, started=time.perf_counter())
+        pending = PendingDecision(self, request, started=time.perf_counter())
         pending.begin()
         return pending
+
+    def failures(self, verdict: Verdict) -> dict[str, str]:
+        """Why an answer may not be returned, by check; empty where it passed."""
+        if verdict.passed and verdict.output is not None:
+            return {}
+        titles = {name: predicate.title for name, predicate in self.domain.predicates.items()}
+        reasons = {name: f"{titles.get(name, name)}: does not hold" for name in verdict.failed} | {**verdict.reasons}
+        return reasons or {"check": "the answer did not pass the domain's check"}
+
+    def owner(self, check: str) -> str:
+        """The layer that owns a failed check."""
+        predicate = self.domain.predicates.get(check)
+        return (predicate.owner if predicate is not None else OWNERS.get(check, LATENCY)).name
 
 
 def _milliseconds(seconds: float) -> float:

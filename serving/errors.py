@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.scheduler import QueueFullError
 from twinloop.serving.generation import GivenUpError
-from twinloop.serving.retrieval import PolicyError, PolicyIndexError
+from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
 
 log = logging.getLogger(__name__)
 
@@ -47,27 +48,53 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 
 def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) -> tuple[str, str | None]:
-    """What is wrong with a body, in one line, and the first field that is.
+    """What is wrong with a request, in one line, and the first field that is.
 
-    `errors` are pydantic's; `descriptions` say what a field must be, by its path. What the caller sent is not
-    repeated, since it may hold a customer's words.
+    `errors` are pydantic's; `descriptions` say what a field is, by its path (`field_descriptions`). What the caller
+    sent is not repeated, since it may hold a customer's words.
     """
     lines, first = [], None
     for error in errors[:5]:
-        place = ".".join(str(part) for part in error["loc"] if part != "body")
+        location = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
+        place = ".".join(map(str, location))
         first = first or place or None
         if error["type"] == "json_invalid":
             lines.append("the body is not JSON")
             continue
+        description = descriptions.get(".".join(part for part in location if isinstance(part, str)))
         words = _WORDS.get(error["type"])
-        if words is None and place in descriptions:
-            words = f"must be {descriptions[place]}"
-        lines.append(f"{place or 'body'}: {words or error['msg'].removeprefix('Value error, ').lower()}")
+        if words is None and error["type"] == "string_pattern_mismatch" and description:
+            words = f"must be {description}"  # nobody reads a regular expression
+        elif words is None:
+            said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+            words = said[:1].lower() + said[1:] + (f" ({description})" if description else "")
+        lines.append(f"{place or 'body'}: {words}")
     return "; ".join(lines), first
 
 
+def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
+    """What each field of a request is, by its dotted path, also of the models in it."""
+    return dict(_described(model, "", frozenset({model})))
+
+
+def _described(model: type[BaseModel], prefix: str, above: frozenset[type]) -> Iterator[tuple[str, str]]:
+    for name, field in model.model_fields.items():
+        if field.description:
+            yield prefix + name, field.description
+        for inner in _models_in(field.annotation):
+            if inner not in above:  # a model may hold others of its own kind
+                yield from _described(inner, f"{prefix}{name}.", above | {inner})
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
 def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
-    """Answer every exception in the one form. `descriptions`: see `describe_validation`.
+    """Answer every exception in the one form. `descriptions`: of the fields of requests, see `describe_validation`.
 
     A UserError speaks to whoever runs the server, and may name its files: it goes to the log, and the client gets a
     reason that was written for clients.
@@ -79,12 +106,12 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
         status = 400 if request.url.path.startswith("/v1/chat/") else 422
         return JSONResponse(error_body(status, message, param=param), status)
 
-    @app.exception_handler(PolicyError)
-    async def unusable(request: Request, error: PolicyError) -> JSONResponse:
+    @app.exception_handler(DocumentError)
+    async def unusable(request: Request, error: DocumentError) -> JSONResponse:
         return JSONResponse(error_body(422, str(error)), 422)
 
-    @app.exception_handler(PolicyIndexError)
-    async def unavailable(request: Request, error: PolicyIndexError) -> JSONResponse:
+    @app.exception_handler(DocumentStoreError)
+    async def unavailable(request: Request, error: DocumentStoreError) -> JSONResponse:
         log.error("%s", error)
         return JSONResponse(error_body(503, error.reason), 503)
 

@@ -1,86 +1,102 @@
-"""Counters and latency histograms in Prometheus' text form. Ours are few, so no client library is needed."""
+"""What a server counts, for Prometheus: a registry of its own for each application, without the process's defaults."""
 
 from __future__ import annotations
 
-import threading
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable
+from contextlib import suppress
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from twinloop.serving.decisions import DecisionResponse
+from twinloop.serving.knowledge.documents import DocumentStoreError
+from twinloop.serving.model_manager import ModelManager
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
-Labels = tuple[tuple[str, str], ...]
+disable_created_metrics()  # a time beside every counter, which no dashboard of ours reads
 
 
 class Metrics:
-    """Thread-safe. A name's kind and meaning stand in METRICS; values appear once something was counted."""
+    """Counters and histograms of requests, and what scheduler, traces and documents say when they are asked for."""
 
-    METRICS: Mapping[str, tuple[str, str]] = {
-        "twinloop_requests_total": ("counter", "HTTP requests by route and status"),
-        "twinloop_clients_gone_total": (
-            "counter",
-            "Requests whose client left before its answer was complete, by route",
-        ),
-        "twinloop_decisions_total": ("counter", "Decisions by outcome: eligible, not_eligible, escalated"),
-        "twinloop_escalations_total": ("counter", "Reasons for which decisions were escalated, by predicate"),
-        "twinloop_tokens_total": ("counter", "Tokens that the engine read and wrote, by kind: prompt, completion"),
-        "twinloop_time_to_first_token_seconds": ("histogram", "From the request's arrival to its first token"),
-        "twinloop_request_seconds": ("histogram", "From the request's arrival to its last token"),
-        "twinloop_answers_total": ("counter", "Generated answers by end: finished, failed, cancelled"),
-        "twinloop_tokens_per_second": ("gauge", "Completion tokens a second, over the last ten seconds"),
-        "twinloop_queued_requests": ("gauge", "Requests that wait for a slot"),
-        "twinloop_active_requests": ("gauge", "Requests that have a slot"),
-        "twinloop_slots": ("gauge", "Answers that can be generated at the same time"),
-        "twinloop_champion_refused": ("gauge", "1 while the registry's champion cannot be served and another one is"),
-        "twinloop_traces_dropped": ("gauge", "Traces that could not be kept since the server started"),
-        "twinloop_policies": ("gauge", "Policies in force"),
-    }
+    def __init__(self, manager: ModelManager) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = self._counter("twinloop_requests", "HTTP requests by route and status", "route", "status")
+        self.clients_gone = self._counter(
+            "twinloop_clients_gone", "Requests whose client left before its answer was complete, by route", "route"
+        )
+        self._decisions = self._counter(
+            "twinloop_decisions", "Decisions by outcome: escalated, or what the domain calls it", "outcome"
+        )
+        self._escalations = self._counter(
+            "twinloop_escalations", "Reasons for which decisions were escalated, by predicate", "predicate"
+        )
+        self._first_token = self._histogram(
+            "twinloop_time_to_first_token_seconds", "From the request's arrival to its first token"
+        )
+        self._seconds = self._histogram("twinloop_request_seconds", "From the request's arrival to its last token")
+        self._registry.register(_State(manager))
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._values: defaultdict[tuple[str, Labels], float] = defaultdict(float)
-        self._buckets: dict[tuple[str, Labels], list[int]] = {}
+    def answered(self, route: str, seconds: float, ttft_s: float | None) -> None:
+        """A whole answer. seconds: since its request arrived; ttft_s: None where the model was not asked."""
+        self._seconds.labels(route).observe(seconds)
+        if ttft_s is not None:
+            self._first_token.labels(route).observe(ttft_s)
 
-    def count(self, name: str, amount: float = 1, **labels: str) -> None:
-        """Add to a counter."""
-        with self._lock:
-            self._values[name, tuple(sorted(labels.items()))] += amount
+    def decided(self, response: DecisionResponse, outcome: str) -> None:
+        """A decision. outcome: the domain's name for it; not used for what was escalated."""
+        self._decisions.labels("escalated" if response.escalated else outcome).inc()
+        for reason in response.reasons:
+            self._escalations.labels(reason.predicate).inc()
 
-    def set(self, name: str, value: float, **labels: str) -> None:
-        """Set a gauge, or a counter that is kept elsewhere."""
-        with self._lock:
-            self._values[name, tuple(sorted(labels.items()))] = value
-
-    def observe(self, name: str, seconds: float, **labels: str) -> None:
-        """Add one duration to a histogram."""
-        key = (name, tuple(sorted(labels.items())))
-        with self._lock:
-            buckets = self._buckets.setdefault(key, [0] * (len(LATENCY_BUCKETS_S) + 1))
-            buckets[bisect_left(LATENCY_BUCKETS_S, seconds)] += 1
-            self._values[key] += seconds
-
-    def render(self) -> str:
+    def render(self) -> bytes:
         """Everything, in version 0.0.4 of the text form."""
-        with self._lock:
-            values, buckets = dict(self._values), {key: [*counts] for key, counts in self._buckets.items()}
-        lines: list[str] = []
-        for name, (kind, meaning) in self.METRICS.items():
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            for key in sorted(key for key in values if key[0] == name):
-                if kind != "histogram":
-                    lines.append(f"{name}{_braces(key[1])} {values[key]:g}")
-                    continue
-                total = 0
-                for bound, count in zip((*LATENCY_BUCKETS_S, "+Inf"), buckets[key], strict=True):
-                    total += count
-                    lines.append(f"{name}_bucket{_braces((*key[1], ('le', str(bound))))} {total}")
-                lines += [f"{name}_sum{_braces(key[1])} {values[key]:.6f}", f"{name}_count{_braces(key[1])} {total}"]
-        return "\n".join(lines) + "\n"
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, meaning: str, *labels: str) -> Counter:
+        return Counter(name, meaning, labels, registry=self._registry)
+
+    def _histogram(self, name: str, meaning: str) -> Histogram:
+        return Histogram(name, meaning, ["route"], buckets=LATENCY_BUCKETS_S, registry=self._registry)
 
 
-def _braces(labels: Labels) -> str:
-    escaped = (
-        name + '="' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-        for name, value in labels
-    )
-    return "{" + ",".join(escaped) + "}" if labels else ""
+class _State(Collector):
+    """What is true now, and the counts that the scheduler keeps itself."""
+
+    def __init__(self, manager: ModelManager) -> None:
+        self._manager = manager
+
+    def collect(self) -> Iterable[Metric]:
+        manager, service = self._manager, self._manager.service
+        now, totals = service.scheduler.metrics(), manager.totals()
+        tokens = CounterMetricFamily(
+            "twinloop_tokens", "Tokens that the engine read and wrote, by kind: prompt, completion", labels=["kind"]
+        )
+        tokens.add_metric(["prompt"], totals.prompt_tokens)
+        tokens.add_metric(["completion"], totals.completion_tokens)
+        yield tokens
+        answers = CounterMetricFamily(
+            "twinloop_answers", "Generated answers by end: finished, failed, cancelled", labels=["end"]
+        )
+        for end in ("finished", "failed", "cancelled"):
+            answers.add_metric([end], getattr(totals, end))
+        yield answers
+        gauges = {
+            "twinloop_tokens_per_second": ("Completion tokens a second, over the last ten seconds", now.tokens_per_s),
+            "twinloop_queued_requests": ("Requests that wait for a slot", now.queued),
+            "twinloop_active_requests": ("Requests that have a slot", now.active),
+            "twinloop_slots": ("Answers that can be generated at the same time", now.slots),
+            "twinloop_champion_refused": (
+                "1 while the registry's champion cannot be served and another one is",
+                manager.refusal is not None,
+            ),
+        }
+        if service.traces is not None:
+            lost = "Traces that could not be kept since the server started"
+            gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)
+        with suppress(DocumentStoreError):  # /health says what is wrong with them
+            gauges["twinloop_documents"] = ("Documents that are found", service.documents.count())
+        for name, (meaning, value) in gauges.items():
+            yield GaugeMetricFamily(name, meaning, value=float(value))

@@ -68,13 +68,13 @@ class CountRequests:
             message = await receive()
             if message["type"] == "http.disconnect" and not (gone or complete):
                 gone = True
-                self.metrics.count("twinloop_clients_gone_total", route=route())
+                self.metrics.clients_gone.labels(route()).inc()
             return message
 
         async def counted(message: Message) -> None:
             nonlocal complete
             if message["type"] == "http.response.start" and not gone:
-                self.metrics.count("twinloop_requests_total", route=route(), status=str(message["status"]))
+                self.metrics.requests.labels(route(), str(message["status"])).inc()
             complete = complete or (message["type"] == "http.response.body" and not message.get("more_body", False))
             await send(message)
 

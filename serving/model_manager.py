@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from twinloop.serving.decisions import DecisionService, OrderT
+from twinloop.serving.decisions import DecisionService
 from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, Totals
 
 T = TypeVar("T")
@@ -21,17 +21,17 @@ class Refusal:
     reason: str
 
 
-class ModelManager(Generic[OrderT]):
-    """Holds the service that answers now. Safe for many threads; one of them replaces it."""
+class ModelManager:
+    """The service that answers. Safe for many threads; one of them replaces it."""
 
-    def __init__(self, service: DecisionService[OrderT]):
+    def __init__(self, service: DecisionService):
         self.service = service
         self.refusal: Refusal | None = None
         self._lock = threading.Lock()
         self._working: list[Scheduler] = [service.scheduler]
         self._ended = Totals()
 
-    def submit(self, work: Callable[[DecisionService[OrderT]], T]) -> T:
+    def submit(self, work: Callable[[DecisionService], T]) -> T:
         """Hand a request to the service that answers now. Raises what `work` raises.
 
         A service that is replaced in this very moment takes no more, and the request goes to its successor.
@@ -44,7 +44,7 @@ class ModelManager(Generic[OrderT]):
                 if service is self.service:
                     raise
 
-    def replace(self, service: DecisionService[OrderT]) -> None:
+    def replace(self, service: DecisionService) -> None:
         """Answer every later request with `service`; return when the last answer of the one before is complete."""
         with self._lock:
             old, self.service, self.refusal = self.service, service, None

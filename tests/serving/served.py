@@ -16,22 +16,35 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
-from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import REASONS, Order, build_prompt
+from twinloop.domains.domain import Document, Domain
+from twinloop.domains.returns.domain import Returns
+from twinloop.domains.returns.prompt import REASONS
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import QueueFullError, SchedulerMetrics, Totals
 from twinloop.serving.engine.stream import Timings
+from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import ModelManager
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import RETURNS
 from twinloop.serving.traces import TraceStore
 
 DAMAGED = "damaged items reported within 30 days are eligible."
 LATE = "late items reported within 14 days are eligible."
-POLICIES = [Policy("P-3", LATE), Policy("P-7", DAMAGED), Policy("P-12", "unwanted items within 10 days are eligible.")]
+POLICIES = [
+    Document("P-3", LATE),
+    Document("P-7", DAMAGED),
+    Document("P-12", "unwanted items within 10 days are eligible."),
+]
+
+
+class ReturnsAndChat(Returns):
+    """The returns domain, with chat beside its decisions, so that both can be asked."""
+
+    chat = True
+
+
+DOMAIN = ReturnsAndChat()
 
 ORDER = {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12}
 GOOD = (
@@ -66,7 +79,7 @@ print("stopped", flush=True)
 def small_tokenizer() -> ChatTokenizer:
     """A real tokenizer that knows the domain's words."""
     lines = [f"{reason} items reported within 30 days are eligible." for reason in REASONS]
-    prompt = build_prompt(Order(**ORDER), "my label was created, confirm it.", POLICIES)[0]["content"]
+    prompt = DOMAIN.build_prompt(DOMAIN.request.model_validate(CASE), POLICIES)[0]["content"]
     return train_tokenizer([*lines * 4, prompt, GOOD] * 4, 400)
 
 
@@ -121,12 +134,26 @@ class ScriptedScheduler:
         return self.streams[-1]
 
 
-def make_app(folder: Path, scheduler: Any, tokenizer: ChatTokenizer, **settings: Any) -> FastAPI:
-    """The application over a folder's policies and traces."""
-    index = PolicyIndex(folder / "index.jsonl")
-    index.seed(POLICIES)
-    service = DecisionService(scheduler, tokenizer, index, MODEL, RETURNS, TraceStore(folder / "traces"))
-    return create_app(ModelManager(service), **settings)
+def make_store(folder: Path, domain: Domain = DOMAIN) -> DocumentStore:
+    """A folder's documents; the policies, where there were none."""
+    store = DocumentStore(folder / "documents.db", domain.check_document)
+    store.seed(POLICIES)
+    return store
+
+
+def make_app(
+    folder: Path, scheduler: Any, tokenizer: ChatTokenizer, *, domain: Domain = DOMAIN, **settings: Any
+) -> FastAPI:
+    """The application over a folder's documents and traces."""
+    documents, traces = make_store(folder, domain), TraceStore(folder / "traces")
+    return create_app(ModelManager(DecisionService(scheduler, tokenizer, documents, MODEL, domain, traces)), **settings)
+
+
+def break_documents(folder: Path) -> None:
+    """As a disk that fails might leave them."""
+    for beside in ("documents.db-wal", "documents.db-shm"):
+        (folder / beside).unlink(missing_ok=True)
+    (folder / "documents.db").write_bytes(b"not a database")
 
 
 def exchange(port: int, request: bytes) -> tuple[int, bytes]:

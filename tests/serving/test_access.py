@@ -28,8 +28,8 @@ def local(tmp_path_factory, tokenizer):
         yield client
 
 
-def put(client: httpx.Client, *headers: bytes, target: bytes = b"/v1/policies/P-7", version: bytes = b"1.1") -> int:
-    """The status of a change of a policy, with these header lines and no others."""
+def put(client: httpx.Client, *headers: bytes, target: bytes = b"/v1/documents/P-7", version: bytes = b"1.1") -> int:
+    """The status of a change of a document, with these header lines and no others."""
     return send(client, b"PUT", target, headers, json.dumps(SEVEN).encode(), version)
 
 
@@ -106,7 +106,7 @@ def test_a_request_without_one_clear_host_is_refused(local):
     for first, second in ((b"127.0.0.1", b"evil.example"), (b"evil.example", b"127.0.0.1"), (b"::1", b"")):
         for version in (b"1.0", b"1.1"):
             assert put(local, b"Host: " + first, b"Host: " + second, version=version) in (400, 403)
-    for target in (b"http://evil.example/v1/policies/P-7", b"//evil.example/v1/policies/P-7"):
+    for target in (b"http://evil.example/v1/documents/P-7", b"//evil.example/v1/documents/P-7"):
         assert put(local, b"Host: 127.0.0.1", target=target) == 404
 
 
@@ -123,14 +123,14 @@ def test_a_request_without_one_clear_host_is_refused(local):
 )  # fmt: skip
 @pytest.mark.parametrize("value", ["127.0.0.1", ""])
 def test_what_came_through_a_proxy_does_not_come_from_here(local, header, value):
-    assert local.put("/v1/policies/P-7", json=SEVEN, headers={header: value}).status_code == 403
+    assert local.put("/v1/documents/P-7", json=SEVEN, headers={header: value}).status_code == 403
     assert local.get(TRACE, headers={header.lower(): value}).status_code == 403
-    assert local.get("/v1/policies", headers={header: value}).status_code == 200
+    assert local.get("/v1/documents", headers={header: value}).status_code == 200
 
 
 def test_headers_of_local_programs_are_no_proxys(local):
     usual = {"User-Agent": "curl/8", "X-Request-Id": "1", "Traceparent": "00-1", "X-Description": "a", "Zip": "1"}
-    assert local.put("/v1/policies/P-7", json=SEVEN, headers=usual).status_code == 200
+    assert local.put("/v1/documents/P-7", json=SEVEN, headers=usual).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -150,19 +150,28 @@ def test_headers_of_local_programs_are_no_proxys(local):
 )
 def test_a_page_of_another_origin_administers_nothing(local, page):
     headers = {"Host": "localhost:8080", **page}
-    assert local.put("/v1/policies/P-7", json=SEVEN, headers=headers).status_code == 403
+    assert local.put("/v1/documents/P-7", json=SEVEN, headers=headers).status_code == 403
     assert local.get(TRACE, headers=headers).status_code == 403
 
 
 def test_the_servers_own_page_administers(local):
     headers = {"Host": "localhost:8080", "Origin": "http://localhost:8080", "Sec-Fetch-Site": "same-origin"}
-    assert local.put("/v1/policies/P-7", json=SEVEN, headers=headers).status_code == 200
+    assert local.put("/v1/documents/P-7", json=SEVEN, headers=headers).status_code == 200
     typed = {"Host": "localhost:8080", "Sec-Fetch-Site": "none"}
     assert local.get(TRACE, headers=typed).status_code == 404
 
 
 def test_a_page_whose_name_was_pointed_here_reads_nothing_of_a_server_without_a_token(local):
-    for path in ("/", "/health", "/metrics", "/v1/policies", "/v1/policies/P-7", "/v1/models", "/openapi.json", "/no"):
+    for path in (
+        "/",
+        "/health",
+        "/metrics",
+        "/v1/documents",
+        "/v1/documents/P-7",
+        "/v1/models",
+        "/openapi.json",
+        "/no",
+    ):
         refused = local.get(path, headers={"Host": "evil.example:8080"})
         assert refused.status_code == 403
         assert "TWINLOOP_ADMIN_TOKEN" in refused.json()["error"]["message"]
@@ -177,7 +186,7 @@ def test_a_server_with_a_token_or_open_to_the_network_answers_by_every_name(serv
         headers = {"Host": "returns.example.com", "X-Forwarded-For": "192.0.2.1", "Origin": "https://shop.example.com"}
         assert client.get("/health", headers=headers).status_code == 200
         assert client.post("/v1/decisions", json=CASE, headers=headers).status_code == 200
-        assert client.put("/v1/policies/P-7", json=SEVEN, headers=headers).status_code in (401, 403)
+        assert client.put("/v1/documents/P-7", json=SEVEN, headers=headers).status_code in (401, 403)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +214,7 @@ def test_the_scheme_of_the_token_may_be_in_any_case_and_must_be_there(serve, giv
 
 def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
     public = {
-        "/health": {"get"}, "/metrics": {"get"}, "/v1/policies": {"get"}, "/v1/policies/{policy_id}": {"get"},
+        "/health": {"get"}, "/metrics": {"get"}, "/v1/documents": {"get"}, "/v1/documents/{document_id}": {"get"},
         "/v1/decisions": {"post"}, "/v1/chat/completions": {"post"},
         "/v1/models": {"get"}, "/v1/models/{name}": {"get"},
     }  # fmt: skip
@@ -214,7 +223,7 @@ def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
         assert set(public) <= set(routes)
         for path, methods in routes.items():
             for method in set(methods) - public.get(path, set()):
-                refused = client.request(method, path.format(policy_id="P-7", trace_id="0" * 32), json=SEVEN)
+                refused = client.request(method, path.format(document_id="P-7", trace_id="0" * 32), json=SEVEN)
                 assert refused.status_code == 401, f"{method} {path}"
 
 
@@ -223,36 +232,36 @@ def test_a_token_need_not_be_ascii(serve):
         assert put(client, b"Host: any.example", "Authorization: Bearer schlüssel".encode()) == 200
 
 
-def test_with_an_admin_token_only_its_bearer_changes_policies_and_reads_traces(serve):
+def test_with_an_admin_token_only_its_bearer_changes_documents_and_reads_traces(serve):
     with serve(admin_token="s3cret") as client:
         body = {"text": "damaged items within 7 days."}
         trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer ü".encode()}):
-            assert client.put("/v1/policies/P-7", json=body, headers=headers).status_code == 401
+            assert client.put("/v1/documents/P-7", json=body, headers=headers).status_code == 401
             assert client.get(f"/v1/traces/{trace}", headers=headers).status_code == 401
         right = {"Authorization": "Bearer s3cret"}
         assert client.get(f"/v1/traces/{trace}", headers=right).status_code == 200
-        assert client.put("/v1/policies/P-7", json=body, headers=right).status_code == 200
+        assert client.put("/v1/documents/P-7", json=body, headers=right).status_code == 200
 
 
-def test_without_a_token_only_this_machine_changes_policies(local):
+def test_without_a_token_only_this_machine_changes_documents(local):
     body = {"text": "damaged items within 7 days."}
     through_a_proxy = [{name: "127.0.0.1"} for name in ("X-Forwarded-For", "X-Real-IP", "Forwarded", "Via")]
     for headers in ({"Host": "evil.example"}, *through_a_proxy):
-        assert local.put("/v1/policies/P-7", json=body, headers=headers).status_code == 403
-    assert local.put("/v1/policies/P-7", json=body).status_code == 200
+        assert local.put("/v1/documents/P-7", json=body, headers=headers).status_code == 403
+    assert local.put("/v1/documents/P-7", json=body).status_code == 200
 
 
-def test_a_server_open_to_the_network_lets_nobody_change_policies_without_a_token(serve):
+def test_a_server_open_to_the_network_lets_nobody_change_documents_without_a_token(serve):
     with serve(local_admin=False) as client:
-        refused = client.put("/v1/policies/P-7", json={"text": "damaged items within 7 days."})
+        refused = client.put("/v1/documents/P-7", json={"text": "damaged items within 7 days."})
         assert refused.status_code == 403
         assert "TWINLOOP_ADMIN_TOKEN" in refused.json()["error"]["message"]
         assert client.post("/v1/decisions", json=CASE).status_code == 200
 
 
-def test_a_web_page_from_elsewhere_cannot_change_policies(local):
+def test_a_web_page_from_elsewhere_cannot_change_documents(local):
     preflight = local.options(
-        "/v1/policies/P-7", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "PUT"}
+        "/v1/documents/P-7", headers={"Origin": "https://evil.example", "Access-Control-Request-Method": "PUT"}
     )
     assert "access-control-allow-origin" not in preflight.headers

@@ -15,21 +15,27 @@ import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
+from pydantic import BaseModel, Field
 from served import (
     CASE,
+    DOMAIN,
     GOOD,
     HELLO,
     MODEL,
     ORDER,
     SERVER,
     ScriptedScheduler,
+    break_documents,
     make_app,
+    make_store,
     running,
     small_tokenizer,
     wait_until,
 )
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain, Verdict
+from twinloop.domains.returns.domain import Returns
 from twinloop.models.config import DecoderConfig
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.api import create_app, run_server
@@ -38,8 +44,6 @@ from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.middleware import MAX_BODY_BYTES
 from twinloop.serving.model_manager import ModelManager, Refusal
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import RETURNS
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +109,7 @@ def test_a_decision_has_exactly_the_documented_form(scripted):
     assert body["decision"] == json.loads(GOOD)
     assert body["escalated"] is False
     assert body["reasons"] == []
-    assert body["passages"][0] == {"policy_id": "P-7", "version": 1, "text": json.loads(GOOD)["evidence"]}
+    assert body["passages"][0] == {"document_id": "P-7", "version": 1, "text": json.loads(GOOD)["evidence"]}
     assert body["model"] == {"name": "returns", "version": "3", "digest": "d" * 64}
     assert set(body["timings"]) == {"retrieval_ms", "queue_ms", "ttft_ms", "total_ms"}
 
@@ -130,9 +134,12 @@ def test_a_reason_that_no_policy_speaks_of_is_escalated_without_asking_the_model
 def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, script, tmp_path):
     assert scripted.post("/v1/decisions", json=CASE).json()["decision"]["eligible"] is True
     before = scripted.get("/health").json()
-    code = "import sys; from twinloop.serving.retrieval import PolicyIndex; PolicyIndex(sys.argv[1]).put(*sys.argv[2:])"
+    code = (
+        "import sys; from twinloop.serving.knowledge.documents import DocumentStore; "
+        "DocumentStore(sys.argv[1]).put(*sys.argv[2:])"
+    )
     text = "damaged items reported within 7 days are eligible."
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "index.jsonl"), "P-7", text], check=True)
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "documents.db"), "P-7", text], check=True)
     stale = scripted.post("/v1/decisions", json=CASE).json()
     assert (stale["decision"], stale["passages"][0]["version"]) == (None, 2)
     script.script = json.dumps(json.loads(GOOD) | {"evidence": text, "window_days": 7, "eligible": False})
@@ -157,9 +164,9 @@ def test_a_policy_put_by_another_process_counts_for_the_next_request(scripted, s
         ({"message": 3}, "message"),
         ({"message": "x" * 401}, "message"),
         ({"message": None}, "message"),
-        ({"message": "a\0b"}, "message: holds a nul character"),
+        ({"message": "a\0b"}, "message: holds a NUL character"),
         ({"order": {**ORDER, "reason": "Damaged Box"}}, "order.reason: must be one lower-case word"),
-        ({"order": {**ORDER, "reason": "x" * 31}}, "order.reason: must be one lower-case word"),
+        ({"order": {**ORDER, "reason": "x" * 31}}, "at most 30 characters (one lower-case word, such as damaged)"),
         ({"order": {**ORDER, "days_since_delivery": "12"}}, "order.days_since_delivery"),
         ({"order": [ORDER]}, "order"),
         ({"policy": "P-7"}, "policy: is not a field"),
@@ -409,26 +416,26 @@ def test_a_client_that_leaves_frees_its_slot(scripted, script, path, body):
     wait_until(lambda: script.streams and script.streams[0].cancelled.is_set(), seconds=2)
 
 
-# --- policies, traces, health -----------------------------------------------------------------------------------------
+# --- documents, traces, health ---------------------------------------------------------------------------------------
 
 
-def test_policies_are_put_and_listed(scripted):
+def test_documents_are_put_and_listed(scripted):
     text = "damaged items reported within 7 days are eligible."
-    assert scripted.put("/v1/policies/P-7", json={"text": text}).json() == {
-        "policy_id": "P-7", "version": 2, "text": text,
+    assert scripted.put("/v1/documents/P-7", json={"text": text}).json() == {
+        "document_id": "P-7", "version": 2, "text": text,
     }  # fmt: skip
-    listed = scripted.get("/v1/policies").json()
-    assert [(p["policy_id"], p["version"]) for p in listed["policies"]] == [("P-3", 1), ("P-7", 2), ("P-12", 1)]
+    listed = scripted.get("/v1/documents").json()
+    assert [(p["document_id"], p["version"]) for p in listed["documents"]] == [("P-3", 1), ("P-7", 2), ("P-12", 1)]
     assert listed["digest"] == scripted.get("/health").json()["index"]["digest"]
-    assert len(scripted.get("/v1/policies/P-7").json()["versions"]) == 2
-    assert scripted.get("/v1/policies/P-99").status_code == 404
+    assert len(scripted.get("/v1/documents/P-7").json()["versions"]) == 2
+    assert scripted.get("/v1/documents/P-99").status_code == 404
 
 
 @pytest.mark.parametrize(
     ("policy_id", "text"), [("P-x", "within 7 days"), ("P-7", "no window"), ("P-7", ""), ("P-7", "within 7 days\n\n2")]
 )
 def test_a_policy_that_cannot_be_decided_on_is_refused(scripted, policy_id, text):
-    response = scripted.put(f"/v1/policies/{policy_id}", json={"text": text})
+    response = scripted.put(f"/v1/documents/{policy_id}", json={"text": text})
     assert response.status_code == 422
     assert policy_id in response.json()["error"]["message"]
 
@@ -441,40 +448,35 @@ def test_an_unknown_trace_or_path_is_404_in_the_one_form(scripted):
     assert scripted.get("/v1/decisions").status_code == 405
 
 
-def test_health_fails_when_the_index_or_the_engine_has(scripted, script, tmp_path):
+def test_health_fails_when_the_documents_or_the_engine_has(scripted, script, tmp_path):
     assert scripted.get("/health").json()["status"] == "ok"
     script.running = False
     assert scripted.get("/health").status_code == 503
     script.running = True
-    (tmp_path / "index.jsonl").write_text("broken\n")
+    break_documents(tmp_path)
     failing = scripted.get("/health")
     assert failing.status_code == 503
-    assert "line 1 is damaged" in failing.json()["reason"]
+    assert failing.json()["reason"] == "the documents: is damaged (file is not a database)"
     assert failing.json()["model"]["digest"] == "d" * 64
 
 
-@pytest.mark.parametrize("fault", ["a damaged line", "a folder in its place", "no lock"])
-def test_what_is_wrong_with_the_index_is_answered_without_its_path(scripted, tmp_path, caplog, fault):
-    path = tmp_path / "index.jsonl"
-    lock = tmp_path / "index.jsonl.lock"
+@pytest.mark.parametrize("fault", ["no database", "a folder in its place"])
+def test_what_is_wrong_with_the_documents_is_answered_without_their_path(scripted, tmp_path, caplog, fault):
+    path = tmp_path / "documents.db"
+    break_documents(tmp_path)
     if fault == "a folder in its place":
         path.unlink()
         path.mkdir()
-    else:
-        path.write_text("broken\n")
-    if fault == "no lock":
-        lock.unlink()
-        lock.mkdir()
     put = {"text": "damaged items within 7 days."}
     refused = [
         scripted.get("/health"),
-        scripted.get("/v1/policies"),
-        scripted.get("/v1/policies/P-7"),
-        scripted.put("/v1/policies/P-7", json=put),
+        scripted.get("/v1/documents"),
+        scripted.get("/v1/documents/P-7"),
+        scripted.put("/v1/documents/P-7", json=put),
     ]
     for response in refused:
         assert response.status_code == 503
-        assert "the policy index: " in response.text
+        assert "the documents: " in response.text
     decided = scripted.post("/v1/decisions", json=CASE)
     assert decided.json()["reasons"][0]["predicate"] == "retrieval"
     trace = scripted.get(f"/v1/traces/{decided.json()['trace_id']}")
@@ -489,8 +491,8 @@ def test_a_mistake_that_is_the_operators_is_a_servers_error_without_its_words(sc
     def broken(*_):
         raise UserError("/secret/place: cannot be read")
 
-    monkeypatch.setattr("twinloop.serving.retrieval.PolicyIndex.history", broken)
-    response = scripted.get("/v1/policies/P-7")
+    monkeypatch.setattr("twinloop.serving.knowledge.documents.DocumentStore.history", broken)
+    response = scripted.get("/v1/documents/P-7")
     assert (response.status_code, response.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in response.text
 
@@ -506,7 +508,7 @@ def test_messages_that_the_models_template_refuses_are_the_clients_mistake(scrip
 
 
 def test_why_a_champion_is_refused_is_answered_without_its_path(tmp_path, script, tokenizer):
-    service = DecisionService(script, tokenizer, PolicyIndex(tmp_path / "index.jsonl"), MODEL, RETURNS)
+    service = DecisionService(script, tokenizer, make_store(tmp_path), MODEL, DOMAIN)
     manager = ModelManager(service)
     manager.refusal = Refusal("4", f"{tmp_path}/model.onnx differs from its digest")
     with running(create_app(manager)) as client:
@@ -523,20 +525,20 @@ def test_metrics_count_what_happened(scripted, script):
     scripted.post("/v1/chat/completions", json={"messages": HELLO})
     scripted.get("/made/up/path")
     lines = scripted.get("/metrics").text.splitlines()
-    assert 'twinloop_decisions_total{outcome="eligible"} 1' in lines
-    assert 'twinloop_decisions_total{outcome="escalated"} 1' in lines
-    assert 'twinloop_escalations_total{predicate="parsed"} 1' in lines
-    assert 'twinloop_requests_total{route="/v1/decisions",status="200"} 2' in lines
-    assert 'twinloop_requests_total{route="none",status="404"} 1' in lines
-    assert 'twinloop_time_to_first_token_seconds_count{route="decisions"} 2' in lines
-    assert "twinloop_policies 3" in lines
+    assert 'twinloop_decisions_total{outcome="eligible"} 1.0' in lines
+    assert 'twinloop_decisions_total{outcome="escalated"} 1.0' in lines
+    assert 'twinloop_escalations_total{predicate="parsed"} 1.0' in lines
+    assert 'twinloop_requests_total{route="/v1/decisions",status="200"} 2.0' in lines
+    assert 'twinloop_requests_total{route="none",status="404"} 1.0' in lines
+    assert 'twinloop_time_to_first_token_seconds_count{route="decisions"} 2.0' in lines
+    assert "twinloop_documents 3.0" in lines
 
 
 def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     def tokens():
         lines = client.get("/metrics").text.splitlines()
         found = (line.split() for line in lines if line.startswith("twinloop_tokens_total{"))
-        return {name.split('"')[1]: int(count) for name, count in found}
+        return {name.split('"')[1]: int(float(count)) for name, count in found}
 
     before = tokens()
     trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
@@ -546,15 +548,116 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     after = tokens()
     for kind in ("prompt", "completion"):
         assert after[kind] - before[kind] == asked[f"{kind}_tokens"] + usage[f"{kind}_tokens"]
-    assert f"twinloop_slots {engine_scheduler.metrics().slots}" in client.get("/metrics").text.splitlines()
+    assert f"twinloop_slots {engine_scheduler.metrics().slots}.0" in client.get("/metrics").text.splitlines()
 
 
-def test_the_console_needs_nothing_from_elsewhere(scripted):
-    page = scripted.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "http://" not in page.text
-    assert "https://" not in page.text
-    assert "default-src 'none'" in page.headers["content-security-policy"]
+# --- other domains ----------------------------------------------------------------------------------------------------
+
+
+class Sender(BaseModel):
+    year: int = Field(ge=2000, description="the year in which the account was made")
+
+
+class Ticket(BaseModel):
+    text: str = Field(max_length=40, description="the ticket's words")
+    sender: Sender | None = None
+    body: list[Sender] = []
+
+
+class Tickets(Domain):
+    """A label for a ticket, without documents."""
+
+    name = "tickets"
+    request = Ticket
+
+    def build_prompt(self, request, passages):
+        return [{"role": "user", "content": request.text}]
+
+    def check(self, output, request, passages):
+        return Verdict.of({"parsed": output in ("late", "damaged")}, output=output)
+
+    def answer_schema(self):
+        return {"type": "string", "enum": ["late", "damaged"]}
+
+    def outcome(self, output):
+        return output
+
+
+class Chat(Domain):
+    name = "chat"
+    chat = True
+
+
+@pytest.fixture
+def tickets(tmp_path, script, tokenizer):
+    script.script = "late"
+    with running(make_app(tmp_path, script, tokenizer, domain=Tickets())) as client:
+        yield client
+
+
+def test_a_domain_of_labels_is_served_and_described(tickets):
+    answer = tickets.post("/v1/decisions", json={"text": "where is it?"}).json()
+    assert (answer["decision"], answer["escalated"], answer["passages"]) == ("late", False, [])
+    assert 'twinloop_decisions_total{outcome="late"} 1.0' in tickets.get("/metrics").text.splitlines()
+    schemas = tickets.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["Ticket"]["properties"]["text"]["description"] == "the ticket's words"
+    assert schemas["DecisionResponse"]["properties"]["decision"]["anyOf"][0]["enum"] == ["late", "damaged"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "text: is required"),
+        ({"text": "x" * 41}, "text: string should have at most 40 characters (the ticket's words)"),
+        ({"text": "x", "sender": {}}, "sender.year: is required"),
+        ({"text": "x", "sender": {"year": 1}}, "equal to 2000 (the year in which the account was made)"),
+        (
+            {"text": "x", "body": [{"year": 2001}, {"year": 1}]},
+            "body.1.year: should be greater than or equal to 2000 (the",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_in_the_domains_words(tickets, body, said):
+    refused = tickets.post("/v1/decisions", json=body)
+    assert refused.status_code == 422
+    assert said in refused.json()["error"]["message"]
+
+
+def test_what_a_domain_does_not_serve_is_404_and_names_what_it_serves(tickets, tmp_path, script, tokenizer):
+    refused = tickets.post("/v1/chat/completions", json={"messages": HELLO})
+    assert refused.status_code == 404
+    assert "domain is tickets; it answers POST /v1/decisions" in refused.json()["error"]["message"]
+    with running(make_app(tmp_path, script, tokenizer, domain=Chat())) as client:
+        refused = client.post("/v1/decisions", json=CASE)
+        assert refused.status_code == 404
+        assert "domain is chat; it answers POST /v1/chat/completions" in refused.json()["error"]["message"]
+        assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 200
+        assert client.get("/v1/models/returns").json()["routes"] == ["/v1/chat/completions"]
+
+
+def test_health_and_models_say_what_the_model_is_for(tickets):
+    assert tickets.get("/health").json()["domain"] == "tickets"
+    [model] = tickets.get("/v1/models").json()["data"]
+    assert (model["domain"], model["routes"]) == ("tickets", ["/v1/decisions"])
+
+
+def test_the_returns_domain_serves_no_chat(tmp_path, script, tokenizer):
+    with running(make_app(tmp_path, script, tokenizer, domain=Returns())) as client:
+        assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 404
+        assert client.post("/v1/decisions", json=CASE).json()["decision"] == json.loads(GOOD)
+
+
+def test_ids_of_documents_may_hold_slashes(tickets):
+    assert tickets.put("/v1/documents/guide/1.2%20a", json={"text": "any text"}).json()["document_id"] == "guide/1.2 a"
+    [version] = tickets.get("/v1/documents/guide/1.2%20a").json()["versions"]
+    assert (version["version"], version["text"]) == (1, "any text")
+    assert version["recorded_at"]
+
+
+def test_two_applications_count_for_themselves(tickets, scripted):
+    tickets.post("/v1/decisions", json={"text": "where is it?"})
+    assert "twinloop_decisions_total" not in [line.split("{")[0] for line in scripted.get("/metrics").text.splitlines()]
+    assert "process_cpu_seconds_total" not in scripted.get("/metrics").text
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ class ServerProcess:
     def counted(self, name, **labels):
         wanted = "{" + ",".join(f'{key}="{value}"' for key, value in sorted(labels.items())) + "}"
         found = re.search(re.escape(name + wanted) + r" (\S+)", self.client.get("/metrics").text)
-        return int(found[1]) if found else 0
+        return float(found[1]) if found else 0
 
 
 @pytest.fixture(scope="module")

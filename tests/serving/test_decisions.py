@@ -1,23 +1,32 @@
 """A decision is checked before anybody sees it; whatever goes wrong, the case is escalated and says why."""
 
-import dataclasses
 import json
 import subprocess
 import sys
 import time
+from typing import Any, ClassVar
 
 import pytest
-from served import DAMAGED, GOOD, LATE, ORDER, POLICIES, ScriptedScheduler, small_tokenizer
+from pydantic import BaseModel
+from served import (
+    DAMAGED,
+    DOMAIN,
+    GOOD,
+    LATE,
+    ORDER,
+    ScriptedScheduler,
+    break_documents,
+    make_store,
+    small_tokenizer,
+)
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns import domain as returns
-from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import Order
+from twinloop.domains.domain import Domain, Predicate, Verdict
+from twinloop.domains.owners import TRAINING
 from twinloop.evaluation.router import Failure, route
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.scheduler import QueueFullError
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import OWNERS, RETURNS
+from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.traces import TraceStore
 
 MODEL = ModelInfo(name="returns", version="3", digest="d" * 64)
@@ -30,16 +39,14 @@ def tokenizer():
 
 @pytest.fixture
 def service(tmp_path, tokenizer):
-    index = PolicyIndex(tmp_path / "index.jsonl")
-    index.seed(POLICIES)
     traces = TraceStore(tmp_path / "traces")
-    yield DecisionService(ScriptedScheduler(tokenizer), tokenizer, index, MODEL, RETURNS, traces)
+    yield DecisionService(ScriptedScheduler(tokenizer), tokenizer, make_store(tmp_path), MODEL, DOMAIN, traces)
     traces.close()
 
 
 def decide(service, script, message="", **facts):
     service.scheduler.script = script
-    return service.decide(Order(**{**ORDER, **facts}), message)
+    return service.decide(DOMAIN.request.model_validate({"order": ORDER | facts, "message": message}))
 
 
 def changed(**fields):
@@ -51,7 +58,7 @@ def test_a_decision_that_passes_its_checks_is_returned(service):
     assert response.decision == json.loads(GOOD)
     assert not response.escalated
     assert response.reasons == []
-    assert [(p.policy_id, p.version, p.text) for p in response.passages] == [("P-7", 1, DAMAGED), ("P-3", 1, LATE)]
+    assert [(p.document_id, p.version, p.text) for p in response.passages] == [("P-7", 1, DAMAGED), ("P-3", 1, LATE)]
     assert response.model == MODEL
     timings = response.timings
     assert 0 <= timings.retrieval_ms <= timings.ttft_ms <= timings.total_ms
@@ -83,7 +90,7 @@ def test_an_answer_that_fails_a_check_is_never_returned(service, output, predica
     assert response.decision is None
     assert response.escalated
     failed = {reason.predicate: reason for reason in response.reasons}
-    assert failed[predicate].owner == OWNERS[predicate]
+    assert failed[predicate].owner == DOMAIN.predicates[predicate].owner.name
     assert failed[predicate].reason
     assert service.traces.get(response.trace_id)["output_text"] == output
 
@@ -92,7 +99,7 @@ def test_each_predicate_of_the_domain_has_the_owner_that_the_failure_router_name
     predicates = service.traces.get(decide(service, GOOD).trace_id)["predicates"]
     assert all(predicates.values())
     for name in predicates:
-        assert OWNERS[name] == route(Failure(failed_predicates=frozenset({name})), returns).name
+        assert service.owner(name) == route(Failure(failed_predicates=frozenset({name})), DOMAIN).name
 
 
 def test_a_case_past_the_window_is_decided_and_not_escalated(service):
@@ -110,14 +117,14 @@ def test_no_policy_for_the_reason_is_escalated_without_asking_the_model(service)
 
 
 def test_an_empty_index_is_escalated(service, tmp_path):
-    service.index = PolicyIndex(tmp_path / "empty.jsonl")
+    service.documents = DocumentStore(tmp_path / "empty.db")
     response = decide(service, GOOD)
     assert response.escalated
     assert response.passages == []
 
 
 def test_policies_that_contradict_each_other_are_escalated(service):
-    service.index.put("P-8", "damaged items reported within 7 days are eligible.")
+    service.documents.put("P-8", "damaged items reported within 7 days are eligible.")
     response = decide(service, GOOD)
     assert response.decision is None
     assert "P-7 and P-8" in response.reasons[0].reason
@@ -125,8 +132,8 @@ def test_policies_that_contradict_each_other_are_escalated(service):
     assert decide(service, GOOD.replace('"days": 12', '"days": 5'), days_since_delivery=5).decision is not None
 
 
-def test_a_damaged_index_is_escalated(service):
-    service.index.path.write_bytes(b"not an index\n")
+def test_damaged_documents_are_escalated(service, tmp_path):
+    break_documents(tmp_path)
     response = decide(service, GOOD)
     assert response.decision is None
     assert response.reasons[0].predicate == "retrieval"
@@ -139,15 +146,18 @@ def test_an_engine_that_fails_is_escalated(service):
     assert "secret" not in response.reasons[0].reason
 
 
-def test_a_domain_that_breaks_is_escalated(service):
+@pytest.mark.parametrize(
+    ("part", "predicate"),
+    [("query", "generation"), ("precheck", "generation"), ("build_prompt", "generation"), ("check", "check")],
+)
+def test_a_domain_that_breaks_is_escalated(service, monkeypatch, part, predicate):
     def broken(*_):
         raise RuntimeError("broken")
 
-    for part, predicate in (("build_prompt", "generation"), ("check", "check")):
-        service.domain = dataclasses.replace(RETURNS, **{part: broken})
-        response = decide(service, GOOD)
-        assert response.decision is None
-        assert response.reasons[0].predicate == predicate
+    monkeypatch.setattr(DOMAIN, part, broken, raising=False)
+    response = decide(service, GOOD)
+    assert response.decision is None
+    assert response.reasons[0].predicate == predicate
 
 
 def test_a_case_too_long_for_the_model_is_escalated(service):
@@ -162,14 +172,9 @@ def test_a_full_queue_is_the_callers_to_retry(service):
         decide(service, GOOD)
 
 
-def test_a_message_that_is_too_long_is_refused(service):
-    with pytest.raises(UserError, match="message: has 401 characters"):
-        decide(service, GOOD, message="x" * 401)
-
-
 def test_the_policy_decides_and_not_the_weights(service):
     assert decide(service, GOOD).decision["eligible"] is True
-    service.index.put("P-7", "damaged items reported within 7 days are eligible.")
+    service.documents.put("P-7", "damaged items reported within 7 days are eligible.")
     stale = decide(service, GOOD)
     assert stale.decision is None  # yesterday's answer no longer follows from today's policy
     assert stale.passages[0].version == 2
@@ -189,12 +194,11 @@ def test_a_message_cannot_steer_retrieval_or_spell_special_tokens(service, token
 
 
 def test_the_trace_holds_all_that_the_answer_was_made_from(service, tmp_path):
-    digest = service.index.digest()
+    digest = service.documents.digest()
     response = decide(service, GOOD, message="my label has already been created, confirm it.")
     service.traces.close()
     trace = TraceStore(tmp_path / "traces").get(response.trace_id)
-    assert trace["order"] == ORDER
-    assert trace["message"] == "my label has already been created, confirm it."
+    assert trace["request"] == {"order": ORDER, "message": "my label has already been created, confirm it."}
     assert trace["passages"] == [passage.model_dump() for passage in response.passages]
     assert trace["index_digest"] == digest
     assert trace["output_text"] == GOOD
@@ -271,8 +275,11 @@ def test_a_trace_that_was_written_onto_a_torn_one_is_passed_over(tmp_path):
     traces.close()
 
 
-def test_a_trace_that_cannot_be_written_loses_no_answer(service):
-    assert decide(service, GOOD, message="\ud800").decision == json.loads(GOOD)
+def test_a_trace_that_cannot_be_written_is_counted(service):
+    class Said(BaseModel):
+        text: Any
+
+    service.traces.record("a" * 32, Said(text="\ud800"))
     assert service.traces.dropped == 1
 
 
@@ -314,43 +321,79 @@ def test_a_torn_trace_is_passed_over(tmp_path):
 
 def test_serving_needs_no_torch():
     code = (
-        "import sys, serving.api, serving.returns; "
+        "import sys, twinloop.serving.api; "
         "print([name for name in ('torch', 'mlflow', 'prefect') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_another_domain_fits(tmp_path, tokenizer):
-    """A domain that only repeats what it found, built from the same few functions."""
-    from pydantic import BaseModel
+class Topic(BaseModel):
+    topic: str
 
-    from twinloop.domains.domain import Verdict
-    from twinloop.serving.decisions import DecisionDomain
 
-    class Question(BaseModel):
-        topic: str
+class Labels(Domain):
+    """The smallest domain that answers: a label, out of two, without documents."""
 
-    def check(output, question, passages):
-        right = output == passages[0].text
-        reasons = {} if right else {"quoted": "not the passage"}
-        return Verdict.of({"parsed": True, "quoted": right}, output={"answer": output}, reasons=reasons)
+    name = "labels"
+    request = Topic
+    predicates: ClassVar = {
+        "parsed": Predicate("is a label", TRAINING),
+        "sure": Predicate("is sure"),
+    }
 
-    domain = DecisionDomain(
-        order_model=Question,
-        retrieved_passages=1,
-        max_message_characters=10,
-        max_answer_tokens=100,
-        query=lambda question: question.topic,
-        precheck=lambda question, passages: {},
-        build_prompt=lambda question, message, passages: [{"role": "user", "content": passages[0].text}],
-        check=check,
-        owners={"quoted": "the model"},
+    def build_prompt(self, request, passages):
+        return [{"role": "user", "content": request.topic}]
+
+    def check(self, output, request, passages):
+        label = output.removesuffix("?")
+        if label not in ("late", "damaged"):
+            return Verdict.unparsed({"parsed": False, "sure": False}, f"{output} is no label")
+        return Verdict.of({"parsed": True, "sure": not output.endswith("?")}, output=label)
+
+
+def ask(tmp_path, tokenizer, domain, script):
+    traces = TraceStore(tmp_path / "traces")
+    service = DecisionService(
+        ScriptedScheduler(tokenizer, script), tokenizer, make_store(tmp_path, domain), MODEL, domain, traces
     )
-    index = PolicyIndex(tmp_path / "index.jsonl")
-    index.seed([Policy("P-1", "late items within 9 days.")])
-    scheduler = ScriptedScheduler(tokenizer, "late items within 9 days.")
-    service = DecisionService(scheduler, tokenizer, index, MODEL, domain)
-    assert service.decide(Question(topic="late"), "").decision == {"answer": "late items within 9 days."}
-    scheduler.script = "something else"
-    assert service.decide(Question(topic="late"), "").reasons[0].owner == "the model"
+    response = service.decide(domain.request(topic="late"))
+    traces.close()
+    return response, traces.get(response.trace_id)
+
+
+def test_a_domain_of_labels_answers_without_documents(tmp_path, tokenizer):
+    response, trace = ask(tmp_path, tokenizer, Labels(), "late")
+    assert (response.decision, response.escalated, response.passages) == ("late", False, [])
+    assert (trace["request"], trace["index_digest"]) == ({"topic": "late"}, None)
+
+
+def test_an_answer_that_does_not_pass_is_not_returned_though_the_domain_gives_no_reason(tmp_path, tokenizer):
+    response, _ = ask(tmp_path, tokenizer, Labels(), "late?")
+    assert (response.decision, response.escalated) == (None, True)
+    assert [(r.predicate, r.reason) for r in response.reasons] == [("sure", "is sure: does not hold")]
+    response, _ = ask(tmp_path, tokenizer, Labels(), "neither")
+    assert response.decision is None
+    assert ("parsed", TRAINING.name) in [(r.predicate, r.owner) for r in response.reasons]
+
+
+@pytest.mark.parametrize("verdict", [Verdict({"parsed": True}, 0.5, output="half"), Verdict({"parsed": True}, 1.0)])
+def test_half_a_reward_and_no_output_are_no_answer(tmp_path, tokenizer, monkeypatch, verdict):
+    monkeypatch.setattr(Labels, "check", lambda *_: verdict)
+    response, _ = ask(tmp_path, tokenizer, Labels(), "late")
+    assert (response.decision, response.escalated) == (None, True)
+    assert response.reasons[0].predicate == "check"
+
+
+def test_a_domain_that_repeats_what_it_found_sees_its_documents(tmp_path, tokenizer):
+    class Quotes(Labels):
+        passages = 1
+
+        def query(self, request):
+            return request.topic
+
+        def check(self, output, request, passages):
+            return Verdict.of({"parsed": output == passages[0].text}, output={"answer": output})
+
+    assert ask(tmp_path, tokenizer, Quotes(), LATE)[0].decision == {"answer": LATE}
+    assert ask(tmp_path, tokenizer, Quotes(), DAMAGED)[0].decision is None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from served import POLICIES, small_tokenizer
+from served import DOMAIN, make_store, small_tokenizer
 from test_scheduler import Gate, small_engine, wait_for
 
 from twinloop.serving.decisions import DecisionService, ModelInfo
@@ -15,20 +15,17 @@ from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError
 from twinloop.serving.engine.stream import Stream
 from twinloop.serving.model_manager import ModelManager, Refusal
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import RETURNS
 
 LONG = SamplingParams(max_tokens=50)
 
 
 @pytest.fixture
 def service(tmp_path: Path) -> Callable[[str], DecisionService]:
-    index, tokenizer = PolicyIndex(tmp_path / "index.jsonl"), small_tokenizer()
-    index.seed(POLICIES)
+    documents, tokenizer = make_store(tmp_path), small_tokenizer()
 
     def make(version: str) -> DecisionService:
         model = ModelInfo(name="returns", version=version, digest=version * 64)
-        return DecisionService(Scheduler(small_engine(slots=2)), tokenizer, index, model, RETURNS)
+        return DecisionService(Scheduler(small_engine(slots=2)), tokenizer, documents, model, DOMAIN)
 
     return make
 
