@@ -29,6 +29,8 @@ FILE_MODULES = "twinloop_domain_"
 class LoadedDomain:
     """A domain and where it is defined: what fingerprints are made from."""
 
+    name: str
+    """As the recipe names it: what loads it again."""
     domain: Domain
     module: str
     """Importable name, of ready-made domains and modules; for a file, the name that it is loaded under."""
@@ -97,4 +99,4 @@ def _of(name: str, module: ModuleType) -> LoadedDomain:
     if not isinstance(domain, Domain):
         raise UserError(f"domain: {name} defines no `domain`; end the module with `domain = MyDomain()`")
     assert module.__file__ is not None
-    return LoadedDomain(domain, module.__name__, Path(module.__file__))
+    return LoadedDomain(name, domain, module.__name__, Path(module.__file__))

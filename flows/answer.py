@@ -1,4 +1,4 @@
-"""The champion at work: over HTTP, for one order, or as the proof at the end of a lifecycle."""
+"""The champion at work: over HTTP, for one request, or asked at the end of a lifecycle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.registry.smoke_test import EXAMPLE_MESSAGE, EXAMPLE_ORDER
 
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 60.0
@@ -25,9 +24,9 @@ STOP_WITHIN_S = 20.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said to one order."""
+    """What the server said to the example of the model's domain."""
 
-    order: Mapping[str, Any]
+    request: Mapping[str, Any]
     body: Mapping[str, Any]
 
 
@@ -51,36 +50,40 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
             answers = manager.service.model
             print(f"{address}  {answers.name} version {answers.version}", flush=True)
 
-        with following_champion(registry, manager, slots=slots):
+        with following_champion(project, registry, manager, slots=slots):
             run_server(app, host, port, on_ready=ready)
     return 0
 
 
-def decide_once(project: Path, model: str, order: Mapping[str, Any], message: str) -> int:
-    """Print the decision on one order as JSON; 1 when it is escalated."""
+def decide_once(project: Path, model: str, text: str | None) -> int:
+    """Print the decision on one request as JSON; 1 when it is escalated. text: the request as JSON; "-" reads stdin."""
     from pydantic import ValidationError
 
-    from twinloop.domains.returns.prompt import Order
-    from twinloop.registry.champion import open_champion
+    from twinloop.registry.champion import load_served_domain, open_champion
+    from twinloop.registry.tracking import Mlruns
+    from twinloop.registry.versions import CHAMPION, Registry
+    from twinloop.serving.errors import describe_validation, field_descriptions
 
+    domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project)
+    if domain.request is None:
+        raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
+    example = f"such as '{json.dumps(dict(domain.example))}'"
+    if text is None:
+        raise UserError(f"--json: is required: the request, or - for what comes on stdin; {example}")
     try:
-        checked = Order(**order)
+        request = domain.request.model_validate_json(sys.stdin.buffer.read() if text == "-" else text)
     except ValidationError as error:
-        problem = error.errors()[0]
-        option = {"days_since_delivery": "days"}.get(str(problem["loc"][0]), str(problem["loc"][0]).replace("_", "-"))
-        told = (
-            Order.model_fields[str(problem["loc"][0])].description
-            or problem["msg"].removeprefix("Input should be ").lower()
-        )
-        raise UserError(f"--{option} {problem['input']!r}: must be {told}") from None
+        problem, _ = describe_validation(error.errors(), field_descriptions(domain.request))
+        raise UserError(f"--json: {problem}; {example}") from None
     with open_champion(project, model, slots=1) as champion:
-        response = champion.service.decide(checked, message)
+        response = champion.service.decide(request)
     print(response.model_dump_json(indent=2))
     return 1 if response.escalated else 0
 
 
 def answer_over_http(project: Path, model: str) -> Answer:
-    """Start the server as a user would, ask it about order A10234, stop it. Raises UserError where no answer comes."""
+    """Start the server as a user would, ask it the example of its domain, stop it. Raises UserError where no answer
+    comes."""
     server = subprocess.Popen(
         [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", model, "--port", "0"],
         cwd=project,
@@ -100,7 +103,7 @@ def answer_over_http(project: Path, model: str) -> Answer:
             said = server.stderr.read().strip().splitlines()
             last = said[-1].removeprefix("twinloop: ") if said else f"no address within {START_WITHIN_S:.0f} s"
             raise UserError(f"serve: {last}")
-        return Answer(EXAMPLE_ORDER, _ask(address[0]))
+        return _ask(address[0], *_example(project, model))
     finally:
         too_late.cancel()
         server.terminate()
@@ -111,12 +114,21 @@ def answer_over_http(project: Path, model: str) -> Answer:
             server.communicate()
 
 
-def _ask(address: str) -> dict[str, Any]:
-    body = json.dumps({"order": EXAMPLE_ORDER, "message": EXAMPLE_MESSAGE}).encode()
-    request = urllib.request.Request(f"{address}/v1/decisions", body, {"Content-Type": "application/json"})
+def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
+    """Where the champion is asked, and what."""
+    from twinloop.registry.champion import load_served_domain
+    from twinloop.registry.smoke_test import example_call
+    from twinloop.registry.tracking import Mlruns
+    from twinloop.registry.versions import CHAMPION, Registry
+
+    return example_call(load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project))
+
+
+def _ask(address: str, route: str, body: dict[str, Any]) -> Answer:
+    content = json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}{route}", content, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as response:
-            answer: dict[str, Any] = json.load(response)
+            return Answer(body, json.load(response))
     except (OSError, http.client.HTTPException, ValueError) as error:  # HTTPError and a timeout are OSErrors
         raise UserError(f"{request.full_url}: no answer ({' '.join(str(error).split())})") from None
-    return answer

@@ -25,9 +25,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-policies_app = typer.Typer(help="The policies that decisions are made under.", no_args_is_help=True)
+documents_app = typer.Typer(help="The documents that answers are given under.", no_args_is_help=True)
 data_app = typer.Typer(help="The data set and its version.", no_args_is_help=True)
-app.add_typer(policies_app, name="policies")
+app.add_typer(documents_app, name="documents")
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="a recipe file", metavar="RECIPE")]
@@ -72,23 +72,15 @@ def serve(
 
 @app.command()
 def decide(
-    order_id: Annotated[str, typer.Option(help="such as A10234")],
-    reason: Annotated[str, typer.Option(help="such as damaged")],
-    days: Annotated[int, typer.Option(help="days since delivery")],
-    damage_confirmed: Annotated[bool, typer.Option("--damage-confirmed/--no-damage-confirmed")] = False,
-    message: Annotated[str, typer.Option(help="the customer's words, trusted in nothing")] = "",
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="REQUEST", help="the body of POST /v1/decisions; - reads stdin")
+    ] = None,
     model: ModelName = "returns",
 ) -> int:
-    """Decide one order with the champion; the answer is JSON. Exit code 1 when it is escalated."""
+    """Answer one request with the champion; the answer is JSON. Exit code 1 when it is escalated."""
     from twinloop.flows.answer import decide_once
 
-    order = {
-        "order_id": order_id,
-        "reason": reason,
-        "damage_confirmed": damage_confirmed,
-        "days_since_delivery": days,
-    }
-    return decide_once(_project(), model, order, message)
+    return decide_once(_project(), model, as_json)
 
 
 @app.command()
@@ -126,27 +118,32 @@ def plan(recipe: RecipePath = DEFAULT_RECIPE) -> int:
     return show_plan(_project(), recipe)
 
 
-@policies_app.command("put")
-def policies_put(
-    policy_id: Annotated[str, typer.Argument(help="such as P-7")],
-    text: Annotated[str, typer.Argument(help='one sentence that says "within N days"')],
+@documents_app.command("put")
+def documents_put(
+    document_id: Annotated[str, typer.Argument(help="its name in answers, such as P-7")],
+    text: Annotated[str, typer.Argument(help="the text; - reads stdin")],
+    model: ModelName = "returns",
 ) -> int:
-    """Put a policy in force; running servers answer under it from the next request on."""
-    from twinloop.registry.champion import open_policies
+    """Make a text the document's newest version; running servers answer under it from the next request on."""
+    from twinloop.flows.documents import put_document
 
-    policy = open_policies(_project()).put(policy_id, text)
-    typer.echo(f"{policy.policy_id} version {policy.version}: {policy.text}")
-    return 0
+    return put_document(_project(), model, document_id, text)
 
 
-@policies_app.command("list")
-def policies_list() -> int:
-    """List the policies in force."""
-    from twinloop.registry.champion import open_policies
+@documents_app.command("list")
+def documents_list(model: ModelName = "returns") -> int:
+    """List the newest version of each document."""
+    from twinloop.flows.documents import list_documents
 
-    for policy in open_policies(_project()).list():
-        typer.echo(f"{policy.policy_id:<8} v{policy.version:<4} {policy.text}")
-    return 0
+    return list_documents(_project(), model)
+
+
+@documents_app.command("history")
+def documents_history(document_id: Annotated[str, typer.Argument()], model: ModelName = "returns") -> int:
+    """List every version of a document, oldest first, and when it was put."""
+    from twinloop.flows.documents import show_history
+
+    return show_history(_project(), model, document_id)
 
 
 @data_app.command("build")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,8 @@ from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Registry
 
 if TYPE_CHECKING:
-    from twinloop.serving.decisions import DecisionResponse
+    from twinloop.registry.smoke_test import SmokeTest
+    from twinloop.registry.versions import Served
 
 FOLLOW = "running servers follow within seconds"
 
@@ -34,27 +34,24 @@ def promote_version(project: Path, model: str, version: int) -> int:
 
 
 def roll_back(project: Path, model: str) -> int:
+    from twinloop.registry.champion import load_served_domain
     from twinloop.registry.promotion import rollback
-    from twinloop.registry.smoke_test import EXAMPLE_ORDER, prove_answers
+    from twinloop.registry.smoke_test import smoke_test
     from twinloop.tasks.register import who
 
-    proofs: list[DecisionResponse] = []
-    done = rollback(
-        Registry(Mlruns(project / "mlruns"), model), who(), lambda bundle: proofs.append(prove_answers(bundle))
-    )
+    tested: list[SmokeTest] = []
+
+    def test(version: Served) -> None:
+        tested.append(smoke_test(version.path, load_served_domain(version, project)))
+
+    done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), test)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
     if done.finished_later:
         print(f"this rollback, begun by {done.who} on {done.when}, had been interrupted")
         print("run the command again to go back further")
         return 0
-    print(f"its proof, order {EXAMPLE_ORDER['order_id']}: {_told(proofs[-1])}")
+    print(f"smoke test: {tested[-1]}")
     return 0
-
-
-def _told(answer: DecisionResponse) -> str:
-    if answer.decision is not None:
-        return f"{json.dumps(answer.decision)}, all checks passed"
-    return f"escalated: {'; '.join(f'{reason.predicate}: {reason.reason}' for reason in answer.reasons)}"
 
 
 def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:

@@ -39,10 +39,12 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.silence:
         console.print(f"no answer over HTTP: {outcome.silence}", highlight=False, markup=False, soft_wrap=True)
     if outcome.answer:
-        order = outcome.answer.order
-        console.print(f"order {order['order_id']} over HTTP:", highlight=False)
-        body = outcome.answer.body
-        shown = {"decision": body["decision"], "escalated": body["escalated"], "model": body["model"]["version"]}
+        request, body = outcome.answer.request, outcome.answer.body
+        console.print(f"{json.dumps(request)} over HTTP:", highlight=False, markup=False, soft_wrap=True)
+        if "decision" in body:
+            shown = {"decision": body["decision"], "escalated": body["escalated"], "model": body["model"]["version"]}
+        else:
+            shown = {"answer": body["choices"][0]["message"]["content"], "model": body["model"]}
         console.print(json.dumps(shown), highlight=False, markup=False, soft_wrap=True)
 
 

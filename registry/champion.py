@@ -1,4 +1,4 @@
-"""The champion, opened: registry, bundle, engine, policies and traces put together. Neither torch nor MLflow."""
+"""The champion, opened: registry, domain, bundle, engine, documents and traces together. Neither torch nor MLflow."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import Order
+from twinloop.domains.domain import Document, Domain
+from twinloop.domains.loader import load_domain
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.registry.smoke_test import prove
+from twinloop.registry.smoke_test import smoke_test_engine
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import CHAMPION, Registry, Served
+from twinloop.registry.versions import CHAMPION, Registry, Served, Version
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore
 from twinloop.serving.model_manager import ModelManager, Refusal
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import RETURNS
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -33,53 +32,62 @@ RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
 
 
-def open_policies(project: Path) -> PolicyIndex:
-    """The policies in force; an index that is still empty starts with those of the data set."""
-    index = PolicyIndex(project / "state" / "policies.jsonl")
-    if not index.path.exists() and (policies := _policies_of(project / "data")):
-        index.seed(policies)
-    return index
+def load_served_domain(version: Version | Served, project: Path) -> Domain:
+    """What a version is for. Raises UserError where the registry does not say it, or where it cannot be loaded."""
+    name = version.domain
+    try:
+        return load_domain(name, project).domain
+    except UserError as error:
+        raise UserError(f"{version}: its domain cannot be loaded ({error})") from None
 
 
-def _policies_of(data: Path) -> list[Policy]:
-    """The good rows of the data set's policies; none where there is no data set yet."""
-    from twinloop.domains.returns import domain
-    from twinloop.records.reading import data_files  # polars takes a second: only for an empty index
+def open_documents(project: Path, domain: Domain) -> DocumentStore:
+    """The documents that answers are given under; a store that is still empty starts with those of the data set."""
+    store = DocumentStore(project / "state" / "documents.db", domain.check_document)
+    if domain.passages and store.digest() == EMPTY_DIGEST and (documents := _documents_of(project / "data", domain)):
+        store.seed(documents)
+    return store
+
+
+def _documents_of(data: Path, domain: Domain) -> list[Document]:
+    """The good rows of the data set's documents; none where there is no data set yet."""
+    from twinloop.records.reading import data_files  # pandera and polars take a second: only for an empty store
     from twinloop.records.validation import check_rows
 
-    records = [
-        record
-        for path in data_files(data, "documents")
-        for record in check_rows(path, domain.record_types()["documents"]).frame.iter_rows(named=True)
-    ]
-    return [Policy(record["document_id"], record["text"]) for record in records]
+    if not (paths := data_files(data, "documents")):
+        return []
+    record_type = domain.record_types()["documents"]
+    rows = [row for path in paths for row in check_rows(path, record_type).frame.iter_rows(named=True)]
+    return [Document(row["document_id"], row["text"]) for row in rows]
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager[Order]]:
+def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
     """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
     served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
+    domain = load_served_domain(served, project)
     traces = TraceStore(project / "state" / "traces")
     try:
-        # Referred to by `manager` alone: the memory of a model that was replaced is freed.
-        manager = ModelManager(_load(served, open_policies(project), traces, slots))
+        # Held by the manager alone: a model that was replaced leaves memory.
+        manager = ModelManager(_load(served, domain, open_documents(project, domain), traces, slots))
         try:
             yield manager
         finally:
             manager.service.scheduler.close()
+            manager.service.documents.close()
     finally:
         traces.close()
 
 
 @contextmanager
-def following_champion(registry: Registry, manager: ModelManager[Order], *, slots: int) -> Iterator[None]:
+def following_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> Iterator[None]:
     """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
         while not over.wait(RETRY_EVERY_S if manager.refusal else every_s):
-            follow_champion(registry, manager, slots=slots)
+            follow_champion(project, registry, manager, slots=slots)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -90,7 +98,7 @@ def following_champion(registry: Registry, manager: ModelManager[Order], *, slot
         thread.join()
 
 
-def follow_champion(registry: Registry, manager: ModelManager[Order], *, slots: int) -> None:
+def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
@@ -103,7 +111,12 @@ def follow_champion(registry: Registry, manager: ModelManager[Order], *, slots: 
         return
     version = str(champion.version)
     try:
-        manager.replace(_load(registry.verify(champion), current.index, current.traces, slots))
+        if load_served_domain(champion, project) is not current.domain:  # another one may have other routes and fields
+            raise UserError(
+                f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it"
+            )
+        served = registry.verify(champion)
+        manager.replace(_load(served, current.domain, current.documents, current.traces, slots))
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -114,8 +127,10 @@ def follow_champion(registry: Registry, manager: ModelManager[Order], *, slots: 
         manager.refusal = refusal
 
 
-def _load(served: Served, index: PolicyIndex, traces: TraceStore | None, slots: int) -> DecisionService[Order]:
+def _load(
+    served: Served, domain: Domain, documents: DocumentStore, traces: TraceStore | None, slots: int
+) -> DecisionService:
     tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
-    prove(engine, tokenizer, served.path)
+    smoke_test_engine(engine, tokenizer, domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
-    return DecisionService(Scheduler(engine), tokenizer, index, model, RETURNS, traces)
+    return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces)

@@ -26,7 +26,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
 from twinloop.registry.ledger import Contents, Entry, Ledger, pile
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
+from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Served, Snapshot, Version
 
 if TYPE_CHECKING:
     from twinloop.evaluation.gate import GateReport  # imported where a report is read
@@ -152,13 +152,13 @@ def promote(
         return _carry_out(registry, found.ledger, intent)
 
 
-def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> Promotion:
+def rollback(registry: Registry, who: str, smoke_test: Callable[[Served], object]) -> Promotion:
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
-    prove(bundle): loads the bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
+    smoke_test(version): loads its bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
     champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises UserError,
-    and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if `prove`
-    raised.
+    and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if the smoke
+    test raised.
     """
     with _settled(registry, who) as found:
         if found.finished and found.finished.action == "rollback":
@@ -170,7 +170,7 @@ def rollback(registry: Registry, who: str, prove: Callable[[Path], object]) -> P
         target = registry.version(earlier[-1])
         served = registry.verify(target)
         try:
-            prove(served.path)
+            smoke_test(served)
         except Exception as error:
             raise UserError(
                 f"{target}: not rolled back to, it does not load and answer ({type(error).__name__}: {error}); "

@@ -1,55 +1,99 @@
-"""The proof that weights answer: the example order, decided through the service that would serve it.
+"""The smoke test: weights answer the domain's example, through the service that would serve them.
 
-What it answers may be escalated: that is for the gate to judge. Here it is enough that the model was asked, and spoke.
+What they answer may be escalated: that is for the gate to judge. Here it is enough that the model was asked, and wrote.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from twinloop.common.errors import UserError
-from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import Order
+from twinloop.domains.domain import Domain, Message
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler
-from twinloop.serving.retrieval import PolicyIndex
-from twinloop.serving.returns import RETURNS
+from twinloop.serving.errors import describe_validation, field_descriptions
+from twinloop.serving.generation import TextStream
+from twinloop.serving.knowledge.documents import DocumentStore
 
-EXAMPLE_ORDER: dict[str, Any] = {
-    "order_id": "A10234",
-    "reason": "damaged",
-    "damage_confirmed": True,
-    "days_since_delivery": 12,
-}
-EXAMPLE_MESSAGE = "hello, can i send this order back?"
-EXAMPLE_POLICIES = (
-    Policy("P-7", "damaged items reported within 30 days are eligible."),
-    Policy("P-13", "defective items reported within 45 days are eligible."),
-)
+GREETING: list[Message] = [{"role": "user", "content": "Hello!"}]
+"""What is asked where a domain makes no decisions, and so has no example of its own."""
+GREETING_TOKENS = 16
 
 
-def prove_answers(bundle: Path) -> DecisionResponse:
+@dataclass(frozen=True)
+class SmokeTest:
+    """What was asked, and what came: a decision, or the text of a chat."""
+
+    request: Mapping[str, Any]
+    decision: DecisionResponse | None
+    text: str
+
+    def __str__(self) -> str:
+        return f"{json.dumps(dict(self.request), ensure_ascii=False)}: {self.text}"
+
+
+def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
+    """The route and the body with which a server of this domain is asked for an answer."""
+    if domain.request is None:
+        return "/v1/chat/completions", {"messages": GREETING, "max_tokens": GREETING_TOKENS}
+    return "/v1/decisions", dict(domain.example)
+
+
+def smoke_test(bundle: Path, domain: Domain) -> SmokeTest:
     """Load a bundle and let it answer. Raises UserError, or whatever breaks, if it does not."""
-    return prove(Engine.load(bundle, slots=1), ChatTokenizer.load(bundle), bundle)
+    return smoke_test_engine(Engine.load(bundle, slots=1), ChatTokenizer.load(bundle), domain, bundle)
 
 
-def prove(engine: Engine, tokenizer: ChatTokenizer, bundle: Path) -> DecisionResponse:
-    """As `prove_answers`, with an engine that nobody else uses yet."""
+def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, bundle: Path) -> SmokeTest:
+    """As `smoke_test`, with an engine that nobody else uses yet."""
     scheduler = Scheduler(engine)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            index = PolicyIndex(Path(folder) / "policies.jsonl")
-            index.seed(EXAMPLE_POLICIES)
-            model = ModelInfo(name="proof", version="", digest="")
-            service = DecisionService(scheduler, tokenizer, index, model, RETURNS)
-            response = service.decide(Order(**EXAMPLE_ORDER), EXAMPLE_MESSAGE)
+        if domain.request is None:
+            return _chat(scheduler, tokenizer, bundle)
+        return _decide(scheduler, tokenizer, domain, bundle)
     finally:
         scheduler.close()
+
+
+def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, bundle: Path) -> SmokeTest:
+    assert domain.request is not None
+    try:
+        request = domain.request.model_validate_json(json.dumps(dict(domain.example)))
+    except ValidationError as error:
+        problem, _ = describe_validation(error.errors(), field_descriptions(domain.request))
+        raise UserError(f"domain {domain.name}: its example is no request ({problem}); set `example`") from None
+    with tempfile.TemporaryDirectory() as folder:
+        documents = DocumentStore(Path(folder) / "documents.db", domain.check_document)
+        documents.seed(domain.example_documents)
+        model = ModelInfo(name="smoke test", version="", digest="")
+        response = DecisionService(scheduler, tokenizer, documents, model, domain).decide(request)
+        documents.close()
+    reasons = "; ".join(f"{reason.predicate}: {reason.reason}" for reason in response.reasons)
     if response.timings.ttft_ms is None or any(reason.predicate == "generation" for reason in response.reasons):
-        told = "; ".join(reason.reason for reason in response.reasons)
-        raise UserError(f"{bundle}: it loads and answers nothing ({told})")
-    return response
+        raise UserError(f"{bundle}: it loads and answers nothing ({reasons})")
+    passed = f"{json.dumps(response.decision, ensure_ascii=False)}, all checks passed"
+    return SmokeTest(domain.example, response, f"escalated: {reasons}" if response.escalated else passed)
+
+
+def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, bundle: Path) -> SmokeTest:
+    prompt = tokenizer.encode_prompt(GREETING)
+    room = scheduler.max_length - len(prompt)
+    if room < 1:
+        raise UserError(f"{bundle}: it loads and answers nothing (a greeting has more tokens than it can read)")
+    params = SamplingParams(max_tokens=min(GREETING_TOKENS, room), stop=(tokenizer.stop_id,))
+    text = TextStream(scheduler.submit(prompt, params), tokenizer, started=time.perf_counter())
+    answer = "".join(text)
+    if not text.completion_tokens:
+        raise UserError(f"{bundle}: it loads and answers nothing")
+    return SmokeTest({"messages": GREETING}, None, json.dumps(answer, ensure_ascii=False))

@@ -45,6 +45,7 @@ class Lineage:
     """Where a version comes from, beyond what its manifest says."""
 
     recipe: str  # path of the recipe file, as the user gave it
+    domain: str  # as the recipe names it
     dataset_digest: str | None
     code: CodeVersion
     parent_version: int | None = None
@@ -75,6 +76,11 @@ class Version:
         return self.tags["servable"] == "true"
 
     @property
+    def domain(self) -> str:
+        """What the model is for, as its recipe names it. Raises UserError for a version that does not say it."""
+        return _domain_of(self, self.tags)
+
+    @property
     def parent_version(self) -> int | None:
         return int(self.tags["parent_version"]) if self.tags.get("parent_version") else None
 
@@ -91,6 +97,14 @@ class Served:
     path: Path
     digest: str
     tags: Mapping[str, str] = field(repr=False)
+
+    @property
+    def domain(self) -> str:
+        """As of Version."""
+        return _domain_of(self, self.tags)
+
+    def __str__(self) -> str:
+        return f"{self.name} version {self.version}"
 
 
 @dataclass(frozen=True)
@@ -152,16 +166,20 @@ class Registry:
             raise UserError(f"{self.name}: no version {number} in the registry (there are: {known})")
         return versions[number]
 
-    def resolve(self, alias: str) -> Served:
-        """The version that the alias names, every byte of it verified. Raises UserError if there is none, or if it
-        is not what was registered.
-        """
+    def find(self, alias: str) -> Version:
+        """The version that the alias names. Raises UserError if there is none."""
         version = self.snapshot().alias(alias)
         if version is None:
             raise UserError(
                 f"{self.name}: no {alias} in the registry; `twinloop run` makes one when its gate says SHIP"
             )
-        return self.verify(version)
+        return version
+
+    def resolve(self, alias: str) -> Served:
+        """The version that the alias names, every byte of it verified. Raises UserError if there is none, or if it
+        is not what was registered.
+        """
+        return self.verify(self.find(alias))
 
     def verify(self, version: Version) -> Served:
         """Hash the version's files. Raises UserError if they are not what was registered."""
@@ -339,6 +357,15 @@ def damage_of(version: Version) -> str | None:
     return integrity_error(version.path, manifest)
 
 
+def _domain_of(version: object, tags: Mapping[str, str]) -> str:
+    if "domain" not in tags:
+        raise UserError(
+            f"{version}: the registry does not say which domain it is for; set its tag {_PREFIX}domain in MLflow to "
+            "what the recipe names, such as returns"
+        )
+    return tags["domain"]
+
+
 def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlruns: Mlruns) -> dict[str, str]:
     numbers = {k: v for k, v in manifest.metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     tags: dict[str, Any] = {
@@ -348,6 +375,7 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlru
         "dataset_digest": lineage.dataset_digest or "",
         "commit": lineage.code,
         "recipe": lineage.recipe,
+        "domain": lineage.domain,
         "parent_version": lineage.parent_version or "",
         "metrics": json.dumps(numbers),
         "servable": str(servable).lower(),

@@ -22,7 +22,7 @@ class Refusal:
 
 
 class ModelManager:
-    """The service that answers. Safe for many threads; one of them replaces it."""
+    """Holds the service that answers now. Safe for many threads; one of them replaces it."""
 
     def __init__(self, service: DecisionService):
         self.service = service

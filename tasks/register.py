@@ -40,6 +40,7 @@ def _register(
     made_by = code_of_run(context.mlruns, run_id)
     lineage = Lineage(
         recipe=str(context.recipe_path or context.recipe),
+        domain=context.loaded_domain.name,
         dataset_digest=context.dataset_digest,
         code=made_by or context.code,
         parent_version=parent,

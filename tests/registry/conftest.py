@@ -39,7 +39,7 @@ def registry(mlruns: Mlruns) -> Registry:
 @pytest.fixture
 def lineage() -> Lineage:
     code = CodeVersion("c0ffee" * 6 + "c0ff")
-    return Lineage(recipe="recipes/returns.yaml", dataset_digest="d41d8.dir", code=code)
+    return Lineage(recipe="recipes/returns.yaml", domain="returns", dataset_digest="d41d8.dir", code=code)
 
 
 @pytest.fixture

@@ -220,7 +220,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, migrated_database: Pat
         (root / "mlruns").mkdir()
         shutil.copy(migrated_database, root / "mlruns" / "mlflow.db")
         registry = Registry(Mlruns(root / "mlruns"), "returns")
-        lineage = Lineage(recipe="r", dataset_digest="d", code=CodeVersion("c0ffee"))
+        lineage = Lineage(recipe="r", domain="returns", dataset_digest="d", code=CodeVersion("c0ffee"))
         store = ArtifactStore(root / "artifacts")
         for number in range(1, 5):
             weights = f"w{number}"

@@ -1,0 +1,51 @@
+"""The commands of `twinloop documents`: one store a project, with the rules of the domain that a model is for."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.registry.champion import load_served_domain, open_documents
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import CHAMPION, Registry
+from twinloop.serving.knowledge.documents import DocumentStore
+
+
+def put_document(project: Path, model: str, document_id: str, text: str) -> int:
+    if text == "-":
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape")  # what is no UTF-8 is refused with the rest
+    document = _open(project, model).put(document_id, text)
+    print(f"{document.document_id} version {document.version}: {document.text}")
+    return 0
+
+
+def list_documents(project: Path, model: str) -> int:
+    for document in _open(project, model).list():
+        print(f"{document.document_id:<8} v{document.version:<4} {document.text}")
+    return 0
+
+
+def show_history(project: Path, model: str, document_id: str) -> int:
+    versions = _open(project, model).history(document_id)
+    if not versions:
+        raise UserError(f"document {document_id!r}: is not there; `twinloop documents list` names those that are")
+    for version in versions:
+        print(f"v{version.document.version:<4} {version.recorded_at}  {version.document.text}")
+    return 0
+
+
+def _open(project: Path, model: str) -> DocumentStore:
+    return open_documents(project, _domain_of(project, model))
+
+
+def _domain_of(project: Path, model: str) -> Domain:
+    """What a model is for: as its champion says, or, while it has none, the recipe whose name it bears."""
+    from twinloop.domains.loader import load_domain
+    from twinloop.tasks.recipe import load_recipe
+
+    champion = Registry(Mlruns(project / "mlruns"), model).snapshot().alias(CHAMPION)
+    if champion is not None:
+        return load_served_domain(champion, project)
+    return load_domain(load_recipe(project / "recipes" / f"{model}.yaml").domain, project).domain
