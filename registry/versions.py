@@ -137,7 +137,7 @@ class Registry:
         """
         manifest = verified_manifest(artifact)
         with self.mlruns.lock(f"registry-{self.name}"):
-            version = self._known(manifest.digest, servable)
+            version = self._known(manifest.digest, lineage.domain, servable)
             if version is None:
                 version = self._create(artifact, manifest, lineage, run_id, servable)
             elif damage_of(version) is not None:
@@ -216,9 +216,10 @@ class Registry:
             chain.append(parent)
         return chain
 
-    def _known(self, digest: str, servable: bool) -> Version | None:
+    def _known(self, digest: str, domain: str, servable: bool) -> Version | None:
+        wanted = (digest, domain, servable)
         versions = self.snapshot().versions.values()
-        return next((v for v in versions if v.digest == digest and v.servable == servable), None)
+        return next((v for v in versions if (v.digest, v.tags.get("domain"), v.servable) == wanted), None)
 
     def _create(
         self, artifact: Path, manifest: Manifest, lineage: Lineage, run_id: str | None, servable: bool

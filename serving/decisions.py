@@ -268,8 +268,9 @@ class DecisionService:
         """Why an answer may not be returned, by check; empty where it passed."""
         if verdict.passed and verdict.output is not None:
             return {}
+        failed = verdict.failed if verdict.parsed else ("parsed",)  # of an answer without form nothing else is said
         titles = {name: predicate.title for name, predicate in self.domain.predicates.items()}
-        reasons = {name: f"{titles.get(name, name)}: does not hold" for name in verdict.failed} | {**verdict.reasons}
+        reasons = {name: f"{titles.get(name, name)}: does not hold" for name in failed} | {**verdict.reasons}
         return reasons or {"check": "the answer did not pass the domain's check"}
 
     def owner(self, check: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal
 
 from twinloop.evaluation.gate import GateReport, Reason
 from twinloop.registry import promotion as promote_module
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
-from twinloop.registry.versions import Registry, Version
+from twinloop.registry.versions import Registry, Served, Version
 
 Bundle = Callable[[str], Version]
 Make = Callable[..., Artifact]
@@ -22,8 +21,8 @@ def ship(version: Version, decision: Literal["SHIP", "BLOCK"] = "SHIP", rules: s
     return GateReport(decision=decision, reasons=reasons, checks=(), candidate=version.digest, rules_digest=rules)
 
 
-def loads(path: Path) -> None:
-    assert (path / "model.onnx").exists()
+def loads(version: Served) -> None:
+    assert (version.path / "model.onnx").exists()
 
 
 def champions(registry: Registry) -> dict[str, int]:

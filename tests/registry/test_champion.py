@@ -1,8 +1,9 @@
-"""`twinloop serve` in a process of its own: policies and promotions reach it while it answers."""
+"""`twinloop serve` in a process of its own: documents and promotions reach it while it answers."""
 
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import httpx
 import pytest
 import torch
 
+from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
@@ -29,30 +32,29 @@ from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import follow_champion, open_champion
 from twinloop.registry.promotion import promote
 from twinloop.registry.versions import Lineage, Registry, Version
-from twinloop.serving.retrieval import PolicyIndex
+from twinloop.serving.knowledge.documents import DocumentStore
 
 CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
     "message": "my label has already been created, confirm it.",
 }
 SEVEN_DAYS = "damaged items reported within 7 days are eligible."
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "params.yaml").write_text("{}")
     (tmp_path / "recipes").mkdir()
-    PolicyIndex(tmp_path / "state" / "policies.jsonl").put("P-7", "damaged items reported within 30 days are eligible.")
+    DocumentStore(tmp_path / "state" / "documents.db").put("P-7", "damaged items reported within 30 days are eligible.")
     return tmp_path
 
 
 @pytest.fixture
-def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[[int], Version]:
+def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[..., Version]:
     """Makes a real bundle with random weights, registers it, and promotes it."""
     tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
 
-    def make(seed: int) -> Version:
+    def make(seed: int, domain: str = "returns") -> Version:
         def write(out: Path, work: Path) -> dict[str, Any]:
             torch.manual_seed(seed)
             config = DecoderConfig(
@@ -66,7 +68,7 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[[in
 
         store = ArtifactStore(project / "artifacts")
         bundle = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
-        version = registry.register(bundle.path, lineage, servable=True)
+        version = registry.register(bundle.path, replace(lineage, domain=domain), servable=True)
         report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
         promote(registry, version.version, report, who="ada")
         return version
@@ -80,7 +82,6 @@ def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]
     server = subprocess.Popen(
         [sys.executable, "-m", "twinloop.flows.cli", "serve", "--port", "0", "--slots", "2"],
         cwd=project,
-        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
@@ -110,14 +111,14 @@ def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.05)
 
 
-def test_a_policy_put_beside_a_running_server_counts_for_its_next_answer(
-    project: Path, release: Callable[[int], Version]
+def test_a_document_put_beside_a_running_server_counts_for_its_next_answer(
+    project: Path, release: Callable[..., Version]
 ) -> None:
     version = release(1)
     with serving(project) as (client, _):
         before = decide(client)
-        command = [sys.executable, "-m", "twinloop.flows.cli", "policies", "put", "P-7", SEVEN_DAYS]
-        subprocess.run(command, cwd=project, env=ENVIRONMENT, check=True)
+        command = [sys.executable, "-m", "twinloop.flows.cli", "documents", "put", "P-7", SEVEN_DAYS]
+        subprocess.run(command, cwd=project, check=True)
         after = decide(client)
     assert (before["passages"][0]["version"], after["passages"][0]["version"]) == (1, 2)
     assert after["passages"][0]["text"] == SEVEN_DAYS
@@ -125,7 +126,7 @@ def test_a_policy_put_beside_a_running_server_counts_for_its_next_answer(
 
 
 def test_a_promotion_reaches_a_running_server_without_a_request_lost(
-    project: Path, release: Callable[[int], Version]
+    project: Path, release: Callable[..., Version]
 ) -> None:
     first = release(1)
     with serving(project) as (client, _), ThreadPoolExecutor(4) as clients:
@@ -147,7 +148,7 @@ def test_a_promotion_reaches_a_running_server_without_a_request_lost(
 
 
 def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
-    project: Path, release: Callable[[int], Version]
+    project: Path, release: Callable[..., Version]
 ) -> None:
     first = release(1)
     with serving(project) as (client, server):
@@ -161,7 +162,7 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
         assert (refused["status"], refused["refused_champion"]["version"]) == ("ok", "2")
         assert "it is not used" in refused["refused_champion"]["reason"]
         assert decide(client)["model"]["digest"] == first.digest
-        assert "twinloop_champion_refused 1" in client.get("/metrics").text.splitlines()
+        assert "twinloop_champion_refused 1.0" in client.get("/metrics").text.splitlines()
         weights.write_bytes(whole)
         wait_for(lambda: client.get("/health").json()["model"]["version"] == "2")
         assert client.get("/health").json()["refused_champion"] is None
@@ -170,19 +171,19 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
     assert any("returns version 2 answers now" in line for line in told)
 
 
-def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[[int], Version]) -> None:
+def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[..., Version]) -> None:
     release(1)
     with open_champion(project, "returns", slots=1) as manager:
         first = weakref.ref(manager.service)
         second = release(2)
-        follow_champion(registry, manager, slots=1)
+        follow_champion(project, registry, manager, slots=1)
         assert manager.service.model.version == str(second.version)
         gc.collect()
         assert first() is None
 
 
 def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
-    project: Path, registry: Registry, release: Callable[[int], Version], monkeypatch: pytest.MonkeyPatch
+    project: Path, registry: Registry, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = release(1)
 
@@ -191,6 +192,92 @@ def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
 
     with open_champion(project, "returns", slots=1) as manager:
         monkeypatch.setattr(registry, "snapshot", away)
-        follow_champion(registry, manager, slots=1)
+        follow_champion(project, registry, manager, slots=1)
         assert manager.refusal is None
         assert manager.service.model.version == str(version.version)
+
+
+TICKETS = """
+from typing import ClassVar
+
+from pydantic import BaseModel
+
+from twinloop.domains.domain import Domain, Verdict
+
+
+class Ticket(BaseModel):
+    text: str
+
+
+class Tickets(Domain):
+    name = "tickets"
+    request = Ticket
+    example: ClassVar = {"text": "i cannot log in"}
+    passages = 1
+
+    def query(self, request):
+        return request.text
+
+    def build_prompt(self, request, passages):
+        return [{"role": "user", "content": f"{passages} {request.text}"}]
+
+    def check(self, output, request, passages):
+        return Verdict.of({"parsed": True}, output={"label": len(output)})
+
+    def check_document(self, document_id, text):
+        return "guides begin with G" if not document_id.startswith("G") else None
+
+
+domain = Tickets()
+"""
+
+
+def test_a_domain_that_is_a_file_of_the_project_is_served_with_the_documents_of_its_data(
+    project: Path, release: Callable[..., Version]
+) -> None:
+    (project / "tickets.py").write_text(TICKETS)
+    (project / "state" / "documents.db").unlink()
+    (project / "data").mkdir()
+    rows = [("G-1", "logging in"), ("G-2", "paying")]
+    lines = [json.dumps({"document_id": document_id, "text": text, "version": 1}) for document_id, text in rows]
+    (project / "data" / "documents.jsonl").write_text("\n".join(lines))
+    release(1, "./tickets.py")
+    with serving(project) as (client, _):
+        assert client.get("/health").json()["domain"] == "tickets"
+        listed = client.get("/v1/documents").json()["documents"]
+        assert [document["document_id"] for document in listed] == ["G-1", "G-2"]
+        answer = client.post("/v1/decisions", json={"text": "log in"}).json()
+        assert answer["escalated"] is False
+        assert answer["passages"][0]["document_id"] == "G-1"
+        assert client.post("/v1/decisions", json=CASE).status_code == 422
+        refused = client.put("/v1/documents/X-2", json={"text": "another"})
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            422, "document 'X-2': guides begin with G",
+        )  # fmt: skip
+
+
+def test_a_champion_whose_domain_cannot_be_loaded_is_one_clear_line(
+    project: Path, release: Callable[..., Version]
+) -> None:
+    release(1, "./gone.py")
+    with (
+        pytest.raises(
+            UserError, match=r"^returns version 1: its domain cannot be loaded \(.*gone.py: no such file"
+        ) as error,
+        open_champion(project, "returns"),
+    ):
+        pass
+    assert "\n" not in str(error.value)
+
+
+def test_a_champion_for_another_domain_waits_for_a_new_server(
+    project: Path, registry: Registry, release: Callable[..., Version]
+) -> None:
+    (project / "tickets.py").write_text(TICKETS)
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        release(2, "./tickets.py")
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.service.model.version == "1"
+        assert manager.refusal is not None
+        assert "start the server again to serve it" in manager.refusal.reason

@@ -18,7 +18,7 @@ from twinloop.registry.ledger import Ledger
 from twinloop.registry.promotion import open_ledger, promote, record_gate, rollback
 from twinloop.registry.status import status
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.versions import Lineage, Registry, Served, Version
 
 
 def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, bundle: Bundle) -> None:
@@ -146,24 +146,24 @@ def test_a_damaged_bundle_is_not_promoted(registry: Registry, bundle: Bundle) ->
     assert "champion" not in champions(registry)
 
 
-def test_rollback_proves_its_target_and_goes_back_one_champion_each_time(
+def test_rollback_tests_its_target_and_goes_back_one_champion_each_time(
     registry: Registry, three: list[Version]
 ) -> None:
-    proven: list[Path] = []
-    moved = rollback(registry, "bob", proven.append)
-    assert proven == [three[1].path]
+    tested: list[Served] = []
+    moved = rollback(registry, "bob", tested.append)
+    assert [(served.path, served.domain) for served in tested] == [(three[1].path, "returns")]
     assert (moved.action, moved.from_version, moved.to_version) == ("rollback", 3, 2)
     assert champions(registry) == {"champion": 2, "previous": 1}
-    rollback(registry, "bob", proven.append)
+    rollback(registry, "bob", tested.append)
     assert champions(registry) == {"champion": 1}
     with pytest.raises(UserError, match="nothing to roll back to"):
-        rollback(registry, "bob", proven.append)
+        rollback(registry, "bob", tested.append)
     assert [move.action for move in history(registry)] == ["promote"] * 3 + ["rollback"] * 2
     consistent(registry)
 
 
-def test_a_failing_proof_moves_nothing(registry: Registry, three: list[Version]) -> None:
-    def fails(path: Path) -> None:
+def test_a_failing_smoke_test_moves_nothing(registry: Registry, three: list[Version]) -> None:
+    def fails(version: Served) -> None:
         raise RuntimeError("answered nonsense")
 
     before = lines(registry), champions(registry)

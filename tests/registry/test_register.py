@@ -49,6 +49,7 @@ def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: C
     version = register.fn(later, checkpoints=[], others=[], bundle=skipped)
     assert version.tags["commit"] == "a" * 40
     assert version.run_id
+    assert version.domain == "returns"
     run = context.mlruns.client.get_run(version.run_id)
     assert run.data.tags["twinloop.manifest_digest"] == bundle.digest == version.digest
     assert run.data.tags["twinloop.commit"] == "a" * 40

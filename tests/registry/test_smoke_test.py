@@ -1,22 +1,44 @@
-"""A bundle proves that it answers by deciding the example order, as the server would."""
+"""A bundle is tested by letting it answer its domain's example, as the server would."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
+from pydantic import BaseModel
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.domains.returns.domain import domain as returns
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
 from twinloop.models.tokenizer import train_tokenizer
-from twinloop.registry.smoke_test import EXAMPLE_POLICIES, prove_answers
+from twinloop.registry.smoke_test import smoke_test
 from twinloop.training.weights import get_weights, new_decoder
 
 
+class Chat(Domain):
+    name = "chat"
+    chat = True
+
+
+class Topic(BaseModel):
+    topic: str
+
+
+class WithoutExample(Domain):
+    name = "topics"
+    request = Topic
+
+
+class Wrong(WithoutExample):
+    example: ClassVar = {"topic": 7}
+
+
 def make_bundle(folder: Path, max_length: int) -> Path:
-    tokenizer = train_tokenizer([policy.text for policy in EXAMPLE_POLICIES], 300)
+    tokenizer = train_tokenizer([document.text for document in returns.example_documents], 300)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -32,13 +54,38 @@ def make_bundle(folder: Path, max_length: int) -> Path:
     return folder / "bundle"
 
 
-def test_an_answer_that_is_escalated_is_an_answer_and_tells_its_checks(tmp_path: Path) -> None:
-    answer = prove_answers(make_bundle(tmp_path, 1024))
-    assert answer.escalated
-    assert [reason.predicate for reason in answer.reasons] == ["parsed"]
-    assert {passage.policy_id for passage in answer.passages} == {"P-7", "P-13"}
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("bundle"), 1024)
 
 
-def test_a_bundle_that_cannot_read_the_order_proves_nothing(tmp_path: Path) -> None:
+def test_an_answer_that_is_escalated_is_an_answer_and_names_its_checks(bundle: Path) -> None:
+    answer = smoke_test(bundle, returns)
+    assert answer.request == returns.example
+    assert answer.decision is not None
+    assert [reason.predicate for reason in answer.decision.reasons] == ["parsed"]
+    assert {passage.document_id for passage in answer.decision.passages} == {"P-7", "P-13"}
+    assert "A10234" in str(answer)
+    assert "escalated: parsed: " in str(answer)
+
+
+def test_a_bundle_that_cannot_read_the_example_answers_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it loads and answers nothing .*too many for this model to read"):
-        prove_answers(make_bundle(tmp_path, 64))
+        smoke_test(make_bundle(tmp_path, 64), returns)
+
+
+def test_a_domain_without_decisions_is_tested_with_a_chat(bundle: Path) -> None:
+    answer = smoke_test(bundle, Chat())
+    assert answer.decision is None
+    assert "Hello!" in str(answer)
+
+
+def test_a_bundle_that_cannot_read_a_greeting_answers_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it loads and answers nothing"):
+        smoke_test(make_bundle(tmp_path, 8), Chat())
+
+
+@pytest.mark.parametrize(("domain", "said"), [(WithoutExample(), "topic: is required"), (Wrong(), "topic: should be")])
+def test_an_example_that_is_no_request_is_the_domains_mistake(bundle: Path, domain: Domain, said: str) -> None:
+    with pytest.raises(UserError, match=f"domain topics: its example is no request [(]{said}"):
+        smoke_test(bundle, domain)

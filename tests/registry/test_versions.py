@@ -35,6 +35,7 @@ def test_every_stage_becomes_a_version_with_its_lineage(registry: Registry, make
     assert bundle.tags["dataset_digest"] == lineage.dataset_digest
     assert bundle.tags["commit"] == lineage.code.commit
     assert bundle.tags["recipe"] == "recipes/returns.yaml"
+    assert bundle.domain == registry.resolve("candidate").domain == "returns"
     assert json.loads(bundle.tags["metrics"]) == {"bits_per_byte": 1.5}
     assert registry.snapshot().aliases == {"candidate": bundle.version}
 
@@ -46,6 +47,21 @@ def test_an_artifact_is_registered_once(registry: Registry, make: Make, lineage:
     assert len(registry.snapshot().versions) == 1
     models = registry.mlruns.root / "artifacts" / "returns" / "models"
     assert len(list(models.iterdir())) == 1
+
+
+def test_the_same_bytes_for_another_domain_are_another_version(
+    registry: Registry, make: Make, lineage: Lineage
+) -> None:
+    first = registry.register(make().path, lineage, servable=True)
+    other = registry.register(make().path, replace(lineage, domain="./tickets.py"), servable=True)
+    assert (other.version, other.domain, first.domain) == (2, "./tickets.py", "returns")
+
+
+def test_a_version_without_a_domain_says_how_to_give_it_one(registry: Registry, make: Make, lineage: Lineage) -> None:
+    version = registry.register(make().path, lineage, servable=True)
+    registry.mlruns.client.delete_model_version_tag("returns", str(version.version), "twinloop.domain")
+    with pytest.raises(UserError, match=r"returns version 1: the registry does not say .* tag twinloop.domain"):
+        assert registry.version(1).domain
 
 
 def _register_and_die(artifact: Path, root: Path, lineage: Lineage, call: str, last: bool) -> None:

@@ -374,7 +374,7 @@ def test_an_answer_that_does_not_pass_is_not_returned_though_the_domain_gives_no
     assert [(r.predicate, r.reason) for r in response.reasons] == [("sure", "is sure: does not hold")]
     response, _ = ask(tmp_path, tokenizer, Labels(), "neither")
     assert response.decision is None
-    assert ("parsed", TRAINING.name) in [(r.predicate, r.owner) for r in response.reasons]
+    assert [(r.predicate, r.owner) for r in response.reasons] == [("parsed", TRAINING.name)]
 
 
 @pytest.mark.parametrize("verdict", [Verdict({"parsed": True}, 0.5, output="half"), Verdict({"parsed": True}, 1.0)])
