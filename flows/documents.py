@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from twinloop.common.errors import UserError
@@ -16,19 +18,22 @@ from twinloop.serving.knowledge.documents import DocumentStore
 def put_document(project: Path, model: str, document_id: str, text: str) -> int:
     if text == "-":
         text = sys.stdin.buffer.read().decode(errors="surrogateescape")  # what is no UTF-8 is refused with the rest
-    document = _open(project, model).put(document_id, text)
+    with _documents(project, model) as store:
+        document = store.put(document_id, text)
     print(f"{document.document_id} version {document.version}: {document.text}")
     return 0
 
 
 def list_documents(project: Path, model: str) -> int:
-    for document in _open(project, model).list():
-        print(f"{document.document_id:<8} v{document.version:<4} {document.text}")
+    with _documents(project, model) as store:
+        for document in store.list():
+            print(f"{document.document_id:<8} v{document.version:<4} {document.text}")
     return 0
 
 
 def show_history(project: Path, model: str, document_id: str) -> int:
-    versions = _open(project, model).history(document_id)
+    with _documents(project, model) as store:
+        versions = store.history(document_id)
     if not versions:
         raise UserError(f"document {document_id!r}: is not there; `twinloop documents list` names those that are")
     for version in versions:
@@ -36,8 +41,10 @@ def show_history(project: Path, model: str, document_id: str) -> int:
     return 0
 
 
-def _open(project: Path, model: str) -> DocumentStore:
-    return open_documents(project, _domain_of(project, model))
+@contextmanager
+def _documents(project: Path, model: str) -> Iterator[DocumentStore]:
+    with closing(open_documents(project, _domain_of(project, model))) as store:
+        yield store
 
 
 def _domain_of(project: Path, model: str) -> Domain:

@@ -21,7 +21,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinloop.common.errors import UserError, one_line
+from twinloop.common.errors import UserError, is_disk_full, one_line
+from twinloop.common.files import has_room
 from twinloop.domains.domain import Document
 from twinloop.serving.knowledge.history import (
     BUSY_S,
@@ -299,10 +300,11 @@ class DocumentStore:
         return DocumentStoreError(self.path, f"is damaged ({reason})", advice)
 
     def _why(self, error: Exception) -> str:
-        """SQLite does not say that a file system is read-only."""
+        """In words: SQLite says of a full disk and of one that is read-only whatever it was doing."""
         place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
-        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-        return os.strerror(errno.EROFS) if read_only else one_line(error)
+        if os.statvfs(place).f_flag & os.ST_RDONLY:
+            return os.strerror(errno.EROFS)
+        return "the disk is full" if is_disk_full(error) or not has_room(self.path) else one_line(error)
 
     def _checked(self, document_id: str, text: str) -> tuple[str, str]:
         """Id and text, without white space around the text. Raises DocumentError."""

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from small_project import make_project
 
 from twinloop.common.errors import UserError
 from twinloop.flows import answer
-from twinloop.flows.answer import answer_over_http
+from twinloop.flows.answer import Answer, answer_over_http
 from twinloop.flows.outcome import Outcome, Stage
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.promotion import Promotion
@@ -52,8 +53,26 @@ def server() -> Iterator[Callable[[int, bytes], str]]:
 )
 def test_an_answer_that_is_none_is_one_line(server, status: int, body: bytes, said: str) -> None:
     with pytest.raises(UserError, match=rf"/v1/decisions: no answer \(.*{said}") as raised:
-        answer._ask(server(status, body))
+        answer._ask(server(status, body), "/v1/decisions", {"text": "hello"})
     assert "\n" not in str(raised.value)
+
+
+def test_the_request_is_kept_beside_its_answer(server) -> None:
+    address = server(200, b'{"decision": "late"}')
+    assert answer._ask(address, "/v1/decisions", {"text": "hello"}) == Answer({"text": "hello"}, {"decision": "late"})
+
+
+DECIDED = {"decision": "late", "escalated": False, "model": {"version": "3"}}
+CHATTED = {"choices": [{"message": {"content": "hi there"}}], "model": "chat"}
+
+
+@pytest.mark.parametrize(("body", "said"), [(DECIDED, '{"decision": "late", '), (CHATTED, '{"answer": "hi there", ')])
+def test_a_decision_and_a_chat_are_shown_with_what_was_asked(capsys, body: dict[str, Any], said: str) -> None:
+    outcome = Outcome(load_recipe(RECIPES / "tiny.yaml"), answer=Answer({"text": "hello"}, body))
+    show_outcome(outcome, Console(width=150))
+    shown = capsys.readouterr().out
+    assert '{"text": "hello"} over HTTP:' in shown
+    assert said in shown
 
 
 def test_a_server_that_does_not_start_tells_why(tmp_path: Path) -> None:

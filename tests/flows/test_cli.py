@@ -22,14 +22,14 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--port", "http"], "--port"),
         (["serve"], "no champion"),
-        (["decide", "--order-id", "A10234"], "--reason"),
-        (["decide", "--order-id", "10234", "--reason", "damaged", "--days", "1"], "--order-id '10234'"),
-        (["decide", "--order-id", "A10234", "--reason", "damaged", "--days", "-1"], "--days -1"),
+        (["decide", "--json", "{}"], "no champion"),
         (["promote", "seven"], "'version': Input should be a valid integer"),
         (["promote", "7"], "no version 7"),
         (["rollback"], "nothing to roll back to"),
-        (["policies", "put", "seven", "within 7 days"], "P-"),
-        (["policies", "put", "P-7", "whenever you like"], "within N days"),
+        (["documents", "put", "seven", "within 7 days", "--model", "small"], "document 'seven': the id must be P-"),
+        (["documents", "put", "P-7", "whenever you like", "--model", "small"], "within N days"),
+        (["documents", "put", "P-7", "within 7 days", "--model", "nothing"], "recipes/nothing.yaml: no such file"),
+        (["documents", "history", "P-9", "--model", "small"], "document 'P-9': is not there"),
         (["data", "check"], "twinloop data build"),
     ],
 )
@@ -40,6 +40,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(project: Path, arguments: list[st
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_documents_are_put_listed_and_kept(project: Path) -> None:
+    for days in (30, 7):
+        text = f"damaged items reported within {days} days are eligible."
+        put = twinloop(project, "documents", "put", "P-7", text, "--model", "small")
+        assert put.returncode == 0, put.stderr
+    assert "P-7      v2    damaged items reported within 7" in twinloop(project, *LIST).stdout
+    history = twinloop(project, "documents", "history", "P-7", "--model", "small").stdout.splitlines()
+    assert [line.split()[0] for line in history] == ["v1", "v2"]
+    assert [path.name for path in (project / "state").glob("documents*")] == ["documents.db"]
+
+
+LIST = ("documents", "list", "--model", "small")
 
 
 def test_outside_a_project_it_says_where_to_go(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ import pytest
 import yaml
 from small_project import LENIENT, make_project, start, twinloop, write_recipe
 
+from twinloop.domains.returns import domain as returns
+
 TRAINED = ("pretrain", "sft", "dpo", "rlvr")
 
 
@@ -187,26 +189,29 @@ def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_
     assert now["candidate"] is None
 
 
-def test_a_new_policy_reaches_the_next_decision_and_not_the_weights(project: Path) -> None:
-    arguments = [
-        "--order-id",
-        "A10234",
-        "--reason",
-        "damaged",
-        "--days",
-        "12",
-        "--damage-confirmed",
-        "--model",
-        "small",
-    ]
-    before = json.loads(twinloop(project, "decide", *arguments).stdout)
-    put = twinloop(project, "policies", "put", "P-7", "damaged items reported within 7 days are eligible.")
+def test_a_new_document_reaches_the_next_decision_and_not_the_weights(project: Path) -> None:
+    example = json.dumps(returns.example)
+    before = json.loads(twinloop(project, "decide", "--json", example, "--model", "small").stdout)
+    text = "damaged items reported within 7 days are eligible."
+    put = twinloop(project, "documents", "put", "P-7", text, "--model", "small")
     assert put.returncode == 0, put.stderr
-    assert "P-7      v2    damaged items reported within 7 days" in twinloop(project, "policies", "list").stdout
-    after = json.loads(twinloop(project, "decide", *arguments).stdout)
+    assert f"P-7      v2    {text}" in twinloop(project, "documents", "list", "--model", "small").stdout
+    after = json.loads(twinloop(project, "decide", "--json", example, "--model", "small").stdout)
     assert after["model"]["digest"] == before["model"]["digest"]
-    told = {passage["policy_id"]: passage["text"] for passage in after["passages"]}
-    assert "within 7 days" in told["P-7"]
+    told = {passage["document_id"]: passage["text"] for passage in after["passages"]}
+    assert told["P-7"] == text
+    for arguments, said in (
+        ((), "--json: is required"),
+        (
+            ("--json", '{"order": {"order_id": "10234"}}'),
+            "order.order_id: must be one capital letter and 4 to 6 digits",
+        ),
+        (("--json", "{"), "--json: body: invalid JSON"),
+    ):
+        refused = twinloop(project, "decide", *arguments, "--model", "small")
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert said in refused.stderr
+        assert example in refused.stderr
 
 
 def test_rollback_brings_back_the_champion_before(
@@ -218,7 +223,7 @@ def test_rollback_brings_back_the_champion_before(
     back = twinloop(project, "rollback", "--model", "small")
     assert back.returncode == 0, back.stderr
     assert "running servers follow" in back.stdout
-    assert "order A10234: " in back.stdout
+    assert f"smoke test: {json.dumps(returns.example)}: " in back.stdout
     assert status(project)["champion"]["digest"] == before
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 1
