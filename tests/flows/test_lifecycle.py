@@ -206,7 +206,7 @@ def test_a_new_document_reaches_the_next_decision_and_not_the_weights(project: P
             ("--json", '{"order": {"order_id": "10234"}}'),
             "order.order_id: must be one capital letter and 4 to 6 digits",
         ),
-        (("--json", "{"), "--json: body: invalid JSON"),
+        (("--json", "{"), "--json: the body is not JSON"),
     ):
         refused = twinloop(project, "decide", *arguments, "--model", "small")
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)

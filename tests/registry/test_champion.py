@@ -238,7 +238,7 @@ def test_a_domain_that_is_a_file_of_the_project_is_served_with_the_documents_of_
     (project / "tickets.py").write_text(TICKETS)
     (project / "state" / "documents.db").unlink()
     (project / "data").mkdir()
-    rows = [("G-1", "logging in"), ("G-2", "paying")]
+    rows = [("G-1", "logging in"), ("X-1", "a stranger"), ("G-2", "paying")]
     lines = [json.dumps({"document_id": document_id, "text": text, "version": 1}) for document_id, text in rows]
     (project / "data" / "documents.jsonl").write_text("\n".join(lines))
     release(1, "./tickets.py")
