@@ -12,14 +12,14 @@ from rich.console import Console
 from small_project import make_project
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.evaluation.gate import GateReport
 from twinloop.flows import answer
 from twinloop.flows.answer import answer_over_http
-from twinloop.flows.outcome import Outcome, Stage
+from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.promotion import Promotion
-from twinloop.tasks.recipe import load_recipe
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from twinloop.registry.versions import Version
 
 
 @pytest.fixture
@@ -72,10 +72,17 @@ def test_a_server_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_champion_that_does_not_answer_is_shown_beside_all_that_was_done(capsys: pytest.CaptureFixture[str]) -> None:
     promotion = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")
-    outcome = Outcome(load_recipe(RECIPES / "tiny.yaml"), stages=[Stage("pretrain", 406.0, reused=True)])
-    outcome.promotion, outcome.silence = promotion, "serve: port in use"
+    version = Version("tiny", 1, Path("bundle"), None, {"manifest_digest": "d"})
+    report = GateReport(decision="SHIP", reasons=(), checks=(), candidate="d", rules_digest="r")
+    outcome = Outcome(
+        Domain(),
+        (StageRow("pretrain", 406.0, reused=True),),
+        report,
+        Publication(version, promotion, None),
+        serve_error="serve: port in use",
+    )
     show_outcome(outcome, Console(width=150))
     shown = capsys.readouterr().out
     assert "pretrain  (406.0 s)" in shown
     assert "no answer over HTTP: serve: port in use" in shown
-    assert outcome.shortfall == "serve: port in use"
+    assert outcome.failure == "serve: port in use"
