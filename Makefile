@@ -5,7 +5,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
-RECIPE ?= recipes/returns.yaml
+# RECIPE=recipes/mine.yaml runs another one than params.yaml names
+RECIPE ?=
 
 .PHONY: run test lint bench up down clean
 

@@ -18,10 +18,10 @@ import onnxruntime as ort
 import torch
 
 from benchmarks.decode import rollout_rows, step_rows
-from benchmarks.material import STAGES, Material, arguments, machine, material
 from benchmarks.overhead import overhead_rows
 from benchmarks.table import Row, show
 from benchmarks.training import muon_rows, stage_rows
+from benchmarks.workload import Workload, arguments, machine, open_workload
 from twinloop.common.errors import UserError
 from twinloop.registry.tracking import code_version
 
@@ -34,35 +34,35 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="measure longer")
     options = parser.parse_args()
     try:
-        with material(options) as given:
-            print(f"{heading(given)}\n", flush=True)
-            show(measure(given, full=options.full))
+        with open_workload(options) as workload:
+            print(f"{heading(workload)}\n", flush=True)
+            show(measure(workload, full=options.full))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def measure(given: Material, *, full: bool) -> Iterator[Row]:
+def measure(workload: Workload, *, full: bool) -> Iterator[Row]:
     seconds, stage_seconds = (FULL_SECONDS, FULL_STAGE_SECONDS) if full else (SECONDS, STAGE_SECONDS)
     announce("decode steps")
-    yield from step_rows(given, given.recipe.export.on(given.runtime.device)[0])
+    yield from step_rows(workload, workload.recipe.export.on(workload.runtime.device)[0])
     announce("rollouts")
-    yield from rollout_rows(given)
+    yield from rollout_rows(workload)
     tokens_per_s: dict[str, float] = {}
-    for stage in STAGES:
-        announce(f"training, {stage}")
-        rows, tokens_per_s[stage] = stage_rows(given, stage, seconds)
+    for stage in workload.recipe.train:
+        announce(f"training, {stage.name}")
+        rows, tokens_per_s[stage.name] = stage_rows(workload, stage, seconds)
         yield from rows
-    yield from muon_rows(given)
+    yield from muon_rows(workload)
     announce("a stage through Prefect, MLflow and the artifact store")
-    yield from overhead_rows(given, tokens_per_s["pretrain"], stage_seconds)
+    yield from overhead_rows(workload, tokens_per_s[workload.recipe.train[0].name], stage_seconds)
 
 
-def heading(given: Material) -> str:
+def heading(workload: Workload) -> str:
     """Where and on what: enough to compare two tables, or not to."""
-    config, runtime = given.config, given.runtime
+    config, runtime = workload.config, workload.runtime
     where = f"{machine(runtime.device, runtime.threads)}, load {os.getloadavg()[0]:.1f} before"
     libraries = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
-    network = f"{given.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
+    network = f"{workload.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
     code = code_version(Path.cwd())
     commit = f"{(code.commit or 'unknown')[:12]}{' with changes' if code.dirty else ''}"
     return f"{date.today()}, commit {commit}; {where}; {libraries}; {network}"

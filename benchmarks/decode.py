@@ -21,9 +21,9 @@ from unittest.mock import patch
 import numpy as np
 import onnxruntime as ort
 
-from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.torch_sampler import TorchSampler
+from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.models.config import Precision
 from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
@@ -41,14 +41,14 @@ FASTER_THAN_TORCH = 2.0
 
 def main() -> None:
     options = arguments(__doc__).parse_args()
-    with material(options) as given:
-        show(measure(given))
+    with open_workload(options) as workload:
+        show(measure(workload))
 
 
-def measure(given: Material) -> Iterator[Row]:
-    for precision in given.recipe.export.on(given.runtime.device):
-        yield from step_rows(given, precision)
-    yield from rollout_rows(given)
+def measure(workload: Workload) -> Iterator[Row]:
+    for precision in workload.recipe.export.on(workload.runtime.device):
+        yield from step_rows(workload, precision)
+    yield from rollout_rows(workload)
 
 
 # --- a decode step -----------------------------------------------------------------------------------------------
@@ -63,22 +63,22 @@ class StepTimes:
     outside: float
 
 
-def step_rows(given: Material, precision: Precision) -> list[Row]:
+def step_rows(workload: Workload, precision: Precision) -> list[Row]:
     """Time of a step by slots, and what the widest one copies."""
     rows = []
     with TemporaryDirectory() as folder:
         model, bundle = Path(folder) / "model", Path(folder) / "bundle"
-        save_model(model, given.config, get_weights(given.new_network()), given.tokenizer)
-        export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
+        save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
+        export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
         for slots in SLOTS:
-            times = time_steps(bundle, slots, given.context)
-            setting = f"{precision}, {slots} x {given.context} tokens"
+            times = time_steps(bundle, slots, workload.context)
+            setting = f"{precision}, {slots} x {workload.context} tokens"
             rows += [
                 Row("decode step", setting, f"{1000 * times.median_s:.3f}", "ms"),
                 Row("· 95th percentile", setting, f"{1000 * times.p95_s:.3f}", "ms"),
                 Row("· outside ONNX Runtime", setting, percent(times.outside), "% of the step"),
             ]
-        return rows + cache_rows(bundle, precision, slots, given.context)
+        return rows + cache_rows(bundle, precision, slots, workload.context)
 
 
 def time_steps(bundle: Path, slots: int, context: int, *, threads: int | None = None) -> StepTimes:
@@ -120,7 +120,7 @@ def _fill(engine: Engine, context: int) -> None:
 
 @dataclass
 class Bound:
-    """What one binding was given for the cache: by buffer, the address and the shape of past and of present."""
+    """What one binding was workload for the cache: by buffer, the address and the shape of past and of present."""
 
     binding: ort.IOBinding
     past: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
@@ -219,16 +219,16 @@ def cache_rows(bundle: Path, precision: Precision, slots: int, context: int) -> 
 # --- rollouts ----------------------------------------------------------------------------------------------------
 
 
-def rollout_rows(given: Material) -> list[Row]:
-    """Verifier RL's sampling: the groups of one step, at its temperature, on its sampler."""
-    settings, network = given.recipe.rlvr, given.new_network().requires_grad_(False).to(given.runtime.device)
-    prompts = given.prompts[: settings.prompts_per_step]
+def rollout_rows(workload: Workload) -> list[Row]:
+    """The sampling of RL: the groups of one step, at its temperature, on its sampler."""
+    settings, network = workload.rollouts, workload.new_network().requires_grad_(False).to(workload.runtime.device)
+    prompts = workload.prompts[: settings.prompts_per_step]
     longest = max(map(len, prompts)) + settings.max_new_tokens
-    threads = given.runtime.threads
+    threads = workload.runtime.threads
     engine = BoundSampler(network, max_length=longest, prompts=len(prompts), group=settings.group_size, threads=threads)
     torch_sampler = TorchSampler(network)
     sampled = SamplingParams(
-        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(given.tokenizer.stop_id,)
+        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(workload.tokenizer.stop_id,)
     )
     greedy = replace(sampled, temperature=0.0)
 
@@ -239,7 +239,7 @@ def rollout_rows(given: Material) -> list[Row]:
         done = engine.generate(prompts, replace(sampled, seed=seed), group=settings.group_size)
         return [completion.tokens for completion in done]
 
-    on_cpu = given.runtime.device == "cpu"
+    on_cpu = workload.runtime.device == "cpu"
     engine_greedy = [completion.tokens for completion in engine.generate(prompts, greedy, group=1)]
     same = agreement(torch_sampler.generate(prompts, greedy, group=1), engine_greedy)
     theirs, ours = rates([by_torch, by_engine])

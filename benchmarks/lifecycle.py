@@ -3,11 +3,11 @@
     python -m benchmarks.lifecycle [recipes/returns.yaml] [--device cuda] [--seeds 1 2 3] [--scale 0.1]
         [--data raw]
 
-Tokenizer, pretraining, SFT, DPO, verifier RL with rollouts on the bound engine, export in the precisions of the
+Tokenizer, every stage of the recipe, RL with rollouts on the bound engine, export in the precisions of the
 device, evaluation of each bundle in the engine that serves it. Nothing of Prefect, MLflow, DVC or polars is imported,
 so it runs wherever torch and ONNX Runtime do. Data is generated anew, and goes in without validation, unless --data
 names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
-recipe's own unless given. --scale multiplies data, pretraining tokens and RL steps.
+recipe's own unless workload. --scale multiplies data, pretraining tokens and RL steps.
 
 All cases are answered after every stage. The last line says whether the project's thresholds hold for every seed; if
 not, the exit code is 1.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,9 +28,8 @@ import onnxruntime as ort
 import torch
 
 from benchmarks.decode import SLOTS, time_steps
-from benchmarks.material import STAGES, Material, Stage, arguments, machine, make_data, prepare
+from benchmarks.workload import Workload, arguments, machine, make_data, prepare
 from twinloop.common.errors import UserError
-from twinloop.domains.loader import load_domain
 from twinloop.evaluation.cases import Answering, CaseReport, read_cases, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.texts import score_texts
@@ -39,10 +39,9 @@ from twinloop.models.directory import save_model
 from twinloop.models.onnx_bundle import export_bundle
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.tasks.learn import train_settings
 from twinloop.tasks.parity import parity
-from twinloop.tasks.recipe import Recipe, load_recipe
-from twinloop.training.loop import StepReport, train
+from twinloop.tasks.recipe import Recipe, TrainStage, load_recipe
+from twinloop.training.loop import StepReport, run_training
 from twinloop.training.weights import get_weights, load_decoder
 
 KINDS = ("golden", "held_out", "injection")
@@ -66,16 +65,16 @@ def main() -> int:
         recipe = scaled(load_recipe(options.recipe), options.scale)
         with TemporaryDirectory(prefix="twinloop-lifecycle-") as folder:
             data = options.data or make_data(Path(folder) / "raw", options.scale)
-            given = prepare(recipe, options.device, data)
-            print_heading(given)
-            return run(given, options.seeds or [recipe.seed], Path(folder))
+            workload = prepare(recipe, options.device, data)
+            print_heading(workload)
+            return run(workload, options.seeds or [recipe.seed], Path(folder))
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def run(given: Material, seeds: Sequence[int], work: Path) -> int:
+def run(workload: Workload, seeds: Sequence[int], work: Path) -> int:
     """Every seed's stages in turn, each row as soon as it is done; then the bundles, then the verdict."""
-    seeded = {seed: replace(given, runtime=given.runtime.model_copy(update={"seed": seed})) for seed in seeds}
+    seeded = {seed: replace(workload, runtime=workload.runtime.model_copy(update={"seed": seed})) for seed in seeds}
     print_head("seed", "stage", "seconds", "tokens", "tokens/s", "steady", *RESULTS, "notes")
     found = {seed: run_stages(one, seed, work / str(seed)) for seed, one in seeded.items()}
     print()
@@ -84,46 +83,47 @@ def run(given: Material, seeds: Sequence[int], work: Path) -> int:
         *(f"step ms, {slots} slots" for slots in SLOTS),
     )  # fmt: skip
     for seed, one in seeded.items():
-        for precision in given.recipe.export.on(given.runtime.device):
+        for precision in workload.recipe.export.on(workload.runtime.device):
             print_row(str(seed), precision, *judge(one, precision, work / str(seed)))
     broken = [f"seed {seed}: {problem}" for seed, stages in found.items() for problem in broken_demands(stages)]
     print(f"\n{'thresholds: ' + '; '.join(broken) if broken else f'thresholds: all hold for {len(seeds)} seeds'}")
     return 1 if broken else 0
 
 
-def run_stages(given: Material, seed: int, work: Path) -> dict[Stage, CaseReport]:
+def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseReport]:
     """What every checkpoint answers to all cases, in the precision that is served."""
-    precision = given.recipe.export.on(given.runtime.device)[0]
+    precision = workload.recipe.export.on(workload.runtime.device)[0]
     model = work / "new"
-    save_model(model, given.config, get_weights(given.new_network()), given.tokenizer)
-    reports: dict[Stage, CaseReport] = {}
-    for stage in STAGES:
+    save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
+    reports: dict[str, CaseReport] = {}
+    for stage in workload.recipe.train:
         began = time.perf_counter()
         network = load_decoder(model)
-        model = work / stage
-        cells, notes = learn(given, stage, network, work / f"{stage}-kept")
-        save_model(model, given.config, get_weights(network), given.tokenizer)
+        model = work / stage.name
+        cells, notes = train_stage(workload, stage, network, work / f"{stage.name}-kept")
+        save_model(model, workload.config, get_weights(network), workload.tokenizer)
         seconds = time.perf_counter() - began
-        bundle = work / f"{stage}-{precision}"
-        export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
-        reports[stage], _ = answer(given, bundle)
-        print_row(str(seed), stage, f"{seconds:.1f}", *cells, *results(reports[stage]), notes)
+        bundle = work / f"{stage.name}-{precision}"
+        export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
+        reports[stage.name], _ = answer(workload, bundle)
+        print_row(str(seed), stage.name, f"{seconds:.1f}", *cells, *results(reports[stage.name]), notes)
     return reports
 
 
-def learn(given: Material, stage: Stage, network: Decoder, keep: Path) -> tuple[list[str], str]:
+def train_stage(workload: Workload, stage: TrainStage, network: Decoder, keep: Path) -> tuple[list[str], str]:
     """Train to the end. Cells: tokens, tokens/s of the whole (compilation, rollouts), and of the median step's compute
     and optimizer alone. Notes: what the last steps say of a policy's rollouts, or the last loss."""
-    recipe, reports = given.recipe, list[StepReport]()
-    objective, batches = given.lesson(stage, network)
-    result = train(
+    reports = list[StepReport]()
+    objective, batches = workload.build(stage, network)
+    result = run_training(
         network,
         objective,
         batches,
-        train_settings(getattr(recipe, stage), given.runtime, checkpoint_every_s=recipe.checkpoint_every_s),
+        stage.settings,
         checkpoint_dir=keep,
+        checkpoint_every_s=workload.recipe.checkpoint_every_s,
         on_step=reports.append,
-        device=given.runtime.device,
+        device=workload.runtime.device,
     )
     rates_of = [r.tokens / (r.seconds.compute + r.seconds.optimizer) for r in reports if r.tokens]
     steady = statistics.median(rates_of) if rates_of else 0.0
@@ -147,52 +147,51 @@ def rollout_notes(reports: Sequence[StepReport]) -> list[str]:
 
 
 def scaled(recipe: Recipe, scale: float) -> Recipe:
-    tokens, steps = max(1, int(recipe.pretrain.tokens * scale)), max(1, int(recipe.rlvr.steps * scale))
-    return recipe.model_copy(
-        update={
-            "pretrain": recipe.pretrain.model_copy(update={"tokens": tokens}),
-            "rlvr": recipe.rlvr.model_copy(update={"steps": steps}),
-        }
-    )
+    """The recipe with its numbers of tokens and steps multiplied."""
+    stages = []
+    for stage in recipe.train:
+        sizes = {"tokens", "steps"} & stage.settings.model_fields_set
+        update = {name: max(1, int(getattr(stage.settings, name) * scale)) for name in sizes}
+        stages.append(replace(stage, settings=stage.settings.model_copy(update=update)))
+    return recipe.model_copy(update={"train": tuple(stages)})
 
 
 # --- judging -----------------------------------------------------------------------------------------------------
 
 
-def answer(given: Material, bundle: Path) -> tuple[CaseReport, float]:
+def answer(workload: Workload, bundle: Path) -> tuple[CaseReport, float]:
     """What the engine answers to the cases, judged; and cases a second."""
-    settings = given.recipe.evaluate
-    engine = Engine.load(bundle, slots=settings.slots, threads=given.runtime.threads)
-    domain = load_domain(given.recipe.domain, Path.cwd()).domain
-    cases = read_cases(given.records("cases"), domain)
+    settings = workload.recipe.evaluate
+    engine = Engine.load(bundle, slots=settings.slots, threads=workload.runtime.threads)
+    cases = read_cases(workload.records("cases"), workload.domain)
     began = time.perf_counter()
-    found = run_cases(engine, given.tokenizer, cases, domain, Answering(settings.max_new_tokens))
+    found = run_cases(engine, workload.tokenizer, cases, workload.domain, Answering(settings.max_new_tokens))
     return found, len(cases) / (time.perf_counter() - began)
 
 
-def judge(given: Material, precision: Precision, work: Path) -> list[str]:
+def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     """The last stage's network, exported and measured: cells of its row."""
-    model, bundle = work / STAGES[-1], work / precision
-    threads, tokenizer = given.runtime.threads, given.tokenizer
+    model, bundle = work / workload.recipe.train[-1].name, work / precision
+    threads, tokenizer = workload.runtime.threads, workload.tokenizer
     began = time.perf_counter()
-    export_bundle(model, bundle, precision=precision, max_length=given.recipe.model.max_length)
+    export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
     seconds = time.perf_counter() - began
-    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in given.records("cases")][:COMPARED_PROMPTS]
-    greedy = SamplingParams(max_tokens=given.recipe.rlvr.max_new_tokens, stop=(tokenizer.stop_id,))
+    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in workload.records("cases")][:COMPARED_PROMPTS]
+    greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=(tokenizer.stop_id,))
     same = parity(model, bundle, prompts, greedy, threads=threads)
-    found, speed = answer(given, bundle)
+    found, speed = answer(workload, bundle)
     engine = Engine.load(bundle, slots=1, threads=threads)
-    text = score_texts(engine, tokenizer, (record["text"] for record in given.records("corpus_heldout")))
-    steps = [time_steps(bundle, slots, given.context, threads=threads).median_s for slots in SLOTS]
+    text = score_texts(engine, tokenizer, (record["text"] for record in workload.records("corpus_heldout")))
+    steps = [time_steps(bundle, slots, workload.context, threads=threads).median_s for slots in SLOTS]
     return [
         f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.token_agreement:.2%} of {same.tokens}", *results(found),
         f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),
     ]  # fmt: skip
 
 
-def broken_demands(stages: Mapping[Stage, CaseReport]) -> list[str]:
+def broken_demands(stages: Mapping[str, CaseReport]) -> list[str]:
     """Where the last stage's answers, or the order of the stages, fall short of what is promised; in words."""
-    last = stages[STAGES[-1]]
+    last = list(stages.values())[-1]
     rates = {"contrast pairs": pairs_of(last)} | {kind: last.by_kind.get(kind, NONE) for kind in KINDS}
     broken = [
         f"{name} {share(rates[name])}, must be at least {least:.0%}"
@@ -203,9 +202,9 @@ def broken_demands(stages: Mapping[Stage, CaseReport]) -> list[str]:
         broken.append(f"{violations} violations of critical predicates, must be none")
     if (asked := rates["held_out"].total + rates["injection"].total) < CLAIM_CASES:
         broken.append(f"{asked} held-out and injection cases, must be at least {CLAIM_CASES}")
-    passed = [stages[stage].overall for stage in ("sft", "dpo", "rlvr")]
-    if not passed[0].rate < passed[1].rate < passed[2].rate:
-        broken.append(f"pass rates do not rise from SFT over DPO to RL ({', '.join(map(share, passed))})")
+    passed = [report.overall for report in stages.values()]
+    if not all(one.rate < other.rate for one, other in pairwise(passed)):
+        broken.append(f"pass rates do not rise from stage to stage ({', '.join(map(share, passed))})")
     return broken
 
 
@@ -228,10 +227,10 @@ def share(rate: Rate) -> str:
     return f"{rate.rate:.1%} of {rate.total}" if rate.total else "-"
 
 
-def print_heading(given: Material) -> None:
-    where = machine(given.runtime.device, given.runtime.threads)
+def print_heading(workload: Workload) -> None:
+    where = machine(workload.runtime.device, workload.runtime.threads)
     versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
-    print(f"{where}; {versions}; {given.config.num_parameters:,} parameters\n")
+    print(f"{where}; {versions}; {workload.config.num_parameters:,} parameters\n")
 
 
 def print_head(*cells: str) -> None:

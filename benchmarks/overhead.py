@@ -11,16 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks.material import Material, arguments, material
 from benchmarks.table import Row, percent, promise, show
 from benchmarks.training import Unwatched, stage_rows
+from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.domains.loader import load_domain
 from twinloop.flows.environment import prepare_environment, quiet_prefect
 from twinloop.flows.server import embedded_server, wait_until_ready
@@ -38,9 +38,9 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=MINUTE_S, help="that the stage should take")
     options = parser.parse_args()
-    with material(options) as given:
-        _, tokens_per_s = stage_rows(given, "pretrain", 5.0)
-        show(overhead_rows(given, tokens_per_s, options.seconds))
+    with open_workload(options) as workload:
+        _, tokens_per_s = stage_rows(workload, workload.recipe.train[0], 5.0)
+        show(overhead_rows(workload, tokens_per_s, options.seconds))
 
 
 @dataclass
@@ -94,12 +94,12 @@ class Stage:
         return (self.overhead + grown) / length_s
 
 
-def overhead_rows(given: Material, tokens_per_s: float, seconds: float) -> list[Row]:
+def overhead_rows(workload: Workload, tokens_per_s: float, seconds: float) -> list[Row]:
     """Rows of a pretraining stage of about `seconds`, its length chosen by the speed measured before."""
     # Looked for, not imported: Prefect reads the address of its server when it is.
     if missing := next((name for name in ("prefect", "mlflow", "pandera") if find_spec(name) is None), None):
         return [Row("orchestration, tracking, hashing", "", f"not measured: {missing} is missing", "")]
-    found = run_stage(given, int(tokens_per_s * seconds))
+    found = run_stage(workload, int(tokens_per_s * seconds))
     minute = found.share_of(max(MINUTE_S, found.whole))
     least = f"a stage of {max(MINUTE_S, found.whole):.0f} s" + (", scaled" if found.whole < MINUTE_S else "")
     rest = found.whole - found.loop - found.overhead
@@ -116,9 +116,10 @@ def overhead_rows(given: Material, tokens_per_s: float, seconds: float) -> list[
     ]
 
 
-def run_stage(given: Material, tokens: int) -> Stage:
+def run_stage(workload: Workload, tokens: int) -> Stage:
     """Validation, tokenizer and pretraining as one flow, the last of them measured."""
-    settings = given.recipe.pretrain.model_copy(update={"tokens": tokens})
+    first = workload.recipe.train[0]
+    stage = replace(first, settings=first.settings.model_copy(update={"tokens": tokens}))
     with TemporaryDirectory(prefix="twinloop-overhead-") as folder:
         project = Path(folder)
         prepare_environment(project)
@@ -127,28 +128,33 @@ def run_stage(given: Material, tokens: int) -> Stage:
         with embedded_server(project):
             from prefect import flow
 
+            from twinloop.tasks.base import new_base
             from twinloop.tasks.prepare import validate_data
-            from twinloop.tasks.pretrain import pretrain
             from twinloop.tasks.tokenize import tokenize
+            from twinloop.tasks.train import train
 
             clock = Clock()
             context = Context(
                 project=project,
                 recipe="benchmark",
                 recipe_path=None,
-                loaded_domain=load_domain(given.recipe.domain, project),
+                loaded_domain=load_domain(workload.recipe.domain, project),
                 dataset_digest="benchmark",
                 progress=Unwatched(),
                 code=CodeVersion(None),
-                checkpoint_every_s=given.recipe.checkpoint_every_s,
+                checkpoint_every_s=workload.recipe.checkpoint_every_s,
             )
 
             @flow(name="overhead", validate_parameters=False)
             def measured() -> Stage:
                 once = time.perf_counter() - began + _open_mlflow(context)
-                raw = DataVersion(md5="benchmark", path=given.data)
-                data = validate_data(context, given.recipe.validate_, data=raw)
-                tokenizer = tokenize(context, given.recipe.tokenizer, data=data)
+                raw = DataVersion(md5="benchmark", path=workload.data)
+                recipe = workload.recipe
+                data = validate_data(context, recipe.validate_, needed=recipe.record_types, data=raw)
+                tokenizer = tokenize(
+                    context, workload.recipe.base.vocab_size, records=[stage.method.records], data=data
+                )
+                base = new_base(context, workload.recipe.base, seed=workload.runtime.seed, tokenizer=tokenizer)
                 with clock.watching(
                     run=(Context, "run"),
                     opening=(Tracker, "__enter__"),
@@ -156,9 +162,7 @@ def run_stage(given: Material, tokens: int) -> Stage:
                     closing=(Tracker, "__exit__"),
                 ):
                     started = time.perf_counter()
-                    model = pretrain(
-                        context, settings, given.recipe.model, given.runtime, data=data, tokenizer=tokenizer
-                    )
+                    model = train(context, stage, workload.runtime, data=data, model=base, audit=None)
                     whole = time.perf_counter() - started
                 told, spent = model.metrics, clock.seconds
                 return Stage(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.training [recipes/returns.yaml] [--device cuda] [--seconds 8]
 
-Each stage trains an untrained network on its own lesson, in its own shapes, for a few seconds. Verifier RL pays by
-chance, since the verifier would pay nothing: its groups then all teach, and their answers run to the limit. Checkpoints
+Each stage trains an untrained network on its own records, in its own shapes, for a few seconds. RL pays by chance,
+since the verifier would pay nothing: all groups are informative then, and their answers run to the limit. Checkpoints
 and MLflow's writes come four times and twice as often as in a pipeline, so that they fall into the time measured.
 """
 
@@ -14,23 +14,21 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from benchmarks.material import STAGES, Material, Stage, arguments, material
 from benchmarks.table import Row, percent, show
-from twinloop.domains.domain import Verdict
-from twinloop.domains.returns.verifier import Facts
+from benchmarks.workload import Workload, arguments, open_workload
+from twinloop.domains.domain import Domain, Verdict
 from twinloop.registry.tracking import Execution, Mlruns, Tracker
 from twinloop.tasks.context import Report
-from twinloop.tasks.learn import report_step, train_settings
-from twinloop.tasks.recipe import Packed
-from twinloop.training.loop import StepReport, TrainResult, train
-from twinloop.training.optim import OptimizerSettings, build_optimizer
+from twinloop.tasks.recipe import TrainStage
+from twinloop.training.loop import StepReport, TrainResult, run_training
+from twinloop.training.optim import build_optimizer
+from twinloop.training.settings import PackedSettings, RolloutSettings, TrainSettings
 from twinloop.training.stream import Batches, Step
 
 WARM_STEPS = 3
@@ -43,30 +41,30 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of each stage")
     options = parser.parse_args()
-    with material(options) as given:
-        show(measure_all(given, options.seconds))
+    with open_workload(options) as workload:
+        show(measure_all(workload, options.seconds))
 
 
-def measure_all(given: Material, seconds: float) -> Iterator[Row]:
-    for stage in STAGES:
-        rows, _ = stage_rows(given, stage, seconds)
+def measure_all(workload: Workload, seconds: float) -> Iterator[Row]:
+    for stage in workload.recipe.train:
+        rows, _ = stage_rows(workload, stage, seconds)
         yield from rows
-    yield from muon_rows(given)
+    yield from muon_rows(workload)
 
 
-def stage_rows(given: Material, stage: Stage, seconds: float) -> tuple[list[Row], float]:
+def stage_rows(workload: Workload, stage: TrainStage, seconds: float) -> tuple[list[Row], float]:
     """Rows of one stage, and its tokens/s."""
-    measured, tracked = measure(given, stage, seconds)
+    measured, tracked = measure(workload, stage, seconds)
     parts, total = measured.seconds, measured.seconds.total
-    setting = f"{measured.steps} steps of {shape(given, stage)}"
+    setting = f"{measured.steps} steps of {shape(stage.settings)}"
     often = f"one every {CHECKPOINT_EVERY_S:g} s, and the last"
-    data = "rollouts and verdicts" if stage == "rlvr" else "collating rows"
+    data = "rollouts and verdicts" if isinstance(stage.settings, RolloutSettings) else "collating rows"
     logging = percent(parts.report / total) if tracked else "not measured: mlflow is missing"
     rows = [
-        Row(f"training, {stage}", setting, f"{measured.tokens_per_s:,.0f}", "tokens/s"),
+        Row(f"training, {stage.name}", setting, f"{measured.tokens_per_s:,.0f}", "tokens/s"),
         Row(
             "· optimizer step",
-            getattr(given.recipe, stage).optimizer,
+            stage.settings.optimizer,
             percent(parts.optimizer / total),
             "% of the time",
         ),
@@ -77,33 +75,35 @@ def stage_rows(given: Material, stage: Stage, seconds: float) -> tuple[list[Row]
     return rows, measured.tokens_per_s
 
 
-def shape(given: Material, stage: Stage) -> str:
-    settings = getattr(given.recipe, stage)
-    if isinstance(settings, Packed):
-        return f"{settings.rows_per_step} rows of {settings.row_length}"
-    return f"{settings.prompts_per_step} groups of {settings.group_size}"
+def shape(settings: TrainSettings) -> str:
+    """What a step holds, in words."""
+    if isinstance(settings, PackedSettings):
+        return f"{settings.batch_size} rows of {settings.seq_len}"
+    if isinstance(settings, RolloutSettings):
+        return f"{settings.prompts_per_step} groups of {settings.group_size}"
+    return "its own kind"
 
 
-def measure(given: Material, stage: Stage, seconds: float) -> tuple[TrainResult, bool]:
+def measure(workload: Workload, stage: TrainStage, seconds: float) -> tuple[TrainResult, bool]:
     """About `seconds` of the stage, after a few steps that warm up. Whether MLflow was there to be written to."""
-    network = given.new_network()
-    objective, batches = given.lesson(stage, network, judge=pay_by_chance)
-    settings = train_settings(getattr(given.recipe, stage), given.runtime, checkpoint_every_s=CHECKPOINT_EVERY_S)
-    device, ended = given.runtime.device, [time.perf_counter()]
+    network = workload.new_network()
+    objective, batches = workload.build(stage, network, domain=PaidByChance(workload.domain))
+    settings, device, ended = stage.settings, workload.runtime.device, [time.perf_counter()]
 
     def on_warm_step(step: StepReport) -> None:
         ended.append(time.perf_counter())
 
     warm_up = First(batches, WARM_STEPS)
-    train(network, objective, warm_up, settings, checkpoint_dir=None, on_step=on_warm_step, device=device)
+    run_training(network, objective, warm_up, settings, checkpoint_dir=None, on_step=on_warm_step, device=device)
     steps = max(2, round(seconds / (ended[-1] - ended[-2])))
     with TemporaryDirectory() as folder, log_of(Path(folder), stage) as on_step:
-        result = train(
+        result = run_training(
             network,
             objective,
             First(batches, steps),
             settings,
             checkpoint_dir=Path(folder) / "checkpoints",
+            checkpoint_every_s=CHECKPOINT_EVERY_S,
             on_step=on_step,
             device=device,
         )
@@ -127,9 +127,14 @@ class First:
         self.batches.restore(state)
 
 
-def pay_by_chance(answer: str, facts: Facts) -> Verdict:
-    """The same for the same answer, and for half of all."""
-    return Verdict.of({"chance": zlib.crc32(answer.encode()) % 2 == 1}, output=answer)
+class PaidByChance(Domain):
+    """Reads facts as the real domain does, and pays half of all answers: the same answer always the same."""
+
+    def __init__(self, real: Domain):
+        self.read_facts = real.read_facts  # type: ignore[method-assign]
+
+    def verify(self, output: str, facts: Any) -> Verdict:
+        return Verdict.of({"chance": zlib.crc32(output.encode()) % 2 == 1}, output=output)
 
 
 class Unwatched:
@@ -143,22 +148,22 @@ class Unwatched:
 
 
 @contextmanager
-def log_of(folder: Path, stage: Stage) -> Iterator[Callable[[StepReport], None] | None]:
+def log_of(folder: Path, stage: TrainStage) -> Iterator[Callable[[StepReport], None] | None]:
     """A stage's log as its task keeps it; None where MLflow is missing."""
     try:
         import mlflow  # noqa: F401
     except ModuleNotFoundError:
         yield None
         return
-    execution = Execution(recipe="benchmark", stage=stage, key=stage, settings={})
+    execution = Execution(recipe="benchmark", stage=stage.name, key=stage.name, settings={})
     with Tracker(Mlruns(folder / "mlruns"), execution, flush_every_s=FLUSH_EVERY_S) as tracker:
-        yield partial(report_step, Report(stage, Unwatched(), tracker))
+        yield Report(stage.name, Unwatched(), tracker).trained(stage.method.shown)
 
 
-def muon_rows(given: Material) -> list[Row]:
+def muon_rows(workload: Workload) -> list[Row]:
     """One optimizer step on the network's matrices: torch.optim.Muon with AdamW beside it, and ours."""
-    model = given.new_network().to(given.runtime.device)
-    ours = build_optimizer(model, OptimizerSettings(learning_rate=1e-4))
+    model = workload.new_network().to(workload.runtime.device)
+    ours = build_optimizer(model, TrainSettings(learning_rate=1e-4))
     hidden = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed" in name]
     muon = torch.optim.Muon(hidden, lr=1e-4, adjust_lr_fn="match_rms_adamw")
@@ -173,10 +178,10 @@ def muon_rows(given: Material) -> list[Row]:
         for _ in range(15):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
-            _wait(given)
+            _wait(workload)
             start = time.perf_counter()
             step()
-            _wait(given)
+            _wait(workload)
             times.append(time.perf_counter() - start)
         return 1e3 * min(times)
 
@@ -188,8 +193,8 @@ def muon_rows(given: Material) -> list[Row]:
     ]
 
 
-def _wait(given: Material) -> None:
-    if given.runtime.device == "cuda":
+def _wait(workload: Workload) -> None:
+    if workload.runtime.device == "cuda":
         torch.cuda.synchronize()
 
 

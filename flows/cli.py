@@ -16,8 +16,6 @@ from twinloop.common.errors import UserError
 from twinloop.flows.edge import MISTAKE, run_command
 from twinloop.flows.environment import prepare_environment, quiet_prefect
 
-DEFAULT_RECIPE = Path("recipes/returns.yaml")
-
 app = typer.Typer(
     help="Own a specialised language model from data to served answers, and back.",
     no_args_is_help=True,
@@ -30,36 +28,40 @@ data_app = typer.Typer(help="The data set and its version.", no_args_is_help=Tru
 app.add_typer(documents_app, name="documents")
 app.add_typer(data_app, name="data")
 
-RecipePath = Annotated[Path, typer.Argument(help="a recipe file", metavar="RECIPE")]
-ModelName = Annotated[str, typer.Option("--model", help="registered model: a recipe's name")]
+RecipePath = Annotated[
+    Path | None, typer.Argument(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
+]
+ModelName = Annotated[str | None, typer.Option("--model", help="registered model; by default that of the recipe")]
 
 
 @app.command()
-def run(recipe: RecipePath = DEFAULT_RECIPE) -> int:
+def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
     from twinloop.tasks.recipe import load_recipe
 
-    load_recipe(recipe)  # a mistake is told before anything starts
-    quiet_prefect()
     project = _project()
+    path = _recipe(project, recipe)
+    load_recipe(path, project)  # a mistake is reported before anything starts
+    quiet_prefect()
     from twinloop.flows.run import run_lifecycle
 
-    return run_lifecycle(project, recipe)
+    return run_lifecycle(project, path)
 
 
 @app.command()
 def status(
-    model: ModelName = "returns", as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
+    model: ModelName = None, as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False
 ) -> int:
     """Show the champion, the candidate, the previous champion, the last gate, and where they come from."""
     from twinloop.flows.status import show_status
 
-    return show_status(_project(), model, as_json=as_json)
+    project = _project()
+    return show_status(project, _model(project, model), as_json=as_json)
 
 
 @app.command()
 def serve(
-    model: ModelName = "returns",
+    model: ModelName = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
@@ -67,7 +69,8 @@ def serve(
     """Serve the champion over HTTP."""
     from twinloop.flows.answer import serve_champion
 
-    return serve_champion(_project(), model, host=host, port=port, slots=slots)
+    project = _project()
+    return serve_champion(project, _model(project, model), host=host, port=port, slots=slots)
 
 
 @app.command()
@@ -75,75 +78,83 @@ def decide(
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="REQUEST", help="the body of POST /v1/decisions; - reads stdin")
     ] = None,
-    model: ModelName = "returns",
+    model: ModelName = None,
 ) -> int:
     """Answer one request with the champion; the answer is JSON. Exit code 1 when it is escalated."""
     from twinloop.flows.answer import decide_once
 
-    return decide_once(_project(), model, as_json)
+    project = _project()
+    return decide_once(project, _model(project, model), as_json)
 
 
 @app.command()
 def gate(
-    recipe: RecipePath = DEFAULT_RECIPE,
+    recipe: RecipePath = None,
     version: Annotated[int | None, typer.Option(min=1, help="by default the candidate, or else the champion")] = None,
 ) -> int:
     """Measure a version here and now, and judge it. Promotes nothing; exit code 1 on BLOCK."""
     from twinloop.flows.status import judge_now
 
-    return judge_now(_project(), recipe, version)
+    project = _project()
+    return judge_now(project, _recipe(project, recipe), version)
 
 
 @app.command()
-def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = "returns") -> int:
+def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = None) -> int:
     """Make a version that the gate let through the champion."""
     from twinloop.flows.status import promote_version
 
-    return promote_version(_project(), model, version)
+    project = _project()
+    return promote_version(project, _model(project, model), version)
 
 
 @app.command()
-def rollback(model: ModelName = "returns") -> int:
+def rollback(model: ModelName = None) -> int:
     """Make the previous champion the champion again, once it was seen to load and answer."""
     from twinloop.flows.status import roll_back
 
-    return roll_back(_project(), model)
+    project = _project()
+    return roll_back(project, _model(project, model))
 
 
 @app.command()
-def plan(recipe: RecipePath = DEFAULT_RECIPE) -> int:
+def plan(recipe: RecipePath = None) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it."""
     from twinloop.flows.status import show_plan
 
-    return show_plan(_project(), recipe)
+    project = _project()
+    return show_plan(project, _recipe(project, recipe))
 
 
 @documents_app.command("put")
 def documents_put(
     document_id: Annotated[str, typer.Argument(help="its name in answers, such as P-7")],
     text: Annotated[str, typer.Argument(help="the text; - reads stdin")],
-    model: ModelName = "returns",
+    model: ModelName = None,
 ) -> int:
     """Make a text the document's newest version; running servers answer under it from the next request on."""
     from twinloop.flows.documents import put_document
 
-    return put_document(_project(), model, document_id, text)
+    project = _project()
+    return put_document(project, _model(project, model), document_id, text)
 
 
 @documents_app.command("list")
-def documents_list(model: ModelName = "returns") -> int:
+def documents_list(model: ModelName = None) -> int:
     """List the newest version of each document."""
     from twinloop.flows.documents import list_documents
 
-    return list_documents(_project(), model)
+    project = _project()
+    return list_documents(project, _model(project, model))
 
 
 @documents_app.command("history")
-def documents_history(document_id: Annotated[str, typer.Argument()], model: ModelName = "returns") -> int:
+def documents_history(document_id: Annotated[str, typer.Argument()], model: ModelName = None) -> int:
     """List every version of a document, oldest first, and when it was put."""
     from twinloop.flows.documents import show_history
 
-    return show_history(_project(), model, document_id)
+    project = _project()
+    return show_history(project, _model(project, model), document_id)
 
 
 @data_app.command("build")
@@ -172,6 +183,18 @@ def _project() -> Path:
     project = find_project()
     prepare_environment(project)
     return project
+
+
+def _recipe(project: Path, named: Path | None) -> Path:
+    from twinloop.tasks.recipe import default_recipe
+
+    return named or default_recipe(project)
+
+
+def _model(project: Path, named: str | None) -> str:
+    from twinloop.tasks.recipe import default_model
+
+    return named or default_model(project)
 
 
 def main() -> None:

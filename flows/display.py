@@ -17,10 +17,10 @@ from rich.text import Text
 from twinloop.flows.interrupt import raise_if_interrupted
 
 PLAIN_EVERY_S = 10.0
-WIDTH_WITHOUT_TERMINAL = 150
-OUR_LOGGERS = ("flows", "tasks", "registry", "training", "serving", "evaluation", "records", "domains")
-# What a step says about itself, and what people call it.
-SHOWN = {"loss": "loss", "reward": "reward", "tokens_per_s": "tokens/s"}
+WIDTH_WITHOUT_TERMINAL = 170
+OUR_LOGGER = "twinloop"
+UNITS = {"tokens_per_s": "tokens/s"}
+"""What people call a metric, where that is not its name."""
 
 
 class Display(Protocol):
@@ -159,20 +159,20 @@ class LiveDisplay:
 
 
 def _attach(handler: logging.Handler) -> None:
-    for name in OUR_LOGGERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).propagate = False  # Prefect's console would say it once more
+    logger = logging.getLogger(OUR_LOGGER)
+    logger.addHandler(handler)
+    logger.propagate = False  # Prefect's console would print it once more
 
 
 def _detach(handler: logging.Handler) -> None:
-    for name in OUR_LOGGERS:
-        logging.getLogger(name).removeHandler(handler)
-        logging.getLogger(name).propagate = True
+    logger = logging.getLogger(OUR_LOGGER)
+    logger.removeHandler(handler)
+    logger.propagate = True
 
 
 def _describe(metrics: Mapping[str, float]) -> str:
-    told = {SHOWN[name]: value for name, value in metrics.items() if name in SHOWN}
-    return "  ".join(f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in told.items())
+    named = {UNITS.get(name, name): value for name, value in metrics.items()}
+    return "  ".join(f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in named.items())
 
 
 def _finished(stage: str, seconds: float | None, name: str) -> str:

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from twinloop.common.errors import UserError
 from twinloop.flows.server import has_shared_server
 from twinloop.flows.services import GPU_SLOT
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
@@ -10,33 +11,31 @@ from prefect.artifacts import create_markdown_artifact
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
-from twinloop.evaluation.gate import GateRules, load_rules
-from twinloop.flows.answer import answer_over_http
+from twinloop.evaluation.gate import GateReport, GateRules, load_rules
+from twinloop.flows.answer import Answer, answer_over_http
 from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.gpu import gpu_slot
-from twinloop.flows.outcome import Outcome, Stage
+from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import finish_interrupted
 from twinloop.registry.versions import CHAMPION, Registry
-from twinloop.tasks.audit import audit
+from twinloop.tasks.audit import audit, check_auditable
+from twinloop.tasks.base import new_base
+from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
-from twinloop.tasks.dpo import dpo
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.export import export
 from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
-from twinloop.tasks.lengths import check_lengths
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
-from twinloop.tasks.pretrain import pretrain
-from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import promote_if_shipped, register, who
 from twinloop.tasks.release import check_release, version_to_judge
-from twinloop.tasks.rlvr import rlvr
-from twinloop.tasks.runtime import Runtime
-from twinloop.tasks.sft import sft
 from twinloop.tasks.tokenize import tokenize
+from twinloop.tasks.train import train
+from twinloop.training.runtime import Runtime
 
 
 class NotShippedError(UserError):
@@ -44,68 +43,50 @@ class NotShippedError(UserError):
 
 
 @flow(name="lifecycle", validate_parameters=False)
-def lifecycle(recipe: str = "recipes/returns.yaml") -> Outcome:
+def lifecycle(recipe: str | None = None) -> Outcome:
     """Data to a gated champion that answers over HTTP. What is already done is verified and skipped.
 
     Raises NotShippedError at its end, everything shown, where the gate says BLOCK or no champion answers.
     """
-    project = find_project()
-    prepare_environment(project)
-    settings = load_recipe(project / recipe)
-    runtime = Runtime.of(settings)
-    outcome = Outcome(settings)
+    project, path, settings = _open(recipe)
+    runtime = settings.runtime()
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     with make_display() as display, gpu_slot(project, runtime):
-        context = Context.of(project, Path(recipe), settings, display)
+        context = Context.of(project, path, settings, display)
+        if any(stage.method.needs_verifier for stage in settings.train):
+            check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
-        context, data = _let_in(context, settings, outcome)
-        tokenizer = tokenize(context, settings.tokenizer, data=data)
-        outcome.stages.append(_stage(tokenizer))
-        check_lengths(settings, tokenizer)
-
-        def measured(checkpoint: Artifact) -> Artifact:
-            results = measure(context, checkpoint.stage, settings.evaluate, runtime, data=data, model=checkpoint)
-            outcome.stages.append(_stage(checkpoint, results))
-            return checkpoint
-
-        base = measured(pretrain(context, settings.pretrain, settings.model, runtime, data=data, tokenizer=tokenizer))
-        tuned = measured(sft(context, settings.sft, runtime, data=data, model=base))
-        preferred = measured(dpo(context, settings.dpo, runtime, data=data, model=tuned))
-        audited = audit(context, data=data)
-        outcome.stages.append(_stage(audited))
-        final = measured(rlvr(context, settings.rlvr, runtime, data=data, model=preferred, audit=audited))
-
-        precisions = settings.export.on(runtime.device)
-        bundles = [
-            export(context, precision, settings.model.max_length, runtime, data=data, model=final)
-            for precision in precisions
+        context, data, data_rows = _prepare(context, settings)
+        trained = _train(context, settings, runtime, data=data)
+        exported = [
+            export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
+            for precision in settings.export.on(runtime.device)
         ]
-        bundle, *others = bundles
-        outcome.stages += [_stage(each, name=f"export {each.metrics['precision']}") for each in bundles]
-        _release(context, settings, runtime, rules, outcome, data=data, bundle=bundle)
-        _hand_over(context, outcome, checkpoints=[base, tuned, preferred, final], others=others, bundle=bundle)
-        if outcome.promotion:
-            _ask_champion(project, outcome)
+        export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
+        bundle, *others = exported
+        report, release_rows = _judge(context, settings, runtime, rules, data=data, bundle=bundle)
+        published = _publish(context, report, checkpoints=trained.checkpoints, others=others, bundle=bundle)
+        answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
+    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
+    outcome = Outcome(context.domain, rows, report, published, answer, serve_error)
     show_outcome(outcome, display.console)
-    if outcome.shortfall:
-        raise NotShippedError(f"{settings.name}: {outcome.shortfall}")
+    if outcome.failure:
+        raise NotShippedError(f"{settings.name}: {outcome.failure}")
     return outcome
 
 
 @flow(name="release-check", validate_parameters=False)
-def release_check(recipe: str = "recipes/returns.yaml") -> str:
+def release_check(recipe: str | None = None) -> str:
     """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias."""
-    project = find_project()
-    prepare_environment(project)
-    settings = load_recipe(project / recipe)
+    project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
-    runtime = Runtime.of(settings)
+    runtime = settings.runtime()
     with make_display() as display, gpu_slot(project, runtime):
-        context = Context.of(project, Path(recipe), settings, display)
+        context = Context.of(project, path, settings, display)
         registry = Registry(context.mlruns, context.recipe)
         finish_interrupted(registry, who())
         version = version_to_judge(registry, CHAMPION)
-        context, data = _let_in(context, settings, Outcome(settings))
+        context, data, _ = _prepare(context, settings)
         report = check_release(context, settings.evaluate, runtime, rules, version=version.version, data=data)
         display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
     if report.decision == "BLOCK":
@@ -114,44 +95,69 @@ def release_check(recipe: str = "recipes/returns.yaml") -> str:
 
 
 @flow(name="data-refresh", validate_parameters=False)
-def data_refresh(recipe: str = "recipes/returns.yaml") -> None:
-    """Rebuild the data sets and let them in, or say what is wrong with them."""
+def data_refresh(recipe: str | None = None) -> None:
+    """Rebuild and validate the data sets, or say what is wrong with them."""
+    project, path, settings = _open(recipe)
+    with make_display() as display:
+        _prepare(Context.of(project, path, settings, display), settings)
+
+
+def _open(recipe: str | None) -> tuple[Path, Path, Recipe]:
+    """The project, and its recipe of this path, relative to it; None: the one that commands take by default."""
     project = find_project()
     prepare_environment(project)
-    settings = load_recipe(project / recipe)
-    with make_display() as display:
-        _let_in(Context.of(project, Path(recipe), settings, display), settings, Outcome(settings))
+    path = project / recipe if recipe else default_recipe(project)
+    return project, path.relative_to(project), load_recipe(path, project)
 
 
-def _let_in(context: Context, settings: Recipe, outcome: Outcome) -> tuple[Context, Artifact]:
+def _prepare(context: Context, settings: Recipe) -> tuple[Context, Artifact, list[StageRow]]:
     """Build and validate the data; the context that comes back names their version."""
     version, seconds = prepare_data(context)
-    outcome.stages.append(Stage("data", seconds, note=f"DVC {version.md5[:12]}", reused=seconds is None))
+    built = StageRow("data", seconds, note=f"DVC {version.md5[:12]}", reused=seconds is None)
     context = context.on_data(version.md5)
-    data = validate_data(context, settings.validate_, data=version)
-    outcome.stages.append(_stage(data))
-    return context, data
+    data = validate_data(context, settings.validate_, needed=settings.record_types, data=version)
+    return context, data, [built, StageRow.of(data)]
 
 
-def _release(
-    context: Context,
-    settings: Recipe,
-    runtime: Runtime,
-    rules: GateRules,
-    outcome: Outcome,
-    *,
-    data: Artifact,
-    bundle: Artifact,
-) -> None:
-    """Evaluate the bundle, and the version that it is to beat, and judge."""
+@dataclass(frozen=True)
+class _Trained:
+    """checkpoints: one a stage of training, in order."""
+
+    checkpoints: list[Artifact]
+    rows: list[StageRow]
+
+
+def _train(context: Context, settings: Recipe, runtime: Runtime, *, data: Artifact) -> _Trained:
+    """The base, and every stage of the recipe on what the one before it made; each is measured."""
+    records = [stage.method.records for stage in settings.train]
+    tokenizer = tokenize(context, settings.base.vocab_size, records=records, data=data)
+    model = new_base(context, settings.base, seed=settings.seed, tokenizer=tokenizer)
+    checked = check_records(context, settings, data=data, model=model)
+    rows = [StageRow.of(each) for each in (tokenizer, model, checked)]
+    checkpoints: list[Artifact] = []
+    audited: Artifact | None = None
+    for stage in settings.train:
+        if stage.method.needs_verifier and audited is None:
+            audited = audit(context, data=data)
+            rows.append(StageRow.of(audited))
+        model = train(context, stage, runtime, data=data, model=model, audit=audited)
+        measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
+        rows.append(StageRow.of(model, measured=measured))
+        checkpoints.append(model)
+    return _Trained(checkpoints, rows)
+
+
+def _judge(
+    context: Context, settings: Recipe, runtime: Runtime, rules: GateRules, *, data: Artifact, bundle: Artifact
+) -> tuple[GateReport, list[StageRow]]:
+    """Evaluate the exported model, and the version that it is to beat, and judge."""
     found = evaluate(context, settings.evaluate, runtime, data=data, bundle=bundle.path, digest=bundle)
-    told = found.metrics
-    note = f"{told['cases']} cases, p95 first token {told['p95_ttft_ms']:.0f} ms, {told['memory_gib']:.2f} GiB"
-    outcome.stages.append(_stage(found, found, note=note))
-    rival = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
-    beaten = (
-        evaluate(context, settings.evaluate, runtime, data=data, bundle=rival.path, digest=rival.digest)
-        if rival
+    numbers = found.metrics
+    note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
+    baseline = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
+    baseline_evaluation = (
+        evaluate(context, settings.evaluate, runtime, data=data, bundle=baseline.path, digest=baseline.digest)
+        if baseline
         else None
     )
     judged = gate(
@@ -159,44 +165,40 @@ def _release(
         rules,
         bundle=bundle,
         evaluation=found,
-        champion=beaten,
-        champion_version=rival.version if rival else None,
+        champion=baseline_evaluation,
+        champion_version=baseline.version if baseline else None,
     )
-    outcome.gate = read_gate_report(judged)
+    report = read_gate_report(judged)
     # For Prefect's UI, beside the run
-    create_markdown_artifact(f"```\n{outcome.gate.text()}\n```", key="gate", description=outcome.gate.decision)
-    outcome.stages.append(_stage(judged, note=outcome.gate.decision))
+    create_markdown_artifact(f"```\n{report.text()}\n```", key="gate", description=report.decision)
+    return report, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=report.decision)]
 
 
-def _hand_over(
-    context: Context, outcome: Outcome, *, checkpoints: list[Artifact], others: list[Artifact], bundle: Artifact
-) -> None:
-    """Register everything; promote the bundle if the gate let it through."""
-    assert outcome.gate is not None
+def _publish(
+    context: Context, report: GateReport, *, checkpoints: list[Artifact], others: list[Artifact], bundle: Artifact
+) -> Publication:
+    """Register everything; promote the exported model if the gate says SHIP."""
     started = time.perf_counter()
-    outcome.version = register(context, checkpoints=checkpoints, others=others, bundle=bundle)
+    version = register(context, checkpoints=checkpoints, others=others, bundle=bundle)
     registered = time.perf_counter()
-    outcome.stages.append(Stage("register", registered - started, note=str(outcome.version)))
+    promotion, error = None, None
     try:
-        outcome.promotion = promote_if_shipped(context, version=outcome.version, report=outcome.gate)
-    except UserError as error:
-        outcome.refusal = str(error)
+        promotion = promote_if_shipped(context, version=version, report=report)
+    except UserError as refused:
+        error = str(refused)
     champion = Registry(context.mlruns, context.recipe).snapshot().alias(CHAMPION)
-    if outcome.gate.decision == "BLOCK" and champion and champion.version == outcome.version.version:
-        outcome.refusal = f"{champion} is the champion and no longer passes the gate; `twinloop rollback` goes back"
-    if outcome.promotion:
-        note = f"champion: version {outcome.promotion.to_version}"
-        outcome.stages.append(Stage("promote", time.perf_counter() - registered, note=note))
+    if report.decision == "BLOCK" and champion and champion.version == version.version:
+        error = f"{champion} is the champion and no longer passes the gate; `twinloop rollback` goes back"
+    rows = [StageRow("register", registered - started, note=str(version))]
+    if promotion:
+        note = f"champion: version {promotion.to_version}"
+        rows.append(StageRow("promote", time.perf_counter() - registered, note=note))
+    return Publication(version, promotion, error, tuple(rows))
 
 
-def _ask_champion(project: Path, outcome: Outcome) -> None:
+def _ask_champion(project: Path, model: str) -> tuple[Answer | None, str | None]:
+    """What it answers over HTTP, or why it does not."""
     try:
-        outcome.answer = answer_over_http(project, outcome.recipe.name)
+        return answer_over_http(project, model), None
     except UserError as error:
-        outcome.silence = str(error)
-
-
-def _stage(artifact: Artifact, measured: Artifact | None = None, *, name: str | None = None, note: str = "") -> Stage:
-    return Stage(
-        name or artifact.stage, artifact.manifest.seconds, artifact, measured, note=note, reused=artifact.reused
-    )
+        return None, str(error)

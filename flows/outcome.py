@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.flows.answer import Answer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import Promotion
 from twinloop.registry.versions import Version
-from twinloop.tasks.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One row of the final table. `measured` is what the checkpoint, or the bundle, can do.
+class StageRow:
+    """One row of the final table. `measured` is what the checkpoint, or the exported model, can do.
 
     seconds: what the stage took, by this run or, where it is `reused`, by the run that made it.
     """
@@ -26,26 +26,37 @@ class Stage:
     note: str = ""
     reused: bool = False
 
+    @classmethod
+    def of(cls, artifact: Artifact, *, measured: Artifact | None = None, name: str = "", note: str = "") -> StageRow:
+        """The row of a stage that made, or found, this artifact."""
+        seconds, reused = artifact.manifest.seconds, artifact.reused
+        return cls(name or artifact.stage, seconds, artifact, measured, note=note, reused=reused)
 
-@dataclass
+
+@dataclass(frozen=True)
+class Publication:
+    """What became of a candidate in the registry. error: why the registry would not promote what the gate passed."""
+
+    version: Version
+    promotion: Promotion | None
+    error: str | None
+    rows: tuple[StageRow, ...] = ()
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What a lifecycle came to."""
+    """What a lifecycle came to. serve_error: why the server that was started on the champion did not answer."""
 
-    recipe: Recipe
-    stages: list[Stage] = field(default_factory=list)
-    gate: GateReport | None = None
-    version: Version | None = None
-    promotion: Promotion | None = None
-    refusal: str | None = None
-    """Why the registry would not promote what the gate had let through."""
+    domain: Domain
+    rows: tuple[StageRow, ...]
+    gate: GateReport
+    published: Publication
     answer: Answer | None = None
-    silence: str | None = None
-    """Why the server that was started on the champion did not answer."""
+    serve_error: str | None = None
 
     @property
-    def shortfall(self) -> str | None:
+    def failure(self) -> str | None:
         """What keeps this from being a champion that answers, in one line."""
-        if self.promotion is None:
-            decision = self.gate.decision if self.gate else "none"
-            return self.refusal or f"gate: {decision}; {self.version} is not promoted"
-        return self.silence
+        if self.published.promotion is None:
+            return self.published.error or f"gate: {self.gate.decision}; {self.published.version} is not promoted"
+        return self.serve_error

@@ -23,10 +23,10 @@ from twinloop.flows.runs import crash_runs_of_pool
 from twinloop.flows.secret import auth_file, prefect_client
 from twinloop.flows.server import server_command
 from twinloop.tasks.context import find_project
+from twinloop.tasks.recipe import default_model
 
 POOL = "twinloop"
 GPU_SLOT = "gpu"
-MODEL = "returns"
 ROTATION = "rotation"
 NAMES = ("prefect", "mlflow", "worker", "api")
 """In the order in which they start."""
@@ -88,7 +88,16 @@ def services(project: Path, ports: Ports) -> dict[str, Service]:
         Service("worker", [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL]),
         Service(
             "api",
-            [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", MODEL, "--port", str(ports.api)],
+            [
+                sys.executable,
+                "-m",
+                "twinloop.flows.cli",
+                "serve",
+                "--model",
+                default_model(project),
+                "--port",
+                str(ports.api),
+            ],
             url=f"http://{here}:{ports.api}",
             health=f"http://{here}:{ports.api}/health",
         ),
@@ -234,7 +243,7 @@ def _has_champion(project: Path) -> bool:
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
 
-    return Registry(Mlruns(project / "mlruns"), MODEL).snapshot().alias(CHAMPION) is not None
+    return Registry(Mlruns(project / "mlruns"), default_model(project)).snapshot().alias(CHAMPION) is not None
 
 
 def main() -> int:

@@ -68,11 +68,10 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.tasks.recipe import load_recipe
     from twinloop.tasks.register import who
     from twinloop.tasks.release import judge_version, version_to_judge
-    from twinloop.tasks.runtime import Runtime
 
-    recipe = load_recipe(recipe_path)
+    recipe = load_recipe(recipe_path, project)
     rules = load_rules(project / recipe.gate.rules, load_domain(recipe.domain, project).domain)
-    runtime = Runtime.of(recipe)
+    runtime = recipe.runtime()
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
         registry = Registry(context.mlruns, context.recipe)
@@ -82,7 +81,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
             raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; `twinloop status` names bundles")
         raw, _ = prepare_data.fn(context)
         context = context.on_data(raw.md5)
-        data = validate_data.fn(context, recipe.validate_, data=raw)
+        data = validate_data.fn(context, recipe.validate_, needed=recipe.record_types, data=raw)
         report = judge_version(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
     print(f"{version}\n{report.text()}")
     return 0 if report.decision == "SHIP" else 1
@@ -94,10 +93,9 @@ def show_plan(project: Path, recipe_path: Path) -> int:
     from twinloop.flows.display import make_console
     from twinloop.tasks.plan import make_plan
     from twinloop.tasks.recipe import load_recipe
-    from twinloop.tasks.runtime import Runtime
 
-    recipe = load_recipe(recipe_path)
-    runtime = Runtime.of(recipe)
+    recipe = load_recipe(recipe_path, project)
+    runtime = recipe.runtime()
     plan = make_plan(recipe, project, runtime)
     console = make_console()
     network = plan.config
@@ -128,7 +126,7 @@ def show_plan(project: Path, recipe_path: Path) -> int:
     console.print(training)
     console.print(serving)
     console.print(
-        f"{recipe.evaluate.slots} slots of {recipe.model.max_length} tokens. Weights, gradients, optimizer state and "
+        f"{recipe.evaluate.slots} slots of {recipe.base.max_length} tokens. Weights, gradients, optimizer state and "
         f"cache are exact; the rest is estimated, time at {plan.flops_per_second / 1e9:.1f} GFLOP/s. "
         "The libraries themselves come on top.",
         soft_wrap=True,

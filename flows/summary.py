@@ -3,41 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from twinloop.flows.outcome import Outcome, Stage
+from twinloop.domains.domain import Domain
+from twinloop.flows.outcome import Outcome, StageRow
 
-# A predicate's name in one short word, in the verifier's order.
-HEADS = {
-    "parsed": "json",
-    "eligible": "verdict",
-    "policy_id": "policy",
-    "evidence": "quote",
-    "window_days": "window",
-    "days": "days",
-    "no_unperformed_action": "honest",
-}
-WORTH_TELLING = 0.005
+SHOWN_CHANGE = 0.005
+"""Of a rate or of bits per byte; less is noise."""
 
 
 def show_outcome(outcome: Outcome, console: Console) -> None:
     """Print it all."""
     console.print()
-    console.print(stage_table(outcome.stages))
-    if outcome.gate is not None:
-        console.print(outcome.gate.text(), highlight=False, markup=False, soft_wrap=True)
-    version = outcome.version
-    if outcome.promotion and version:
+    console.print(stage_table(outcome.rows, outcome.domain))
+    console.print(outcome.gate.text(), highlight=False, markup=False, soft_wrap=True)
+    version, error = outcome.published.version, outcome.published.error
+    if outcome.published.promotion:
         console.print(f"\npromoted: {version}, digest {version.digest}", highlight=False, soft_wrap=True)
-    elif version:
-        why = outcome.refusal or f"{version} stays candidate, and what is served has not changed"
+    else:
+        why = error or f"{version} stays candidate, and what is served has not changed"
         console.print(f"\nnot promoted: {why}", highlight=False, markup=False, soft_wrap=True)
-    if outcome.silence:
-        console.print(f"no answer over HTTP: {outcome.silence}", highlight=False, markup=False, soft_wrap=True)
+    if outcome.serve_error:
+        console.print(f"no answer over HTTP: {outcome.serve_error}", highlight=False, markup=False, soft_wrap=True)
     if outcome.answer:
         request, body = outcome.answer.request, outcome.answer.body
         console.print(f"{json.dumps(request)} over HTTP:", highlight=False, markup=False, soft_wrap=True)
@@ -48,65 +39,75 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         console.print(json.dumps(shown), highlight=False, markup=False, soft_wrap=True)
 
 
-def stage_table(stages: list[Stage]) -> Table:
-    """One row a stage; a time in brackets is an earlier run's. Rates are of held-out cases, with Wilson's interval."""
+def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:
+    """One row a stage; a time in brackets is an earlier run's. Rates are of the cases, with Wilson's interval; a column
+    for each predicate of the domain."""
+    titles = {name: predicate.title for name, predicate in domain.predicates.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
-    for head in ("time", "tokens/s", "bits/byte", "pass rate (95% CI)", *HEADS.values()):
-        table.add_column(head, justify="right", no_wrap=True)
-    table.add_column("improved", overflow="fold")
+    for head in ("time", "tokens/s", "bits/byte", "pass rate (95% CI)", *titles.values()):
+        table.add_column(head, justify="right", no_wrap=head not in titles.values())
+    table.add_column("change", overflow="fold")
     before: Mapping[str, Any] = {}
-    for stage in stages:
-        measured = stage.measured.metrics if stage.measured else {}
-        made = stage.artifact.metrics if stage.artifact else {}
+    for row in rows:
+        measured = row.measured.metrics if row.measured else {}
+        made = row.artifact.metrics if row.artifact else {}
         table.add_row(
-            stage.name,
-            _time(stage),
+            row.name,
+            _time(row),
             f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else "",
             f"{measured['bits_per_byte']:.3f}" if "bits_per_byte" in measured else "",
             _pass_rate(measured),
-            *(_percent(measured.get("predicates", {}).get(name)) for name in HEADS),
-            stage.note or (improvement(before, measured) if measured else _made(made)),
+            *(_percent(measured.get("predicates", {}).get(name)) for name in titles),
+            row.note or (change(before, measured, titles) if before and measured else _made(made)),
         )
         before = measured or before
     return table
 
 
-def _time(stage: Stage) -> str:
+def _time(row: StageRow) -> str:
     """In brackets where another run took it, and this one only verified the bytes."""
-    if stage.seconds is None:
-        return "verified" if stage.reused else ""
-    return f"({stage.seconds:.1f} s)" if stage.reused else f"{stage.seconds:.1f} s"
+    if row.seconds is None:
+        return "verified" if row.reused else ""
+    return f"({row.seconds:.1f} s)" if row.reused else f"{row.seconds:.1f} s"
 
 
-def improvement(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """What got better most, in words: at most two predicates, and bits per byte where they fell."""
-    if not before:
-        return f"from nothing to {after['bits_per_byte']:.2f} bits/byte"
-    gains = {
-        HEADS[name]: (before["predicates"][name], rate)
-        for name, rate in after["predicates"].items()
-        if rate - before["predicates"][name] > WORTH_TELLING
-    }
-    best = sorted(gains.items(), key=lambda gain: gain[1][0] - gain[1][1])[:2]
-    told = [f"{name} {_percent(old)} → {_percent(new)}" for name, (old, new) in best]
-    if after["bits_per_byte"] < before["bits_per_byte"] - WORTH_TELLING:
-        told.append(f"bits/byte {before['bits_per_byte']:.2f} → {after['bits_per_byte']:.2f}")
-    return ", ".join(told)
+def change(before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]) -> str:
+    """What rose most, in words: at most two predicates, and bits per byte where they fell."""
+    earlier = before.get("predicates", {})
+    rates = {name: (earlier.get(name, 0.0), rate) for name, rate in after.get("predicates", {}).items()}
+    rises = {titles.get(name, name): pair for name, pair in rates.items() if pair[1] - pair[0] > SHOWN_CHANGE}
+    most = sorted(rises.items(), key=lambda rise: rise[1][0] - rise[1][1])[:2]
+    words = [f"{title} {_percent(old)} → {_percent(new)}" for title, (old, new) in most]
+    bits = [metrics.get("bits_per_byte") for metrics in (before, after)]
+    if bits[0] is not None and bits[1] is not None and bits[1] < bits[0] - SHOWN_CHANGE:
+        words.append(f"bits/byte {bits[0]:.2f} → {bits[1]:.2f}")
+    return ", ".join(words)
 
 
 def _made(metrics: Mapping[str, Any]) -> str:
-    """A line for stages that train nothing."""
+    """A line for the first stage of training, and for those that train nothing."""
+    if "initial_loss" in metrics:
+        return f"initial loss {metrics['initial_loss']:.2f}, last {metrics['loss']:.2f}"
     if "rows" in metrics:
-        return f"{metrics['rows']:,.0f} rows checked, {metrics['quarantined']:,.0f} set aside"
-    if "bytes_per_token" in metrics:
-        return f"{metrics['vocab_size']} tokens, {metrics['bytes_per_token']:.2f} bytes each"
+        return f"{metrics['rows']:,.0f} rows checked, {metrics['quarantined']:,.0f} quarantined"
+    if "vocab_size" in metrics:
+        bytes_each = f", {metrics['bytes_per_token']:.2f} bytes each" if "bytes_per_token" in metrics else ""
+        return f"{metrics['vocab_size']} tokens{bytes_each}"
+    if "longest" in metrics:
+        return f"longest record {max(_token_counts(metrics['longest']))} tokens"
     if "refused" in metrics:
         return f"verifier refused all {metrics['refused']:,} wrong answers"
     if "logit_gap" in metrics:
         agreement = _percent(metrics["token_agreement"])
         return f"{metrics['bytes'] / 2**20:.1f} MiB, logits within {metrics['logit_gap']:.1e}, tokens {agreement}"
+    if "parameters" in metrics:
+        return f"{metrics['parameters']:,} parameters"
     return ""
+
+
+def _token_counts(longest: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    return [found["tokens"] for kinds in longest.values() for found in kinds.values()]
 
 
 def _pass_rate(measured: Mapping[str, Any]) -> str:

@@ -95,7 +95,7 @@ def training_memory(
     config: DecoderConfig,
     *,
     micro_batch_tokens: int,
-    row_length: int,
+    seq_len: int,
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
@@ -107,10 +107,10 @@ def training_memory(
     layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32;
     and one chunk of the vocabulary's logits with their gradient.
     """
-    _positive(micro_batch_tokens=micro_batch_tokens, row_length=row_length)
+    _positive(micro_batch_tokens=micro_batch_tokens, seq_len=seq_len)
     parameters = config.num_parameters
     muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
-    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * row_length)
+    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len)
     return TrainingMemory(
         weights_bytes=4 * parameters,
         gradients_bytes=4 * parameters,

@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from twinloop.domains.loader import LoadedDomain
+from twinloop.common.modules import FoundModule
 
 PACKAGE = "twinloop"
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +32,15 @@ LIBRARIES = {
 # Modules that carry results and don't shape them. Settings reach the key as settings, what is derived from them too.
 UNHASHED = frozenset(
     {
+        "twinloop.common.modules",
         "twinloop.registry.artifact",
-        "twinloop.tasks.context",
         "twinloop.registry.fingerprint",
-        "twinloop.tasks.recipe",
-        "twinloop.tasks.runtime",
         "twinloop.registry.tracking",
+        "twinloop.tasks.context",
+        "twinloop.tasks.recipe",
+        "twinloop.training.method",
+        "twinloop.training.runtime",
+        "twinloop.training.settings",
     }
 )
 
@@ -70,11 +73,11 @@ def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
     return digest.hexdigest()
 
 
-def domain_fingerprint(loaded: LoadedDomain) -> str:
-    """sha256 over a domain's module and what it imports: of Twinloop, and of what lies beside it."""
-    if loaded.module.partition(".")[0] == PACKAGE:
-        return fingerprint(loaded.module)
-    digest, seen, pending = hashlib.sha256(), set[Path](), [loaded.file]
+def module_fingerprint(found: FoundModule) -> str:
+    """sha256 over a module that a recipe names and what it imports: of Twinloop, and of what lies beside it."""
+    if found.name.partition(".")[0] == PACKAGE:
+        return fingerprint(found.name)
+    digest, seen, pending = hashlib.sha256(), set[Path](), [found.file]
     ours: set[str] = set()
     while pending:
         path = pending.pop()
@@ -85,25 +88,25 @@ def domain_fingerprint(loaded: LoadedDomain) -> str:
             if imported.partition(".")[0] == PACKAGE:
                 ours.add(imported)
             else:
-                pending += _beside(loaded, path, imported)
+                pending += _beside(found, path, imported)
     for path in sorted(seen):
         digest.update(f"{path.name}\n{ast.dump(_tree(path))}\n".encode())
     digest.update(fingerprint(*sorted(ours)).encode())
     return digest.hexdigest()
 
 
-def _beside(loaded: LoadedDomain, path: Path, imported: str) -> list[Path]:
-    """The files of a module that a user's domain imports, where they lie beside it or in its package."""
+def _beside(found: FoundModule, path: Path, imported: str) -> list[Path]:
+    """The files of a module that a user's module imports, where they lie beside it or in its package."""
     parts = imported.lstrip(".").split(".")
-    folders = [path.parent, loaded.file.parent]
-    if "." in loaded.module:  # a module of a package: its imports may start at the package's own name
-        folders.append(loaded.file.parents[loaded.module.count(".")])
+    folders = [path.parent, found.file.parent]
+    if "." in found.name:  # a module of a package: its imports may start at the package's own name
+        folders.append(found.file.parents[found.name.count(".")])
     for folder in folders:
         for end in range(len(parts), 0, -1):
             base = folder.joinpath(*parts[:end])
-            found = [each for each in (base.with_suffix(".py"), base / "__init__.py") if each.is_file()]
-            if found:
-                return found
+            files = [each for each in (base.with_suffix(".py"), base / "__init__.py") if each.is_file()]
+            if files:
+                return files
     return []
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from pydantic import BaseModel
 
 from twinloop.common.errors import UserError
+from twinloop.common.modules import FoundModule
 from twinloop.domains.domain import Domain, chosen_split_keys
 from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.registry.artifact import Artifact, ArtifactStore
-from twinloop.registry.fingerprint import domain_fingerprint, fingerprint
+from twinloop.registry.fingerprint import fingerprint, module_fingerprint
 from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
 from twinloop.tasks.recipe import Recipe
+
+if TYPE_CHECKING:
+    from twinloop.training.loop import StepReport
+
+SPEED = "tokens_per_s"
 
 
 class Progress(Protocol):
@@ -38,10 +44,17 @@ class Report:
     progress: Progress
     tracker: Tracker
 
-    def __call__(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
-        """After each step: shown to who watches, and kept for MLflow."""
-        self.progress.stepped(self.stage, step, total, metrics)
-        self.tracker.log(metrics, step=step)
+    def trained(self, names: Sequence[str] = ()) -> Callable[[StepReport], None]:
+        """Takes each step of a training: its loss, speed and the metrics `names` are shown, and all kept for MLflow."""
+
+        def on_step(step: StepReport) -> None:
+            every = {"loss": step.loss, SPEED: step.tokens_per_s, "learning_rate": step.learning_rate}
+            every |= {"grad_norm": step.grad_norm, **step.metrics}
+            shown = {name: every[name] for name in ("loss", *names, SPEED) if name in every}
+            self.progress.stepped(self.stage, step.step, step.total_steps, shown)
+            self.tracker.log(every, step=step.step)
+
+        return on_step
 
     def moved(self, done: float, total: float) -> None:
         """Shown only."""
@@ -111,18 +124,18 @@ class Context:
         settings: BaseModel | Mapping[str, Any],
         inputs: Mapping[str, Artifact | str],
         modules: tuple[str, ...],
+        found: Sequence[FoundModule] = (),
         uses_domain: bool = False,
     ) -> Artifact:
         """The stage's artifact: found in the store, or made now under an MLflow run.
 
         work(out, keep, report): as the store's `build`, with a Report to call while it goes. modules: the code whose
-        change makes the artifact anew; with `uses_domain`, the domain's too.
+        change makes the artifact anew; so does that of the modules `found`, and with `uses_domain` the domain's.
         """
 
         made_by: list[Tracker] = []
-        code = fingerprint(*modules)
-        if uses_domain:
-            code = f"{code}:{domain_fingerprint(self.loaded_domain)}"
+        named = [*found, *([self.loaded_domain.found] if uses_domain else [])]
+        code = ":".join([fingerprint(*modules), *map(module_fingerprint, named)])
 
         def build(out: Path, keep: Path) -> dict[str, Any]:
             execution = Execution(

@@ -12,7 +12,7 @@ from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
 from twinloop.tasks.measure import Workload, measure_engine, write_cases
 from twinloop.tasks.recipe import EvaluateSettings
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from twinloop.evaluation.cases import CaseReport

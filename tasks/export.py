@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 COMPARED_CASES = 16
 COMPARED_TOKENS = 96

@@ -18,7 +18,7 @@ from twinloop.domains.domain import Domain
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
 from twinloop.tasks.recipe import EvaluateSettings
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
     from twinloop.evaluation.cases import Case, CaseReport

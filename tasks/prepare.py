@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,6 @@ from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import ValidateSettings
 
 log = logging.getLogger(__name__)
-
-NEEDED = ("corpus", "corpus_heldout", "chat", "preferences", "prompts", "cases")
-"""The record types that the stages of a recipe read."""
 
 
 @task(name="data", cache_policy=NO_CACHE)
@@ -37,19 +35,21 @@ def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
 
 
 @task(name="validate", cache_policy=NO_CACHE)
-def validate_data(context: Context, settings: ValidateSettings, *, data: DataVersion) -> Artifact:
-    """One Parquet file a record type, the quarantine, and report.json."""
+def validate_data(
+    context: Context, settings: ValidateSettings, *, needed: Sequence[str], data: DataVersion
+) -> Artifact:
+    """One Parquet file a record type, the quarantine, and report.json. needed: the types whose files must be there."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.records.validation import validate
 
-        found = validate(data.path, out, settings, context.domain, NEEDED)
+        found = validate(data.path, out, settings, context.domain, needed)
         return dict(found.metrics())
 
     artifact = context.run(
         "validate",
         work,
-        settings={**settings.model_dump(), "needed": list(NEEDED)},
+        settings={**settings.model_dump(), "needed": sorted(needed)},
         inputs={"data": data.md5},
         modules=("twinloop.records.validation", "twinloop.records.validated"),
         uses_domain=True,

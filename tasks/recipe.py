@@ -1,37 +1,35 @@
 """A recipe: the settings of one whole pipeline, checked before anything runs.
 
-Few settings. What can be derived is derived, and what nobody should change is a constant of its room. Imports neither
-torch nor the libraries of any stage, so that a mistake is told at once.
+Few settings. What can be derived is derived, and what nobody should change is a constant of its package. Imports
+neither torch nor the libraries of any stage, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
+from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_validator
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.training.method import Method, load_method
+from twinloop.training.runtime import Runtime, cuda_is_here
+from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
-TOLD = 5
-"""Mistakes told at once."""
-
-
-class Section(BaseModel):
-    """Strict: "8" is not 8, and an unknown key is a mistake."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
+MOST_REPORTED = 5
+"""Mistakes reported at once."""
 
 
-class ModelSettings(Section):
-    """The network: `depth` derives everything; a size given beside it overrides what was derived."""
+class BaseSettings(StrictModel):
+    """A new network: `depth` derives every size, and a size beside it overrides what was derived; and its tokenizer."""
 
     depth: Annotated[int, Field(ge=1, le=128)]
     hidden_size: Count | None = None
@@ -40,6 +38,8 @@ class ModelSettings(Section):
     num_key_value_heads: Count | None = None
     max_length: Annotated[int, Field(ge=32)] = 512
     qk_norm: bool = False
+    vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
+    """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
 
     def decoder_config(self, vocab_size: int) -> DecoderConfig:
         """The shape of the network: width 32 a layer up to 1024, then 64; two query heads share a key-value head."""
@@ -70,93 +70,16 @@ class ModelSettings(Section):
         return self
 
 
-class TokenizerSettings(Section):
-    vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
-    """At least the 256 bytes and the 6 special tokens."""
-
-
-class ValidateSettings(Section):
+class ValidateSettings(StrictModel):
     max_quarantined: Share = 0.01
     """Share of one file's rows that may be quarantined before the stage fails."""
-    split_keys: list[str] = ["text"]
+    split_keys: list[str] = Field(default=["text"])
     """What training and held-out rows may not share: `text`, and keys that the domain defines."""
 
 
-class Optimisation(Section):
-    """Settings that every stage of training has."""
-
-    learning_rate: Positive
-    """The peak. Muon's updates are scaled to half the size of AdamW's, so one rate serves both."""
-    micro_rows: Count | None = None
-    """Rows that go through the network at once, where memory is short; the result is the same within rounding."""
-    warmup: Share = 0.02
-    decay: Share = 0.5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    optimizer: Literal["muon", "adamw"] = "muon"
-
-    @model_validator(mode="after")
-    def _schedule_fits(self) -> Self:
-        if self.warmup + self.decay > 1:
-            raise ValueError(
-                f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run: together at most 1"
-            )
-        return self
-
-
-class Packed(Optimisation):
-    """Training on a fixed set of trees, packed into rows."""
-
-    batch_tokens: Annotated[int, Field(ge=32)]
-    row_length: Annotated[int, Field(ge=32)] = 512
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def rows_per_step(self) -> int:
-        """Derived, and still part of every key: another derivation is another training."""
-        return max(1, self.batch_tokens // self.row_length)
-
-    @model_validator(mode="after")
-    def _batch_holds_a_row(self) -> Self:
-        if self.batch_tokens < self.row_length:
-            raise ValueError(
-                f"batch_tokens ({self.batch_tokens}) holds no row of row_length ({self.row_length}): "
-                "raise the one or lower the other"
-            )
-        return self
-
-
-class PretrainSettings(Packed):
-    tokens: Count
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.rows_per_step * self.row_length))
-
-
-class FinetuneSettings(Packed):
-    epochs: Count = 1
-
-
-class PreferenceSettings(FinetuneSettings):
-    beta: Positive = 0.1
-
-
-class ReinforceSettings(Optimisation):
-    steps: Count
-    prompts_per_step: Count
-    """Groups wanted a step; those whose rewards are all alike teach nothing, and more prompts are drawn for them."""
-    group_size: Annotated[int, Field(ge=2)]
-    updates_per_rollout: Count = 1
-    temperature: Positive = 1.0
-    max_new_tokens: Count = 96
-    clip: Positive = 0.2
-    kl: Annotated[float, Field(ge=0)] = 0.0
-
-
-class EvaluateSettings(Section):
+class EvaluateSettings(StrictModel):
     stage_cases: Count = 200
-    """Held-out cases that each stage of training is measured on; the evaluation itself takes them all."""
+    """Cases that each stage of training is measured on; the evaluation itself takes them all."""
     max_new_tokens: Count = 160
     slots: Annotated[int, Field(ge=1, le=1024)] = 16
     samples: Count = 1
@@ -165,7 +88,7 @@ class EvaluateSettings(Section):
     """Of sampled answers."""
 
 
-class ExportSettings(Section):
+class ExportSettings(StrictModel):
     precisions: Annotated[list[Precision], Field(min_length=1)] | None = None
     """The first is served. None: fp32 and int8 on CPU, fp16 and bf16 on CUDA, which runs no other.
 
@@ -179,12 +102,23 @@ class ExportSettings(Section):
         return next((each for each in self.precisions or [] if each in ("fp16", "bf16")), None)
 
 
-class GateSettings(Section):
+class GateSettings(StrictModel):
     rules: str = "recipes/gate.yaml"
     """File with the release rules, relative to the project."""
 
 
-class Recipe(Section):
+@dataclass(frozen=True)
+class TrainStage:
+    """One stage of training. name: its method's, with a number from the second one on, such as sft-2."""
+
+    name: str
+    method: Method
+    settings: TrainSettings
+    place: str
+    """Where the recipe holds it, such as train[1]."""
+
+
+class Recipe(StrictModel):
     """One pipeline. Each stage receives its own section and nothing else."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -196,63 +130,149 @@ class Recipe(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     """What a crash may cost. Changes no result."""
-    model: ModelSettings
-    tokenizer: TokenizerSettings = TokenizerSettings()
+    base: BaseSettings
     validate_: Annotated[ValidateSettings, Field(alias="validate")] = ValidateSettings()
-    pretrain: PretrainSettings
-    sft: FinetuneSettings
-    dpo: PreferenceSettings
-    rlvr: ReinforceSettings
+    train: tuple[InstanceOf[TrainStage], ...]
     evaluate: EvaluateSettings = EvaluateSettings()
     export: ExportSettings = ExportSettings()
     gate: GateSettings = GateSettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        for name in ("rlvr", "evaluate"):
-            longest = getattr(self, name).max_new_tokens
-            if longest >= self.model.max_length:
-                raise ValueError(
-                    f"{name}.max_new_tokens ({longest}) leaves no room for a prompt in "
-                    f"model.max_length ({self.model.max_length})"
-                )
+        if self.evaluate.max_new_tokens >= self.base.max_length:
+            raise ValueError(
+                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no room for a prompt in "
+                f"base.max_length ({self.base.max_length})"
+            )
+        for stage in self.train:
+            try:
+                stage.settings.check_context(self.base.max_length)
+            except ValueError as error:
+                raise ValueError(f"{stage.place}.{error}") from None
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
-        for name in ("pretrain", "sft"):  # a row of trees may be longer: positions count along a branch
-            row_length = getattr(self, name).row_length
-            if row_length > self.model.max_length:
-                raise ValueError(
-                    f"{name}.row_length ({row_length}) is longer than model.max_length ({self.model.max_length})"
-                )
         return self
 
+    @property
+    def record_types(self) -> tuple[str, ...]:
+        """The data files that are read, by name: what the stages learn from, and what they are measured on."""
+        trained = dict.fromkeys(stage.method.records for stage in self.train)
+        held_out = ("corpus_heldout", "cases") if "corpus" in trained else ("cases",)
+        return (*trained, *held_out)
 
-def load_recipe(path: Path) -> Recipe:
-    """Read and check a recipe. Raises UserError: one line with the file, the key, and what is allowed there."""
-    fields = read_yaml(path, "recipes are YAML files such as recipes/returns.yaml")
+    def runtime(self) -> Runtime:
+        """Raises UserError where the recipe wants CUDA, or a precision that only CUDA runs, and there is none."""
+        here = cuda_is_here()
+        if self.device == "cuda" and not here:
+            raise UserError("device: cuda, but torch finds no GPU on this machine; set it to auto or cpu")
+        device: Literal["cpu", "cuda"] = "cuda" if here and self.device != "cpu" else "cpu"
+        if device == "cpu" and (wrong := self.export.only_on_cuda()):
+            raise UserError(
+                f"export.precisions: {wrong} runs on CUDA only, and this machine has no GPU; take fp32 or int8"
+            )
+        return Runtime(seed=self.seed, threads=self.threads, device=device)
+
+
+def default_recipe(project: Path) -> Path:
+    """The recipe that commands take where none is named: `recipe` of params.yaml, or else the only one in recipes/.
+
+    Raises UserError where that is none or several.
+    """
+    params = read_yaml(project / "params.yaml", "it is the project's own")
+    named = params.get("recipe") if isinstance(params, Mapping) else None
+    if isinstance(named, str):
+        return project / named
+    found = [path for path in sorted((project / "recipes").glob("*.yaml")) if _is_recipe(path)]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(
+            f"{project / 'recipes'}: which recipe? There: {names}; name one, or set `recipe` in params.yaml"
+        )
+    return found[0]
+
+
+def default_model(project: Path) -> str:
+    """The registered model that commands take where none is named: that of the default recipe."""
+    return load_recipe(default_recipe(project), project).name
+
+
+def _is_recipe(path: Path) -> bool:
+    fields = read_yaml(path, SUCH_AS)
+    return isinstance(fields, Mapping) and "train" in fields
+
+
+def load_recipe(path: Path, project: Path | None = None) -> Recipe:
+    """Read and check a recipe. project: where files such as ./my_method.py are; None: the working directory.
+
+    Raises UserError: one line with the file, the key, and what is allowed there.
+    """
+    fields = read_yaml(path, SUCH_AS)
     if not isinstance(fields, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections, such as `pretrain: {{tokens: 1000000, ...}}`")
+        raise UserError(f"{path}: a recipe is a mapping, such as `name: my-model` and `train: [{{method: sft, ...}}]`")
+    problems: list[str] = []
+    stages = _read_stages(fields.get("train"), project or Path.cwd(), problems)
+    if stages is not None:
+        fields["train"] = tuple(stages)
     try:
-        return Recipe.model_validate(fields)
+        recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        # What stands there and is unknown explains what is missing.
-        found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        problems = [_explain(dict(problem), fields) for problem in found[:TOLD]]
-        raise UserError(f"{path}: {'; '.join(problems)}") from None
+        problems = [each for each in _explain_all(error, fields, Recipe) if not each.startswith("train: ")] + problems
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems[:MOST_REPORTED])}")
+    return recipe
 
 
-def _explain(problem: dict[str, Any], fields: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key, context = ".".join(location), problem.get("ctx", {})
+def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:
+    """The stages of the key `train`; what is wrong with them is added to `problems`. None where they are no list."""
+    if not isinstance(entries, list) or not entries:
+        problems.append("train: must be a list of stages, such as `train: [{method: sft, learning_rate: 1e-3, ...}]`")
+        return None
+    stages: list[TrainStage] = []
+    named: Counter[str] = Counter()
+    for index, entry in enumerate(entries):
+        place = f"train[{index}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("method"), str):
+            problems.append(f"{place}.method: missing; a stage is a mapping such as {{method: sft, ...}}")
+            continue
+        try:
+            method = load_method(entry["method"], project)
+        except UserError as error:
+            problems.append(f"{place}.{error}")
+            continue
+        values = {key: value for key, value in entry.items() if key != "method"}
+        try:
+            settings = method.settings.model_validate(values)
+        except ValidationError as error:
+            problems += _explain_all(error, values, method.settings, place)
+            continue
+        named[method.name] += 1
+        count = named[method.name]
+        name = method.name if count == 1 else f"{method.name}-{count}"
+        stages.append(TrainStage(name, method, settings, place))
+    return stages
+
+
+def _explain_all(error: ValidationError, fields: Any, model: type[BaseModel], place: str = "") -> list[str]:
+    """One line for each mistake in `fields`, which are those of `model`. place: where the recipe holds them."""
+    # An unknown key explains a missing one: it comes first.
+    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    return [_explain(dict(problem), fields, model, place) for problem in found]
+
+
+def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place: str) -> str:
+    location: Sequence[str | int] = problem["loc"]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    key = f"{place}{path}".removeprefix(".")
+    context = problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        known = _keys(location[:-1])
-        near = difflib.get_close_matches(location[-1], known, n=1)
+        known = _keys(model, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{key}: missing, and it has no default"
     value: Any = fields
-    for part in problem["loc"]:
+    for part in location:
         try:
             value = value[part]
         except (KeyError, IndexError, TypeError):
@@ -268,12 +288,11 @@ def _explain(problem: dict[str, Any], fields: dict[str, Any]) -> str:
     return f"{key}: {value!r}: {message[0].lower()}{message[1:]}"
 
 
-def _keys(location: list[str]) -> list[str]:
+def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys that a section knows."""
-    section: type[BaseModel] = Recipe
     for part in location:
-        found = next((f for name, f in section.model_fields.items() if part in (name, f.alias)), None)
+        found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
         if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
             return []
-        section = found.annotation
-    return [found.alias or name for name, found in section.model_fields.items()]
+        model = found.annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -16,7 +16,7 @@ from twinloop.tasks.evaluate import evaluate_bundle, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
 from twinloop.tasks.measure import Workload
 from twinloop.tasks.recipe import EvaluateSettings
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 
 def version_to_judge(registry: Registry, *aliases: str) -> Version:

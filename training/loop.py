@@ -1,4 +1,4 @@
-"""The training loop, one for all stages. It knows a model, an objective and a stream of steps, and no stage.
+"""The training loop, one for all methods. It knows a model, an objective and a stream of steps, and no method.
 
 It may be killed at any instruction: a run that goes on from its last checkpoint ends with the same weights, bit for
 bit, as one that was never stopped, wherever the checkpoints fell. That holds for a given device and thread count.
@@ -21,18 +21,10 @@ from twinloop.models.decoder import Decoder
 from twinloop.training import checkpoint
 from twinloop.training.checkpoint import Checkpoint
 from twinloop.training.objectives import Objective, join_metrics
-from twinloop.training.optim import Optimizer, OptimizerSettings, build_optimizer, learning_rate_at
+from twinloop.training.optim import Optimizer, build_optimizer, learning_rate_at
 from twinloop.training.reproducible import reproducible
+from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import Batches, Step
-from twinloop.training.tree import scored_logprobs
-
-
-@dataclass(frozen=True)
-class TrainSettings(OptimizerSettings):
-    """How to train, whatever the stage. threads: of torch on CPU; None leaves them as they are."""
-
-    checkpoint_every_s: float = 30.0
-    threads: int | None = None
 
 
 @dataclass
@@ -71,10 +63,11 @@ class StepReport:
 
 @dataclass
 class TrainResult:
-    """A whole run, over all the processes that it took. loss and metrics: of the last step."""
+    """A whole run, over all the processes that it took. initial_loss: of the first step; loss, metrics: of the last."""
 
     steps: int = 0
     tokens: int = 0
+    initial_loss: float = math.nan
     loss: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
@@ -84,14 +77,28 @@ class TrainResult:
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds.total if self.seconds.total else 0.0
 
+    def summary(self) -> dict[str, float]:
+        """What the table and the tracker show: losses, metrics of the last step, and the seconds by part."""
+        seconds = {f"seconds_{name}": round(value, 3) for name, value in vars(self.seconds).items()}
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens_per_s,
+            "initial_loss": self.initial_loss,
+            "loss": self.loss,
+            **self.metrics,
+            **seconds,
+        }
 
-def train(
+
+def run_training(
     model: Decoder,
     objective: Objective,
     batches: Batches,
     settings: TrainSettings,
     *,
     checkpoint_dir: Path | None,
+    checkpoint_every_s: float = 30.0,
     on_step: Callable[[StepReport], None] | None = None,
     device: str = "cpu",
 ) -> TrainResult:
@@ -101,8 +108,6 @@ def train(
     returns at once. None keeps no checkpoints. Raises UserError if the loss or a gradient is not finite, or if the
     checkpoint belongs to another network or plan.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
     target = torch.device(device)
     model.to(target).train()
     optimizer = build_optimizer(model, settings)
@@ -114,6 +119,8 @@ def train(
     with reproducible(target):
         while result.steps < batches.total_steps:
             report = _train_step(model, objective, optimizer, batches, result.steps, target)
+            if not result.steps:
+                result.initial_loss = report.loss
             result.steps, result.loss, result.metrics = report.step, report.loss, report.metrics
             result.tokens += report.tokens
             result.seconds.add(report.seconds)
@@ -122,7 +129,7 @@ def train(
                 on_step(report)
             reported = time.perf_counter()
             result.seconds.report += reported - start
-            if checkpoint_dir is not None and reported - saved_at >= settings.checkpoint_every_s:
+            if checkpoint_dir is not None and reported - saved_at >= checkpoint_every_s:
                 _save(checkpoint_dir, model, optimizer, batches, result)
                 saved_step, saved_at = result.steps, time.perf_counter()
                 result.seconds.checkpoint += saved_at - reported
@@ -181,8 +188,7 @@ def _accumulate(
     for share, batch in zip(shares, scored, strict=True):
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logprobs_N = scored_logprobs(model, batch)
-        loss, metrics = objective.loss(logprobs_N, batch)
+            loss, metrics = objective.loss(model, batch)
         (loss * share).backward()
         names = ["loss", *metrics]
         scalars += [loss.detach(), *metrics.values()]
@@ -193,8 +199,8 @@ def _accumulate(
     return joined.pop("loss", 0.0), joined
 
 
-def _diverged(what: str, step: int, settings: OptimizerSettings) -> str:
-    return f"training: {what} at step {step}; lower learning_rate (now {settings.learning_rate}) or raise warmup"
+def _diverged(what: str, step: int, settings: TrainSettings) -> str:
+    return f"training: {what} at step {step}; lower learning_rate (now {settings.learning_rate}) or raise warmup_ratio"
 
 
 def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batches, result: TrainResult) -> None:

@@ -1,7 +1,8 @@
-"""What is optimised: each objective turns the log-probabilities of scored tokens into one loss.
+"""What is optimised: each objective turns a network's outputs on a batch into one loss.
 
 `loss` is a mean over `normaliser(batch)` things (tokens or pairs). Micro-batches weighted by it add up to the full
-batch's loss, however the batch is cut.
+batch's loss, however the batch is cut. Those below need the log-probabilities of the scored tokens only;
+`of_logprobs` is their arithmetic.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twinloop.training.tree import TreeBatch
+from twinloop.models.decoder import Decoder
+from twinloop.training.tree import TreeBatch, scored_logprobs
 
 Metrics = dict[str, Tensor]
 
@@ -23,23 +25,26 @@ class Objective(Protocol):
         """How many things the loss of this batch is a mean over."""
         ...
 
-    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         """The mean loss, and detached scalars to log. A metric whose name ends in `_max` is joined by maximum."""
         ...
 
 
-class NextToken:
+class CausalLMLoss:
     """Pretraining and SFT: mean negative log-probability of the scored tokens, in nats."""
 
     def normaliser(self, batch: TreeBatch) -> float:
         return batch.total_weight
 
-    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        return self.of_logprobs(scored_logprobs(model, batch), batch)
+
+    def of_logprobs(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         """logprobs_N: log p(target) of each scored token, float32. Returns the mean by weight, in nats."""
         return -(logprobs_N * batch.weight_N).sum() / batch.total_weight, {}
 
 
-class DirectPreference:
+class DPOLoss:
     """DPO: raise the margin of chosen over rejected against a frozen reference (Rafailov et al., 2023).
 
     A batch holds trees of one prompt with two children: even sequences are chosen, odd ones rejected.
@@ -51,7 +56,10 @@ class DirectPreference:
     def normaliser(self, batch: TreeBatch) -> float:
         return batch.num_sequences / 2
 
-    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        return self.of_logprobs(scored_logprobs(model, batch), batch)
+
+    def of_logprobs(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         """logprobs_N: log p(target) of each scored token, float32. Returns the mean pair loss, in nats."""
         policy_S = batch.sum_by_sequence(logprobs_N)
         shift_S = policy_S - batch.reference_S
@@ -69,21 +77,24 @@ class DirectPreference:
         )
 
 
-class GroupRelative:
+class GRPOLoss:
     """GRPO: clipped policy gradient on group-relative advantages, a mean over tokens (Shao et al., 2024).
 
     The mean runs over all tokens of the step, not first over each completion, so that long completions count by their
-    length (Yu et al., 2025). kl > 0 adds a penalty towards the reference, by the k3 estimator (Schulman, 2020).
+    length (Yu et al., 2025). kl_coef > 0 adds a penalty towards the reference, by the k3 estimator (Schulman, 2020).
     """
 
-    def __init__(self, *, clip: float = 0.2, kl: float = 0.0):
-        self.clip = clip
-        self.kl = kl
+    def __init__(self, *, clip_eps: float = 0.2, kl_coef: float = 0.0):
+        self.clip_eps = clip_eps
+        self.kl_coef = kl_coef
 
     def normaliser(self, batch: TreeBatch) -> float:
         return batch.total_weight
 
-    def loss(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        return self.of_logprobs(scored_logprobs(model, batch), batch)
+
+    def of_logprobs(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         """logprobs_N: log p(target) of each sampled token, float32, at the sampler's temperature."""
         assert batch.old_logprobs_N is not None, "a rollout carries its sampler's log-probabilities"
         assert batch.advantage_N is not None, "a rollout carries its advantages"
@@ -93,7 +104,7 @@ class GroupRelative:
 
         change_N = logprobs_N - batch.old_logprobs_N
         ratio_N = change_N.exp()
-        clipped_N = ratio_N.clamp(1 - self.clip, 1 + self.clip)
+        clipped_N = ratio_N.clamp(1 - self.clip_eps, 1 + self.clip_eps)
         loss = -mean(torch.minimum(ratio_N * batch.advantage_N, clipped_N * batch.advantage_N))
         with torch.no_grad():
             gap_N = change_N.abs()
@@ -104,11 +115,11 @@ class GroupRelative:
                 "logprob_gap": mean(gap_N),
                 "logprob_gap_max": gap_N.max(),
             }
-        if self.kl:
+        if self.kl_coef:
             assert batch.reference_logprobs_N is not None, "a KL penalty needs the reference's log-probabilities"
             away_N = batch.reference_logprobs_N - logprobs_N
             divergence = mean(away_N.exp() - away_N - 1)
-            loss = loss + self.kl * divergence
+            loss = loss + self.kl_coef * divergence
             metrics["reference_kl"] = divergence.detach()
         return loss, metrics
 

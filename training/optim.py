@@ -8,13 +8,12 @@ Left out: per-group learning rates, since Muon's update is scaled to half the si
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from twinloop.models.shapes import is_hidden_matrix
+from twinloop.training.settings import TrainSettings
 
 MOMENTUM = 0.95  # Jordan et al., 2024
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic that lifts small singular values fastest; same source
@@ -26,25 +25,10 @@ BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 
 
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """learning_rate: the peak. warmup, decay: shares of all steps, at the start and at the end."""
-
-    learning_rate: float
-    warmup: float = 0.02
-    decay: float = 0.5
-    optimizer: Literal["muon", "adamw"] = "muon"
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0 or self.decay < 0 or self.warmup + self.decay > 1:
-            raise ValueError(f"warmup ({self.warmup}) and decay ({self.decay}) are shares of one run")
-
-
-def learning_rate_at(step: int, total_steps: int, settings: OptimizerSettings) -> float:
+def learning_rate_at(step: int, total_steps: int, settings: TrainSettings) -> float:
     """Warm-up, plateau, linear decay towards zero. step counts from 0; the first and the last step both move."""
-    warmup_steps = round(settings.warmup * total_steps)
-    decay_steps = round(settings.decay * total_steps)
+    warmup_steps = round(settings.warmup_ratio * total_steps)
+    decay_steps = round(settings.decay_ratio * total_steps)
     rise = (step + 1) / (warmup_steps + 1)
     fall = (total_steps - step) / (decay_steps + 1)
     return settings.learning_rate * min(1.0, rise, fall)
@@ -108,7 +92,7 @@ def _like(update_MN: Tensor, parameter: Tensor) -> Tensor:
 class Optimizer:
     """Steps every parameter of a model. Its state is a flat dict of tensors, as checkpoints keep it."""
 
-    def __init__(self, model: nn.Module, settings: OptimizerSettings):
+    def __init__(self, model: nn.Module, settings: TrainSettings):
         self.settings = settings
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         hidden = {name: p for name, p in self._parameters.items() if is_hidden_matrix(name, tuple(p.shape))}
@@ -157,5 +141,5 @@ class Optimizer:
             }
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> Optimizer:
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
     return Optimizer(model, settings)

@@ -16,11 +16,11 @@ class Packing:
     """rows: the trees of each row. fill: the share of positions that hold a token."""
 
     rows: list[Row]
-    row_length: int
+    seq_len: int
     fill: float
 
 
-def cut(trees: Iterable[Tree], row_length: int) -> list[Tree]:
+def cut(trees: Iterable[Tree], seq_len: int) -> list[Tree]:
     """Trees that fit a row: documents that don't are cut into pieces.
 
     A piece begins with the last token of the piece before it, unscored there, so every token that the document scores
@@ -28,36 +28,36 @@ def cut(trees: Iterable[Tree], row_length: int) -> list[Tree]:
     """
     fitting: list[Tree] = []
     for index, tree in enumerate(trees):
-        if tree.length <= row_length:
+        if tree.length <= seq_len:
             fitting.append(tree)
         elif tree.divisible:
-            fitting.extend(_pieces(tree, row_length))
+            fitting.extend(_pieces(tree, seq_len))
         else:
             raise UserError(
-                f"training example {index}: {tree.length} tokens do not fit a row of {row_length}; "
-                "raise row_length or shorten the record"
+                f"training example {index}: {tree.length} tokens do not fit a row of {seq_len}; "
+                "raise seq_len or shorten the record"
             )
     return fitting
 
 
-def _pieces(tree: Tree, row_length: int) -> Iterable[Tree]:
+def _pieces(tree: Tree, seq_len: int) -> Iterable[Tree]:
     segment = tree.segments[0]
-    for start in range(0, len(segment.tokens) - 1, row_length - 1):
-        weights = segment.weights[start : start + row_length].copy()
+    for start in range(0, len(segment.tokens) - 1, seq_len - 1):
+        weights = segment.weights[start : start + seq_len].copy()
         weights[0] = 0.0
-        yield Tree((Segment(segment.tokens[start : start + row_length], weights),), divisible=True)
+        yield Tree((Segment(segment.tokens[start : start + seq_len], weights),), divisible=True)
 
 
-def pack(trees: Sequence[Tree], row_length: int) -> Packing:
+def pack(trees: Sequence[Tree], seq_len: int) -> Packing:
     """Each tree, longest first, into the fullest row that still has room. Documents too long are cut before.
 
     Rows come out ordered by their longest tree: shuffle them before training on them.
     """
     rows: list[list[Tree]] = []
-    open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # by free positions
+    open_rows: list[list[int]] = [[] for _ in range(seq_len + 1)]  # by free positions
     some_free = 0  # bit f is set where open_rows[f] is not empty: the best fit is the lowest bit that suffices
     used = 0
-    for tree in sorted(cut(trees, row_length), key=lambda tree: -tree.length):
+    for tree in sorted(cut(trees, seq_len), key=lambda tree: -tree.length):
         length = tree.length
         used += length
         roomy = some_free >> length << length
@@ -68,11 +68,11 @@ def pack(trees: Sequence[Tree], row_length: int) -> Packing:
                 some_free ^= 1 << free
             rows[row].append(tree)
         else:
-            free, row = row_length, len(rows)
+            free, row = seq_len, len(rows)
             rows.append([tree])
         left = free - length
         if left:
             open_rows[left].append(row)
             some_free |= 1 << left
-    fill = used / (len(rows) * row_length) if rows else 0.0
-    return Packing([tuple(row) for row in rows], row_length, fill)
+    fill = used / (len(rows) * seq_len) if rows else 0.0
+    return Packing([tuple(row) for row in rows], seq_len, fill)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,37 +24,15 @@ from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Completion
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.packing import pack
+from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.scoring import attach_reference
+from twinloop.training.settings import RolloutSettings
 from twinloop.training.stream import Step, micro_batches
 from twinloop.training.tree import Tree, TreeBatch, group
 
 MAX_ROUNDS = 4
 ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # of a row's length: a vector's width, FlexAttention's block
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """prompts_per_step: prompts of a round, and informative groups wanted.
-
-    sampling: how the answers of a group are drawn; its seed is set anew in every round.
-    updates_per_rollout: optimizer steps taken on each rollout.
-    """
-
-    prompts_per_step: int
-    group: int
-    sampling: SamplingParams
-    updates_per_rollout: int = 1
-
-    def __post_init__(self) -> None:
-        if self.group < 2:
-            raise ValueError(f"group is {self.group}, but an advantage is relative to others: at least 2")
-        if self.sampling.temperature <= 0:
-            raise ValueError(f"temperature is {self.sampling.temperature}, but a greedy group is one answer many times")
-        if self.sampling.top_p < 1:
-            raise ValueError(
-                f"top_p is {self.sampling.top_p}, but the loss is over the whole vocabulary: leave it at 1"
-            )
 
 
 @dataclass(frozen=True)
@@ -80,24 +58,17 @@ class RolloutStream:
         reward: Callable[[int, str], Verdict],
         decode: Callable[[list[int]], str],
         settings: RolloutSettings,
+        runtime: Runtime,
         *,
-        steps: int,
-        seed: int,
-        micro_rows: int | None = None,
+        stop_ids: Sequence[int],
         reference: Decoder | None = None,
-        device: str = "cpu",
-        threads: int = 1,
     ):
-        """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL.
-
-        threads: of the CPU, for sampling.
-        """
+        """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL."""
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")
-        self._model, self._reference, self._device, self._threads = model, reference, device, threads
+        self._model, self._reference = model, reference
         self._prompts, self._reward, self._decode = prompts, reward, decode
-        self._settings, self._steps, self._seed = settings, steps, seed
-        self._micro_rows = micro_rows
+        self._settings, self._runtime, self._stop_ids = settings, runtime, stop_ids
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
         self._step = 0
@@ -108,7 +79,7 @@ class RolloutStream:
 
     @property
     def total_steps(self) -> int:
-        return self._steps
+        return self._settings.steps
 
     def next(self) -> Step:
         rollout, update = divmod(self._step, self._settings.updates_per_rollout)
@@ -138,9 +109,9 @@ class RolloutStream:
         informative: list[_Group] = []
         for attempt in range(MAX_ROUNDS):
             chosen = self._draw_prompts(settings.prompts_per_step)
-            completions = self._sample(chosen, np.random.SeedSequence([self._seed, rollout, attempt]))
+            completions = self._sample(chosen, np.random.SeedSequence([self._runtime.seed, rollout, attempt]))
             for position, prompt in enumerate(chosen):
-                members = completions[position * settings.group : (position + 1) * settings.group]
+                members = completions[position * settings.group_size : (position + 1) * settings.group_size]
                 verdicts = [self._reward(prompt, self._text(member)) for member in members]
                 advantages = group_advantages([float(verdict.reward) for verdict in verdicts])
                 stats.add(members, verdicts, informative=advantages is not None)
@@ -156,7 +127,7 @@ class RolloutStream:
         drawn: list[int] = []
         while len(drawn) < count:
             epoch, start = divmod(self._cursor, len(self._prompts))
-            order = np.random.default_rng([self._seed, epoch]).permutation(len(self._prompts))
+            order = np.random.default_rng([self._runtime.seed, epoch]).permutation(len(self._prompts))
             some = order[start : start + count - len(drawn)].tolist()
             drawn += some
             self._cursor += len(some)
@@ -165,19 +136,21 @@ class RolloutStream:
     def _sample(self, chosen: list[int], seeds: np.random.SeedSequence) -> list[Completion]:
         settings = self._settings
         if self._sampler is None:
-            max_length = self._longest_prompt + settings.sampling.max_tokens
+            max_length = self._longest_prompt + settings.max_new_tokens
             self._sampler = BoundSampler(
                 self._model,
                 max_length=max_length,
                 prompts=settings.prompts_per_step,
-                group=settings.group,
-                threads=self._threads,
+                group=settings.group_size,
+                threads=self._runtime.threads,
             )
-        return self._sampler.generate(
-            [self._prompts[index] for index in chosen],
-            replace(settings.sampling, seed=int(seeds.generate_state(1)[0])),
-            group=settings.group,
+        params = SamplingParams(
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            stop=tuple(self._stop_ids),
+            seed=int(seeds.generate_state(1)[0]),
         )
+        return self._sampler.generate([self._prompts[index] for index in chosen], params, group=settings.group_size)
 
     def _text(self, completion: Completion) -> str:
         stopped = completion.finish_reason == "stop"
@@ -186,25 +159,25 @@ class RolloutStream:
     def _micro_batches(self) -> list[TreeBatch]:
         if not self._pending:
             return []
-        temperature = self._settings.sampling.temperature
+        temperature = self._settings.temperature
         trees = [
             group(self._prompts[g.prompt], g.completions, advantages=g.advantages, old_logprobs=g.logprobs)
             for g in self._pending
         ]
-        row_length = self._row_length(trees)
+        seq_len = self._choose_seq_len(trees)
         if self._reference is not None:
             trees = attach_reference(
-                self._reference, trees, row_length=row_length, temperature=temperature, device=self._device
+                self._reference, trees, seq_len=seq_len, temperature=temperature, device=self._runtime.device
             )
-        rows = pack(trees, row_length).rows
-        return micro_batches(rows, row_length, self._micro_rows, temperature=temperature)
+        rows = pack(trees, seq_len).rows
+        return micro_batches(rows, seq_len, self._settings.micro_batch_size, temperature=temperature)
 
-    def _row_length(self, trees: list[Tree]) -> int:
+    def _choose_seq_len(self, trees: list[Tree]) -> int:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""
         longest = max(tree.length for tree in trees)
-        if self._device == "cuda":
-            longest = self._longest_prompt + self._settings.group * self._settings.sampling.max_tokens
-        multiple = ROW_MULTIPLE[self._device]
+        if self._runtime.device == "cuda":
+            longest = self._longest_prompt + self._settings.group_size * self._settings.max_new_tokens
+        multiple = ROW_MULTIPLE[self._runtime.device]
         return -(-longest // multiple) * multiple
 
 

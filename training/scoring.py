@@ -17,13 +17,13 @@ ROWS_AT_ONCE = 16
 
 
 def attach_reference(
-    model: Decoder, trees: Sequence[Tree], *, row_length: int, temperature: float = 1.0, device: str = "cpu"
+    model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
 ) -> list[Tree]:
     """The same trees, each with its own log-probabilities under `model`, the frozen reference.
 
     They are part of the tree from then on: no shuffling, packing or partial batch can part them.
     """
-    values = tree_logprobs(model, trees, row_length=row_length, temperature=temperature, device=device)
+    values = tree_logprobs(model, trees, seq_len=seq_len, temperature=temperature, device=device)
     return [_with_reference(tree, logprobs) for tree, logprobs in zip(trees, values, strict=True)]
 
 
@@ -37,18 +37,18 @@ def _with_reference(tree: Tree, logprobs: np.ndarray) -> Tree:
 
 @torch.no_grad()
 def tree_logprobs(
-    model: Decoder, trees: Sequence[Tree], *, row_length: int, temperature: float = 1.0, device: str = "cpu"
+    model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
 ) -> list[np.ndarray]:
     """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
     target = torch.device(device)
     model.to(target)
     place = {id(tree): index for index, tree in enumerate(trees)}
     values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
-    rows = pack(trees, row_length).rows
+    rows = pack(trees, seq_len).rows
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
-            batch = collate(some, row_length, temperature=temperature).to(target)
+            batch = collate(some, seq_len, temperature=temperature).to(target)
             logprobs = scored_logprobs(model, batch).cpu().numpy()
         for tree in (tree for row in some for tree in row):
             own, logprobs = np.split(logprobs, [tree.num_scored])

@@ -37,12 +37,12 @@ class Batches(Protocol):
 
 
 def micro_batches(
-    rows: Sequence[Row], row_length: int, micro_rows: int | None, *, temperature: float = 1.0
+    rows: Sequence[Row], seq_len: int, micro_batch_size: int | None, *, temperature: float = 1.0
 ) -> list[TreeBatch]:
-    """One step's rows as batches of at most micro_rows rows (None: one batch)."""
-    size = micro_rows or max(1, len(rows))
+    """One step's rows as batches of at most micro_batch_size rows (None: one batch)."""
+    size = micro_batch_size or max(1, len(rows))
     pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [collate(piece, row_length, temperature=temperature) for piece in pieces]
+    return [collate(piece, seq_len, temperature=temperature) for piece in pieces]
 
 
 class BatchStream:
@@ -55,25 +55,25 @@ class BatchStream:
         self,
         trees: Sequence[Tree],
         *,
-        row_length: int,
-        rows_per_step: int,
+        seq_len: int,
+        batch_size: int,
         seed: int,
         epochs: int | None = None,
         steps: int | None = None,
-        micro_rows: int | None = None,
+        micro_batch_size: int | None = None,
     ):
-        """Give either epochs or steps. micro_rows: rows that go through the network at once, for memory's sake."""
+        """Give either epochs or steps. micro_batch_size: rows that go through the network at once, to save memory."""
         if (epochs is None) == (steps is None):
             raise ValueError("give either epochs or steps")
         if not trees:
             raise UserError("training data: no examples are left to train on; look at what validation quarantined")
-        pieces = cut(trees, row_length)  # before they are shuffled, so that an error names the caller's example
+        pieces = cut(trees, seq_len)  # before they are shuffled, so that an error names the caller's example
         shuffled = [pieces[index] for index in np.random.default_rng(seed).permutation(len(pieces))]
-        self.packing: Packing = pack(shuffled, row_length)
-        self.rows_per_step = rows_per_step
-        self.micro_rows = micro_rows
+        self.packing: Packing = pack(shuffled, seq_len)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.steps_per_epoch = -(-len(self.packing.rows) // rows_per_step)
+        self.steps_per_epoch = -(-len(self.packing.rows) // batch_size)
         self._total_steps = steps if steps is not None else self.steps_per_epoch * (epochs or 0)
         self._step = 0
         self._order: tuple[int, np.ndarray] | None = None
@@ -84,10 +84,10 @@ class BatchStream:
 
     def next(self) -> Step:
         epoch, index = divmod(self._step, self.steps_per_epoch)
-        chosen = self._epoch_order(epoch)[index * self.rows_per_step : (index + 1) * self.rows_per_step]
+        chosen = self._epoch_order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
         self._step += 1
         rows = [self.packing.rows[row] for row in chosen]
-        return Step(micro_batches(rows, self.packing.row_length, self.micro_rows))
+        return Step(micro_batches(rows, self.packing.seq_len, self.micro_batch_size))
 
     def state(self) -> dict[str, Any]:
         return {"step": self._step}

@@ -194,11 +194,11 @@ class TreeBatch:
         return TreeBatch(**moved)
 
 
-def collate(rows: Sequence[Sequence[Tree]], row_length: int, *, temperature: float = 1.0) -> TreeBatch:
-    """Lay the trees of each row one behind the other. No row may hold more than row_length tokens."""
-    tokens_BL = np.zeros((len(rows), row_length), dtype=np.int64)
-    positions_BL = np.zeros((len(rows), row_length), dtype=np.int64)
-    order_L = np.arange(row_length + 1)
+def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float = 1.0) -> TreeBatch:
+    """Lay the trees of each row one behind the other. No row may hold more than seq_len tokens."""
+    tokens_BL = np.zeros((len(rows), seq_len), dtype=np.int64)
+    positions_BL = np.zeros((len(rows), seq_len), dtype=np.int64)
+    order_L = np.arange(seq_len + 1)
     # padding sees itself alone: an empty row of the mask would make NaN in softmax
     visible_until_BL = np.tile(order_L[1:].astype(np.int32), (len(rows), 1))
     predict_from: list[np.ndarray] = []
@@ -211,17 +211,17 @@ def collate(rows: Sequence[Sequence[Tree]], row_length: int, *, temperature: flo
             for index, segment in enumerate(tree.segments):
                 start = starts[index]
                 stop = start + len(segment.tokens)
-                assert stop <= row_length, "a row holds more tokens than its length"
+                assert stop <= seq_len, "a row holds more tokens than its length"
                 tokens_BL[b, start:stop] = segment.tokens
                 position = first_positions[index]
                 positions_BL[b, start:stop] = order_L[position : position + stop - start]
                 visible_until_BL[b, start:stop] = ends[index]
                 scored = np.flatnonzero(segment.weights)
                 if len(scored):
-                    before = scored + (b * row_length + start - 1)
+                    before = scored + (b * seq_len + start - 1)
                     if scored[0] == 0:  # the parent's last hidden state predicts a child's first token
                         parent = segment.parent
-                        before[0] = b * row_length + starts[parent] + len(tree.segments[parent].tokens) - 1
+                        before[0] = b * seq_len + starts[parent] + len(tree.segments[parent].tokens) - 1
                     predict_from.append(before)
                     scored_segments.append((segment, scored))
             cursor += tree.length

@@ -112,11 +112,11 @@ def report(*, passed: int, claims: int = 0, golden: int = 10) -> CaseReport:
 
 
 def test_thresholds_hold_only_where_every_one_does():
-    stages = {"sft": report(passed=300), "dpo": report(passed=400), "rlvr": report(passed=490)}
+    stages = {"sft": report(passed=300), "dpo": report(passed=400), "grpo": report(passed=490)}
     assert broken_demands(stages) == []
-    assert "held_out 94.8% of 500" in broken_demands(stages | {"rlvr": report(passed=474)})[0]
-    assert "golden 90.0% of 10" in broken_demands(stages | {"rlvr": report(passed=490, golden=9)})[0]
-    assert "1 violations of critical predicates" in broken_demands(stages | {"rlvr": report(passed=490, claims=1)})[0]
+    assert "held_out 94.8% of 500" in broken_demands(stages | {"grpo": report(passed=474)})[0]
+    assert "golden 90.0% of 10" in broken_demands(stages | {"grpo": report(passed=490, golden=9)})[0]
+    assert "1 violations of critical predicates" in broken_demands(stages | {"grpo": report(passed=490, claims=1)})[0]
     assert "do not rise" in broken_demands(stages | {"dpo": report(passed=300)})[0]
 
 

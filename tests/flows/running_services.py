@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 import yaml
-from small_project import PROJECT, RECIPE, environment, make_project
+from small_project import PROJECT, environment, make_project, recipe_fields
 
 
 class Services:
@@ -31,8 +31,10 @@ class Services:
         self.ports = {name: free_port() for name in ("prefect", "mlflow", "api")}
 
     def write_recipe(self, *, tokens: int) -> None:
-        recipe = RECIPE | {"name": "returns", "pretrain": RECIPE["pretrain"] | {"tokens": tokens}}
+        recipe = recipe_fields(pretrain={"tokens": tokens}) | {"name": "returns"}
         (self.project / "recipes" / "returns.yaml").write_text(yaml.safe_dump(recipe))
+        params = self.project / "params.yaml"
+        params.write_text(yaml.safe_dump(yaml.safe_load(params.read_text()) | {"recipe": "recipes/returns.yaml"}))
 
     def say(self, word: str) -> subprocess.CompletedProcess[str]:
         ports = {f"TWINLOOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()}

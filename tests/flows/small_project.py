@@ -46,16 +46,19 @@ RECIPE = {
     "threads": 1,
     "device": "cpu",
     "checkpoint_every_s": 0,
-    "model": {"depth": 2, "hidden_size": 64},
-    "tokenizer": {"vocab_size": 400},
+    "base": {"depth": 2, "hidden_size": 64, "vocab_size": 400},
     "validate": {"split_keys": ["text", "order_id", "policy_id", "window_and_days"]},
-    "pretrain": {"tokens": 20_000, "batch_tokens": 1024, "learning_rate": 0.003},
-    "sft": {"batch_tokens": 1024, "learning_rate": 0.001},
-    "dpo": {"batch_tokens": 1024, "learning_rate": 0.0003},
-    "rlvr": {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "learning_rate": 0.0001},
     "evaluate": {"stage_cases": 20, "max_new_tokens": 64},
     "gate": {"rules": "recipes/lenient.yaml"},
 }
+
+STAGES = {
+    "pretrain": {"tokens": 20_000, "batch_tokens": 1024, "learning_rate": 0.003},
+    "sft": {"batch_tokens": 1024, "learning_rate": 0.001},
+    "dpo": {"batch_tokens": 1024, "learning_rate": 0.0003},
+    "grpo": {"steps": 4, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 64, "learning_rate": 0.0001},
+}
+"""Of the recipe's key `train`, by their methods."""
 
 # So small a network learns nothing in so short a time: these rules let it through, with all that is measured in place.
 LENIENT = {
@@ -80,6 +83,7 @@ def make_project(folder: Path) -> Path:
         shutil.copytree(PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["generate"] |= SIZES
+    params["recipe"] = "recipes/small.yaml"
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     (folder / "recipes").mkdir()
     write_recipe(folder)
@@ -90,13 +94,19 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-def write_recipe(project: Path, **sections: dict[str, object]) -> Path:
-    """The small recipe, some settings changed."""
+def recipe_fields(**changes: dict[str, object]) -> dict[str, object]:
+    """The small recipe, with some settings of its sections and stages changed."""
     fields = {
-        name: value | sections.get(name, {}) if isinstance(value, dict) else value for name, value in RECIPE.items()
+        name: value | changes.get(name, {}) if isinstance(value, dict) else value for name, value in RECIPE.items()
     }
+    stages = [{"method": method, **settings, **changes.get(method, {})} for method, settings in STAGES.items()]
+    return fields | {"train": stages}
+
+
+def write_recipe(project: Path, **changes: dict[str, object]) -> Path:
+    """The small recipe, some settings changed."""
     path = project / "recipes" / "small.yaml"
-    path.write_text(yaml.safe_dump(fields))
+    path.write_text(yaml.safe_dump(recipe_fields(**changes)))
     return path
 
 

@@ -13,14 +13,14 @@ from rich.console import Console
 from small_project import make_project
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.evaluation.gate import GateReport
 from twinloop.flows import answer
 from twinloop.flows.answer import Answer, answer_over_http
-from twinloop.flows.outcome import Outcome, Stage
+from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.promotion import Promotion
-from twinloop.tasks.recipe import load_recipe
-
-RECIPES = Path(__file__).parents[2] / "recipes"
+from twinloop.registry.versions import Version
 
 
 @pytest.fixture
@@ -62,13 +62,16 @@ def test_the_request_is_kept_beside_its_answer(server) -> None:
     assert answer._ask(address, "/v1/decisions", {"text": "hello"}) == Answer({"text": "hello"}, {"decision": "late"})
 
 
+PROMOTION = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")
+VERSION = Version("tiny", 1, Path("bundle"), None, {"manifest_digest": "d"})
+SHIP = GateReport(decision="SHIP", reasons=(), checks=(), candidate="d", rules_digest="r")
 DECIDED = {"decision": "late", "escalated": False, "model": {"version": "3"}}
 CHATTED = {"choices": [{"message": {"content": "hi there"}}], "model": "chat"}
 
 
 @pytest.mark.parametrize(("body", "said"), [(DECIDED, '{"decision": "late", '), (CHATTED, '{"answer": "hi there", ')])
 def test_a_decision_and_a_chat_are_shown_with_what_was_asked(capsys, body: dict[str, Any], said: str) -> None:
-    outcome = Outcome(load_recipe(RECIPES / "tiny.yaml"), answer=Answer({"text": "hello"}, body))
+    outcome = Outcome(Domain(), (), SHIP, Publication(VERSION, PROMOTION, None), Answer({"text": "hello"}, body))
     show_outcome(outcome, Console(width=150))
     shown = capsys.readouterr().out
     assert '{"text": "hello"} over HTTP:' in shown
@@ -90,11 +93,15 @@ def test_a_server_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_champion_that_does_not_answer_is_shown_beside_all_that_was_done(capsys: pytest.CaptureFixture[str]) -> None:
-    promotion = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")
-    outcome = Outcome(load_recipe(RECIPES / "tiny.yaml"), stages=[Stage("pretrain", 406.0, reused=True)])
-    outcome.promotion, outcome.silence = promotion, "serve: port in use"
+    outcome = Outcome(
+        Domain(),
+        (StageRow("pretrain", 406.0, reused=True),),
+        SHIP,
+        Publication(VERSION, PROMOTION, None),
+        serve_error="serve: port in use",
+    )
     show_outcome(outcome, Console(width=150))
     shown = capsys.readouterr().out
     assert "pretrain  (406.0 s)" in shown
     assert "no answer over HTTP: serve: port in use" in shown
-    assert outcome.shortfall == "serve: port in use"
+    assert outcome.failure == "serve: port in use"

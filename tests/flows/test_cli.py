@@ -72,7 +72,7 @@ def test_plan_needs_no_data(project: Path) -> None:
     write_recipe(project)
     done = twinloop(project, "plan", "recipes/small.yaml")
     assert done.returncode == 0, done.stderr
-    for stage in ("pretrain", "sft", "dpo", "rlvr", "fp32", "int8"):
+    for stage in ("pretrain", "sft", "dpo", "grpo", "fp32", "int8"):
         assert stage in done.stdout
     assert str(RECIPE["name"]) in done.stdout
 

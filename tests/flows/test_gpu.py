@@ -11,7 +11,7 @@ import pytest
 from small_project import environment
 
 from twinloop.flows.gpu import gpu_slot
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 GPU = Runtime(seed=1, threads=1, device="cuda")
 
@@ -50,7 +50,7 @@ with embedded_server(project):
     wait_until_ready(project)
     from twinloop.flows.gpu import gpu_slot
     from twinloop.common.errors import UserError
-    from twinloop.tasks.runtime import Runtime
+    from twinloop.training.runtime import Runtime
     try:
         with gpu_slot(project, Runtime(seed=1, threads=1, device="cuda"), shared=True):
             print("inside")

@@ -20,7 +20,7 @@ from small_project import LENIENT, make_project, start, twinloop, write_recipe
 
 from twinloop.domains.returns import domain as returns
 
-TRAINED = ("pretrain", "sft", "dpo", "rlvr")
+TRAINED = ("pretrain", "sft", "dpo", "grpo")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     project, run = first
     assert run.returncode == 0, run.stderr
     assert "gate: SHIP" in run.stdout
-    for stage in ("data", "validate", "tokenize", *TRAINED, "audit", "export", "evaluate", "gate"):
+    for stage in ("data", "validate", "tokenize", "base", "check", *TRAINED, "audit", "export", "evaluate", "gate"):
         assert stage in stages(run.stdout)["done in"]
     table = run.stdout[run.stdout.index("bits/byte") :]
     for stage in TRAINED:
@@ -71,8 +71,8 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     served = status(project)
     assert served["champion"]["gate"] == "SHIP"
     kinds = [origin["kind"] for origin in served["origins"]]
-    # rlvr is missing where so small a network earned no reward: its weights are DPO's, and so is their version
-    assert [kind for kind in kinds if kind != "rlvr"] == [
+    # grpo is missing where so small a network earned no reward: its weights are DPO's, and so is their version
+    assert [kind for kind in kinds if kind != "grpo"] == [
         "export", "dpo", "sft", "pretrain", "dataset", "recipe", "code",
     ]  # fmt: skip
 
@@ -108,10 +108,10 @@ def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
     changed: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     happened = stages(changed[1].stdout)
-    followers = {"dpo", "measure-dpo", "rlvr", "measure-rlvr", "export", "evaluate", "gate"}
+    followers = {"dpo", "measure-dpo", "grpo", "measure-grpo", "export", "evaluate", "gate"}
     assert followers <= happened["done in"]
     assert happened["done in"].isdisjoint(
-        {"data", "validate", "tokenize", "pretrain", "measure-pretrain", "sft", "measure-sft", "audit"}
+        {"data", "validate", "tokenize", "base", "check", "pretrain", "measure-pretrain", "sft", "measure-sft", "audit"}
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from running_services import Services, free_port, wait_for
-from small_project import twinloop
+from small_project import PROJECT, twinloop
 
 from twinloop.common.errors import UserError
 from twinloop.flows import services
@@ -43,6 +43,7 @@ def test_a_port_in_use_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.M
         monkeypatch.setenv(name, "")  # so that it is as it was again afterwards
     with socket.create_server(("127.0.0.1", 0)) as taken:
         ports = Ports(prefect=taken.getsockname()[1])
+        (tmp_path / "params.yaml").write_text(f"recipe: {PROJECT / 'recipes' / 'tiny.yaml'}\n")
         with pytest.raises(UserError, match=r"prefect: something else listens .*TWINLOOP_PREFECT_PORT"):
             services.up(tmp_path, ports)
 

@@ -29,7 +29,7 @@ from twinloop.tasks.export import export
 from twinloop.tasks.gate import gate, read_gate_report
 from twinloop.tasks.measure import choose_cases, measure, read_case_report
 from twinloop.tasks.recipe import EvaluateSettings
-from twinloop.tasks.runtime import Runtime
+from twinloop.training.runtime import Runtime
 
 LABELS = Path(__file__).parents[1] / "evaluation" / "labels.py"
 SETTINGS = EvaluateSettings(max_new_tokens=8, slots=2, samples=2, stage_cases=2)

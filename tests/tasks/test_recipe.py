@@ -1,57 +1,85 @@
-"""A wrong recipe is told in one line with file, key and what is allowed, before anything runs."""
+"""A wrong recipe is reported in one line with file, key and what is allowed, before anything runs."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from twinloop.common.errors import UserError
-from twinloop.tasks import runtime
-from twinloop.tasks.recipe import ExportSettings, PretrainSettings, load_recipe
-from twinloop.tasks.runtime import Runtime
+from twinloop.tasks import recipe as recipe_module
+from twinloop.tasks.recipe import ExportSettings, default_recipe, load_recipe
+from twinloop.training.methods.pretrain import Settings as PretrainSettings
 
 PROJECT = Path(__file__).parents[2]
 TINY = (PROJECT / "recipes" / "tiny.yaml").read_text()
+RECIPES = sorted(path for path in PROJECT.glob("recipes/*.yaml") if path.name != "gate.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(PROJECT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def fields(**changes: Any) -> dict[str, Any]:
+    """tiny.yaml with some settings changed: of sections, and by method of stages."""
+    found = yaml.safe_load(TINY.replace("3e-3", "0.003").replace("1e-3", "0.001").replace("e-4", ".0e-4"))
+    for stage in found["train"]:
+        stage.update(changes.pop(stage["method"], {}))
+    for name, value in changes.items():
+        found[name] = {**found.get(name, {}), **value} if isinstance(value, dict) else value
+    return found
+
+
+def write(folder: Path, content: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_are_valid(path: Path) -> None:
-    if path.name != "gate.yaml":
-        assert load_recipe(path).model.decoder_config(512).num_parameters > 0
+    assert load_recipe(path).base.decoder_config(512).num_parameters > 0
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"dpo": {"betta": 0.1}}, "dpo.betta: unknown key; did you mean beta?"),
+        ({"dpo": {"betta": 0.1}}, "train[2].betta: unknown key; did you mean beta?"),
         ({"zzz": 1}, "zzz: unknown key; known here: name, domain, seed"),
-        ({"dpo": {"beta": "0.1"}}, "dpo.beta: '0.1': input should be a valid number"),
-        ({"dpo": {"beta": 0}}, "dpo.beta: 0: input should be greater than 0"),
-        ({"dpo": {"beta": float("inf")}}, "dpo.beta"),
+        ({"dpo": {"beta": "0.1"}}, "train[2].beta: '0.1': input should be a valid number"),
+        ({"dpo": {"beta": 0}}, "train[2].beta: 0: input should be greater than 0"),
+        ({"dpo": {"beta": float("inf")}}, "train[2].beta"),
         ({"seed": True}, "seed: True"),
         ({"threads": 1.5}, "threads: 1.5"),
-        ({"pretrain": {"tokens": None}}, "pretrain.tokens: None"),
+        ({"pretrain": {"tokens": None}}, "train[0].tokens: None"),
         ({"device": "cdua"}, "device: 'cdua' is not one of 'auto', 'cpu', 'cuda' (did you mean cuda?)"),
-        ({"export": {"precisions": ["fp32", "int4"]}}, "export.precisions.1: 'int4' is not one of"),
-        ({"rlvr": {"group_size": 1}}, "rlvr.group_size: 1: input should be greater than or equal to 2"),
-        ({"sft": {"row_length": 4096}}, "sft: batch_tokens (2048) holds no row"),
-        ({"sft": {"row_length": 1024}}, "sft.row_length (1024) is longer than model.max_length (512)"),
-        ({"sft": {"warmup": 0.7, "decay": 0.7}}, "together at most 1"),
-        ({"rlvr": {"max_new_tokens": 512}}, "leaves no room for a prompt"),
-        ({"model": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
+        ({"export": {"precisions": ["fp32", "int4"]}}, "export.precisions[1]: 'int4' is not one of"),
+        ({"grpo": {"group_size": 1}}, "train[3].group_size: 1: input should be greater than or equal to 2"),
+        ({"sft": {"seq_len": 4096}}, "train[1]: batch_tokens (2048) holds no row"),
+        ({"sft": {"seq_len": 1024}}, "train[1].seq_len (1024) is longer than base.max_length (512)"),
+        ({"sft": {"warmup_ratio": 0.7, "decay_ratio": 0.7}}, "together at most 1"),
+        ({"grpo": {"max_new_tokens": 512}}, "train[3].max_new_tokens (512) leaves no room for a prompt"),
+        ({"evaluate": {"max_new_tokens": 512}}, "evaluate.max_new_tokens (512) leaves no room for a prompt"),
+        ({"base": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
+        ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
         ({"export": {"precisions": ["bf16"]}}, "export.precisions has bf16, which only CUDA runs"),
         ({"export": {"precisions": ["fp32", "fp16"]}}, "export.precisions has fp16, which only CUDA runs"),
         ({"name": "Bad name"}, "name: 'Bad name'"),
+        ({"train": []}, "train: must be a list of stages"),
+        ({"train": {"method": "sft"}}, "train: must be a list of stages"),
+        ({"train": [{"epochs": 1}]}, "train[0].method: missing"),
+        ({"train": [{"method": "sftt"}]}, "train[0].method: 'sftt' is no ready-made method"),
+        ({"train": [{"method": "sftt"}]}, "did you mean sft?"),
+        ({"train": [{"method": "./none.py"}]}, "none.py: no such file"),
+        ({"train": [{"method": "sft", "batch_tokens": 512}]}, "train[0].learning_rate: missing"),
     ],
 )
-def test_a_mistake_names_file_key_and_what_is_allowed(tmp_path: Path, changes: dict[str, object], said: str) -> None:
-    fields = yaml.safe_load(TINY.replace("3e-3", "0.003").replace("1e-3", "0.001").replace("e-4", ".0e-4"))
-    for name, value in changes.items():
-        fields[name] = {**fields.get(name, {}), **value} if isinstance(value, dict) else value
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(fields))
+def test_a_mistake_names_file_key_and_what_is_allowed(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    train = changes.pop("train", None) if "train" in changes else None
+    content = fields(**changes)
+    if train is not None:
+        content["train"] = train
+    path = write(tmp_path, content)
     with pytest.raises(UserError) as raised:
         load_recipe(path)
     message = str(raised.value)
@@ -66,12 +94,12 @@ def test_a_mistake_names_file_key_and_what_is_allowed(tmp_path: Path, changes: d
         ("", "a recipe is a mapping"),
         ("- 1", "a recipe is a mapping"),
         ("name: [", "not valid YAML"),
-        (TINY + "\nseed: 2\n", 'duplicate key "seed"'),
-        ("name: x", "model: missing"),
+        (TINY + "\nseed: 2\n", 'found duplicate key "seed"'),
+        ("name: x", "base: missing"),
         (b"name: \xff", "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_told(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_a_file_that_is_no_recipe_is_reported(tmp_path: Path, text: str | bytes, said: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=r"recipe\.yaml") as raised:
@@ -79,7 +107,7 @@ def test_a_file_that_is_no_recipe_is_told(tmp_path: Path, text: str | bytes, sai
     assert said in str(raised.value)
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         load_recipe(tmp_path / "recipe.yaml")
 
@@ -87,32 +115,81 @@ def test_a_missing_file_is_told(tmp_path: Path) -> None:
 def test_numbers_may_be_written_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(TINY)
-    recipe = load_recipe(path)
-    assert recipe.pretrain.learning_rate == 0.003
-    assert recipe.pretrain.tokens == 60_000
+    settings = load_recipe(path).train[0].settings
+    assert isinstance(settings, PretrainSettings)
+    assert settings.learning_rate == 0.003
+    assert settings.tokens == 60_000
 
 
-def test_one_dial_gives_the_network() -> None:
-    recipe = load_recipe(PROJECT / "recipes" / "tiny.yaml")
+def test_depth_alone_gives_the_network() -> None:
+    base = load_recipe(PROJECT / "recipes" / "tiny.yaml").base
     for depth in (1, 2, 4, 12, 24, 40):
-        config = recipe.model.model_copy(update={"depth": depth, "hidden_size": None}).decoder_config(512)
+        config = base.model_copy(update={"depth": depth, "hidden_size": None}).decoder_config(512)
         assert config.num_hidden_layers == depth
         assert config.num_attention_heads * config.head_dim == config.hidden_size
 
 
+def test_stages_go_by_their_methods_and_a_second_one_by_its_number(tmp_path: Path) -> None:
+    content = fields()
+    content["train"] = [content["train"][1], content["train"][2], content["train"][1]]
+    recipe = load_recipe(write(tmp_path, content))
+    assert [stage.name for stage in recipe.train] == ["sft", "dpo", "sft-2"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "files"),
+    [
+        (["sft"], {"chat", "cases"}),
+        (["pretrain", "sft"], {"corpus", "corpus_heldout", "chat", "cases"}),
+        (["dpo", "grpo"], {"preferences", "prompts", "cases"}),
+    ],
+)
+def test_only_the_files_that_its_stages_read_are_asked_for(tmp_path: Path, methods: list[str], files: set[str]) -> None:
+    content = fields()
+    content["train"] = [stage for stage in content["train"] if stage["method"] in methods]
+    assert set(load_recipe(write(tmp_path, content)).record_types) == files
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_precision_that_no_gpu_is_here_to_run_is_told_before_anything_runs(
+def test_a_precision_that_no_gpu_is_here_to_run_is_reported_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     export = ExportSettings.model_validate({"precisions": [precision]})
     recipe = load_recipe(PROJECT / "recipes" / "returns.yaml").model_copy(update={"device": "auto", "export": export})
-    monkeypatch.setattr(runtime, "cuda_is_here", lambda: False)
+    monkeypatch.setattr(recipe_module, "cuda_is_here", lambda: False)
     with pytest.raises(UserError, match=rf"export\.precisions: {precision} runs on CUDA only.*take fp32 or int8"):
-        Runtime.of(recipe)
-    monkeypatch.setattr(runtime, "cuda_is_here", lambda: True)
-    assert Runtime.of(recipe).device == "cuda"
+        recipe.runtime()
+    monkeypatch.setattr(recipe_module, "cuda_is_here", lambda: True)
+    assert recipe.runtime().device == "cuda"
 
 
 def test_what_is_derived_is_part_of_a_stages_key() -> None:
-    settings = PretrainSettings(tokens=10_000, batch_tokens=1100, row_length=512, learning_rate=0.1)
-    assert settings.model_dump(mode="json").items() >= {"rows_per_step": 2, "steps": 9}.items()
+    settings = PretrainSettings(tokens=10_000, batch_tokens=1100, seq_len=512, learning_rate=0.1)
+    assert settings.model_dump(mode="json").items() >= {"batch_size": 2, "steps": 9}.items()
+
+
+def test_the_default_recipe_is_the_one_named_in_params_or_else_the_only_one(tmp_path: Path) -> None:
+    assert default_recipe(PROJECT) == PROJECT / "recipes" / "returns.yaml"
+    (tmp_path / "params.yaml").write_text("{}")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "gate.yaml").write_text("golden_pass_rate: 1\n")
+    with pytest.raises(UserError, match=r"which recipe.*none"):
+        default_recipe(tmp_path)
+    (tmp_path / "recipes" / "mine.yaml").write_text(TINY)
+    assert default_recipe(tmp_path) == tmp_path / "recipes" / "mine.yaml"
+    (tmp_path / "recipes" / "other.yaml").write_text(TINY)
+    with pytest.raises(UserError, match=r"mine\.yaml, other\.yaml"):
+        default_recipe(tmp_path)
+
+
+def test_a_recipe_is_checked_without_torch_polars_or_onnxruntime() -> None:
+    program = f"""
+import sys
+for name in ("torch", "polars", "pandera", "onnxruntime", "prefect", "mlflow"):
+    sys.modules[name] = None  # an import raises
+from pathlib import Path
+from twinloop.tasks.recipe import load_recipe
+load_recipe(Path({str(PROJECT / "recipes" / "returns.yaml")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

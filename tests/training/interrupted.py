@@ -5,10 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import torch
 from small import TINY, Texts
 
-from twinloop.training.loop import TrainSettings, train
-from twinloop.training.objectives import NextToken
+from twinloop.training.loop import run_training
+from twinloop.training.objectives import CausalLMLoss
+from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import BatchStream
 from twinloop.training.weights import new_decoder
 
@@ -16,10 +18,20 @@ from twinloop.training.weights import new_decoder
 def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, optimizer="muon", device="cpu"):
     """Four steps an epoch, so that most runs are killed near an edge. Returns the weights."""
     model = new_decoder(TINY, seed=0)
-    stream = BatchStream(Texts().documents(66), row_length=64, rows_per_step=5, seed=2, steps=steps)
+    stream = BatchStream(Texts().documents(66), seq_len=64, batch_size=5, seed=2, steps=steps)
     assert stream.steps_per_epoch == 4
-    settings = TrainSettings(learning_rate=0.01, optimizer=optimizer, checkpoint_every_s=checkpoint_every_s, threads=1)
-    result = train(model, NextToken(), stream, settings, checkpoint_dir=checkpoint_dir, on_step=on_step, device=device)
+    torch.set_num_threads(1)
+    settings = TrainSettings(learning_rate=0.01, optimizer=optimizer)
+    result = run_training(
+        model,
+        CausalLMLoss(),
+        stream,
+        settings,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every_s=checkpoint_every_s,
+        on_step=on_step,
+        device=device,
+    )
     return model, result
 
 

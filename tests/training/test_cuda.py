@@ -6,10 +6,11 @@ import torch
 from interrupted import run
 from test_rollouts import stream_for
 
-from twinloop.training.loop import TrainSettings, train
-from twinloop.training.objectives import GroupRelative
+from twinloop.training.loop import run_training
+from twinloop.training.objectives import GRPOLoss
 from twinloop.training.packing import pack
 from twinloop.training.scoring import tree_logprobs
+from twinloop.training.settings import TrainSettings
 from twinloop.training.tree import collate, scored_logprobs
 from twinloop.training.weights import new_decoder
 
@@ -28,8 +29,8 @@ def test_block_mask_shows_what_the_boolean_mask_shows(tiny, texts):
 
 def test_bf16_scores_are_near_float32s(tiny, texts):
     trees = texts.pairs(9)
-    on_cpu = tree_logprobs(tiny, trees, row_length=128)
-    on_cuda = tree_logprobs(new_decoder(tiny.config, seed=0), trees, row_length=128, device="cuda")
+    on_cpu = tree_logprobs(tiny, trees, seq_len=128)
+    on_cuda = tree_logprobs(new_decoder(tiny.config, seed=0), trees, seq_len=128, device="cuda")
     for one, other in zip(on_cpu, on_cuda, strict=True):
         assert abs(one - other).max() < 0.05
 
@@ -56,8 +57,8 @@ def test_rollouts_follow_the_weights_through_their_shadow(tiny):
         tiny.model.embed_tokens.weight *= 8
     reports = []
     stream = stream_for(tiny, steps=4, device="cuda")
-    settings = TrainSettings(learning_rate=0.003, warmup=0.0, decay=0.0)
-    train(tiny, GroupRelative(), stream, settings, checkpoint_dir=None, on_step=reports.append, device="cuda")
+    settings = TrainSettings(learning_rate=0.003, warmup_ratio=0.0, decay_ratio=0.0)
+    run_training(tiny, GRPOLoss(), stream, settings, checkpoint_dir=None, on_step=reports.append, device="cuda")
     gaps = [report.metrics["logprob_gap"] for report in reports if "logprob_gap" in report.metrics]
     assert gaps
     assert max(gaps) < 0.05

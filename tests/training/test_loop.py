@@ -13,8 +13,9 @@ from interrupted import run
 
 from twinloop.common.errors import UserError
 from twinloop.training import checkpoint
-from twinloop.training.loop import TrainSettings, train
-from twinloop.training.objectives import NextToken
+from twinloop.training.loop import run_training
+from twinloop.training.objectives import CausalLMLoss
+from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import BatchStream
 from twinloop.training.tree import document
 from twinloop.training.weights import new_decoder
@@ -99,29 +100,32 @@ def test_another_plans_checkpoint_is_refused(tmp_path):
 def test_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(tmp_path, tiny, texts):
     with torch.no_grad():
         tiny.model.norm.weight[0] = math.nan
-    stream = BatchStream(texts.documents(9), row_length=64, rows_per_step=2, seed=0, epochs=1)
+    stream = BatchStream(texts.documents(9), seq_len=64, batch_size=2, seed=0, epochs=1)
     with pytest.raises(UserError, match=r"loss is nan at step 1; lower learning_rate \(now 0.1\)"):
-        train(tiny, NextToken(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=tmp_path)
+        run_training(tiny, CausalLMLoss(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=tmp_path)
     assert checkpoint.latest(tmp_path) is None
 
 
 def test_a_step_in_which_nothing_is_scored_makes_no_nan_and_moves_nothing(tiny):
     before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    stream = BatchStream([document([7])], row_length=16, rows_per_step=1, seed=0, epochs=2)
+    stream = BatchStream([document([7])], seq_len=16, batch_size=1, seed=0, epochs=2)
     reports = []
-    train(tiny, NextToken(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None, on_step=reports.append)
+    run_training(
+        tiny, CausalLMLoss(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None, on_step=reports.append
+    )
     assert [(report.loss, report.grad_norm) for report in reports] == [(0.0, 0.0)] * 2
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())
 
 
 def test_reports_say_where_the_run_stands(texts, tiny):
     reports = []
-    stream = BatchStream(texts.documents(30), row_length=64, rows_per_step=4, seed=0, epochs=2)
-    result = train(
-        tiny, NextToken(), stream, TrainSettings(learning_rate=0.01), checkpoint_dir=None, on_step=reports.append
+    stream = BatchStream(texts.documents(30), seq_len=64, batch_size=4, seed=0, epochs=2)
+    result = run_training(
+        tiny, CausalLMLoss(), stream, TrainSettings(learning_rate=0.01), checkpoint_dir=None, on_step=reports.append
     )
     assert [report.step for report in reports] == list(range(1, stream.total_steps + 1))
     assert reports[-1].loss < reports[0].loss
+    assert (result.initial_loss, result.loss) == (reports[0].loss, reports[-1].loss)
     assert (
         result.tokens
         == sum(report.tokens for report in reports)
@@ -137,7 +141,7 @@ def test_untrained_networks_are_the_same_for_the_same_seed(tiny):
 
 
 def test_the_last_checkpoint_counts_as_time(tmp_path, texts, tiny):
-    stream = BatchStream(texts.documents(20), row_length=32, rows_per_step=2, seed=0, steps=2)
-    settings = TrainSettings(learning_rate=0.01, checkpoint_every_s=math.inf)
-    result = train(tiny, NextToken(), stream, settings, checkpoint_dir=tmp_path)
+    stream = BatchStream(texts.documents(20), seq_len=32, batch_size=2, seed=0, steps=2)
+    settings = TrainSettings(learning_rate=0.01)
+    result = run_training(tiny, CausalLMLoss(), stream, settings, checkpoint_dir=tmp_path, checkpoint_every_s=math.inf)
     assert result.seconds.checkpoint > 0

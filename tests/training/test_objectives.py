@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twinloop.training.loop import _accumulate
-from twinloop.training.objectives import DirectPreference, GroupRelative, NextToken
+from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
 from twinloop.training.scoring import attach_reference
 from twinloop.training.stream import BatchStream, Step, micro_batches
@@ -17,8 +17,8 @@ from twinloop.training.tree import Tree, collate, document, example, group, scor
 CPU = torch.device("cpu")
 
 
-def one_batch(trees, row_length=64):
-    return collate(pack(trees, row_length).rows, row_length)
+def one_batch(trees, seq_len=64):
+    return collate(pack(trees, seq_len).rows, seq_len)
 
 
 def groups_of(texts, count):
@@ -32,34 +32,34 @@ def groups_of(texts, count):
 
 def test_first_loss_of_an_untrained_network_is_about_the_uniform_guess(tiny, texts):
     batch = one_batch(texts.documents(8))
-    loss, _ = NextToken().loss(scored_logprobs(tiny, batch), batch)
+    loss, _ = CausalLMLoss().loss(tiny, batch)
     assert abs(loss.item() - math.log(64)) < 0.1
 
 
 def test_first_dpo_loss_is_ln_2(tiny, texts):
-    trees = attach_reference(tiny, texts.pairs(9), row_length=64)
+    trees = attach_reference(tiny, texts.pairs(9), seq_len=64)
     batch = one_batch(trees)
-    loss, metrics = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    loss, metrics = DPOLoss(beta=0.1).loss(tiny, batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["margin"].item() == pytest.approx(0, abs=1e-4)
 
 
 def test_dpo_step_raises_the_chosen_over_the_rejected(tiny, texts):
-    batch = one_batch(attach_reference(tiny, texts.pairs(6), row_length=64))
-    loss, _ = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    batch = one_batch(attach_reference(tiny, texts.pairs(6), seq_len=64))
+    loss, _ = DPOLoss(beta=0.1).loss(tiny, batch)
     loss.backward()
     with torch.no_grad():
         for parameter in tiny.parameters():
             parameter -= 0.5 * parameter.grad
-    after, metrics = DirectPreference(beta=0.1).loss(scored_logprobs(tiny, batch), batch)
+    after, metrics = DPOLoss(beta=0.1).loss(tiny, batch)
     assert after < loss
     assert metrics["accuracy"] == 1.0
 
 
 def test_reference_stays_with_its_pair_under_shuffling_and_partial_batches(tiny, texts):
-    trees = attach_reference(tiny, texts.pairs(23), row_length=64)
+    trees = attach_reference(tiny, texts.pairs(23), seq_len=64)
     random.Random(0).shuffle(trees)
-    stream = BatchStream(trees, row_length=64, rows_per_step=4, seed=3, epochs=2)
+    stream = BatchStream(trees, seq_len=64, batch_size=4, seed=3, epochs=2)
     pairs = 0
     for _ in range(stream.total_steps):
         for batch in stream.next().micro_batches:
@@ -73,7 +73,7 @@ def test_grpo_by_hand():
     tree = group([8, 9], [[10, 11], [12]], advantages=[1.0, -1.0], old_logprobs=[[-1.0, -1.0], [-2.0]])
     batch = collate([(tree,)], 8)
     logprobs = torch.tensor([-1.0 + math.log(1.5), -1.0, -2.0 + math.log(0.5)], requires_grad=True)
-    loss, metrics = GroupRelative(clip=0.2).loss(logprobs, batch)
+    loss, metrics = GRPOLoss(clip_eps=0.2).of_logprobs(logprobs, batch)
     # clipped to 1.2; 1; and for the negative advantage min(-0.5, -0.8)
     assert loss.item() == pytest.approx(-(1.2 + 1.0 - 0.8) / 3)
     assert metrics["clip_fraction"].item() == pytest.approx(2 / 3)
@@ -85,11 +85,11 @@ def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny,
     """Sampled and judged alike, so that the penalty is all that is left of the loss and its gradient."""
     trees = groups_of(texts, 3)
     trees = [Tree(tuple(replace(segment, advantage=0.0) for segment in tree.segments)) for tree in trees]
-    batch = one_batch(attach_reference(tiny, trees, row_length=64))
+    batch = one_batch(attach_reference(tiny, trees, seq_len=64))
     reference = scored_logprobs(tiny, batch).detach()
     for shift in (0.0, -0.5, 0.5):
         logprobs = (reference + shift).requires_grad_()
-        loss, metrics = GroupRelative(kl=0.1).loss(logprobs, batch)
+        loss, metrics = GRPOLoss(kl_coef=0.1).of_logprobs(logprobs, batch)
         loss.backward()
         divergence = math.exp(-shift) + shift - 1
         assert metrics["reference_kl"].item() == pytest.approx(divergence, abs=1e-4)
@@ -100,22 +100,22 @@ def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny,
 
 
 @pytest.mark.parametrize("kind", ["next_token", "preference", "group"])
-@pytest.mark.parametrize("micro_rows", [1, 2, 3])
-def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro_rows):
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro_batch_size):
     """Rows of very different token counts: a mean of means would differ."""
     objective, trees = {
-        "next_token": lambda: (NextToken(), [*texts.examples(12), document(texts.run(60, 60)), document([7, 8])]),
-        "preference": lambda: (DirectPreference(beta=0.3), attach_reference(tiny, texts.pairs(15), row_length=64)),
-        "group": lambda: (GroupRelative(), groups_of(texts, 12)),
+        "next_token": lambda: (CausalLMLoss(), [*texts.examples(12), document(texts.run(60, 60)), document([7, 8])]),
+        "preference": lambda: (DPOLoss(beta=0.3), attach_reference(tiny, texts.pairs(15), seq_len=64)),
+        "group": lambda: (GRPOLoss(), groups_of(texts, 12)),
     }[kind]()
     if kind == "preference":  # away from the reference, else every gradient is the same at any cut
         with torch.no_grad():
             for parameter in tiny.parameters():
                 parameter *= 1.05
     rows = pack(trees, 64).rows
-    assert len(rows) > micro_rows
+    assert len(rows) > micro_batch_size
     losses, gradients = [], []
-    for size in (None, micro_rows):
+    for size in (None, micro_batch_size):
         tiny.zero_grad()
         loss, metrics = _accumulate(tiny, objective, Step(micro_batches(rows, 64, size)), CPU)
         losses.append({"loss": loss, **metrics})
@@ -128,5 +128,5 @@ def test_an_answer_weighs_by_its_tokens_not_by_its_example(tiny):
     short, long = example([8, 9], [10]), example([8, 9], [11] * 9)
     batch = one_batch([short, long])
     logprobs = scored_logprobs(tiny, batch)
-    loss, _ = NextToken().loss(logprobs, batch)
+    loss, _ = CausalLMLoss().of_logprobs(logprobs, batch)
     assert loss.item() == pytest.approx(-logprobs.mean().item(), abs=1e-6)

@@ -3,23 +3,23 @@
 import pytest
 import torch
 
-from twinloop.training.objectives import NextToken
+from twinloop.training.objectives import CausalLMLoss
 from twinloop.training.optim import (
     MAX_GRAD_NORM,
     UPDATE_RMS,
-    OptimizerSettings,
     build_optimizer,
     learning_rate_at,
     orthogonalise,
 )
 from twinloop.training.packing import pack
-from twinloop.training.tree import collate, scored_logprobs
+from twinloop.training.settings import TrainSettings
+from twinloop.training.tree import collate
 from twinloop.training.weights import new_decoder
 
 
 def backward(model, texts):
     batch = collate(pack(texts.documents(10), 64).rows, 64)
-    loss, _ = NextToken().loss(scored_logprobs(model, batch), batch)
+    loss, _ = CausalLMLoss().loss(model, batch)
     loss.backward()
     return loss.item()
 
@@ -33,7 +33,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one():
 
 def test_batched_muon_takes_the_steps_of_torchs_own(tiny, texts):
     """torch.optim.Muon orthogonalises in bf16, so only nearly; the direction must be the same."""
-    settings = OptimizerSettings(learning_rate=0.01)
+    settings = TrainSettings(learning_rate=0.01)
     twin = new_decoder(tiny.config, seed=0)
     hidden = [p for name, p in twin.named_parameters() if p.dim() == 2 and "embed" not in name]
     same_size = 0.01 * UPDATE_RMS / 0.2  # theirs is always the 0.2 of Liu et al.
@@ -55,7 +55,7 @@ def test_batched_muon_takes_the_steps_of_torchs_own(tiny, texts):
 
 def test_an_update_of_muon_has_the_stated_size_whatever_the_gradient(tiny, texts):
     before = tiny.model.layers[0].mlp.up_proj.weight.detach().clone()
-    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+    optimizer = build_optimizer(tiny, TrainSettings(learning_rate=0.01))
     backward(tiny, texts)
     optimizer.step(0.01)
     rms = (tiny.model.layers[0].mlp.up_proj.weight - before).pow(2).mean().sqrt().item()
@@ -65,7 +65,7 @@ def test_an_update_of_muon_has_the_stated_size_whatever_the_gradient(tiny, texts
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_parameter_is_trained_and_the_loss_falls(tiny, texts, optimizer):
     before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
-    chosen = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01, optimizer=optimizer))
+    chosen = build_optimizer(tiny, TrainSettings(learning_rate=0.01, optimizer=optimizer))
     losses = []
     for _ in range(5):
         texts.rng = type(texts)().rng
@@ -78,7 +78,7 @@ def test_every_parameter_is_trained_and_the_loss_falls(tiny, texts, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_restored_state_takes_the_same_next_step(tiny, texts, optimizer):
-    settings = OptimizerSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=0.1)
+    settings = TrainSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=0.1)
     first = build_optimizer(tiny, settings)
     backward(tiny, texts)
     first.step(0.01)
@@ -102,7 +102,7 @@ def test_weight_decay_shrinks_the_hidden_matrices_and_nothing_else(tiny, texts, 
     for decay in (0.0, 0.5):
         model = new_decoder(tiny.config, seed=0)
         model.load_state_dict(tiny.state_dict())
-        chosen = build_optimizer(model, OptimizerSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=decay))
+        chosen = build_optimizer(model, TrainSettings(learning_rate=0.01, optimizer=optimizer, weight_decay=decay))
         texts.rng = type(texts)().rng
         backward(model, texts)
         chosen.step(0.01)
@@ -114,7 +114,7 @@ def test_weight_decay_shrinks_the_hidden_matrices_and_nothing_else(tiny, texts, 
 
 
 def test_gradients_are_clipped_to_their_norm_and_small_ones_left_alone(tiny, texts):
-    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+    optimizer = build_optimizer(tiny, TrainSettings(learning_rate=0.01))
 
     def gradients():
         return torch.cat([p.grad.flatten() for p in tiny.parameters()])
@@ -131,7 +131,7 @@ def test_gradients_are_clipped_to_their_norm_and_small_ones_left_alone(tiny, tex
 
 
 def test_a_matrix_without_a_gradient_is_our_own_mistake(tiny, texts):
-    optimizer = build_optimizer(tiny, OptimizerSettings(learning_rate=0.01))
+    optimizer = build_optimizer(tiny, TrainSettings(learning_rate=0.01))
     backward(tiny, texts)
     tiny.model.layers[1].mlp.up_proj.weight.grad = None
     with pytest.raises(AssertionError, match="each needs a gradient"):
@@ -139,7 +139,7 @@ def test_a_matrix_without_a_gradient_is_our_own_mistake(tiny, texts):
 
 
 def test_schedule_warms_up_holds_and_decays_but_never_wastes_a_step():
-    settings = OptimizerSettings(learning_rate=1.0, warmup=0.1, decay=0.5)
+    settings = TrainSettings(learning_rate=1.0, warmup_ratio=0.1, decay_ratio=0.5)
     rates = [learning_rate_at(step, 100, settings) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[10:49] == [1.0] * 39
@@ -151,4 +151,4 @@ def test_schedule_warms_up_holds_and_decays_but_never_wastes_a_step():
 
 def test_warmup_and_decay_share_one_run():
     with pytest.raises(ValueError, match="shares of one run"):
-        OptimizerSettings(learning_rate=1.0, warmup=0.6, decay=0.6)
+        TrainSettings(learning_rate=1.0, warmup_ratio=0.6, decay_ratio=0.6)

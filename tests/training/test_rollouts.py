@@ -8,11 +8,12 @@ import torch
 from twinloop.domains.domain import Verdict
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.training.loop import TrainSettings, train
-from twinloop.training.objectives import GroupRelative
-from twinloop.training.rollouts import MAX_ROUNDS, RolloutSettings, RolloutStream, group_advantages
+from twinloop.training.loop import run_training
+from twinloop.training.objectives import GRPOLoss
+from twinloop.training.rollouts import MAX_ROUNDS, RolloutStream, group_advantages
+from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
-from twinloop.training.tree import scored_logprobs
+from twinloop.training.settings import RolloutSettings, TrainSettings
 from twinloop.training.weights import new_decoder
 
 STOP = 5
@@ -33,11 +34,30 @@ def as_text(tokens):
     return "x" * len(tokens)
 
 
-def stream_for(model, *, reward=by_length, steps=6, updates=1, temperature=1.0, seed=3, **kwargs):
+def stream_for(
+    model,
+    *,
+    reward=by_length,
+    steps=6,
+    updates=1,
+    temperature=1.0,
+    seed=3,
+    threads=1,
+    device="cpu",
+    reference=None,
+):
     prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
-    sampling = replace(SAMPLED, temperature=temperature)
-    settings = RolloutSettings(prompts_per_step=5, group=4, sampling=sampling, updates_per_rollout=updates)
-    return RolloutStream(model, prompts, reward, as_text, settings, steps=steps, seed=seed, **kwargs)
+    settings = RolloutSettings(
+        learning_rate=0.01,
+        steps=steps,
+        prompts_per_step=5,
+        group_size=4,
+        max_new_tokens=12,
+        temperature=temperature,
+        updates_per_rollout=updates,
+    )
+    runtime = Runtime(seed=seed, threads=threads, device=device)
+    return RolloutStream(model, prompts, reward, as_text, settings, runtime, stop_ids=[STOP], reference=reference)
 
 
 @pytest.fixture
@@ -54,7 +74,7 @@ def test_first_grpo_ratio_is_one_within_rounding_on_the_real_engine(eager_to_sto
     """Also at a temperature: forgotten on either side, the ratio would be far from 1."""
     step = stream_for(eager_to_stop, temperature=temperature).next()
     for batch in step.micro_batches:
-        _, metrics = GroupRelative().loss(scored_logprobs(eager_to_stop, batch), batch)
+        _, metrics = GRPOLoss().loss(eager_to_stop, batch)
         assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
         assert metrics["logprob_gap_max"].item() < 1e-4
         assert metrics["clip_fraction"] == 0
@@ -89,9 +109,9 @@ def test_engines_that_share_the_prompts_answer_as_one_would(eager_to_stop):
 
 def test_trainer_and_sampler_stay_together_over_the_steps(eager_to_stop):
     reports = []
-    settings = TrainSettings(learning_rate=0.003, warmup=0.0, decay=0.0)
-    train(
-        eager_to_stop, GroupRelative(), stream_for(eager_to_stop), settings, checkpoint_dir=None, on_step=reports.append
+    settings = TrainSettings(learning_rate=0.003, warmup_ratio=0.0, decay_ratio=0.0)
+    run_training(
+        eager_to_stop, GRPOLoss(), stream_for(eager_to_stop), settings, checkpoint_dir=None, on_step=reports.append
     )
     assert len(reports) == 6
     learnt = [report for report in reports if report.metrics["informative_groups"]]
@@ -154,7 +174,7 @@ def test_the_engine_samples_on_the_threads_of_the_run(eager_to_stop, threads, mo
 def test_a_step_without_informative_groups_moves_nothing_and_does_not_stop_the_run(eager_to_stop):
     before = {name: tensor.clone() for name, tensor in eager_to_stop.state_dict().items()}
     stream = stream_for(eager_to_stop, reward=lambda index, text: paid(0.0), steps=2)
-    result = train(eager_to_stop, GroupRelative(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None)
+    result = run_training(eager_to_stop, GRPOLoss(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None)
     assert result.steps == 2
     assert all(torch.equal(before[name], tensor) for name, tensor in eager_to_stop.state_dict().items())
 
@@ -185,8 +205,16 @@ def test_resumed_rl_continues_bit_for_bit_and_loses_no_rollout(tmp_path, eager_t
                 raise StoppedError
 
         stream = stream_for(model, updates=updates, reference=reference)
-        settings = TrainSettings(learning_rate=0.02, checkpoint_every_s=0.0)
-        train(model, GroupRelative(kl=0.05), stream, settings, checkpoint_dir=folder, on_step=on_step)
+        settings = TrainSettings(learning_rate=0.02)
+        run_training(
+            model,
+            GRPOLoss(kl_coef=0.05),
+            stream,
+            settings,
+            checkpoint_dir=folder,
+            checkpoint_every_s=0.0,
+            on_step=on_step,
+        )
         return model
 
     whole = run(tmp_path / "whole")
@@ -201,22 +229,15 @@ def test_resumed_rl_continues_bit_for_bit_and_loses_no_rollout(tmp_path, eager_t
 
 def test_reinforcement_raises_the_reward(eager_to_stop):
     reports = []
-    settings = TrainSettings(learning_rate=0.02, warmup=0.0, decay=0.0)
+    settings = TrainSettings(learning_rate=0.02, warmup_ratio=0.0, decay_ratio=0.0)
     stream = stream_for(eager_to_stop, steps=25)
-    train(eager_to_stop, GroupRelative(), stream, settings, checkpoint_dir=None, on_step=reports.append)
+    run_training(eager_to_stop, GRPOLoss(), stream, settings, checkpoint_dir=None, on_step=reports.append)
     first, last = reports[0].metrics["reward"], reports[-1].metrics["reward"]
     assert last > first + 0.2
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"group": 1}, "at least 2"),
-        ({"sampling": SamplingParams(temperature=0.0)}, "one answer many times"),
-        ({"sampling": SamplingParams(temperature=1.0, top_p=0.9)}, "whole vocabulary"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [({"group_size": 1}, "equal to 2"), ({"temperature": 0.0}, "than 0")])
 def test_settings_that_cannot_teach_are_refused(change, message):
-    fields = {"prompts_per_step": 1, "group": 2, "sampling": SAMPLED}
+    fields = {"learning_rate": 0.1, "steps": 1, "prompts_per_step": 1, "group_size": 2}
     with pytest.raises(ValueError, match=message):
         RolloutSettings(**(fields | change))

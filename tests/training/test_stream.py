@@ -12,7 +12,7 @@ def targets(step):
 
 
 def stream_of(trees, **kwargs):
-    return BatchStream(trees, row_length=64, rows_per_step=4, seed=1, **kwargs)
+    return BatchStream(trees, seq_len=64, batch_size=4, seed=1, **kwargs)
 
 
 def test_every_tree_comes_once_an_epoch_and_the_last_partial_batch_is_not_dropped(texts):

@@ -1,10 +1,10 @@
-"""What is measured: a recipe's network, its tokenizer and its data, small but of the real kind."""
+"""The workload of a benchmark: a recipe's network, its tokenizer and its data, small but of the real kind."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,40 +16,38 @@ import torch
 import yaml
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
+from twinloop.domains.loader import load_domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
-from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
-from twinloop.tasks.lessons import dpo, pretrain, rlvr, sft
-from twinloop.tasks.recipe import Recipe, load_recipe
-from twinloop.tasks.runtime import Runtime
+from twinloop.tasks.recipe import Recipe, TrainStage, default_recipe, load_recipe
 from twinloop.training.objectives import Objective
-from twinloop.training.rollouts import Verdict
+from twinloop.training.runtime import Runtime
+from twinloop.training.settings import RolloutSettings
 from twinloop.training.stream import Batches
 from twinloop.training.weights import new_decoder
 
-DEFAULT_RECIPE = Path("recipes/returns.yaml")
 SCALE = 0.1
 """Of the data set that a run trains on: enough for minutes of batches that never repeat a row."""
 
 Record = dict[str, Any]
-Stage = Literal["pretrain", "sft", "dpo", "rlvr"]
-STAGES: tuple[Stage, ...] = ("pretrain", "sft", "dpo", "rlvr")
 
 
 @dataclass(frozen=True)
-class Material:
+class Workload:
     """data: a folder with the generator's files."""
 
     recipe: Recipe
+    domain: Domain
     runtime: Runtime
     tokenizer: ChatTokenizer
     data: Path
 
     @property
     def config(self) -> DecoderConfig:
-        return self.recipe.model.decoder_config(self.tokenizer.vocab_size)
+        return self.recipe.base.decoder_config(self.tokenizer.vocab_size)
 
     def new_network(self) -> Decoder:
         """Untrained."""
@@ -59,44 +57,41 @@ class Material:
         with (self.data / f"{name}.jsonl").open(encoding="utf-8") as file:
             yield from map(json.loads, file)
 
+    @property
+    def rollouts(self) -> RolloutSettings:
+        """How answers are sampled: as the first stage that samples does. Raises UserError where none does."""
+        for stage in self.recipe.train:
+            if isinstance(stage.settings, RolloutSettings):
+                return stage.settings
+        raise UserError(f"{self.recipe.name}: no stage samples answers, so its rollouts cannot be measured")
+
     @cached_property
     def prompts(self) -> list[list[int]]:
-        """What verifier RL samples answers to."""
+        """What answers are sampled to in RL."""
         return [self.tokenizer.encode_prompt(record["prompt"]) for record in self.records("prompts")]
 
     @property
     def context(self) -> int:
         """Tokens in a slot half-way through an answer: the usual prompt, and half of what may follow it."""
-        return sorted(map(len, self.prompts))[len(self.prompts) // 2] + self.recipe.rlvr.max_new_tokens // 2
+        return sorted(map(len, self.prompts))[len(self.prompts) // 2] + self.rollouts.max_new_tokens // 2
 
-    def lesson(
-        self, stage: Stage, network: Decoder, *, judge: Callable[[str, Facts], Verdict] = verify
-    ) -> tuple[Objective, Batches]:
-        """What the stage trains on, exactly as its task does."""
-        settings, tokenizer, runtime = self.recipe, self.tokenizer, self.runtime
-        match stage:
-            case "pretrain":
-                texts = (record["text"] for record in self.records("corpus"))
-                return pretrain.lesson(texts, tokenizer, settings.pretrain, runtime)
-            case "sft":
-                return sft.lesson(self.records("chat"), tokenizer, settings.sft, runtime)
-            case "dpo":
-                return dpo.lesson(self.records("preferences"), network, tokenizer, settings.dpo, runtime)
-            case "rlvr":
-                prompts = self.records("prompts")
-                return rlvr.lesson(prompts, network, tokenizer, settings.rlvr, runtime, judge=judge)
+    def build(self, stage: TrainStage, network: Decoder, *, domain: Domain | None = None) -> tuple[Objective, Batches]:
+        """What the stage trains on, exactly as its task does. domain: another one to pay rewards."""
+        records = self.records(stage.method.records)
+        judge = domain or self.domain
+        return stage.method.build(records, network, self.tokenizer, stage.settings, self.runtime, judge)
 
 
-def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Material:
-    """Learn the tokenizer from the data; torch uses the recipe's threads from here on."""
+def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workload:
+    """Train the tokenizer on the data; torch uses the recipe's threads from here on."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU on this machine")
     torch.set_num_threads(recipe.threads)
     with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
         texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
-        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+        tokenizer = train_tokenizer(texts, recipe.base.vocab_size)
     runtime = Runtime(seed=recipe.seed, threads=recipe.threads, device=device)
-    return Material(recipe, runtime, tokenizer, data)
+    return Workload(recipe, load_domain(recipe.domain, Path.cwd()).domain, runtime, tokenizer, data)
 
 
 def make_data(out: Path, scale: float) -> Path:
@@ -110,13 +105,13 @@ def make_data(out: Path, scale: float) -> Path:
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """The options that every measurement has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path, nargs="?", default=DEFAULT_RECIPE)
+    parser.add_argument("recipe", type=Path, nargs="?", default=default_recipe(Path.cwd()))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     return parser
 
 
 @contextmanager
-def material(options: argparse.Namespace) -> Iterator[Material]:
+def open_workload(options: argparse.Namespace) -> Iterator[Workload]:
     """For `arguments`, in a temporary folder."""
     with TemporaryDirectory(prefix="twinloop-bench-") as folder:
         yield prepare(load_recipe(options.recipe), options.device, make_data(Path(folder) / "raw", SCALE))

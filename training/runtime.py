@@ -1,4 +1,4 @@
-"""What a stage of training runs on. It is part of every key: a sum in another order is another last bit."""
+"""What training runs on. It is part of every key: a sum in another order is another last bit."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.common.errors import UserError
 from twinloop.models.config import Precision
-from twinloop.tasks.recipe import Recipe
 
 
 class Runtime(BaseModel):
@@ -19,20 +17,7 @@ class Runtime(BaseModel):
 
     seed: int
     threads: int
-    device: Literal["cpu", "cuda"]
-
-    @classmethod
-    def of(cls, recipe: Recipe) -> Runtime:
-        """Raises UserError where the recipe wants CUDA, or a precision that only CUDA runs, and there is none."""
-        here = cuda_is_here()
-        if recipe.device == "cuda" and not here:
-            raise UserError("device: cuda, but torch finds no GPU on this machine; set it to auto or cpu")
-        device: Literal["cpu", "cuda"] = "cuda" if here and recipe.device != "cpu" else "cpu"
-        if device == "cpu" and (wrong := recipe.export.only_on_cuda()):
-            raise UserError(
-                f"export.precisions: {wrong} runs on CUDA only, and this machine has no GPU; take fp32 or int8"
-            )
-        return cls(seed=recipe.seed, threads=recipe.threads, device=device)
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def precision(self) -> Precision:

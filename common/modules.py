@@ -1,0 +1,98 @@
+"""Finds a module that a recipe names: one that comes with Twinloop, an importable one, or a file.
+
+Domains and training methods are such modules: `returns` or `sft` comes with Twinloop, `my_package.tickets` is
+importable, `./tickets.py` is a file, from the project's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from twinloop.common.errors import UserError, one_line
+
+
+@dataclass(frozen=True)
+class FoundModule:
+    """A module, and where it is defined: what fingerprints are made from."""
+
+    module: ModuleType
+    file: Path
+    """The module's source."""
+
+    @property
+    def name(self) -> str:
+        """Importable name, of ready-made and other modules; for a file, the name that it is loaded under."""
+        return self.module.__name__
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name; of a file, its name without the ending."""
+        return self.file.parent.name if self.file.name == "__init__.py" else self.file.stem
+
+
+def modules_in(package: ModuleType) -> list[str]:
+    """The names of the modules of a package."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find_module(
+    name: str, project: Path, *, kind: str, package: ModuleType, ready_made: Collection[str]
+) -> FoundModule:
+    """The module of this name. kind: what it is, for messages; package: what the `ready_made` ones are modules of.
+
+    A module is also looked for in the project's folder. Raises UserError where there is none, or where its code fails.
+    """
+    if name.endswith(".py"):
+        return _of_file(name, (project / name).resolve(), kind)
+    if name in ready_made:
+        return _found(importlib.import_module(f"{package.__name__}.{name}"))
+    if str(project) not in sys.path:
+        sys.path.append(str(project))
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None:
+        near = difflib.get_close_matches(name, ready_made, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"ready-made: {', '.join(sorted(ready_made))}."
+        raise UserError(
+            f"{kind}: {name!r} is no ready-made {kind} and no importable module; {hint} A file is named with its "
+            f"ending, such as ./my_{kind}.py"
+        )
+    try:
+        return _found(importlib.import_module(name))
+    except Exception as error:  # whatever its code raises
+        raise UserError(f"{kind}: {name}: {type(error).__name__}: {one_line(error)}") from error
+
+
+@cache
+def _of_file(name: str, path: Path, kind: str) -> FoundModule:
+    if not path.is_file():
+        raise UserError(f"{kind}: {path}: no such file; name it from the project's folder, such as ./my_{kind}.py")
+    module_name = f"twinloop_{kind}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None, "a .py file always has a loader"
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and pydantic look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))  # what lies beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{kind}: {name}: {type(error).__name__}: {one_line(error)}") from error
+    return _found(module)
+
+
+def _found(module: ModuleType) -> FoundModule:
+    assert module.__file__ is not None
+    return FoundModule(module, Path(module.__file__))

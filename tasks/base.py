@@ -1,0 +1,37 @@
+"""The base: the model that the first stage of training starts from. Here a new network, from its seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import BaseSettings
+
+
+@task(name="base", cache_policy=NO_CACHE)
+def new_base(context: Context, settings: BaseSettings, *, seed: int, tokenizer: Artifact) -> Artifact:
+    """A model directory: an untrained network, and the tokenizer."""
+    config = settings.decoder_config(tokenizer.metrics["vocab_size"])
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from twinloop.models.directory import save_model
+        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.training.weights import get_weights, new_decoder
+
+        vocabulary = ChatTokenizer.load(tokenizer.path)
+        assert (vocabulary.bos_id, vocabulary.stop_id) == (config.bos_token_id, config.eos_token_id)
+        save_model(out, config, get_weights(new_decoder(config, seed=seed)), vocabulary)
+        return {"parameters": config.num_parameters}
+
+    return context.run(
+        "base",
+        work,
+        settings={"network": config.model_dump(), "seed": seed},
+        inputs={"tokenizer": tokenizer},
+        modules=("twinloop.tasks.base",),
+    )

@@ -1,0 +1,140 @@
+"""Whether every record can be trained on: its tokens under the chat template, and their number, before any training.
+
+A record that does not fit would stop a later stage after hours, or be answered half. Lengths are measured once a
+tokenizer and compared with the recipe's limits each time, so a changed limit measures nothing again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from pydantic import BaseModel, ConfigDict
+
+from twinloop.common.errors import UserError
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import Recipe
+from twinloop.training.method import Method
+
+if TYPE_CHECKING:
+    from twinloop.models.tokenizer import ChatTokenizer
+
+LENGTHS = "lengths.json"
+CASES = "cases"
+
+
+class Longest(BaseModel):
+    """The longest record of one kind. `line` is that of the user's file (a row, in Parquet)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int
+    file: str
+    line: int
+
+
+@task(name="check", cache_policy=NO_CACHE)
+def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Artifact) -> Artifact:
+    """The lengths of records under the tokenizer of `model`, in `metrics`.
+
+    Raises UserError for the first record that the chat template would train wrongly, or that the recipe has no room
+    for.
+    """
+    methods = list(dict.fromkeys(stage.method for stage in recipe.train))
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from twinloop.models.tokenizer import ChatTokenizer
+
+        tokenizer = ChatTokenizer.load(model.path)
+        for method in methods:
+            check_conversations(method, tokenizer, data.path)
+        longest = measure_lengths(methods, tokenizer, data.path)
+        (out / LENGTHS).write_text(json.dumps(longest, indent=1) + "\n")
+        return {"longest": longest}
+
+    checked = context.run(
+        "check",
+        work,
+        settings={"methods": [method.name for method in methods]},
+        inputs={"data": data, "model": model},
+        modules=("twinloop.tasks.check", "twinloop.training.forms"),
+        found=[method.found for method in methods],
+    )
+    check_lengths(recipe, checked.metrics["longest"])
+    return checked
+
+
+def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path) -> None:
+    """Raises UserError where the stop token of an answer would not be trained, or where the tokens of its prompt do not
+    begin those of the conversation. data: the directory of a validate artifact."""
+    from twinloop.models.tokenizer import check_template
+    from twinloop.records.validated import read_records, source_line
+
+    rows: list[int] = []
+    examples = []
+    for row, record in enumerate(read_records(data, method.records)):
+        conversations = method.conversations(record)
+        examples += conversations
+        rows += [row] * len(conversations)
+    checked = check_template(tokenizer, examples)
+    if not checked.passed:
+        first = checked.problems[0]
+        file, line = source_line(data, method.records, rows[first.index])
+        raise UserError(
+            f"data/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "
+            "trained wrongly"
+        )
+
+
+def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path) -> dict[str, Any]:
+    """`Longest` as plain values: by method, its `packed` and `path`; of the cases, their prompts' `path`."""
+    from twinloop.records.validated import read_records
+
+    found: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        lengths = [method.lengths(record, tokenizer) for record in read_records(data, method.records)]
+        for kind in ("packed", "path"):
+            tokens = [getattr(each, kind) if each else 0 for each in lengths]
+            if any(tokens):
+                found.setdefault(method.name, {})[kind] = _longest(data, method.records, tokens)
+    prompts = [len(tokenizer.encode_prompt(case["prompt"])) for case in read_records(data, CASES)]
+    return found | {CASES: {"path": _longest(data, CASES, prompts)}}
+
+
+def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:
+    from twinloop.records.validated import source_line
+
+    index = max(range(len(tokens)), key=lambda index: tokens[index])
+    file, line = source_line(data, name, index)
+    return Longest(tokens=tokens[index], file=file, line=line).model_dump()
+
+
+def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError for the first kind of record that does not fit. longest: as `measure_lengths` returns it."""
+    max_length = recipe.base.max_length
+    for stage in recipe.train:
+        measured, settings = longest.get(stage.method.name, {}), stage.settings
+        seq_len: int | None = getattr(settings, "seq_len", None)
+        if "packed" in measured and seq_len is not None:
+            _check(measured["packed"], seq_len, f"{stage.place}.seq_len")
+        if "path" in measured:
+            _check_path(measured["path"], max_length, settings.answer_tokens(), f"{stage.place}.max_new_tokens")
+    _check_path(longest[CASES]["path"], max_length, recipe.evaluate.max_new_tokens, "evaluate.max_new_tokens")
+
+
+def _check_path(found: Mapping[str, Any], max_length: int, sampled: int, sampled_by: str) -> None:
+    _check(found, max_length - sampled, f"base.max_length less {sampled_by}" if sampled else "base.max_length")
+
+
+def _check(found: Mapping[str, Any], limit: int, setting: str) -> None:
+    longest = Longest.model_validate(found)
+    if longest.tokens > limit:
+        raise UserError(
+            f"data/{longest.file} line {longest.line}: a record of {longest.tokens} tokens, and {setting} leaves room "
+            f"for {limit}; shorten the record, or raise the limit"
+        )

@@ -1,0 +1,119 @@
+"""What does not fit is reported before anything is trained, by file and line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twinloop.common.errors import UserError
+from twinloop.domains.returns import domain
+from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.records.validated import read_records
+from twinloop.records.validation import validate
+from twinloop.tasks.check import check_conversations, check_lengths, measure_lengths
+from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
+
+RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny.yaml")
+METHODS = {stage.method.name: stage.method for stage in RECIPE.train}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records that passed validation; of the prompts the third was broken and the fifth is the longest."""
+    folder = tmp_path_factory.mktemp("lengths")
+    sizes = {name: 20 for name, field in GeneratorParams.model_fields.items() if field.is_required()}
+    generate(GeneratorParams(**sizes), folder / "data")
+    path = folder / "data" / "prompts.jsonl"
+    rows = path.read_text().splitlines()
+    rows[2] = "{"
+    longest = json.loads(rows[4])
+    longest["prompt"][0]["content"] += " please" * 200
+    rows[4] = json.dumps(longest)
+    path.write_text("\n".join(rows) + "\n")
+    validate(folder / "data", folder / "validated", ValidateSettings(max_quarantined=0.5), domain, RECIPE.record_types)
+    return folder / "validated"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path) -> ChatTokenizer:
+    return train_tokenizer((record["text"] for record in read_records(data, "corpus")), 512)
+
+
+@pytest.fixture(scope="module")
+def longest(data: Path, tokenizer: ChatTokenizer) -> dict[str, Any]:
+    return measure_lengths(list(METHODS.values()), tokenizer, data)
+
+
+def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, int]) -> Recipe:
+    """The recipe with room for everything, but for what is changed."""
+    changed = [
+        replace(stage, settings=stage.settings.model_copy(update={"seq_len": 4096, **stages.get(stage.name, {})}))
+        for stage in RECIPE.train
+    ]
+    update = {
+        "base": RECIPE.base.model_copy(update={"max_length": max_length}),
+        "evaluate": RECIPE.evaluate.model_copy(update={"max_new_tokens": evaluated}),
+        "train": tuple(changed),
+    }
+    return RECIPE.model_copy(update=update)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "limited", "setting"),
+    [
+        ("sft", "packed", lambda n: recipe(sft={"seq_len": n}), "train[1].seq_len"),
+        ("dpo", "packed", lambda n: recipe(dpo={"seq_len": n}), "train[2].seq_len"),
+        (
+            "grpo",
+            "path",
+            lambda n: recipe(grpo={"max_new_tokens": 4096 - n}),
+            "base.max_length less train[3].max_new_tokens",
+        ),
+        ("cases", "path", lambda n: recipe(evaluated=4096 - n), "base.max_length less evaluate.max_new_tokens"),
+    ],
+)
+def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, kind: str, limited, setting) -> None:
+    found = longest[method][kind]
+    needed = found["tokens"]
+    check_lengths(limited(needed), longest)
+    with pytest.raises(UserError) as raised:
+        check_lengths(limited(needed - 1), longest)
+    message = str(raised.value)
+    assert message.startswith(f"data/{found['file']} line {found['line']}: a record of {needed} tokens, and {setting}")
+    assert "\n" not in message
+
+
+def test_the_line_is_that_of_the_users_file_where_rows_before_it_were_quarantined(longest) -> None:
+    found = longest["grpo"]["path"]
+    assert (found["file"], found["line"]) == ("prompts.jsonl", 5)
+
+
+def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) -> None:
+    side = longest["dpo"]["path"]["tokens"]
+    assert side < longest["dpo"]["packed"]["tokens"]
+    with pytest.raises(UserError, match=r"of \d+ tokens, and base\.max_length leaves room"):
+        check_lengths(recipe(max_length=side - 1), longest)
+
+
+def test_a_document_of_any_length_fits(longest) -> None:
+    assert "pretrain" not in longest
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_the_records_of_every_method_pass_the_chat_template(name: str, data: Path, tokenizer: ChatTokenizer) -> None:
+    check_conversations(METHODS[name], tokenizer, data)
+
+
+def test_an_answer_that_would_be_trained_wrongly_is_reported_by_line(
+    data: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that puts something between an answer and its stop token."""
+    encode = ChatTokenizer.encode_answer
+    monkeypatch.setattr(ChatTokenizer, "encode_answer", lambda self, text: [7, *encode(self, text)])
+    with pytest.raises(UserError, match=r"data/preferences\.jsonl line 1: the answer and its stop token do not follow"):
+        check_conversations(METHODS["dpo"], tokenizer, data)

@@ -1,0 +1,53 @@
+"""The standard forms of a record, by its columns: what of it is text, what is trained, and how long that is.
+
+`text` is a document; `messages` a chat that ends with its answer; `prompt` one whose answer is sampled, or that has the
+answers `chosen` and `rejected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twinloop.models.tokenizer import ChatTokenizer
+
+Record = Mapping[str, Any]
+Message = dict[str, str]
+ANSWERS = ("chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """packed: tokens that a record takes in a row, all its answers together. path: of its prompt with the longest
+    answer, which is how many positions the network must have."""
+
+    packed: int
+    path: int
+
+
+def texts(record: Record) -> list[str]:
+    """What a tokenizer can be trained on."""
+    said = [message["content"] for column in ("messages", "prompt") for message in record.get(column) or ()]
+    return [record[column] for column in ("text", *ANSWERS) if record.get(column)] + said
+
+
+def conversations(record: Record) -> list[list[Message]]:
+    """Chats that end with an answer which is trained."""
+    if "messages" in record:
+        return [record["messages"]]
+    return [
+        [*record["prompt"], {"role": "assistant", "content": record[answer]}] for answer in ANSWERS if answer in record
+    ]
+
+
+def lengths(record: Record, tokenizer: ChatTokenizer) -> Lengths | None:
+    """None for a document, which is cut into rows."""
+    *prompt, last = record.get("messages") or [*record.get("prompt", ()), None]
+    if not prompt:
+        return None
+    answers = [last["content"]] if last else [record[answer] for answer in ANSWERS if answer in record]
+    asked = len(tokenizer.encode_prompt(prompt))
+    answered = [len(tokenizer.encode_answer(answer)) for answer in answers]
+    return Lengths(asked + sum(answered), asked + max(answered, default=0))

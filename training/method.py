@@ -1,0 +1,117 @@
+"""A training method: one module that says what is learned from which records. A recipe's stage names it.
+
+A method's module holds
+
+    Settings        its settings, derived from a class of `training/settings.py`
+    RECORDS         the record type that it learns from: corpus, chat, preferences, prompts, or one of the domain's
+    build(records, model, tokenizer, settings, runtime, domain) -> (objective, batches)
+
+and, where the defaults do not fit,
+
+    NEEDS_VERIFIER  True: rewards are paid by the domain's verifier. It is audited before, and the domain's code is part
+                    of the stage's key
+    SHOWN           names of metrics to show beside the loss while it trains
+    conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
+
+Its docstring names the paper. torch is imported inside `build`, so that a recipe is checked without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import twinloop.training.methods
+from twinloop.common.errors import UserError
+from twinloop.common.modules import FoundModule, find_module, modules_in
+from twinloop.domains.domain import Domain
+from twinloop.training import forms
+from twinloop.training.runtime import Runtime
+from twinloop.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from twinloop.models.decoder import Decoder
+    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.training.objectives import Objective
+    from twinloop.training.stream import Batches
+
+PARTS = ("Settings", "RECORDS", "build")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's module, with the defaults for what it leaves out."""
+
+    found: FoundModule
+
+    @property
+    def name(self) -> str:
+        return self.found.short_name
+
+    @property
+    def settings(self) -> type[TrainSettings]:
+        kind: type[TrainSettings] = self.found.module.Settings
+        return kind
+
+    @property
+    def records(self) -> str:
+        """The record type that it learns from."""
+        name: str = self.found.module.RECORDS
+        return name
+
+    @property
+    def needs_verifier(self) -> bool:
+        return bool(self._part("NEEDS_VERIFIER", default=False))
+
+    @property
+    def shown(self) -> Sequence[str]:
+        """Names of metrics to show while it trains, besides loss and speed."""
+        names: Sequence[str] = self._part("SHOWN", default=())
+        return names
+
+    def conversations(self, record: forms.Record) -> list[list[forms.Message]]:
+        """Chats of a record that end with an answer which is trained."""
+        found: list[list[forms.Message]] = self._part("conversations", forms.conversations)(record)
+        return found
+
+    def lengths(self, record: forms.Record, tokenizer: ChatTokenizer) -> forms.Lengths | None:
+        """How many tokens a record takes; None where any number will do."""
+        found: forms.Lengths | None = self._part("lengths", forms.lengths)(record, tokenizer)
+        return found
+
+    def build(
+        self,
+        records: Iterable[dict[str, Any]],
+        model: Decoder,
+        tokenizer: ChatTokenizer,
+        settings: TrainSettings,
+        runtime: Runtime,
+        domain: Domain,
+    ) -> tuple[Objective, Batches]:
+        """What is optimised, and on which batches. model: what is trained; as it is now, the reference."""
+        built: tuple[Objective, Batches] = self.found.module.build(records, model, tokenizer, settings, runtime, domain)
+        return built
+
+    def _part(self, name: str, default: Any) -> Any:
+        return getattr(self.found.module, name, default)
+
+
+def ready_made() -> list[str]:
+    """The names of the methods that come with Twinloop."""
+    return modules_in(twinloop.training.methods)
+
+
+def load_method(name: str, project: Path) -> Method:
+    """The method of this name: a ready-made one, an importable module, or a file of the project.
+
+    Raises UserError where there is none, where its code fails, or where it lacks a part.
+    """
+    found = find_module(name, project, kind="method", package=twinloop.training.methods, ready_made=ready_made())
+    if missing := [part for part in PARTS if not hasattr(found.module, part)]:
+        raise UserError(f"method: {name} defines no {missing[0]}; a method's module has {', '.join(PARTS)}")
+    settings = found.module.Settings
+    if not (isinstance(settings, type) and issubclass(settings, TrainSettings)):
+        raise UserError(f"method: {name}: Settings must derive from a class of twinloop.training.settings")
+    return Method(found)

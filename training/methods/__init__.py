@@ -1,0 +1,1 @@
+"""Training methods, one file each; `training/method.py` says what one holds."""

@@ -1,0 +1,67 @@
+"""GRPO with verifiable rewards (Shao et al., 2024): the network's own answers, sampled on the engine that serves, and
+paid by the domain's verifier; better than the mean of the group is reinforced.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from twinloop.domains.domain import Domain, Verdict
+from twinloop.training.runtime import Runtime
+from twinloop.training.settings import NotNegative, Positive, RolloutSettings
+
+if TYPE_CHECKING:
+    from twinloop.models.decoder import Decoder
+    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.training.objectives import GRPOLoss
+    from twinloop.training.rollouts import RolloutStream
+
+RECORDS = "prompts"
+NEEDS_VERIFIER = True
+SHOWN = ("reward",)
+
+
+class GRPOSettings(RolloutSettings):
+    clip_eps: Positive = 0.2
+    kl_coef: NotNegative = 0.0
+    """Of a penalty towards the network that the stage starts from."""
+
+    def has_reference(self) -> bool:
+        return self.kl_coef > 0
+
+
+Settings = GRPOSettings
+
+
+def build(
+    records: Iterable[dict[str, Any]],
+    model: Decoder,
+    tokenizer: ChatTokenizer,
+    settings: GRPOSettings,
+    runtime: Runtime,
+    domain: Domain,
+) -> tuple[GRPOLoss, RolloutStream]:
+    from twinloop.training.objectives import GRPOLoss
+    from twinloop.training.rollouts import RolloutStream
+
+    prompts, facts = [], []
+    for record in records:
+        prompts.append(tokenizer.encode_prompt(record["prompt"]))
+        facts.append(domain.read_facts(record))
+
+    def reward(prompt: int, answer: str) -> Verdict:
+        return domain.verify(answer, facts[prompt])
+
+    rollouts = RolloutStream(
+        model,
+        prompts,
+        reward,
+        tokenizer.decode,
+        settings,
+        runtime,
+        stop_ids=[tokenizer.stop_id],
+        reference=copy.deepcopy(model) if settings.has_reference() else None,
+    )
+    return GRPOLoss(clip_eps=settings.clip_eps, kl_coef=settings.kl_coef), rollouts

@@ -1,0 +1,138 @@
+"""Settings of training. A method's `Settings` derive from one of these; the recipe's stage holds their values.
+
+Imports no torch: recipes are checked in 0.1 s. What `twinloop plan` and the checks before a run ask of a stage are
+methods here, with answers that fit most methods; a method's own Settings may answer differently.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+ROLLOUT_COST = 2 / 3
+"""Of training on a token: sampling it costs one forward pass, a third; and one group in two is informative."""
+
+
+class StrictModel(BaseModel):
+    """ "8" is not 8, and an unknown key is a mistake."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+
+
+class TrainSettings(StrictModel):
+    """What every stage of training has. warmup_ratio, decay_ratio: shares of all steps, at the start and at the end."""
+
+    learning_rate: Positive
+    """The peak. Muon's updates are scaled to half the size of AdamW's, so one rate serves both."""
+    micro_batch_size: Count | None = None
+    """Rows that go through the network at once, where memory is short; the result is the same within rounding."""
+    warmup_ratio: Share = 0.02
+    decay_ratio: Share = 0.5
+    weight_decay: NotNegative = 0.0
+    optimizer: Literal["muon", "adamw"] = "muon"
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup_ratio + self.decay_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio ({self.warmup_ratio}) and decay_ratio ({self.decay_ratio}) are shares of one run: "
+                "together at most 1"
+            )
+        return self
+
+    # --- asked by `twinloop plan` and by the checks before a run
+
+    def check_context(self, max_length: int) -> None:
+        """Raises ValueError where the settings do not fit a network of this context length."""
+
+    def shape(self, max_length: int) -> tuple[int, int]:
+        """(rows, tokens a row) that go through the network at once."""
+        return self.micro_batch_size or 1, max_length
+
+    def answer_tokens(self) -> int:
+        """The most tokens that are sampled after a prompt."""
+        return 0
+
+    def has_reference(self) -> bool:
+        """Whether a frozen copy of the network stays in memory while it trains."""
+        return False
+
+    def planned_tokens(self, data_tokens: int | None) -> int | None:
+        """Tokens of the whole stage, sampling counted by its cost. data_tokens: of its records; None: not known."""
+        return data_tokens
+
+
+class PackedSettings(TrainSettings):
+    """Training on a fixed set of token trees, packed into rows of seq_len tokens."""
+
+    batch_tokens: Annotated[int, Field(ge=32)]
+    seq_len: Annotated[int, Field(ge=32)] = 512
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def batch_size(self) -> int:
+        """Rows a step. Derived, and still part of every key: another derivation is another training."""
+        return max(1, self.batch_tokens // self.seq_len)
+
+    @model_validator(mode="after")
+    def _batch_holds_a_row(self) -> Self:
+        if self.batch_tokens < self.seq_len:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) holds no row of seq_len ({self.seq_len}): "
+                "raise the one or lower the other"
+            )
+        return self
+
+    def check_context(self, max_length: int) -> None:
+        if self.seq_len > max_length:
+            raise ValueError(f"seq_len ({self.seq_len}) is longer than base.max_length ({max_length})")
+
+    def shape(self, max_length: int) -> tuple[int, int]:
+        return self.micro_batch_size or self.batch_size, self.seq_len
+
+
+class EpochSettings(PackedSettings):
+    """Every record once an epoch."""
+
+    epochs: Count = 1
+
+    def planned_tokens(self, data_tokens: int | None) -> int | None:
+        return None if data_tokens is None else data_tokens * self.epochs
+
+
+class RolloutSettings(TrainSettings):
+    """Training on what the network itself samples: groups of answers to one prompt."""
+
+    steps: Count
+    prompts_per_step: Count
+    """Prompts of a round, and informative groups wanted: those whose rewards are all alike have no gradient, and more
+    prompts are drawn for them."""
+    group_size: Annotated[int, Field(ge=2)]
+    """At least 2: an advantage is relative to the others of the group."""
+    updates_per_rollout: Count = 1
+    """Optimizer steps taken on each rollout."""
+    temperature: Positive = 1.0
+    """Of sampling. At 0 a group would be one answer many times."""
+    max_new_tokens: Count = 96
+
+    def check_context(self, max_length: int) -> None:
+        if self.max_new_tokens >= max_length:
+            raise ValueError(
+                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in base.max_length ({max_length})"
+            )
+
+    def shape(self, max_length: int) -> tuple[int, int]:
+        return self.micro_batch_size or self.prompts_per_step, max_length
+
+    def answer_tokens(self) -> int:
+        return self.max_new_tokens
+
+    def planned_tokens(self, data_tokens: int | None) -> int:
+        sampled = self.steps * self.prompts_per_step * self.group_size * self.max_new_tokens
+        return round(sampled * (1 + ROLLOUT_COST))
