@@ -2,7 +2,7 @@
 
 Training and held-out rows may not share the split keys that the recipe chooses. The key `text` is built in: a document
 or a prompt, where letter case and white space do not matter. All others are the domain's, and which of them a data set
-promises to keep is for the recipe to say: a shop's own cases cite the shop's own policies.
+promises to keep is for the recipe to say: a shop's own cases cite the shop's own documents.
 """
 
 from __future__ import annotations

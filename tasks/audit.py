@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import LoadedDomain
@@ -29,7 +28,7 @@ def check_auditable(loaded: LoadedDomain) -> None:
         )
 
 
-@task(name="audit", cache_policy=NO_CACHE)
+@task(name="audit", persist_result=False)
 def audit(context: Context, *, data: Artifact) -> Artifact:
     """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
     loaded = context.loaded_domain

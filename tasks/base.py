@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import BaseSettings
 
 
-@task(name="base", cache_policy=NO_CACHE)
+@task(name="base", persist_result=False)
 def new_base(context: Context, settings: BaseSettings, *, seed: int, tokenizer: Artifact) -> Artifact:
     """A model directory: an untrained network, and the tokenizer."""
     config = settings.decoder_config(tokenizer.metrics["vocab_size"])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
@@ -38,7 +37,7 @@ class Longest(BaseModel):
     line: int
 
 
-@task(name="check", cache_policy=NO_CACHE)
+@task(name="check", persist_result=False)
 def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Artifact) -> Artifact:
     """The lengths of records under the tokenizer of `model`, in `metrics`.
 

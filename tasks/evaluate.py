@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, OnProgress, Report
@@ -47,7 +46,7 @@ def evaluate_stage(
     )
 
 
-evaluate = task(name="evaluate", cache_policy=NO_CACHE)(evaluate_stage)
+evaluate = task(name="evaluate", persist_result=False)(evaluate_stage)
 
 
 def evaluate_bundle(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact
@@ -18,7 +17,7 @@ COMPARED_CASES = 16
 COMPARED_TOKENS = 96
 
 
-@task(name="export", cache_policy=NO_CACHE)
+@task(name="export", persist_result=False)
 def export(
     context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
 ) -> Artifact:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.evaluation.cases import CaseReport, compare
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
@@ -19,7 +18,7 @@ from twinloop.tasks.measure import read_case_report
 GATE_REPORT = "gate.json"
 
 
-@task(name="gate", cache_policy=NO_CACHE)
+@task(name="gate", persist_result=False)
 def gate(
     context: Context,
     rules: GateRules,

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.domains.domain import Domain
 from twinloop.registry.artifact import Artifact
@@ -38,7 +37,7 @@ class Workload:
     limit: int | None = None
 
 
-@task(name="measure", cache_policy=NO_CACHE)
+@task(name="measure", persist_result=False)
 def measure(
     context: Context,
     stage: str,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.records.dataset import DataVersion, build_data, is_current
 from twinloop.registry.artifact import Artifact
@@ -19,7 +18,7 @@ from twinloop.tasks.recipe import ValidateSettings
 log = logging.getLogger(__name__)
 
 
-@task(name="data", cache_policy=NO_CACHE)
+@task(name="data", persist_result=False)
 def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
     """data/ at the version that params.yaml and the generator stand for, every file hashed.
 
@@ -34,7 +33,7 @@ def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
     return version, seconds
 
 
-@task(name="validate", cache_policy=NO_CACHE)
+@task(name="validate", persist_result=False)
 def validate_data(
     context: Context, settings: ValidateSettings, *, needed: Sequence[str], data: DataVersion
 ) -> Artifact:

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Sequence
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
@@ -17,7 +16,7 @@ from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.tasks.context import Context
 
 
-@task(name="register", cache_policy=NO_CACHE)
+@task(name="register", persist_result=False)
 def register(
     context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], bundle: Artifact
 ) -> Version:
@@ -48,7 +47,7 @@ def _register(
     return registry.register(artifact.path, lineage, run_id=run_id if made_by else None, servable=servable)
 
 
-@task(name="promote", cache_policy=NO_CACHE)
+@task(name="promote", persist_result=False)
 def promote_if_shipped(context: Context, *, version: Version, report: GateReport) -> Promotion | None:
     """Keep the gate's report with the version, and make it the champion where that says SHIP.
 

@@ -4,7 +4,6 @@ which is a fact of the export."""
 from __future__ import annotations
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport, GateRules, judge
@@ -61,4 +60,4 @@ def judge_version(
     return report
 
 
-check_release = task(name="check-release", cache_policy=NO_CACHE)(judge_version)
+check_release = task(name="check-release", persist_result=False)(judge_version)

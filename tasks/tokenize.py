@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -15,7 +14,7 @@ from twinloop.tasks.context import Context, Report
 CORPUS, HELD_OUT = "corpus", "corpus_heldout"
 
 
-@task(name="tokenize", cache_policy=NO_CACHE)
+@task(name="tokenize", persist_result=False)
 def tokenize(context: Context, vocab_size: int, *, records: Sequence[str], data: Artifact) -> Artifact:
     """A directory with tokenizer.json and tokenizer_config.json. records: the record types that are trained on."""
     sources = (CORPUS,) if CORPUS in records else tuple(sorted(records))

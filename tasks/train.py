@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from prefect import task
-from prefect.cache_policies import NO_CACHE
 
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -17,7 +16,7 @@ from twinloop.training.runtime import Runtime
 log = logging.getLogger(__name__)
 
 
-@task(name="train", task_run_name="{stage.name}", cache_policy=NO_CACHE)
+@task(name="train", task_run_name="{stage.name}", persist_result=False)
 def train(
     context: Context, stage: TrainStage, runtime: Runtime, *, data: Artifact, model: Artifact, audit: Artifact | None
 ) -> Artifact:
