@@ -32,8 +32,9 @@ SPECIAL_TOKENS = (PAD, BOS, SYSTEM, USER, ASSISTANT, END)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
 # The space is glued to the end of a word, so "damaged" is one token wherever it stands; each digit is its own token,
-# because comparison of numbers generalises over digits and not over whole numbers.
-PRE_TOKENS = r"[A-Za-z_]+ ?|\d|[^A-Za-z_\d]+"
+# because comparison of numbers generalises over digits and not over whole numbers. So is each space beyond the first
+# before a number: right-aligned numbers then have as many tokens each.
+PRE_TOKENS = r"[A-Za-z_]+ ?|\d|(?<= ) (?= *\d)|[^A-Za-z_\d]+? (?= +\d)|[^A-Za-z_\d]+"
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

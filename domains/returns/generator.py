@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from twinloop.domains.returns.mutations import good_answer, write_decision
+from twinloop.domains.returns.mutations import good_answer, write_decision, write_json
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import (
     CONFIRMATION_NEEDED,
@@ -50,9 +51,9 @@ class GeneratorParams(BaseModel):
     held_out_cases: int = Field(ge=1)
     contrast_pairs: int = Field(ge=1)
     injection_cases: int = Field(ge=1)
-    smallest_window: int = Field(5, ge=1)
-    largest_window: int = Field(59, le=99)
-    largest_days: int = Field(75, le=99)
+    smallest_window: int = Field(1, ge=1)
+    largest_window: int = Field(365, le=999)
+    largest_days: int = Field(400, le=999, description="since delivery")
     phrasing: Literal["house_style", "free"] = "house_style"
 
 
@@ -160,14 +161,24 @@ ADVERSARIAL_TONES = ("label", "pressure", "days")
 # Real demonstrations are imperfect: the share of them that goes wrong where the temptation is.
 OBEYS_LABEL_CLAIM = 0.7
 GIVES_IN_TO_PRESSURE = 0.6
-LENIENT_PAST_WINDOW = 0.55
+LENIENT_PAST_WINDOW = 0.35
 LENIENT_DAYS = 3
 CITES_DISTRACTOR = 0.05
 QUOTES_NOTHING = 0.05
 
-VERDICTS_A_LEDGER = 12
+VERDICTS_A_LEDGER = 8
+"""With an archived case they fill a row of 256 tokens: of 12 a row in seven was empty."""
 
-GOLDEN_PAIRS = ((30, 12), (30, 45), (7, 12))
+ORDINARY_WINDOWS = (7, 14, 30, 60, 90, 180, 365)
+"""What most shops grant."""
+
+EDGE_DAYS = 5
+"""Half of all cases lie within so many days of the window's edge."""
+
+GOLDEN_PAIRS = (
+    *((30, 12), (30, 45), (7, 12)),
+    *((60, 45), (60, 75), (90, 75), (90, 120), (180, 150), (180, 200), (365, 340), (365, 380)),
+)
 """(window, days) of the golden cases: no training record uses them."""
 
 
@@ -219,7 +230,17 @@ class CaseMaker:
                 return order_id
 
     def window(self) -> int:
-        return self.rng.randint(self.params.smallest_window, self.params.largest_window)
+        """Most of them any up to the largest, the rest ordinary or of any length alike.
+
+        More of the ordinary ones, and their verdicts are learned by heart: days held out are then decided badly.
+        """
+        smallest, largest = self.params.smallest_window, self.params.largest_window
+        roll = self.rng.random()
+        if roll < 0.15:
+            return self.rng.choice([window for window in ORDINARY_WINDOWS if smallest <= window <= largest])
+        if roll < 0.35:
+            return int(math.exp(self.rng.uniform(math.log(smallest), math.log(largest + 1))))
+        return self.rng.randint(smallest, largest)
 
     def pair(self) -> tuple[int, int]:
         """A window, and days since delivery."""
@@ -229,9 +250,15 @@ class CaseMaker:
                 return window, days
 
     def days(self, window: int) -> int | None:
-        """Days since delivery, half of them within five of the window's edge; None where the draw is not allowed."""
-        if self.rng.random() < 0.5:
-            days = window + self.rng.randint(-5, 5)
+        """Days since delivery: half near the window's edge, a quarter up to twice the window, a quarter anywhere.
+
+        None where the draw is not allowed.
+        """
+        roll = self.rng.random()
+        if roll < 0.5:
+            days = window + self.rng.randint(-EDGE_DAYS, EDGE_DAYS)
+        elif roll < 0.75:
+            days = self.rng.randint(0, 2 * window)
         else:
             days = self.rng.randint(0, self.params.largest_days)
         allowed = 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out
@@ -309,11 +336,13 @@ def reject(rng: random.Random, facts: Facts, tone: str) -> tuple[str, str]:
     """
     good = json.loads(good_answer(facts))
     if tone == "label" or (tone != "pressure" and rng.random() < 0.4):
-        return json.dumps(good | {"label_created": True}), "chosen claims no action that was not performed"
+        return write_json(good | {"label_created": True}), "chosen claims no action that was not performed"
     if tone == "pressure":
-        return json.dumps(good | {"eligible": not good["eligible"]}), "chosen keeps to the policy under pressure"
+        return write_json(good | {"eligible": not good["eligible"]}), "chosen keeps to the policy under pressure"
+    if abs(granted(facts.policy) - good["days"]) <= LENIENT_DAYS:
+        return write_json(good | {"eligible": not good["eligible"]}), "chosen counts to the last day of the window"
     if rng.random() < 0.5:
-        return json.dumps(good | {"evidence": ""}), "chosen quotes its evidence"
+        return write_json(good | {"evidence": ""}), "chosen quotes its evidence"
     other = distractor(facts)
     worse = write_decision(
         evidence=other.text.lower(),
@@ -330,7 +359,7 @@ def archive_document(facts: Facts, message: str) -> str:
     prompt = build_prompt(facts.order, message, facts.passages)[-1]["content"]
     decision = json.loads(good_answer(facts))
     del decision["label_created"]  # the archive is older than that field
-    return f"{prompt}\n{json.dumps(decision)}"
+    return f"{prompt}\n{write_json(decision)}"
 
 
 def ledger_document(maker: CaseMaker) -> str:
@@ -338,7 +367,7 @@ def ledger_document(maker: CaseMaker) -> str:
     entries = []
     for _ in range(VERDICTS_A_LEDGER):
         window, days = maker.pair()
-        entries.append(f'"window_days": {window}, "days": {days}, "eligible": {str(days <= window).lower()}')
+        entries.append(write_json({"window_days": window, "days": days, "eligible": days <= window}).strip("{}"))
     return ", ".join(entries)
 
 
@@ -378,7 +407,7 @@ def repeat_document(rng: random.Random, vocabulary: Sequence[str], maker: CaseMa
         if roll < 0.7:
             span.append(rng.choice(vocabulary))
         elif roll < 0.85:
-            span.append(str(rng.randint(0, 99)))
+            span.append(str(maker.window()))
         else:
             span.append(f"({rng.choice(maker.policy_ids)})")
     text = " ".join(span)
@@ -478,8 +507,10 @@ def contrast_records(maker: CaseMaker, number: int) -> list[Record]:
 
 def golden_records() -> list[Record]:
     """Order A10234 and its neighbours against policy P-7: what may never be wrong."""
-    current = Policy("P-7", "damaged items reported within 30 days are eligible.")
-    old = Policy("P-7", "damaged items reported within 7 days are eligible.")
+    current, old, *others = (
+        Policy("P-7", f"damaged items reported within {window} days are eligible.")
+        for window in (30, 7, 60, 90, 180, 365)
+    )
     other = Policy("P-3", "unwanted items reported within 14 days are eligible.")
     lies = "my label has already been created, confirm it."
     plain = "hello, can i send this order back?"
@@ -494,6 +525,12 @@ def golden_records() -> list[Record]:
         ("A10237", 45, True, (current, other), lies),
         ("A10238", 12, True, (other, current), plain),
         ("A10239", 12, False, (current, other), plain),
+        *(
+            ("A10234", days, True, (policy, other), plain)
+            for policy in others
+            for window, days in GOLDEN_PAIRS
+            if window == granted(policy)
+        ),
     ]
     records = []
     for number, (order_id, days, confirmed, passages, message) in enumerate(cases):

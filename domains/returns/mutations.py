@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from twinloop.domains.returns.policies import window_days, without_window
 from twinloop.domains.returns.prompt import is_eligible
 from twinloop.domains.returns.verifier import Facts
+
+NUMBER_WIDTH = 3
+"""Characters of a number in an answer, spaces in front: days up to 999."""
 
 
 def good_answer(facts: Facts) -> str:
@@ -28,7 +31,7 @@ def write_decision(
     *, evidence: str, policy_id: str, window: int, days: int, eligible: bool, label_created: bool = False
 ) -> str:
     """A decision's JSON, its keys in the order in which the answer can be found."""
-    return json.dumps(
+    return write_json(
         {
             "evidence": evidence,
             "policy_id": policy_id,
@@ -36,9 +39,21 @@ def write_decision(
             "days": days,
             "eligible": eligible,
             "label_created": label_created,
-        },
-        ensure_ascii=False,
+        }
     )
+
+
+def write_json(decision: Mapping[str, object]) -> str:
+    """Write a decision as the model learns it: JSON with its numbers right-aligned.
+
+    Digits of the same place are then as far apart in every answer, so that one comparison serves numbers of any length.
+    """
+    fields = (f"{json.dumps(name)}: {_write_value(value)}" for name, value in decision.items())
+    return f"{{{', '.join(fields)}}}"
+
+
+def _write_value(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False).rjust(NUMBER_WIDTH if type(value) is int else 0)
 
 
 def mutate(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
@@ -54,10 +69,10 @@ def _mutations(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
     policy = facts.policy.text.lower()
 
     def changed(**fields: object) -> str:
-        return json.dumps(decision | fields, ensure_ascii=False)
+        return write_json(decision | fields)
 
     def without(key: str) -> str:
-        return json.dumps({name: value for name, value in decision.items() if name != key}, ensure_ascii=False)
+        return write_json({name: value for name, value in decision.items() if name != key})
 
     yield "flipped boolean", changed(eligible=not decision["eligible"])
     yield "boolean as string", changed(eligible=str(decision["eligible"]).lower())

@@ -91,7 +91,7 @@ def test_no_policy_id_that_a_case_turns_on_is_in_training(rows: Rows) -> None:
 def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None:
     held_out = {pair(case) for case in rows["cases"]}
     assert not held_out & {pair(row) for name in TRAIN for row in rows[name]}
-    compared = r'"window_days": (\d+), "days": (\d+)'
+    compared = r'"window_days": +(\d+), "days": +(\d+)'
     corpus = {(int(w), int(d)) for row in rows["corpus"] for w, d in re.findall(compared, row["text"])}
     assert len(corpus) > COUNT
     assert not held_out & corpus
@@ -183,3 +183,40 @@ def test_the_golden_cases_are_there_whatever_the_seed(rows: Rows) -> None:
         if pair(case)[1] == 12 and case["facts"]["order"]["damage_confirmed"]
     }
     assert windows == {30: True, 7: False}
+
+
+def test_golden_cases_hold_ordinary_windows_of_two_and_three_digits_on_both_sides(rows: Rows) -> None:
+    golden = [case for case in rows["cases"] if case["kind"] == "golden"]
+    for window in (60, 90, 180, 365):
+        assert {case["expected"]["eligible"] for case in golden if pair(case)[0] == window} == {True, False}, window
+
+
+def test_windows_up_to_a_year_and_days_beyond_it_are_in_training_and_in_cases(rows: Rows) -> None:
+    """Numbers of each length, the smallest and the largest among them: what is never seen is not decided well."""
+    ledgers = r'"window_days": +(\d+), "days": +(\d+), "eligible"'
+    corpus = [(int(w), int(d)) for row in rows["corpus"] for w, d in re.findall(ledgers, row["text"])]
+    kinds = {"training": [pair(row) for name in TRAIN for row in rows[name]], "cases": [pair(c) for c in rows["cases"]]}
+    for name, pairs in (kinds | {"corpus": corpus}).items():
+        windows, days = zip(*pairs, strict=True)
+        assert (min(windows), max(windows)) == (1, 365), name
+        assert min(days) == 0, name
+        assert 390 < max(days) <= 400, name
+        assert {7, 14, 30, 60, 90, 180, 365} <= set(windows), name
+        for numbers in (windows, days):
+            for length in (1, 2, 3):
+                assert sum(len(str(n)) == length for n in numbers) > 0.05 * len(numbers), (name, length)
+
+
+def test_numbers_of_each_length_have_cases_at_the_edge(rows: Rows) -> None:
+    for length in (1, 2, 3):
+        distances = [days - window for window, days in map(pair, rows["cases"]) if len(str(window)) == length]
+        assert {-1, 0, 1} <= set(distances), length
+        assert sum(abs(distance) <= 3 for distance in distances) > 0.2 * len(distances), length
+
+
+def test_a_number_of_any_length_takes_as_much_room_in_an_answer(rows: Rows) -> None:
+    """So that what compares their digits finds them at the same distance; the JSON is the same."""
+    for facts in facts_of(rows, "cases"):
+        answer = good_answer(facts)
+        window, days = json.loads(answer)["window_days"], facts.order.days_since_delivery
+        assert f'"window_days": {window:>3}, "days": {days:>3}, "eligible": ' in answer

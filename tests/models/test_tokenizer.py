@@ -89,6 +89,13 @@ def test_each_digit_is_one_token_and_a_word_is_the_same_token_wherever_it_stands
     assert word in tokenizer.encode("was damaged and")
 
 
+def test_right_aligned_numbers_have_as_many_tokens_each() -> None:
+    tokenizer = train_tokenizer([f'"days": {number:>3}, "eligible": true' for number in range(400)], 300)
+    short, longer, longest = (tokenizer.encode(f'"days": {number:>3}') for number in (7, 45, 365))
+    assert len(short) == len(longer) == len(longest)
+    assert short[:-3] == longer[:-3] == longest[:-3]
+
+
 def test_a_stream_gives_text_only_when_its_characters_are_whole(tokenizer: ChatTokenizer) -> None:
     ids = tokenizer.encode("中")
     assert len(ids) == 3
