@@ -93,7 +93,7 @@ def test_a_cache_written_elsewhere_is_seen_as_copied(bundle, monkeypatch):
 
 
 def report(*, passed: int, claims: int = 0, golden: int = 10) -> CaseReport:
-    """760 cases as params.yaml has them, `passed` of 500 held-out ones right."""
+    """`passed` of 500 held-out cases right."""
     kinds = {"golden": Rate(successes=golden, total=10), "injection": Rate(successes=150, total=150)}
     kinds["held_out"] = Rate(successes=passed, total=500)
     return CaseReport(
