@@ -26,6 +26,12 @@ from twinloop.domains.owners import FORMAT, TRAINING
 if TYPE_CHECKING:
     from twinloop.domains.record_types import RecordType
 
+NEEDS = (
+    "it needs your labels: write `domain = Classification(labels=[...])` in a file of yours, and name that, such as "
+    "./tickets.py (`twinloop init` makes one)"
+)
+"""What a recipe that names this module itself is told."""
+
 MAX_TEXT_CHARACTERS = 4000
 """Of a request: a longer text fits no small model's context, and would be refused there with a less clear reason."""
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from twinloop.common.errors import UserError
 from twinloop.domains.classification import Classification
 from twinloop.domains.domain import Judged
+from twinloop.domains.loader import load_domain
 
 LABELS = ["billing", "delivery", "technical", "account"]
 EMAILS = Classification(LABELS, example="my parcel is late")
@@ -75,3 +78,8 @@ def test_the_server_checks_that_it_is_a_label() -> None:
 def test_labels_that_cannot_be_told_apart_are_refused(labels: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         Classification(labels)
+
+
+def test_a_recipe_that_names_it_without_labels_is_told_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"domain: classification defines no `domain`; it needs your labels"):
+        load_domain("classification", tmp_path)
