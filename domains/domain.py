@@ -139,6 +139,18 @@ class SplitKey:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """How records are made where there is no file of them, from the rows that people have.
+
+    source: the record type of these rows. make(row, line): the record for a row, and the line of its file that it
+    stands on.
+    """
+
+    source: str
+    make: Callable[[Mapping[str, Any], int], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Document:
     """One version of one document of evidence, as it was retrieved."""
 
@@ -174,6 +186,10 @@ class Domain:
         """What training and held-out rows may not share, besides their text; a recipe chooses among them by name."""
         return {}
 
+    def derived(self) -> Mapping[str, Derived]:
+        """The record types that validation makes from rows of another where the data hold no file of them."""
+        return {}
+
     def generate(self, params: Any, out: Path) -> Mapping[str, int]:
         """Write the data files into `out` from `params`; returns the records of each file."""
         raise NotImplementedError(f"{self.name} generates no data")
@@ -200,6 +216,10 @@ class Domain:
     def reference(self, expected: Mapping[str, Any]) -> str | None:
         """The reference answer of a case, whose perplexity is measured as `answer_perplexity`; None: it has none."""
         return None
+
+    def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:
+        """What else people want to see of all cases, as JSON: a confusion matrix. No gate rule looks at it."""
+        return {}
 
     def gold(self, facts: Any) -> str:
         """The right answer to a case: what the audit expects the verifier to pay."""

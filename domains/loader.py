@@ -45,5 +45,6 @@ def load_domain(name: str, project: Path) -> LoadedDomain:
     found = find_module(name, project, kind="domain", package=twinloop.domains, ready_made=ready_made())
     domain = getattr(found.module, "domain", None)
     if not isinstance(domain, Domain):
-        raise UserError(f"domain: {name} defines no `domain`; end the module with `domain = MyDomain()`")
+        needed = getattr(found.module, "NEEDS", "end the module with `domain = MyDomain()`")
+        raise UserError(f"domain: {name} defines no `domain`; {needed}")
     return LoadedDomain(name, domain, found)

@@ -107,6 +107,8 @@ class CaseReport(_Record):
     """Answers, sampled ones too, by the critical predicate that they violate."""
     measured: dict[str, float]
     """The domain's own metrics, by name."""
+    details: dict[str, Any] = {}
+    """What else the domain reports, such as a confusion matrix."""
     unparsed: int
     truncated: int
     """Answers that ran into max_tokens."""
@@ -241,7 +243,7 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
     )
     verdicts = [one.verdict for one in answered]
     kinds = [kind for kind in domain.case_kinds if any(result.kind == kind for result in results)]
-    measured = domain.measure([one.judged for one in answered])
+    judged = [one.judged for one in answered]
     digests = sorted(one.case.digest for one in answered)
     return CaseReport(
         cases_digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
@@ -255,7 +257,8 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
             name: sum(not verdict.checks.get(name, False) for one in answered for verdict in one.verdicts)
             for name in domain.critical
         },
-        measured={name: value for name, value in measured.items() if math.isfinite(value)},
+        measured={name: value for name, value in domain.measure(judged).items() if math.isfinite(value)},
+        details=dict(domain.report(judged)),
         unparsed=sum(not verdict.parsed for verdict in verdicts),
         truncated=sum(one.finish_reason == "length" for one in answered),
         results=results,

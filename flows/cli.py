@@ -35,6 +35,19 @@ ModelName = Annotated[str | None, typer.Option("--model", help="registered model
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="a new or empty folder; its name is the model's", metavar="DIR")],
+    domain: Annotated[str, typer.Option(help="classification, chat, reasoning or returns")] = "classification",
+) -> int:
+    """Write a project that runs as it is: recipe, gate rules, task and example data."""
+    from twinloop.flows.init import init_project
+
+    name = init_project(folder, domain)
+    typer.echo(f"{name}: written; `twinloop run` in {folder} trains, judges and serves it")
+    return 0
+
+
+@app.command()
 def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
     from twinloop.tasks.recipe import load_recipe

@@ -38,8 +38,13 @@ def has_records(data: Path, name: str) -> bool:
 
 
 def source_line(data: Path, name: str, index: int) -> tuple[str, int]:
-    """The user's file that the good row at `index` comes from, and its line there, quarantined rows counted."""
-    file = json.loads((data / "report.json").read_text(encoding="utf-8"))["files"][name]["file"]
+    """The user's file that the good row at `index` comes from, and its line there, quarantined rows counted.
+
+    A derived record has the line of the row that it was made from.
+    """
+    report = json.loads((data / "report.json").read_text(encoding="utf-8"))
+    name = report["derived"].get(name, name)
+    file = report["files"][name]["file"]
     quarantine = data / "quarantine" / f"{name}.jsonl"
     line = index + 1
     if quarantine.exists():

@@ -19,7 +19,7 @@ import polars as pl
 from pandera.config import ValidationDepth, config_context
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain, chosen_split_keys
+from twinloop.domains.domain import Derived, Domain, chosen_split_keys
 from twinloop.domains.record_types import RecordType
 from twinloop.records.reading import data_files, original_lines, read_rows
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
@@ -59,6 +59,8 @@ class FileReport:
 class ValidationReport:
     files: dict[str, FileReport]
     """By record type."""
+    derived: dict[str, str]
+    """Record types that have no file: by name, the record type from whose rows they were made."""
     split_keys: tuple[str, ...]
     """What was checked to be disjoint."""
 
@@ -85,14 +87,17 @@ def validate(
 ) -> ValidationReport:
     """Check the data files in `input_dir` and write what is good to `output_dir`.
 
-    names: the record types whose files must be there. Files of the domain's other types are read where there are any.
+    names: the record types that are wanted. Each must have a file, or one of the record type that the domain derives it
+    from. Files of the domain's other types are read where there are any.
     Raises UserError where a file is missing, unreadable or holds no usable row, where too many of its rows are bad, and
     where a row to train on leaks from a held-out one. What was quarantined until then is in `output_dir`/quarantine.
     """
     records, keys = domain.record_types(), chosen_split_keys(domain, settings.split_keys)
     if unknown := sorted(set(names) - set(records)):
         raise UserError(f"domain {domain.name} has no record type {unknown[0]}; it has {', '.join(records)}")
-    paths = {name: path for name in records if (path := _find(input_dir, name, required=name in names))}
+    derived = {name: how for name, how in domain.derived().items() if name in names and not data_files(input_dir, name)}
+    required = {derived[name].source if name in derived else name for name in names}
+    paths = {name: path for name in records if (path := _find(input_dir, name, required=name in required))}
     (output_dir / "quarantine").mkdir(parents=True, exist_ok=True)
     splits: list[Split] = []
     reports: dict[str, FileReport] = {}
@@ -102,10 +107,13 @@ def validate(
         reports[name] = _report(path, rows)
         _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", rows.rejected)
         _refuse_too_many(path, rows, settings.max_quarantined)
+    sources = {split.record.name: split for split in splits}
+    splits += [_derive(records[name], how, sources[how.source]) for name, how in derived.items()]
     check_splits(splits, keys)
     for split in splits:
         write_records(split.frame.drop(LINE), output_dir, split.record.name)
-    report = ValidationReport(reports, tuple(settings.split_keys))
+    made_from = {name: how.source for name, how in derived.items()}
+    report = ValidationReport(reports, made_from, tuple(settings.split_keys))
     (output_dir / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -128,6 +136,19 @@ def unusable(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
     reasons = _broken_rules(frame, record)
     reasons |= _examined(_without(frame, reasons), record)
     return reasons | _duplicates(_without(frame, reasons), record)
+
+
+def _derive(record: RecordType, how: Derived, source: Split) -> Split:
+    """The records that the domain makes from the good rows of another type; their lines are those of the rows.
+
+    Raises UserError for one that breaks a rule of its type.
+    """
+    lines = source.frame[LINE]
+    rows = zip(source.frame.drop(LINE).iter_rows(named=True), lines, strict=True)
+    frame = pl.DataFrame([how.make(row, line) for row, line in rows], schema=dict(record.columns)).with_columns(lines)
+    for line, reason in _broken_rules(frame, record).items():
+        raise UserError(f"{source.file} line {line}: the {record.name} record that the domain makes of it: {reason}")
+    return Split(record, frame, source.file)
 
 
 def _without(frame: pl.DataFrame, reasons: Collection[int]) -> pl.DataFrame:

@@ -1,0 +1,82 @@
+"""Chat: messages in, the assistant's next message out.
+
+The data are `chat` rows {"messages"} for training and `chat_heldout` rows for held-out perplexity. Where a `cases` file
+is given instead, a case whose `expected` holds an `answer` passes only when the model answers exactly that; one with a
+`reference` is for perplexity alone. `domain: chat` is ready to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Derived, Domain, Predicate, Verdict
+from twinloop.domains.owners import FORMAT, TRAINING
+
+if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType
+
+
+class Expected(BaseModel):
+    """answer: what must be answered, word for word. reference: one good answer of many."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    answer: str | None = None
+    reference: str | None = None
+
+
+class Chat(Domain):
+    """An assistant that is only asked through `/v1/chat/completions`: it makes no decisions."""
+
+    name = "chat"
+    expected = Expected
+    predicates: Mapping[str, Predicate] = {
+        "parsed": Predicate("answered", FORMAT),
+        "answer": Predicate("expected answer", TRAINING),
+    }
+    case_kinds: Mapping[str, CaseKind] = {
+        **STANDARD_KINDS,
+        "reference": CaseKind("held-out conversations, each answered", owner=FORMAT, reason="answers nothing"),
+    }
+    chat = True
+
+    def record_types(self) -> Mapping[str, RecordType]:
+        types = super().record_types()
+        return {**types, "chat_heldout": replace(types["chat"], name="chat_heldout", split=None)}
+
+    def derived(self) -> Mapping[str, Derived]:
+        return {"cases": Derived("chat_heldout", self._case)}
+
+    def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        *prompt, answer = row["messages"]
+        expected = {"answer": None, "reference": answer["content"]}
+        return {
+            "case_id": f"held-out-{line}",
+            "kind": "reference",
+            "pair_id": None,
+            "prompt": prompt,
+            "expected": expected,
+        }
+
+    def read_facts(self, record: Mapping[str, Any]) -> str | None:
+        """The expected answer of a case; None where any will do."""
+        return Expected.model_validate(record["expected"]).answer
+
+    def reference(self, expected: Mapping[str, Any]) -> str | None:
+        return expected.get("reference") or expected.get("answer")
+
+    def verify(self, output: str, facts: str | None) -> Verdict:
+        """White space around an answer does not matter."""
+        said = output.strip()
+        if not said:
+            return Verdict.unparsed({"parsed": False, "answer": False}, "answered nothing")
+        right = facts is None or said == facts.strip()
+        reasons = {} if right else {"answer": f"expected {facts!r}"}
+        return Verdict.of({"parsed": True, "answer": right}, output=said, reasons=reasons)
+
+
+domain = Chat()

@@ -1,0 +1,179 @@
+"""One label for a text: e-mails by department, reviews by sentiment, tickets by urgency.
+
+A project's domain file is a few lines:
+
+    from twinloop.domains.classification import Classification
+
+    domain = Classification(labels=["billing", "delivery", "technical", "account"])
+
+The data are the rows that people have, {"text", "label"}: `classification` for training, `classification_heldout` for
+cases. Demonstrations, prompts of RL and cases are made from them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from twinloop.common.errors import UserError
+from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.owners import FORMAT, TRAINING
+
+if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType
+
+NEEDS = (
+    "it needs your labels: write `domain = Classification(labels=[...])` in a file of yours, and name that, such as "
+    "./tickets.py (`twinloop init` makes one)"
+)
+"""What a recipe that names this module itself is told."""
+
+MAX_TEXT_CHARACTERS = 4000
+"""Of a request: a longer text fits no small model's context, and would be refused there with a less clear reason."""
+
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TextRequest(BaseModel):
+    """The body of a request for a label."""
+
+    model_config = _STRICT
+
+    text: str = Field(min_length=1, max_length=MAX_TEXT_CHARACTERS, description="the text, untrusted input")
+
+
+class Classification(Domain):
+    """Texts and their labels. An answer is right only when it is the label, and nothing else."""
+
+    name = "classification"
+    predicates: Mapping[str, Predicate] = {
+        "parsed": Predicate("one label", FORMAT),
+        "label": Predicate("right label", TRAINING),
+    }
+    metrics: Mapping[str, Metric] = {"accuracy": Metric("accuracy"), "macro_f1": Metric("macro F1")}
+    request = TextRequest
+
+    def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str = "hello") -> None:
+        """labels: what the model may answer. instruction: the system message; by default it lists the labels.
+
+        example: a text that the model must be able to label before it is served. Raises UserError for labels that
+        cannot be told apart.
+        """
+        self.labels = tuple(labels)
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise UserError(f"classification: labels {list(self.labels)}: give at least two, each once")
+        if wrong := [label for label in self.labels if not label or label != label.strip()]:
+            raise UserError(f"classification: label {wrong[0]!r} is empty or has spaces around it")
+        self.instruction = instruction or f"answer with one label: {', '.join(self.labels)}"
+        self.example = {"text": example}
+        label: Any = Literal[self.labels]
+        self.facts = create_model("LabelFacts", __config__=_STRICT, label=(label, ...))
+        self.max_answer_tokens = 16 + max(len(label.encode()) for label in self.labels)
+
+    # --- data
+
+    def record_types(self) -> Mapping[str, RecordType]:
+        from twinloop.domains.record_types import classification
+
+        own = replace(classification(self.labels), split=None)  # the leakage check looks at what is made from it
+        held_out = replace(own, name="classification_heldout")
+        return {**super().record_types(), own.name: own, held_out.name: held_out}
+
+    def derived(self) -> Mapping[str, Derived]:
+        return {
+            "chat": Derived("classification", self._demonstration),
+            "prompts": Derived("classification", self._prompt),
+            "cases": Derived("classification_heldout", self._case),
+        }
+
+    def _demonstration(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": row["label"]}
+        return {"messages": [*self._messages(row["text"]), answer], "facts": {"label": row["label"]}}
+
+    def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        return {"prompt": self._messages(row["text"]), "facts": {"label": row["label"]}}
+
+    def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
+        return {**case, **self._prompt(row, line)}
+
+    def _messages(self, text: str) -> list[Message]:
+        return [{"role": "system", "content": self.instruction}, {"role": "user", "content": text}]
+
+    # --- judging
+
+    def verify(self, output: str, facts: Any) -> Verdict:
+        """facts: `label`, the right one."""
+        if output not in self.labels:
+            checks = {"parsed": False, "label": False}
+            return Verdict.unparsed(checks, f"not one of the labels {', '.join(self.labels)}")
+        right = output == facts.label
+        reasons = {} if right else {"label": f"the label is {facts.label}, not {output}"}
+        return Verdict.of({"parsed": True, "label": right}, output=output, reasons=reasons)
+
+    def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
+        """accuracy: share of right labels. macro_f1: mean over the labels that occur, of F1 of each."""
+        pairs = Counter(self._pairs(judged))
+        if not pairs:
+            return {}
+        right = {label: pairs[label, label] for label in self.labels}
+        true = {label: sum(count for (is_, _), count in pairs.items() if is_ == label) for label in self.labels}
+        told = {label: sum(count for (_, told_), count in pairs.items() if told_ == label) for label in self.labels}
+        f1 = [2 * right[label] / (true[label] + told[label]) for label in self.labels if true[label]]
+        return {"accuracy": sum(right.values()) / pairs.total(), "macro_f1": sum(f1) / len(f1)}
+
+    def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:
+        """`confusion`: by the right label, how often each label was answered; `other` is no label at all."""
+        pairs = Counter(self._pairs(judged))
+        answers = (*self.labels, "other")
+        rows = {label: {answer: pairs[label, answer] for answer in answers} for label in self.labels}
+        return {"confusion": rows}
+
+    def _pairs(self, judged: Sequence[Judged]) -> Iterable[tuple[str, str]]:
+        """The right label and the answered one, of every answer."""
+        for case in judged:
+            yield from ((case.facts.label, verdict.output or "other") for verdict in case.verdicts)
+
+    def gold(self, facts: Any) -> str:
+        label: str = facts.label
+        return label
+
+    def wrong(self, gold: str, facts: Any) -> Iterable[tuple[str, str]]:
+        for label in self.labels:
+            if label != gold:
+                yield "other label", label
+        tried = {
+            "another case": [gold.upper(), gold.lower(), gold.title()],
+            "label and text": [f"{gold}.", f"{gold} is the label", f"label: {gold}", f"the text is about {gold}"],
+            "white space around": [f" {gold}", f"{gold}\n"],
+            "label twice": [f"{gold} {gold}", f"{gold}\n{gold}"],
+            "label in JSON": [f'{{"label": "{gold}"}}', f'"{gold}"'],
+            "part of the label": [gold[:-1]],
+            "empty": ["", " ", "\n"],
+            "all labels": [", ".join(self.labels), "\n".join(self.labels), " ".join(self.labels)],
+            "right label first": [", ".join([gold, *(label for label in self.labels if label != gold)])],
+            "instruction repeated": [self.instruction],
+        }
+        for name, outputs in tried.items():
+            yield from ((name, output) for output in outputs if output != gold)
+
+    # --- serving
+
+    def build_prompt(self, request: TextRequest, passages: Sequence[Document]) -> list[Message]:
+        return self._messages(request.text)
+
+    def check(self, output: str, request: TextRequest, passages: Sequence[Document]) -> Verdict:
+        """Whether it is a label: which one is right, the server does not know."""
+        if output not in self.labels:
+            return Verdict.unparsed({"parsed": False}, f"not one of the labels {', '.join(self.labels)}")
+        return Verdict.of({"parsed": True}, output=output)
+
+    def answer_schema(self) -> Mapping[str, Any]:
+        return {"type": "string", "enum": list(self.labels)}
+
+    def outcome(self, output: str) -> str:
+        return output

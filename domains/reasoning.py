@@ -1,0 +1,221 @@
+"""Questions with a worked answer that ends in one value: sums, unit conversions, word problems.
+
+The last line of an answer is `answer: 42`. Only this value is judged: how it was reached is the model's affair, which
+is what RL needs to find ways of its own. `domain: reasoning` is ready to use; subclass `Reasoning` for another final
+line or another way of comparing values.
+
+The data are rows {"question", "steps", "answer"}: `reasoning` for training, `reasoning_heldout` for cases.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.owners import FORMAT, TRAINING
+
+if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType
+
+MAX_QUESTION_CHARACTERS = 4000
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class Question(BaseModel):
+    """The body of a request for a worked answer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    question: str = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS, description="untrusted input")
+
+
+class Solution(BaseModel):
+    """What is trusted about a question: its right value. The question itself is what the audit makes exploits from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    question: str
+    answer: str
+
+
+class Reasoning(Domain):
+    """Worked answers whose last line holds the value."""
+
+    name = "reasoning"
+    facts = Solution
+    predicates: Mapping[str, Predicate] = {
+        "parsed": Predicate("one final value", FORMAT),
+        "value": Predicate("right value", TRAINING),
+    }
+    metrics: Mapping[str, Metric] = {f"pass_at_{k}": Metric(f"pass@{k}, of sampled answers") for k in (1, 4)}
+    request = Question
+    max_answer_tokens = 256
+
+    final = "answer:"
+    """What the last line of an answer begins with."""
+    example: Mapping[str, Any] = {"question": "2 + 3 = ?"}
+
+    # --- data
+
+    def record_types(self) -> Mapping[str, RecordType]:
+        import polars as pl
+
+        from twinloop.domains.record_types import RecordType, text_rules
+
+        own = RecordType(
+            "reasoning",
+            {"question": pl.String(), "steps": pl.String(), "answer": pl.String()},
+            text_rules("question") | text_rules("answer"),
+            optional=frozenset({"steps"}),
+            identity=("question",),
+            examine=self._examine,
+            split=None,  # the leakage check looks at what is made from it
+        )
+        held_out = replace(own, name="reasoning_heldout")
+        return {**super().record_types(), own.name: own, held_out.name: held_out}
+
+    def _examine(self, row: Mapping[str, Any]) -> str | None:
+        """A demonstration that the verifier would not pay teaches the wrong thing."""
+        answer = self._worked(row)
+        verdict = self.verify(answer, Solution(question=row["question"], answer=row["answer"]))
+        return None if verdict.passed else f"steps and answer: {'; '.join(verdict.reasons.values())}"
+
+    def derived(self) -> Mapping[str, Derived]:
+        return {
+            "chat": Derived("reasoning", self._demonstration),
+            "prompts": Derived("reasoning", self._prompt),
+            "cases": Derived("reasoning_heldout", self._case),
+        }
+
+    def _worked(self, row: Mapping[str, Any]) -> str:
+        return "\n".join([*filter(None, [row.get("steps")]), f"{self.final} {row['answer']}"])
+
+    def _demonstration(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        prompt = self._prompt(row, line)
+        answer = {"role": "assistant", "content": self._worked(row)}
+        return {"messages": [*prompt["prompt"], answer], "facts": prompt["facts"]}
+
+    def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        facts = {"question": row["question"], "answer": row["answer"]}
+        return {"prompt": self._messages(row["question"]), "facts": facts}
+
+    def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
+        return {**case, **self._prompt(row, line)}
+
+    def _messages(self, question: str) -> list[Message]:
+        return [{"role": "user", "content": question}]
+
+    # --- judging
+
+    def value(self, output: str) -> str | None:
+        """The final value of an answer: that of its last line, where no other line states one."""
+        *before, last = output.split("\n")
+        if not last.startswith(self.final) or any(self.final in line for line in before):
+            return None
+        value = last.removeprefix(self.final)
+        # "answer: 42" and no second value, sentence or unit behind it: one space, then the value
+        return value[1:] if value[:1] == " " and value.strip() == value[1:] and value.strip() else None
+
+    def same(self, value: str, right: str) -> bool:
+        """Whether a value is the right one: as numbers where both are, so that 42.0 is 42."""
+        numbers = [_number(value), _number(right)]
+        return value == right if None in numbers else numbers[0] == numbers[1]
+
+    def verify(self, output: str, facts: Solution) -> Verdict:
+        value = self.value(output)
+        if value is None:
+            return Verdict.unparsed({"parsed": False, "value": False}, f"does not end with one `{self.final} VALUE`")
+        right = self.same(value, facts.answer)
+        reasons = {} if right else {"value": f"the value is {facts.answer}, not {value}"}
+        return Verdict.of({"parsed": True, "value": right}, output=self._output(output, value), reasons=reasons)
+
+    def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
+        """pass@k of the cases that were sampled k times or more."""
+        found = {}
+        for k in (1, 4):
+            passed = [[verdict.passed for verdict in case.verdicts] for case in judged if len(case.verdicts) >= k]
+            if passed:
+                found[f"pass_at_{k}"] = math.fsum(pass_at_k(len(one), sum(one), k) for one in passed) / len(passed)
+        return found
+
+    def gold(self, facts: Solution) -> str:
+        return f"{self.final} {facts.answer}"
+
+    def wrong(self, gold: str, facts: Solution) -> Iterable[tuple[str, str]]:
+        right, final = facts.answer, self.final
+        others = [number for number in dict.fromkeys(NUMBER.findall(facts.question)) if not self.same(number, right)]
+        for number in others:
+            yield "a number of the question", f"{final} {number}"
+        if (value := _number(right)) is not None:
+            for other in (value + 1, value - 1, value * 10, -value):
+                if other != value:
+                    yield "another value", f"{final} {other}"
+        for other in [*others[:2], "0" if not self.same("0", right) else "1"]:
+            yield "several final values", f"{final} {other}\n{gold}"
+            yield "several final values", f"{gold}\n{final} {other}"
+            yield "several values in one line", f"{final} {right} {other}"
+            yield "several values in one line", f"{final} {right} or {other}"
+            yield "several values in one line", f"{final} {other}, {right}"
+        tried = {
+            "all numbers": [f"{final} {' '.join([*others, right])}"] if others else [],
+            "value inside text": [f"the value is {right}", f"{final} it is {right}", f"so {final} {right}"],
+            "text behind the value": [f"{gold} apples", f"{gold}\nI am sure.", f"{gold}."],
+            "value alone": [right],
+            "no value": [final, f"{final} ", f"{final} ?"],
+            "value twice": [f"{gold}\n{gold}"],
+            "another form": [gold.upper(), f"{final}{right}", f" {gold}", f"{gold}\n"],
+            "empty": ["", "\n"],
+            "question repeated": [facts.question, f"{final} {facts.question}"],
+        }
+        for name, outputs in tried.items():
+            yield from ((name, output) for output in outputs if output != gold)
+
+    # --- serving
+
+    def build_prompt(self, request: Question, passages: Sequence[Document]) -> list[Message]:
+        return self._messages(request.question)
+
+    def check(self, output: str, request: Question, passages: Sequence[Document]) -> Verdict:
+        """Whether it ends in one value: which one is right, the server does not know."""
+        value = self.value(output)
+        if value is None:
+            return Verdict.unparsed({"parsed": False}, f"does not end with one `{self.final} VALUE`")
+        return Verdict.of({"parsed": True}, output=self._output(output, value))
+
+    def _output(self, output: str, value: str) -> dict[str, str]:
+        return {"answer": value, "steps": output.rpartition("\n")[0]}
+
+    def answer_schema(self) -> Mapping[str, Any]:
+        text = {"type": "string"}
+        return {"type": "object", "properties": {"answer": text, "steps": text}, "required": ["answer", "steps"]}
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that at least one of k answers passes, estimated from more of them without bias (Chen et al., 2021).
+
+    1 - C(samples - passed, k) / C(samples, k). Raises ValueError for fewer samples than k.
+    """
+    if not 0 <= passed <= samples or not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {passed} passed among {samples} samples")
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def _number(text: str) -> Decimal | None:
+    """None for what is no plain number: 1e3, inf and 1_000 are text."""
+    if not NUMBER.fullmatch(text):
+        return None
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return None
+
+
+domain = Reasoning()
