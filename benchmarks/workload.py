@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import Domain
 from twinloop.domains.loader import load_domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
@@ -96,7 +96,7 @@ def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workl
 
 def make_data(out: Path, scale: float) -> Path:
     """The data set of params.yaml, its counts multiplied."""
-    params = yaml.safe_load(Path("params.yaml").read_text())["generate"]
+    params = read_yaml("params.yaml", "run this in the project's folder")["generate"]
     counts = {name: value for name, value in params.items() if name != "seed" and isinstance(value, int)}
     generate(GeneratorParams(**params | {name: max(8, int(value * scale)) for name, value in counts.items()}), out)
     return out

@@ -28,10 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import NotYAMLError, parse_yaml
 from twinloop.domains import generate
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ ASIDE = "data.aside"
 REPRO = ("repro", "dvc.yaml", "data.dvc")
 """`dvc repro` alone leaves data.dvc out where no stage reads data/."""
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
-UNREADABLE = (yaml.YAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
+UNREADABLE = (NotYAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
 BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON structure is corrupted", re.IGNORECASE)
 
 
@@ -230,7 +230,7 @@ def _md5(path: Path) -> str:
 
 
 def _yaml(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
     return content
 
 

@@ -1,7 +1,7 @@
 """JSONL into typed frames, in two ways that give the same result.
 
 pyarrow reads a block of well-formed lines at more than 200 MB/s. Where it refuses, the block is halved until the lines
-at fault are alone; those are read one by one, by `json`, which is slow and can say what is wrong.
+at fault are alone; those are read one by one, by `common.strict_json`, which is slow and can say what is wrong.
 
 What a row may hold in fields that nobody reads is one rule, `_parse`: pyarrow accepts a block by itself only where
 every field is read. In other blocks it skips the unread fields, and each line is parsed by `_parse` too. No type is
@@ -10,9 +10,6 @@ inferred from what nobody reads.
 
 from __future__ import annotations
 
-import json
-import math
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.json
 
+from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.record_types import RecordType
 from twinloop.records.rows import (
     LINE,
@@ -39,10 +37,6 @@ from twinloop.records.rows import (
 BLOCK_BYTES = 16 << 20
 CAREFUL_LINES = 64
 """A block of so few lines that was refused is read line by line."""
-
-MAX_DEPTH = 128
-"""Levels of objects and lists in a row, the row itself included. `json` stops at about 1,000, less what its caller uses
-of the stack."""
 
 
 def read_jsonl(path: Path, record: RecordType) -> Iterator[Rows]:
@@ -121,28 +115,6 @@ def _careful(lines: list[tuple[int, bytes]], record: RecordType) -> Rows:
     return examined(((number, line.rstrip(b"\r"), partial(_parse, line)) for number, line in lines), record)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise UnusableError("broken JSON: a key stands twice in one object")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise UnusableError(f"broken JSON: {name} is no JSON value")
-
-
-def _integer(digits: str) -> int | float:
-    try:
-        return int(digits)
-    except ValueError:  # more digits than Python converts; `json` gives infinity for 1e999 too
-        return math.inf
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
-_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
-
-
 def _parse(line: bytes) -> Any:
     """A line's JSON value, infinity where a number is too large. Raises UnusableError where it has none."""
     try:
@@ -154,24 +126,10 @@ def _parse(line: bytes) -> Any:
         raise UnusableError("blank line")
     if "\0" in text:
         raise UnusableError(f"holds a NUL byte at column {text.index(chr(0)) + 1}")
-    if _too_deep(line):  # before `json`, which recurses
-        raise UnusableError(f"broken JSON: nested too deep (more than {MAX_DEPTH} levels)")
     try:
-        return _JSON.decode(text)
-    except json.JSONDecodeError as error:
-        raise UnusableError(f"broken JSON: {error.msg.lower()} at column {error.colno}") from None
-
-
-def _too_deep(line: bytes) -> bool:
-    if line.count(b"[") + line.count(b"{") <= MAX_DEPTH:
-        return False
-    depth = 0
-    for token in _STRING_OR_BRACKET.finditer(line):
-        start = line[token.start()]
-        depth += (start in b"[{") - (start in b"]}")
-        if depth > MAX_DEPTH:
-            return True
-    return False
+        return parse_json(text)
+    except NotJSONError as error:
+        raise UnusableError(f"broken JSON: {error}") from None
 
 
 def _arrow_schema(record: RecordType) -> pa.Schema:

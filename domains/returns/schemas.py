@@ -6,13 +6,13 @@ verifier to say, since demonstrations may be imperfect and are meant to be measu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import polars as pl
 
+from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.domain import Domain
 from twinloop.domains.record_types import RecordType, Rules, standard_record_types
 from twinloop.domains.returns.policies import WINDOW
@@ -65,16 +65,10 @@ def audit_target(target: Mapping[str, Any]) -> TargetVerdict:
 
 
 def audit_answer(text: str) -> TargetVerdict:
-    """`audit_target` of an answer as it is written: it must be one JSON object in which no key stands twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError
-        return dict(pairs)
-
+    """`audit_target` of an answer as it is written: it must be one JSON object in which no key appears twice."""
     try:
-        target = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError):
+        target = parse_json(text)
+    except NotJSONError:
         target = None
     if not isinstance(target, dict):
         return TargetVerdict("reject", list(TARGET_FIELDS), ["something else than one JSON object"])

@@ -6,11 +6,11 @@ knows: the order's facts and the passages that were retrieved.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.domain import Verdict
 from twinloop.domains.returns.claims import claims_action
 from twinloop.domains.returns.policies import Policy, covers, window_days
@@ -66,19 +66,9 @@ def parse_decision(output_text: str) -> tuple[dict[str, Any] | None, str]:
     Exactly one JSON object with exactly the fields of FIELDS, each of its own type (`true` is not 1, and "false" is
     not false), no key twice, nothing before or after.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is not JSON")
-
     try:
-        decision = json.loads(output_text, object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
+        decision = parse_json(output_text)
+    except NotJSONError as error:
         return None, f"not one JSON object: {error}"
     if not isinstance(decision, dict):
         return None, "not a JSON object"

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
+from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import GeneratorParams, generate
 from twinloop.domains.returns.mutations import good_answer
@@ -52,7 +52,7 @@ def pair(record: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_the_settings_of_params_yaml_are_the_generators() -> None:
-    GeneratorParams(**yaml.safe_load((PROJECT / "params.yaml").read_text())["generate"])
+    GeneratorParams(**parse_yaml((PROJECT / "params.yaml").read_text())["generate"])
 
 
 def test_one_seed_gives_the_same_bytes_and_another_does_not(

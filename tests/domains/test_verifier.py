@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from twinloop.domains.returns import domain
 from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.policies import Policy
 from twinloop.domains.returns.prompt import Order
+from twinloop.domains.returns.schemas import audit_answer
 from twinloop.domains.returns.verifier import PREDICATES, Facts, check, parse_decision, verify
 
 P7 = Policy("P-7", "Damaged items reported within 30 days are eligible.")
@@ -30,22 +32,22 @@ def test_the_good_answer_is_paid_and_shown_as_it_was_read() -> None:
 @pytest.mark.parametrize(
     ("output", "problem"),
     [
-        (GOOD.replace(": 12", ": NaN"), "NaN is not JSON"),
-        (GOOD.replace(": 12", ": Infinity"), "Infinity is not JSON"),
-        (GOOD.replace(": 12", ": -Infinity"), "-Infinity is not JSON"),
+        (GOOD.replace(": 12", ": NaN"), "NaN is no JSON value"),
+        (GOOD.replace(": 12", ": Infinity"), "Infinity is no JSON value"),
+        (GOOD.replace(": 12", ": -Infinity"), "-Infinity is no JSON value"),
         (GOOD.replace(": 12", ": 1e999"), "days is float, not int"),
         (GOOD.replace(": 12", ": 12.0"), "days is float, not int"),
-        (GOOD.replace(": 12", f": {'1' * 5000}"), "not one JSON object"),
+        (GOOD.replace(": 12", f": {'1' * 5000}"), "days is float, not int"),
         (GOOD.replace(": true", ": 1"), "eligible is int, not bool"),
         (GOOD.replace(": true", ': "true"'), "eligible is str, not bool"),
         (GOOD.replace(": 30", ": true"), "window_days is bool, not int"),
-        (GOOD[:-1] + ', "eligible": true}', "a key stands twice"),
-        (GOOD[:-1] + ', "note": {"a": 1, "a": 1}}', "a key stands twice"),
+        (GOOD[:-1] + ', "eligible": true}', "a key appears twice"),
+        (GOOD[:-1] + ', "note": {"a": 1, "a": 1}}', "a key appears twice"),
         (GOOD[:-1] + ', "note": 1}', "unexpected ['note']"),
         (GOOD.replace('"days": 12, ', ""), "missing ['days']"),
         (GOOD + GOOD, "not one JSON object"),
         (GOOD + " ok", "not one JSON object"),
-        ("[" * 100_000, "not one JSON object"),
+        ("[" * 100_000, "nested too deep"),
         ("[]", "not a JSON object"),
         ("", "not one JSON object"),
     ],
@@ -58,6 +60,20 @@ def test_what_is_no_decision_is_reported_and_fails_every_predicate_but_one(outpu
     assert (verdict.reward, verdict.parsed, verdict.output) == (0, False, None)
     assert verdict.checks == dict.fromkeys(PREDICATES, False) | {"no_unperformed_action": True}
     assert list(verdict.reasons) == ["parsed"]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["[" * 100_000, '{"days":' * 100_000, GOOD.replace(": 12", ": " + "[" * 100_000 + "]" * 100_000)],
+    ids=["lists", "objects", "a field"],
+)
+def test_an_output_that_is_nested_too_deep_is_refused_in_training_and_by_the_server(output: str) -> None:
+    request = domain.request.model_validate_json(json.dumps(domain.example))
+    served = domain.check(output, request, domain.example_documents)
+    for verdict in (domain.verify(output, FACTS), served):
+        assert (verdict.reward, verdict.parsed) == (0, False)
+        assert "nested too deep" in verdict.reasons["parsed"]
+    assert audit_answer(output).verdict == "reject"
 
 
 @pytest.mark.parametrize("output", ["Eligible. Your label has been created.", GOOD.replace("false}", "true")])

@@ -16,8 +16,9 @@ from typing import Any
 
 import httpx
 import psutil
-import yaml
 from small_project import PROJECT, environment, make_project, recipe_fields
+
+from twinloop.common.strict_yaml import parse_yaml
 
 
 class Services:
@@ -32,9 +33,9 @@ class Services:
 
     def write_recipe(self, *, tokens: int) -> None:
         recipe = recipe_fields(pretrain={"tokens": tokens}) | {"name": "returns"}
-        (self.project / "recipes" / "returns.yaml").write_text(yaml.safe_dump(recipe))
+        (self.project / "recipes" / "returns.yaml").write_text(json.dumps(recipe))
         params = self.project / "params.yaml"
-        params.write_text(yaml.safe_dump(yaml.safe_load(params.read_text()) | {"recipe": "recipes/returns.yaml"}))
+        params.write_text(json.dumps(parse_yaml(params.read_text()) | {"recipe": "recipes/returns.yaml"}))
 
     def say(self, word: str) -> subprocess.CompletedProcess[str]:
         ports = {f"TWINLOOP_{name.upper()}_PORT": str(port) for name, port in self.ports.items()}

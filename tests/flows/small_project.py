@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import yaml
+from twinloop.common.strict_yaml import parse_yaml
 
 PROJECT = Path(__file__).parents[2]
 COPIED = (
@@ -81,13 +82,13 @@ def make_project(folder: Path) -> Path:
         shutil.copy(PROJECT / name, folder / name)
     for package in PACKAGES:  # a copy of its own, so that the code stays what it was from one run to the next
         shutil.copytree(PROJECT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params = parse_yaml((folder / "params.yaml").read_text())
     params["generate"] |= SIZES
     params["recipe"] = "recipes/small.yaml"
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    (folder / "params.yaml").write_text(json.dumps(params))
     (folder / "recipes").mkdir()
     write_recipe(folder)
-    (folder / "recipes" / "lenient.yaml").write_text(yaml.safe_dump(LENIENT))
+    (folder / "recipes" / "lenient.yaml").write_text(json.dumps(LENIENT))
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "project"]):
         subprocess.run(["git", *identity, *command], cwd=folder, check=True)
@@ -106,7 +107,7 @@ def recipe_fields(**changes: dict[str, object]) -> dict[str, object]:
 def write_recipe(project: Path, **changes: dict[str, object]) -> Path:
     """The small recipe, some settings changed."""
     path = project / "recipes" / "small.yaml"
-    path.write_text(yaml.safe_dump(recipe_fields(**changes)))
+    path.write_text(json.dumps(recipe_fields(**changes)))
     return path
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 from small_project import LENIENT, make_project, start, twinloop, write_recipe
 
 from twinloop.domains.returns import domain as returns
@@ -145,7 +144,7 @@ def blocked(
 
 
 def set_rules(project: Path, **changes: float) -> None:
-    (project / "recipes" / "lenient.yaml").write_text(yaml.safe_dump(LENIENT | changes))
+    (project / "recipes" / "lenient.yaml").write_text(json.dumps(LENIENT | changes))
 
 
 def test_a_blocked_release_leaves_the_champion_alone(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-import yaml
 from small_project import make_project, recipe_fields, twinloop
 
 BOUNDED = '''"""SFT whose loss is bounded: a mean of 1 - p over the answer's tokens (MAE; Ghosh et al., 2017)."""
@@ -38,7 +38,7 @@ def test_a_recipe_with_sft_and_a_method_of_ones_own_runs_end_to_end(tmp_path: Pa
     fields = recipe_fields()
     sft = next(stage for stage in fields["train"] if stage["method"] == "sft")
     fields["train"] = [sft, sft | {"method": "./mae.py"}, sft]
-    (project / "recipes" / "small.yaml").write_text(yaml.safe_dump(fields))
+    (project / "recipes" / "small.yaml").write_text(json.dumps(fields))
     planned = twinloop(project, "plan")
     assert planned.returncode == 0, planned.stderr
     run = twinloop(project, "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import yaml
 import zc.lockfile
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.domain import Domain
 from twinloop.records.dataset import DataVersion, build_data, check_data, is_current, staleness
 from twinloop.records.validation import validate
@@ -133,9 +134,9 @@ def contents(project: Path) -> dict[str, bytes]:
 
 def set_params(project: Path, **changes: object) -> None:
     path = project / "params.yaml"
-    params = yaml.safe_load(path.read_text())
+    params = parse_yaml(path.read_text())
     params["generate"] |= changes
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    path.write_text(json.dumps(params))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -162,7 +163,7 @@ def test_a_fresh_clone_rebuilds_the_committed_data_bit_for_bit_and_leaves_git_cl
     fresh = clone(tmp_path)
     version = build_data(fresh)
     assert git(fresh, "status", "--porcelain") == ""
-    assert version.md5 == yaml.safe_load((PROJECT / "data.dvc").read_text())["outs"][0]["md5"]
+    assert version.md5 == parse_yaml((PROJECT / "data.dvc").read_text())["outs"][0]["md5"]
 
 
 def test_dvc_repro_alone_does_the_same(project: Path) -> None:
@@ -460,9 +461,9 @@ def test_a_project_that_was_never_built_is_built(known_to: str, tmp_path: Path) 
 def test_a_project_whose_stages_do_not_read_data_is_built(tmp_path: Path) -> None:
     """`dvc repro` alone would make raw/ and leave data/ out."""
     project = tickets(tmp_path)
-    stages = yaml.safe_load((project / "dvc.yaml").read_text())
+    stages = parse_yaml((project / "dvc.yaml").read_text())
     del stages["stages"]["count"]
-    (project / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    (project / "dvc.yaml").write_text(json.dumps(stages))
     build_data(project)
     assert is_current(project)
     set_params(project, seed=2)
@@ -491,7 +492,7 @@ def test_outside_a_project_there_is_nothing_to_build(tmp_path: Path) -> None:
 
 
 def test_dvc_knows_every_file_that_makes_the_data() -> None:
-    stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    stages = parse_yaml((PROJECT / "dvc.yaml").read_text())["stages"]
     for stage, module in {
         "generate": "twinloop.domains.generate, twinloop.domains.returns",
         "summarise": "twinloop.domains.returns.summary",

@@ -16,9 +16,9 @@ import pyarrow.parquet
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_json import MAX_DEPTH
 from twinloop.domains.returns import domain
 from twinloop.records import jsonl
-from twinloop.records.jsonl import MAX_DEPTH
 from twinloop.records.reading import original_lines, read_rows
 from twinloop.records.rows import LINE, Rows
 
@@ -33,6 +33,7 @@ CLEAN = {
 BROKEN = b'{"text": "broken'
 KEPT = ""
 TOO_DEEP = f"broken JSON: nested too deep (more than {MAX_DEPTH} levels)"
+KEY_TWICE = "broken JSON: a key appears twice in one object"
 SURROGATE = "holds half of a surrogate pair"
 
 
@@ -114,17 +115,20 @@ ROWS: dict[str, tuple[tuple[str, bytes], str]] = {
     "a leading plus": (corpus(b"+1"), "broken JSON: expecting value at column 20"),
     "no digit after the point": (corpus(b"1."), "broken JSON: expecting ',' delimiter at column 21"),
     # keys
-    "a key twice": (("corpus", b'{"text": "a", "text": "a"}'), "broken JSON: a key stands twice in one object"),
+    "a key twice": (("corpus", b'{"text": "a", "text": "a"}'), KEY_TWICE),
     "an escaped key twice": (
         ("corpus", b'{"text": "a", "te\\u0078t": "a"}'),
-        "broken JSON: a key stands twice in one object",
+        KEY_TWICE,
     ),
     "an unread key twice": (
         ("corpus", b'{"text": "a", "x": 1, "x": 1}'),
-        "broken JSON: a key stands twice in one object",
+        KEY_TWICE,
     ),
-    "a key twice in an unread object": (corpus(b'[{"a": 1, "a": 2}]'), "broken JSON: a key stands twice in one object"),
-    "a key twice in a message": (chat(b'1, "x": 1'), "broken JSON: a key stands twice in one object"),
+    "a key twice in an unread object": (
+        corpus(b'[{"a": 1, "a": 2}]'),
+        KEY_TWICE,
+    ),
+    "a key twice in a message": (chat(b'1, "x": 1'), KEY_TWICE),
     "an escaped key": (("corpus", b'{"te\\u0078t": "a"}'), KEPT),
     "an empty key": (("corpus", b'{"text": "a", "": 1}'), KEPT),
     "a read key in an unread object": (corpus(b'{"text": 5}'), KEPT),

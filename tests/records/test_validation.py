@@ -178,7 +178,7 @@ BAD_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes], str]] = {
     "escaped nul": ("corpus", lambda r: b'{"text": "a\\u0000b"}', "text holds a NUL byte"),
     "control character": ("corpus", lambda r: b'{"text": "a\tb"}', "broken JSON: invalid control character"),
     "half a surrogate": ("corpus", lambda r: b'{"text": "\\ud83d"}', "text holds half of a surrogate pair"),
-    "duplicate key": ("corpus", lambda r: b'{"text": "a", "text": "b"}', "broken JSON: a key stands twice"),
+    "duplicate key": ("corpus", lambda r: b'{"text": "a", "text": "b"}', "broken JSON: a key appears twice"),
     "not a number": ("corpus", lambda r: b'{"text": NaN}', "broken JSON: NaN is no JSON value"),
     "endless number": ("corpus", lambda r: b'{"text": ' + b"1" * 5000 + b"}", "text is too large a number"),
     "endless nesting": ("corpus", lambda r: b"[" * 100_000, "broken JSON: nested too deep"),

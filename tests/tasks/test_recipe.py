@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import parse_yaml
 from twinloop.tasks import recipe as recipe_module
 from twinloop.tasks.recipe import ExportSettings, default_recipe, load_recipe
 from twinloop.training.methods.pretrain import Settings as PretrainSettings
@@ -22,7 +23,7 @@ RECIPES = sorted(path for path in PROJECT.glob("recipes/*.yaml") if path.name !=
 
 def fields(**changes: Any) -> dict[str, Any]:
     """tiny.yaml with some settings changed: of sections, and by method of stages."""
-    found = yaml.safe_load(TINY.replace("3e-3", "0.003").replace("1e-3", "0.001").replace("e-4", ".0e-4"))
+    found = parse_yaml(TINY)
     for stage in found["train"]:
         stage.update(changes.pop(stage["method"], {}))
     for name, value in changes.items():
@@ -32,7 +33,7 @@ def fields(**changes: Any) -> dict[str, Any]:
 
 def write(folder: Path, content: Any) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(json.dumps(content))
     return path
 
 
