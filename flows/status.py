@@ -64,7 +64,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.registry.promotion import finish_interrupted
     from twinloop.registry.versions import CANDIDATE, CHAMPION
     from twinloop.tasks.context import Context
-    from twinloop.tasks.prepare import prepare_data, validate_data
+    from twinloop.tasks.prepare import data_stage, validate_stage
     from twinloop.tasks.recipe import load_recipe
     from twinloop.tasks.register import who
     from twinloop.tasks.release import judge_version, version_to_judge
@@ -79,9 +79,9 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
         if not version.servable:
             raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; `twinloop status` names bundles")
-        raw, _ = prepare_data.fn(context)
+        raw, _ = data_stage(context)
         context = context.on_data(raw.md5)
-        data = validate_data.fn(context, recipe.validate_, needed=recipe.record_types, data=raw)
+        data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)
         report = judge_version(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
     print(f"{version}\n{report.text()}")
     return 0 if report.decision == "SHIP" else 1

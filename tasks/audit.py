@@ -28,8 +28,7 @@ def check_auditable(loaded: LoadedDomain) -> None:
         )
 
 
-@task(name="audit", persist_result=False)
-def audit(context: Context, *, data: Artifact) -> Artifact:
+def audit_stage(context: Context, *, data: Artifact) -> Artifact:
     """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
     loaded = context.loaded_domain
     check_auditable(loaded)
@@ -49,3 +48,6 @@ def audit(context: Context, *, data: Artifact) -> Artifact:
     return context.run(
         "audit", work, settings={}, inputs={"data": data}, modules=("twinloop.tasks.audit",), uses_domain=True
     )
+
+
+audit = task(name="audit", persist_result=False)(audit_stage)

@@ -17,8 +17,7 @@ COMPARED_CASES = 16
 COMPARED_TOKENS = 96
 
 
-@task(name="export", persist_result=False)
-def export(
+def export_stage(
     context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
 ) -> Artifact:
     """An ONNX bundle; its parity with the network stands in the metrics."""
@@ -53,3 +52,6 @@ def export(
         inputs={"data": data, "model": model},
         modules=("twinloop.tasks.export",),
     )
+
+
+export = task(name="export", persist_result=False)(export_stage)

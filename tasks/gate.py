@@ -18,8 +18,7 @@ from twinloop.tasks.measure import read_case_report
 GATE_REPORT = "gate.json"
 
 
-@task(name="gate", persist_result=False)
-def gate(
+def gate_stage(
     context: Context,
     rules: GateRules,
     *,
@@ -43,6 +42,9 @@ def gate(
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
+
+
+gate = task(name="gate", persist_result=False)(gate_stage)
 
 
 def measurements(

@@ -37,8 +37,7 @@ class Workload:
     limit: int | None = None
 
 
-@task(name="measure", persist_result=False)
-def measure(
+def measure_stage(
     context: Context,
     stage: str,
     settings: EvaluateSettings,
@@ -75,6 +74,9 @@ def measure(
         modules=("twinloop.tasks.measure",),
         uses_domain=True,
     )
+
+
+measure = task(name="measure", persist_result=False)(measure_stage)
 
 
 def measure_engine(

@@ -18,8 +18,7 @@ from twinloop.tasks.recipe import ValidateSettings
 log = logging.getLogger(__name__)
 
 
-@task(name="data", persist_result=False)
-def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
+def data_stage(context: Context) -> tuple[DataVersion, float | None]:
     """data/ at the version that params.yaml and the generator stand for, every file hashed.
 
     With the seconds that making it took; None where it was there.
@@ -33,8 +32,10 @@ def prepare_data(context: Context) -> tuple[DataVersion, float | None]:
     return version, seconds
 
 
-@task(name="validate", persist_result=False)
-def validate_data(
+prepare_data = task(name="data", persist_result=False)(data_stage)
+
+
+def validate_stage(
     context: Context, settings: ValidateSettings, *, needed: Sequence[str], data: DataVersion
 ) -> Artifact:
     """One Parquet file a record type, the quarantine, and report.json. needed: the types whose files must be there."""
@@ -56,3 +57,6 @@ def validate_data(
     if count := artifact.metrics["quarantined"]:
         log.warning("%d rows are quarantined; each, with its reason, is in %s", count, artifact.path / "quarantine")
     return artifact
+
+
+validate_data = task(name="validate", persist_result=False)(validate_stage)

@@ -16,8 +16,7 @@ from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.tasks.context import Context
 
 
-@task(name="register", persist_result=False)
-def register(
+def register_stage(
     context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], bundle: Artifact
 ) -> Version:
     """The version of `bundle`, which is the candidate now. checkpoints: in the order in which they came to be;
@@ -29,6 +28,9 @@ def register(
     for other in others:
         _register(context, registry, other, parent, servable=False)
     return _register(context, registry, bundle, parent, servable=True)
+
+
+register = task(name="register", persist_result=False)(register_stage)
 
 
 def _register(

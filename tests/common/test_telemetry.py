@@ -30,9 +30,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files_written(first_import: str, model: Path, home: Path) -> set[str]:
-    """What a process with `home` as its user's folder leaves there. None of the settings of this process is its own."""
+    """What a process with `home` as its user's folder leaves there. Of the settings of this process it has no other
+    than where the code is."""
     home.mkdir()
-    environment = {"PATH": os.environ["PATH"], "HOME": str(home)}
+    environment = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    environment["HOME"] = str(home)
     subprocess.run([sys.executable, "-c", RUN, first_import, str(model)], env=environment, check=True)
     return {path.name for path in home.rglob("*") if path.is_file()}
 

@@ -499,9 +499,9 @@ def test_dvc_knows_every_file_that_makes_the_data() -> None:
     }.items():
         code = f"import sys, {module}\nfor m in [*sys.modules.values()]: print(getattr(m, '__file__', None) or '')"
         loaded = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True, check=True)
-        local = {Path(f).relative_to(PROJECT).as_posix() for f in loaded.stdout.splitlines() if is_ours(f)}
+        local = {Path(f).resolve().relative_to(PROJECT).as_posix() for f in loaded.stdout.splitlines() if is_ours(f)}
         assert {name for name in local if not name.endswith("__init__.py")} <= set(stages[stage]["deps"])
 
 
 def is_ours(file: str) -> bool:
-    return bool(file) and any(Path(file).is_relative_to(PROJECT / package) for package in PACKAGES)
+    return bool(file) and any(Path(file).resolve().is_relative_to(PROJECT / package) for package in PACKAGES)

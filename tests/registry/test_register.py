@@ -11,7 +11,7 @@ import pytest
 from twinloop.domains.loader import load_domain
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.register import register
+from twinloop.tasks.register import register_stage
 
 
 class Silent:
@@ -46,7 +46,7 @@ def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: C
     later = replace(context, code=CodeVersion("b" * 40, dirty=True))
     skipped = later.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     assert skipped.reused
-    version = register.fn(later, checkpoints=[], others=[], bundle=skipped)
+    version = register_stage(later, checkpoints=[], others=[], bundle=skipped)
     assert version.tags["commit"] == "a" * 40
     assert version.run_id
     assert version.domain == "returns"
@@ -59,6 +59,6 @@ def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_regis
     bundle = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     lost = replace(bundle, manifest=bundle.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
     later = replace(context, code=CodeVersion("b" * 40))
-    version = register.fn(later, checkpoints=[], others=[], bundle=lost)
+    version = register_stage(later, checkpoints=[], others=[], bundle=lost)
     assert version.tags["commit"] == "b" * 40
     assert version.run_id is None

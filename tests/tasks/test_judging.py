@@ -22,12 +22,12 @@ from twinloop.models.directory import save_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion
-from twinloop.tasks.audit import audit
+from twinloop.tasks.audit import audit_stage
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_stage
-from twinloop.tasks.export import export
-from twinloop.tasks.gate import gate, read_gate_report
-from twinloop.tasks.measure import choose_cases, measure, read_case_report
+from twinloop.tasks.export import export_stage
+from twinloop.tasks.gate import gate_stage, read_gate_report
+from twinloop.tasks.measure import choose_cases, measure_stage, read_case_report
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
@@ -116,12 +116,12 @@ class Stages:
 
     @classmethod
     def run(cls, context: Context, data: Artifact, model: Artifact) -> Stages:
-        measured = measure.fn(context, "sft", SETTINGS, RUNTIME, data=data, model=model)
-        bundle = export.fn(context, "fp32", 64, RUNTIME, data=data, model=model)
+        measured = measure_stage(context, "sft", SETTINGS, RUNTIME, data=data, model=model)
+        bundle = export_stage(context, "fp32", 64, RUNTIME, data=data, model=model)
         evaluation = evaluate_stage(context, SETTINGS, RUNTIME, data=data, bundle=bundle.path, digest=bundle)
         rules = GateRules({"keeps_customers_violations": 0, "accuracy": 0.5, "answer_perplexity": 1000}, context.domain)
-        judged = gate.fn(context, rules, bundle=bundle, evaluation=evaluation, champion=None, champion_version=None)
-        return cls(audit.fn(context, data=data), measured, bundle, evaluation, judged)
+        judged = gate_stage(context, rules, bundle=bundle, evaluation=evaluation, champion=None, champion_version=None)
+        return cls(audit_stage(context, data=data), measured, bundle, evaluation, judged)
 
     @property
     def reused(self) -> set[str]:
@@ -178,7 +178,7 @@ def test_a_failed_audit_names_the_domains_file(
 ) -> None:
     bad = with_domain(context, change(LABELS.read_text()), tmp_path / "bad")
     with pytest.raises(UserError, match=rf"^{tmp_path}/bad/labels\.py: ") as raised:
-        audit.fn(bad, data=data)
+        audit_stage(bad, data=data)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     shutil.rmtree(tmp_path / "bad")
