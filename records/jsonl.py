@@ -34,7 +34,7 @@ from twinloop.records.rows import (
     with_repairs,
 )
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 CAREFUL_LINES = 64
 """A block of so few lines that was refused is read line by line."""
 
@@ -55,7 +55,7 @@ def _block(block: bytes, first: int, lines: int, record: RecordType) -> Iterator
     if fast is not None:
         yield fast
     elif lines <= CAREFUL_LINES:
-        yield _careful(list(enumerate(block.removesuffix(b"\n").split(b"\n"), first)), record)
+        yield _careful(_numbered_lines(block, first), record)
     else:
         cut = block.rfind(b"\n", 0, len(block) // 2) + 1 or block.index(b"\n") + 1
         half = block.count(b"\n", 0, cut)
@@ -83,7 +83,7 @@ def _fast(block: bytes, first: int, lines: int, record: RecordType) -> Rows | No
     gaps = set(frame.filter(~complete(record))[LINE])
     if all_read and not gaps:
         return Rows(frame)
-    text = list(enumerate(block.removesuffix(b"\n").split(b"\n"), first))
+    text = _numbered_lines(block, first)
     ignored: set[str] = set()
     if not all_read:
         known = known_fields(record)
@@ -108,6 +108,10 @@ def _arrow_table(block: bytes, record: RecordType, unread: Literal["error", "ign
         )
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return None
+
+
+def _numbered_lines(block: bytes, first: int) -> list[tuple[int, bytes]]:
+    return list(enumerate(block.removesuffix(b"\n").split(b"\n"), first))
 
 
 def _careful(lines: list[tuple[int, bytes]], record: RecordType) -> Rows:

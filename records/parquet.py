@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from twinloop.records.rows import (
     as_json,
     complete,
     examined,
+    known_fields,
     numbered,
     python_type,
+    unread_fields,
     with_repairs,
 )
 
@@ -33,8 +36,7 @@ def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:
         ignored = set(file.schema_arrow.names) - set(_read_columns(file, record))
         for first, table in _row_groups(file, record):
             rows = _table(table, first, record)
-            rows.ignored |= ignored
-            yield rows
+            yield replace(rows, ignored=rows.ignored | ignored)
     except (pa.ArrowException, pl.exceptions.PolarsError, OverflowError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
 
@@ -68,22 +70,16 @@ def _row_groups(file: pyarrow.parquet.ParquetFile, record: RecordType) -> Iterat
 
 
 def _table(table: pa.Table, first: int, record: RecordType) -> Rows:
-    numbers = range(first, first + table.num_rows)
     fits = all(
         _fits(table.schema.field(name).type, dtype) if name in table.schema.names else record.nullable(name)
         for name, dtype in record.columns.items()
     )
     if fits:
-        known = [name for name in record.columns if name in table.schema.names]
-        ignored = set(table.schema.names) - set(known)
-        for name in known:
-            ignored |= _unknown(table.schema.field(name).type, record.columns[name], name)
-        frame = numbered(table.select(known), first, record)
+        ignored = set(unread_fields(_names(pa.struct(table.schema)), known_fields(record)))
+        frame = numbered(table.select([name for name in record.columns if name in table.schema.names]), first, record)
         gaps = frame.filter(~complete(record))[LINE].to_list()
-        if not gaps:
-            return Rows(frame, [], ignored)
         return with_repairs(frame, examined(_rows(table, gaps, first), record), ignored)
-    return examined(_rows(table, numbers, first), record)
+    return examined(_rows(table, range(first, first + table.num_rows), first), record)
 
 
 def _rows(table: pa.Table, numbers: Iterable[int], first: int) -> Iterator[tuple[int, bytes, Callable[[], Any]]]:
@@ -112,15 +108,8 @@ def _fits(have: pa.DataType, want: Any) -> bool:
     return (types.is_integer(have) and have != pa.uint64()) or (kind is float and types.is_floating(have))
 
 
-def _unknown(have: pa.DataType, want: Any, path: str) -> set[str]:
-    """Dotted names of the fields inside a column that the wanted type does not have."""
-    if pa.types.is_dictionary(have):
-        return set()
-    if isinstance(want, pl.Struct):
-        wanted: Mapping[str, Any] = {part.name: part.dtype for part in want.fields}
-        fields = {have.field(i).name: have.field(i).type for i in range(have.num_fields)}
-        unknown = {f"{path}.{name}" for name in fields.keys() - wanted.keys()}
-        return unknown.union(*(_unknown(fields[n], wanted[n], f"{path}.{n}") for n in fields.keys() & wanted.keys()))
-    if isinstance(want, pl.List):
-        return _unknown(have.value_type, want.inner, path)
-    return set()
+def _names(have: pa.DataType) -> dict[str, Any]:
+    """The names of a type's fields, each with those inside it."""
+    if pa.types.is_list(have) or pa.types.is_large_list(have):
+        return _names(have.value_type)
+    return {field.name: _names(field.type) for field in have} if pa.types.is_struct(have) else {}

@@ -27,11 +27,8 @@ def read_rows(path: Path, record: RecordType) -> Rows:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     frame = pl.concat([part.frame for part in parts]) if parts else frame_of([], [], record)
-    return Rows(
-        frame,
-        [rejected for part in parts for rejected in part.rejected],
-        set().union(*(part.ignored for part in parts)) if parts else set(),
-    )
+    rejected = tuple(one for part in parts for one in part.rejected)
+    return Rows(frame, rejected, frozenset().union(*(part.ignored for part in parts)))
 
 
 def original_lines(path: Path, lines: set[int], record: RecordType) -> dict[int, bytes]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
@@ -39,13 +39,13 @@ class Rejected:
     """The line's bytes, where `row` cannot hold them."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Rows:
     """A file that was read. `frame` has the record type's columns and LINE; every row is in it or in `rejected`."""
 
     frame: pl.DataFrame
-    rejected: list[Rejected] = field(default_factory=list)
-    ignored: set[str] = field(default_factory=set)
+    rejected: tuple[Rejected, ...] = ()
+    ignored: frozenset[str] = frozenset()
     """Dotted names of fields that the record type does not know; they are left out of the frame."""
 
 
@@ -74,7 +74,7 @@ def examined(rows: Iterable[tuple[int, bytes, Callable[[], Any]]], record: Recor
             numbers.append(number)
         except UnusableError as problem:
             rejected.append(rejected_line(number, str(problem), original))
-    return Rows(frame_of(good, numbers, record), rejected, ignored)
+    return Rows(frame_of(good, numbers, record), tuple(rejected), frozenset(ignored))
 
 
 def _from_other_forms(row: Any, record: RecordType) -> Any:
@@ -200,15 +200,15 @@ def numbered(table: pa.Table, first: int, record: RecordType) -> pl.DataFrame:
     )
 
 
-def with_repairs(frame: pl.DataFrame, looked_at: Rows, ignored: set[str]) -> Rows:
+def with_repairs(frame: pl.DataFrame, looked_at: Rows, ignored: Collection[str]) -> Rows:
     """`frame`, where rows that had a null out of place are replaced by what a careful look at them gave."""
     lines = [*looked_at.frame[LINE], *(rejected.line for rejected in looked_at.rejected)]
     if not lines:
-        return Rows(frame, [], ignored)
+        return Rows(frame, ignored=frozenset(ignored))
     others = frame.filter(~pl.col(LINE).is_in(lines))
     joined = pl.concat([others, looked_at.frame]).sort(LINE)
     # a file that is wholly of another form (instruction, input, target) has these fields read, not ignored
-    return Rows(joined, looked_at.rejected, looked_at.ignored | (ignored if len(others) else set()))
+    return Rows(joined, looked_at.rejected, looked_at.ignored.union(ignored if len(others) else ()))
 
 
 def complete(record: RecordType) -> pl.Expr:

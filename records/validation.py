@@ -121,14 +121,15 @@ def validate(
 def check_rows(path: Path, record: RecordType) -> Rows:
     """Read a file and quarantine what breaks a rule or repeats an earlier row. The frame keeps its LINE column."""
     rows = read_rows(path, record)
-    read = len(rows.frame) + len(rows.rejected)
-    if reasons := unusable(rows.frame, record):
-        originals = original_lines(path, set(reasons), record)
-        rows.rejected += [rejected_line(line, reason, originals[line]) for line, reason in reasons.items()]
-        rows.rejected.sort(key=lambda rejected: rejected.line)
-        rows.frame = _without(rows.frame, reasons)
-    assert len(rows.frame) + len(rows.rejected) == read, f"{path}: a row was lost"
-    return rows
+    reasons = unusable(rows.frame, record)
+    if not reasons:
+        return rows
+    originals = original_lines(path, set(reasons), record)
+    found = [rejected_line(line, reason, originals[line]) for line, reason in reasons.items()]
+    rejected = sorted([*rows.rejected, *found], key=lambda one: one.line)
+    kept = _without(rows.frame, reasons)
+    assert len(kept) + len(found) == len(rows.frame), f"{path}: a row was lost"
+    return Rows(kept, tuple(rejected), rows.ignored)
 
 
 def unusable(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
@@ -212,7 +213,7 @@ def _report(path: Path, rows: Rows) -> FileReport:
     return FileReport(path.name, kept + quarantined, kept, quarantined, reasons, sorted(rows.ignored))
 
 
-def _counted(rejected: list[Rejected]) -> Counter[str]:
+def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
     """Rows by reason, without what differs from row to row."""
     return Counter(reason.reason.split(" at column ")[0].split(" of line ")[0] for reason in rejected)
 
@@ -231,7 +232,7 @@ def _refuse_too_many(path: Path, rows: Rows, limit: float) -> None:
         )
 
 
-def _write_quarantine(path: Path, rejected: list[Rejected]) -> None:
+def _write_quarantine(path: Path, rejected: Sequence[Rejected]) -> None:
     """One JSON object a row, with `base64` only where it is needed. No file where nothing is quarantined."""
     if not rejected:
         path.unlink(missing_ok=True)
