@@ -18,7 +18,8 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import Domain
 from twinloop.domains.loader import load_domain
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer

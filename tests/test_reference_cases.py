@@ -9,8 +9,9 @@ import pytest
 
 from twinloop.domains.domain import Verdict
 from twinloop.domains.returns import domain
+from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.claims import claims_action
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
 from twinloop.domains.returns.schemas import audit_answer, audit_target

@@ -23,7 +23,8 @@ from twinloop.domains.domain import (
 )
 from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
 from twinloop.domains.returns import mutations, verifier
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.policies import Policy, check_policy, covers, window_days
 from twinloop.domains.returns.prompt import (
     MAX_MESSAGE_CHARACTERS,

@@ -12,7 +12,8 @@ import pytest
 
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.returns import domain
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.prompt import is_eligible
 from twinloop.domains.returns.verifier import Facts, verify

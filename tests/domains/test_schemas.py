@@ -12,7 +12,8 @@ import polars as pl
 import pytest
 
 from twinloop.domains.returns import domain
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.policies import window_days
 from twinloop.domains.returns.schemas import audit_answer, audit_target, window_of
 

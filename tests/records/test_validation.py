@@ -15,7 +15,8 @@ import pytest
 
 from twinloop.common.errors import UserError
 from twinloop.domains.returns import domain
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.records import jsonl
 from twinloop.records.reading import read_rows
 from twinloop.records.rows import LINE

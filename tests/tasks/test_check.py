@@ -11,7 +11,8 @@ import pytest
 
 from twinloop.common.errors import UserError
 from twinloop.domains.returns import domain
-from twinloop.domains.returns.generator import GeneratorParams, generate
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
