@@ -150,6 +150,9 @@ def test_a_project_made_by_the_wheel_ships_and_answers(domain: str, installed: P
     run = command(tmp_path / "mine", "run")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "gate: SHIP" in run.stdout
-    assert re.search(r"over HTTP", run.stdout)
+    assert re.search("over HTTP", run.stdout)
+    assert '"escalated": true' not in run.stdout
+    [cases] = (tmp_path / "mine" / "artifacts" / "evaluate").glob("*/cases.json")
+    assert ("confusion" in json.loads(cases.read_text())["details"]) == (domain == "classification")
     status = json.loads(command(tmp_path / "mine", "status", "--json").stdout)
     assert status["champion"]["gate"] == "SHIP"
