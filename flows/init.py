@@ -1,7 +1,8 @@
 """`twinloop init`: a project of one's own that runs as it is, from the templates beside this module.
 
 A template's folder holds the domain file, recipe, gate rules and data settings; `common` what all projects have. What
-is also in Twinloop's own repository is a link to it there, so that there is one of it.
+is also in Twinloop's own repository is a link to it there, so that there is one of it. DVC's files have other names here:
+DVC would take them for stages of this repository.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def _files(name: str, domain: str) -> dict[str, str]:
         "recipes/gate.yaml": own / "gate.yaml",
         "params.yaml": own / "params.yaml",
         "prefect.yaml": common / "prefect.yaml",
-        "data.dvc": common / "data.dvc",
+        "data.dvc": common / "data_dvc",
         ".gitignore": common / "gitignore",
         ".dvcignore": common / "dvcignore",
         ".dvc/config": common / "dvc_config",
@@ -82,8 +83,8 @@ def _files(name: str, domain: str) -> dict[str, str]:
         "source": f"`{kind.file}` (the task)" if kind.file else "`params.yaml` (the example data)",
         "deps": f"    deps:\n      - {kind.file}\n" if kind.file else "",
     }
-    for path in ("README.md", "dvc.yaml"):
-        files[path] = Template((common / path).read_text(encoding="utf-8")).substitute(values)
+    for path, template in (("README.md", "README.md"), ("dvc.yaml", "dvc_yaml")):
+        files[path] = Template((common / template).read_text(encoding="utf-8")).substitute(values)
     return files
 
 
