@@ -1,8 +1,8 @@
 """`twinloop init`: a project of one's own that runs as it is, from the templates beside this module.
 
 A template's folder holds the domain file, recipe, gate rules and data settings; `common` what all projects have. What
-is also in Twinloop's own repository is a link to it there, so that there is one of it. DVC's files have other names here:
-DVC would take them for stages of this repository.
+is also in Twinloop's own repository is a link to it there, so that there is one of it. DVC's files have other names
+here: DVC would take them for stages of this repository.
 """
 
 from __future__ import annotations
