@@ -12,7 +12,6 @@ cases. Demonstrations, prompts of RL and cases are made from them.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
 from twinloop.domains.owners import FORMAT, TRAINING
 
 if TYPE_CHECKING:
@@ -117,26 +117,22 @@ class Classification(Domain):
 
     def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
         """accuracy: share of right labels. macro_f1: mean over the labels that occur, of F1 of each."""
-        pairs = Counter(self._pairs(judged))
-        if not pairs:
-            return {}
-        right = {label: pairs[label, label] for label in self.labels}
-        true = {label: sum(count for (is_, _), count in pairs.items() if is_ == label) for label in self.labels}
-        told = {label: sum(count for (_, told_), count in pairs.items() if told_ == label) for label in self.labels}
-        f1 = [2 * right[label] / (true[label] + told[label]) for label in self.labels if true[label]]
-        return {"accuracy": sum(right.values()) / pairs.total(), "macro_f1": sum(f1) / len(f1)}
+        matrix = confusion_matrix(self._pairs(judged))
+        return {"accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)} if matrix else {}
 
     def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:
         """`confusion`: by the right label, how often each label was answered; `other` is no label at all."""
-        pairs = Counter(self._pairs(judged))
-        answers = (*self.labels, "other")
-        rows = {label: {answer: pairs[label, answer] for answer in answers} for label in self.labels}
+        matrix = confusion_matrix(self._pairs(judged))
+        answers = {label: label for label in self.labels} | {"other": None}
+        rows = {
+            label: {name: matrix.get(label, {}).get(answer, 0) for name, answer in answers.items()}
+            for label in self.labels
+        }
         return {"confusion": rows}
 
-    def _pairs(self, judged: Sequence[Judged]) -> Iterable[tuple[str, str]]:
+    def _pairs(self, judged: Sequence[Judged]) -> list[tuple[str, str | None]]:
         """The right label and the answered one, of every answer."""
-        for case in judged:
-            yield from ((case.facts.label, verdict.output or "other") for verdict in case.verdicts)
+        return [(case.facts.label, verdict.output) for case in judged for verdict in case.verdicts]
 
     def gold(self, facts: Any) -> str:
         label: str = facts.label

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.metrics import pass_at_k
 from twinloop.domains.owners import FORMAT, TRAINING
 
 if TYPE_CHECKING:
@@ -196,16 +197,6 @@ class Reasoning(Domain):
     def answer_schema(self) -> Mapping[str, Any]:
         text = {"type": "string"}
         return {"type": "object", "properties": {"answer": text, "steps": text}, "required": ["answer", "steps"]}
-
-
-def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that at least one of k answers passes, estimated from more of them without bias (Chen et al., 2021).
-
-    1 - C(samples - passed, k) / C(samples, k). Raises ValueError for fewer samples than k.
-    """
-    if not 0 <= passed <= samples or not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {passed} passed among {samples} samples")
-    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def _number(text: str) -> Decimal | None:

@@ -10,7 +10,6 @@ from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Registry
 
 if TYPE_CHECKING:
-    from twinloop.registry.smoke_test import SmokeTest
     from twinloop.registry.versions import Served
 
 FOLLOW = "running servers follow within seconds"
@@ -39,18 +38,14 @@ def roll_back(project: Path, model: str) -> int:
     from twinloop.registry.smoke_test import smoke_test
     from twinloop.tasks.register import who
 
-    tested: list[SmokeTest] = []
-
     def test(version: Served) -> None:
-        tested.append(smoke_test(version.path, load_served_domain(version, project)))
+        print(f"smoke test: {smoke_test(version.path, load_served_domain(version, project))}")
 
     done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), test)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
     if done.finished_later:
         print(f"this rollback, begun by {done.who} on {done.when}, had been interrupted")
         print("run the command again to go back further")
-        return 0
-    print(f"smoke test: {tested[-1]}")
     return 0
 
 

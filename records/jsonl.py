@@ -34,7 +34,7 @@ from twinloop.records.rows import (
     with_repairs,
 )
 
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 16 << 20
 CAREFUL_LINES = 64
 """A block of so few lines that was refused is read line by line."""
 

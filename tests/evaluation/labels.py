@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Domain, Judged, Metric, Predicate, Verdict
+from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1, pass_at_k
 from twinloop.domains.owners import FORMAT, RELEASE, TRAINING
-from twinloop.evaluation.metrics import accuracy, confusion_matrix, macro_f1, pass_at_k
 
 KNOWN = ("billing", "delivery", "spam")
 
