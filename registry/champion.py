@@ -1,4 +1,4 @@
-"""The champion, opened: registry, domain, bundle, engine, documents and traces together. Neither torch nor MLflow."""
+"""The champion, opened: registry, domain, exported model, engine, documents and traces. Neither torch nor MLflow."""
 
 from __future__ import annotations
 

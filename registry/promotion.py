@@ -4,7 +4,7 @@ Under one lock for the whole project, in this order: check, write the intent, mo
 MLflow the commit's digest. A process that dies in between leaves either nothing but a note, or a move that the next
 command carries out (its checks had passed) before its own work. Where that is the very move that the next command asks
 for, a rollback repeated by somebody who saw the first one die, it is all that the command does. At every moment
-`champion` names a whole, verified bundle.
+`champion` names a complete, verified exported model.
 
 There is no force. A version is promoted on a gate report that says SHIP for its very digest, and a version that was
 rolled back returns only by `twinloop promote`, on a new report: the old one was wrong in production.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A rollback loads its target under the lock; a big bundle takes its time.
+# A rollback loads its target under the lock; a big exported model takes its time.
 LOCK_TIMEOUT_S = 600.0
 LEDGER_HEAD = "ledger_head"  # tag of the registered model
 
@@ -123,8 +123,8 @@ def promote(
 
     gate: the report to promote on; without one, the last that was recorded for the version. by_hand: a person asks
     for this version, not a pipeline that happens to have made it again. Raises UserError, and moves nothing, if the
-    report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
-    back and not both a person and a new report want it.
+    report does not say SHIP for this version's digest, if the version is not an exported model or is corrupt, or if it
+    was rolled back and not both a person and a new report want it.
     """
     with _settled(registry, who) as found:
         if found.finished and (found.finished.action, found.finished.to_version) == ("promote", version):
@@ -155,10 +155,10 @@ def promote(
 def rollback(registry: Registry, who: str, smoke_test: Callable[[Served], object]) -> Promotion:
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
-    smoke_test(version): loads its bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
-    champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises UserError,
-    and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if the smoke
-    test raised.
+    smoke_test(version): loads its exported model and lets it answer; raises if it does not. Rolled back twice, it goes
+    back two champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises
+    UserError, and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if
+    the smoke test raised.
     """
     with _settled(registry, who) as found:
         if found.finished and found.finished.action == "rollback":

@@ -43,7 +43,7 @@ class GateStatus:
 
 @dataclass(frozen=True)
 class Origin:
-    """One link of the chain from the served bundle back to its data and code."""
+    """One link of the chain from the served exported model back to its data and code."""
 
     kind: str  # a stage's name, "dataset", "code" or "recipe"
     name: str

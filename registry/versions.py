@@ -1,10 +1,10 @@
-"""The model registry: every stage's checkpoint and bundle as a version of one MLflow registered model.
+"""The model registry: every stage's checkpoint and exported model as a version of one MLflow registered model.
 
 A version is a promise that the same bytes can be loaded again, so the registry owns its files. They lie in MLflow's own
 place for them (`mlruns/artifacts/<recipe>/models/<model id>/artifacts`), and cleaning `artifacts/` does not touch them:
 
-- a **bundle that may be served is copied**. A hard link would share its bytes with `artifacts/`: whatever overwrites a
-  file there would break the champion as well, and the way back with it.
+- an **exported model that may be served is copied**. A hard link would share its bytes with `artifacts/`: whatever
+  overwrites a file there would break the champion as well, and the way back with it.
 - a **checkpoint is hard-linked** (copied where the file system cannot). It costs no space while `artifacts/` holds the
   stage, and survives its cleaning. It is for lineage and for going on from, not for serving; when its bytes were
   damaged and the stage was built again, `register` puts good ones in their place.
@@ -12,9 +12,9 @@ place for them (`mlruns/artifacts/<recipe>/models/<model id>/artifacts`), and cl
 Nothing is served unhashed: `resolve` reads every byte and compares with the manifest and with the digest that MLflow
 holds, so that neither a changed file nor a changed manifest goes through.
 
-Aliases: `candidate` (the newest bundle), `champion` (served), `previous` (where a rollback goes). This module moves
-`candidate`; only `registry.promotion` moves the other two. No torch here, and MLflow only for writing: reading its
-SQLite file takes 2 ms, its client 2.2 s and 190 MB, which `status` and `serve` would pay at each start.
+Aliases: `candidate` (the newest exported model), `champion` (served), `previous` (where a rollback goes). This module
+moves `candidate`; only `registry.promotion` moves the other two. No torch here, and MLflow only for writing: reading
+its SQLite file takes 2 ms, its client 2.2 s and 190 MB, which `status` and `serve` would pay at each start.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Version:
 
     @property
     def servable(self) -> bool:
-        """Whether it is an exported bundle, which may be promoted."""
+        """Whether it is an exported model, which may be promoted."""
         return self.tags["servable"] == "true"
 
     @property
@@ -90,7 +90,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Served:
-    """A bundle whose every byte was verified just now."""
+    """An exported model whose every byte was verified just now."""
 
     name: str
     version: int
@@ -131,7 +131,7 @@ class Registry:
     ) -> Version:
         """Make the artifact in this directory a version, or find the version that it is already.
 
-        run_id: the run that made it. servable: it is an exported bundle; it becomes the `candidate`, unless it is
+        run_id: the run that made it. servable: it is an exported model; it becomes the `candidate`, unless it is
         the champion. Raises UserError if the directory is not as its manifest says. Safe among processes; killed in
         between, it leaves no version, and does its work when called again.
         """

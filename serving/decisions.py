@@ -36,7 +36,7 @@ class _Frozen(BaseModel):
 
 
 class ModelInfo(_Frozen):
-    """Which weights answer. `digest` is that of the served bundle's content."""
+    """Which weights answer. `digest` is that of the served exported model's content."""
 
     name: str
     version: str

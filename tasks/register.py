@@ -1,4 +1,4 @@
-"""Registration: each checkpoint, and the bundle that may be served, becomes a version with its lineage."""
+"""Registration: each checkpoint, and the exported model that may be served, becomes a version with its lineage."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from twinloop.tasks.context import Context
 
 
 def register_stage(
-    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], bundle: Artifact
+    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], exported: Artifact
 ) -> Version:
-    """The version of `bundle`, which is the candidate now. checkpoints: in the order in which they came to be;
-    others: bundles of the last one in precisions that are not served."""
+    """The version of `exported`, which is the candidate now. checkpoints: in the order in which they came to be;
+    others: exported models of the last one in precisions that are not served."""
     registry = Registry(context.mlruns, context.recipe)
     parent: int | None = None
     for checkpoint in checkpoints:
         parent = _register(context, registry, checkpoint, parent, servable=False).version
     for other in others:
         _register(context, registry, other, parent, servable=False)
-    return _register(context, registry, bundle, parent, servable=True)
+    return _register(context, registry, exported, parent, servable=True)
 
 
 register = task(name="register", persist_result=False)(register_stage)

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from twinloop.common.errors import UserError
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_bundle import WEIGHTS_FILE, read_bundle
+from twinloop.models.exported import WEIGHTS_FILE, read_exported
 from twinloop.models.onnx_graph import compute_type, slot_capacity
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
@@ -76,7 +76,7 @@ class ModelRunner:
         Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine.
         """
         exported_dir = Path(exported_dir)
-        exported, config = read_bundle(exported_dir)
+        exported, config = read_exported(exported_dir)
         if slots < 1:
             raise UserError(f"engine: slots is {slots}; it must be at least 1")
         if max_length is not None and not 2 <= max_length <= exported.max_length:

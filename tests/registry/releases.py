@@ -11,7 +11,7 @@ from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
 from twinloop.registry.versions import Registry, Served, Version
 
-Bundle = Callable[[str], Version]
+Export = Callable[[str], Version]
 Make = Callable[..., Artifact]
 
 

@@ -26,7 +26,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import follow_champion, open_champion
@@ -51,7 +51,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[..., Version]:
-    """Makes a real bundle with random weights, registers it, and promotes it."""
+    """Makes a real exported model with random weights, registers it, and promotes it."""
     tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
 
     def make(seed: int, domain: str = "returns") -> Version:
@@ -63,12 +63,12 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[...
             )  # fmt: skip
             tensors = {name: tensor.detach().numpy() for name, tensor in Decoder(config).state_dict().items()}
             save_model(work / "model", config, tensors, tokenizer)
-            export_bundle(work / "model", out, precision="fp32", max_length=512)
+            export_model(work / "model", out, precision="fp32", max_length=512)
             return {}
 
         store = ArtifactStore(project / "artifacts")
-        bundle = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
-        version = registry.register(bundle.path, replace(lineage, domain=domain), servable=True)
+        exported = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
+        version = registry.register(exported.path, replace(lineage, domain=domain), servable=True)
         report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
         promote(registry, version.version, report, who="ada")
         return version

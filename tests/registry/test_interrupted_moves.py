@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from releases import Bundle, champions, consistent, history, loads, settle, ship
+from releases import Export, champions, consistent, history, loads, settle, ship
 
 from twinloop.common.errors import UserError
 from twinloop.registry import ledger as ledger_module
@@ -34,8 +34,8 @@ def _promote(root: Path, number: int, barrier: Barrier) -> None:
     promote(registry, number, evidence, who=f"process {number}")
 
 
-def test_processes_that_promote_at_once_take_turns(registry: Registry, bundle: Bundle) -> None:
-    versions = [bundle(f"w{number}") for number in range(1, 5)]
+def test_processes_that_promote_at_once_take_turns(registry: Registry, exported: Export) -> None:
+    versions = [exported(f"w{number}") for number in range(1, 5)]
     barrier = processes.Barrier(len(versions))
     started = [
         processes.Process(target=_promote, args=(registry.mlruns.root, version.version, barrier))
@@ -99,10 +99,10 @@ def _move_and_die(root: Path, action: str, point: str, version: int = 2) -> None
 
 @pytest.mark.parametrize(("action", "point"), MOVES)
 def test_a_killed_move_is_finished_or_never_happened(
-    registry: Registry, bundle: Bundle, action: str, point: str
+    registry: Registry, exported: Export, action: str, point: str
 ) -> None:
     for weights in ("w1", "w2"):
-        version = bundle(weights)
+        version = exported(weights)
         if weights == "w1" or action == "rollback":
             promote(registry, version.version, ship(version), who="ada")
     before, after = (1, 2) if action == "promote" else (2, 1)
@@ -123,10 +123,10 @@ def test_a_killed_move_is_finished_or_never_happened(
     assert status(registry).warnings == []
 
 
-def test_an_interrupted_promotion_to_a_bundle_damaged_since_is_given_up(registry: Registry, bundle: Bundle) -> None:
-    first = bundle("w1")
+def test_an_interrupted_promotion_to_a_model_corrupted_since_is_given_up(registry: Registry, exported: Export) -> None:
+    first = exported("w1")
     promote(registry, first.version, ship(first), who="ada")
-    second = bundle("w2")
+    second = exported("w2")
     process = processes.Process(target=_move_and_die, args=(registry.mlruns.root, "promote", "second alias"))
     process.start()
     process.join(60)
