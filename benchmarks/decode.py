@@ -194,14 +194,14 @@ def watch_cache(exported: Path, slots: int, context: int) -> CacheStep:
 
 
 def _read(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A copy of the float32 cache [S, K, M, E] that lies there."""
+    """A copy of the float32 cache [C, K, M, E] that lies there."""
     return np.frombuffer(ctypes.string_at(address, int(np.prod(shape)) * 4), np.float32).reshape(shape)
 
 
 def _appended(before: np.ndarray, after: np.ndarray, position: int) -> bool:
     """Whether every slot and head got a new entry at this position, and nothing else changed."""
-    changed_SKM = (before != after).any(axis=-1)
-    return bool(changed_SKM[:, :, position].all()) and int(changed_SKM.sum()) == changed_SKM[:, :, position].size
+    changed_CKM = (before != after).any(axis=-1)
+    return bool(changed_CKM[:, :, position].all()) and int(changed_CKM.sum()) == changed_CKM[:, :, position].size
 
 
 def cache_rows(exported: Path, precision: Precision, slots: int, context: int) -> list[Row]:

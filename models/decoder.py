@@ -2,7 +2,7 @@
 
 Module names are Hugging Face's, so a state dict is a checkpoint of `transformers` as it stands.
 
-Shapes: B rows, L positions, D width, H query heads, K key-value heads, E head width, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations

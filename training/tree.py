@@ -1,7 +1,7 @@
 """The packed token tree: the one batch type of every objective.
 
 A tree is a root segment and, below it, segments that continue their parent: a document (root only), an SFT example
-(root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, G children). A token
+(root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, its answers). A token
 sees its own segment up to itself, and its ancestors. Positions go on from the parent's end, so a prompt is computed
 once, whatever hangs below it.
 
@@ -9,7 +9,7 @@ Segments stand in preorder, so a subtree is one contiguous run of its row. Visib
 where its segment's subtree ends: query q sees key k when k <= q < visible_until[k]. Rows may hold many trees; they
 never see each other.
 
-Shapes: B rows, L positions a row, D width, N scored tokens, S scored sequences (segments with at least one target).
+Shapes: letters as in `models.shapes`. S counts the scored sequences: segments with at least one target.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 One object, one thread: the arena has no locks. An array that a method returns as a view is valid until the next call.
 
-Shapes: S slots, B rows, L positions, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BINDING_BYTES_KEPT = 256 << 20
 
 
 class ModelRunner:
-    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [S] says how many each one holds."""
+    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds."""
 
     def __init__(
         self,
