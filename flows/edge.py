@@ -17,7 +17,7 @@ from twinloop.common.files import has_room
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
-MAKE_ROOM = "make room and run it again: it goes on from there"
+MAKE_ROOM = "free some space and run it again: it goes on from there"
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
 BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)

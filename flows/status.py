@@ -28,7 +28,7 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.registry.promotion import promote
     from twinloop.tasks.register import who
 
-    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
+    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
     print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
     return 0
 

@@ -19,7 +19,7 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore
-from twinloop.serving.model_manager import ModelManager, Refusal
+from twinloop.serving.model_manager import ModelManager, ServeFailure
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
-        while not over.wait(RETRY_EVERY_S if manager.refusal else every_s):
+        while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
             follow_champion(project, registry, manager, slots=slots)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
@@ -103,11 +103,11 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     current = manager.service
     try:
         champion = registry.snapshot().alias(CHAMPION)
-    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+    except Exception as error:  # whatever it is: the model that answers goes on
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
     if champion is None or str(champion.version) == current.model.version:
-        manager.refusal = None
+        manager.failure = None
         return
     version = str(champion.version)
     try:
@@ -120,11 +120,11 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        refusal = Refusal(version, " ".join(reason.split()))
-        if refusal != manager.refusal:
+        failure = ServeFailure(version, " ".join(reason.split()))
+        if failure != manager.failure:
             words = "version %s is not served, version %s goes on: %s"
-            log.warning(words, version, current.model.version, refusal.reason)
-        manager.refusal = refusal
+            log.warning(words, version, current.model.version, failure.reason)
+        manager.failure = failure
 
 
 def _load(

@@ -88,10 +88,10 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
 
 def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, exported: Path) -> SmokeTest:
     prompt = tokenizer.encode_prompt(GREETING)
-    room = scheduler.max_length - len(prompt)
-    if room < 1:
+    available = scheduler.max_length - len(prompt)
+    if available < 1:
         raise UserError(f"{exported}: it loads and answers nothing (a greeting has more tokens than it can read)")
-    params = SamplingParams(max_tokens=min(GREETING_TOKENS, room), stop=(tokenizer.stop_id,))
+    params = SamplingParams(max_tokens=min(GREETING_TOKENS, available), stop=(tokenizer.stop_id,))
     text = TextStream(scheduler.submit(prompt, params), tokenizer, started=time.perf_counter())
     answer = "".join(text)
     if not text.completion_tokens:

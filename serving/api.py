@@ -91,7 +91,7 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
         body: dict[str, Any] = {
             "model": service.model.model_dump(),
             "domain": domain.name,
-            "refused_champion": {"version": manager.refusal.version, "reason": REFUSED} if manager.refusal else None,
+            "refused_champion": {"version": manager.failure.version, "reason": REFUSED} if manager.failure else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,
         }

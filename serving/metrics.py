@@ -90,7 +90,7 @@ class _State(Collector):
             "twinloop_slots": ("Answers that can be generated at the same time", now.slots),
             "twinloop_champion_refused": (
                 "1 while the registry's champion cannot be served and another one is",
-                manager.refusal is not None,
+                manager.failure is not None,
             ),
         }
         if service.traces is not None:

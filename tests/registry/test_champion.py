@@ -147,12 +147,12 @@ def test_a_promotion_reaches_a_running_server_without_a_request_lost(
         assert set().union(*asking) == {("1", first.digest), ("2", second.digest)}
 
 
-def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
+def test_a_corrupt_champion_is_refused_and_the_one_before_goes_on(
     project: Path, release: Callable[..., Version]
 ) -> None:
     first = release(1)
     with serving(project) as (client, server):
-        os.kill(server.pid, signal.SIGSTOP)  # it looks again once the damage is done
+        os.kill(server.pid, signal.SIGSTOP)  # it looks again once the file is changed
         weights = next((release(2).path).rglob("model.onnx*"))
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1])
@@ -166,9 +166,9 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
         weights.write_bytes(whole)
         wait_for(lambda: client.get("/health").json()["model"]["version"] == "2")
         assert client.get("/health").json()["refused_champion"] is None
-    told = (project / "serve.log").read_text().splitlines()
-    assert len([line for line in told if "WARNING" in line and "version 1 goes on" in line]) == 1
-    assert any("returns version 2 answers now" in line for line in told)
+    lines = (project / "serve.log").read_text().splitlines()
+    assert len([line for line in lines if "WARNING" in line and "version 1 goes on" in line]) == 1
+    assert any("returns version 2 answers now" in line for line in lines)
 
 
 def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[..., Version]) -> None:
@@ -182,7 +182,7 @@ def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, relea
         assert first() is None
 
 
-def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
+def test_a_registry_that_cannot_be_read_is_no_failure_and_the_champion_goes_on(
     project: Path, registry: Registry, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = release(1)
@@ -193,7 +193,7 @@ def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
     with open_champion(project, "returns", slots=1) as manager:
         monkeypatch.setattr(registry, "snapshot", away)
         follow_champion(project, registry, manager, slots=1)
-        assert manager.refusal is None
+        assert manager.failure is None
         assert manager.service.model.version == str(version.version)
 
 
@@ -279,5 +279,5 @@ def test_a_champion_for_another_domain_waits_for_a_new_server(
         release(2, "./tickets.py")
         follow_champion(project, registry, manager, slots=1)
         assert manager.service.model.version == "1"
-        assert manager.refusal is not None
-        assert "start the server again to serve it" in manager.refusal.reason
+        assert manager.failure is not None
+        assert "start the server again to serve it" in manager.failure.reason

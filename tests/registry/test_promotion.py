@@ -1,4 +1,4 @@
-"""The champion moves on proof, one move at a time, whatever happens in between; and every move can be told later."""
+"""The champion moves on a SHIP, one move at a time, whatever happens in between; every move can be read later."""
 
 from __future__ import annotations
 
@@ -111,15 +111,15 @@ def test_a_gate_that_blocks_while_a_promotion_waits_is_seen_by_it(
 ) -> None:
     version = exported("w1")
     record_gate(registry, version, ship(version))
-    settled = promote_module._settled
+    locked_ledger = promote_module._locked_ledger
 
     def after_a_wait(registry: Registry, who: str) -> object:
         record_gate(registry, registry.version(1), ship(version, "BLOCK"))
-        return settled(registry, who)
+        return locked_ledger(registry, who)
 
-    monkeypatch.setattr(promote_module, "_settled", after_a_wait)
+    monkeypatch.setattr(promote_module, "_locked_ledger", after_a_wait)
     with pytest.raises(UserError, match="its gate says BLOCK"):
-        promote(registry, 1, who="ada", by_hand=True)
+        promote(registry, 1, who="ada", manual=True)
 
 
 def test_a_changed_gate_report_is_refused(registry: Registry, exported: Export) -> None:
@@ -172,7 +172,7 @@ def test_a_failing_smoke_test_moves_nothing(registry: Registry, three: list[Vers
     assert (lines(registry), champions(registry)) == before
 
 
-def test_a_damaged_target_is_not_rolled_back_to(registry: Registry, three: list[Version]) -> None:
+def test_a_corrupt_target_is_not_rolled_back_to(registry: Registry, three: list[Version]) -> None:
     (three[1].path / "model.onnx").write_text("w9")
     with pytest.raises(UserError, match="differs from what was written"):
         rollback(registry, "bob", loads)
@@ -184,8 +184,8 @@ def test_what_was_rolled_back_needs_a_person_and_a_new_gate_report(registry: Reg
     with pytest.raises(UserError, match=r"version 3: not promoted, bob took it back on"):
         promote(registry, 3, ship(three[2], rules="r2"), who="the schedule")  # made and judged again, as each night
     with pytest.raises(UserError, match="after this same gate report"):
-        promote(registry, 3, ship(three[2]), who="ada", by_hand=True)
-    promote(registry, 3, ship(three[2], rules="r2"), who="ada", by_hand=True)
+        promote(registry, 3, ship(three[2]), who="ada", manual=True)
+    promote(registry, 3, ship(three[2], rules="r2"), who="ada", manual=True)
     assert champions(registry) == {"champion": 3, "previous": 2}
 
 
@@ -235,7 +235,7 @@ def test_a_changed_ledger_is_noticed_and_stops_promotions(
     consistent(registry)
 
 
-def test_an_alias_moved_by_hand_is_written_down(registry: Registry, three: list[Version], exported: Export) -> None:
+def test_an_alias_moved_manually_is_written_down(registry: Registry, three: list[Version], exported: Export) -> None:
     registry.mlruns.client.set_registered_model_alias("returns", "champion", "1")
     assert "moved outside of the ledger" in status(registry).warnings[0]
     fourth = exported("w4")
@@ -267,7 +267,7 @@ def test_two_models_share_one_ledger(registry: Registry, three: list[Version], m
     consistent(registry)
 
 
-def test_status_tells_the_whole_story(registry: Registry, three: list[Version], exported: Export) -> None:
+def test_status_reports_everything(registry: Registry, three: list[Version], exported: Export) -> None:
     blocked = exported("w4")
     with pytest.raises(UserError):
         promote(registry, blocked.version, ship(blocked, "BLOCK"), who="ada")
@@ -295,14 +295,14 @@ def test_a_full_disk_leaves_a_line_that_can_be_mended(tmp_path: Path, monkeypatc
     ledger = Ledger(tmp_path / "promotions.jsonl")
     add = {"action": "promote", "model": "returns", "to_version": 1, "who": "ada", "manifest_digest": "d"}
     ledger.append("intent", **add)  # type: ignore[arg-type]
-    write, room = os.write, 40
+    write, free = os.write, 40
 
     def until_full(descriptor: int, content: bytes) -> int:
-        nonlocal room
-        if not room:
+        nonlocal free
+        if not free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = write(descriptor, content[:room])
-        room -= written
+        written = write(descriptor, content[:free])
+        free -= written
         return written
 
     with monkeypatch.context() as patch:

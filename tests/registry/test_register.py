@@ -1,4 +1,4 @@
-"""A version tells where its bytes come from, whoever registers them later."""
+"""A version records where its bytes come from, whoever registers them later."""
 
 from __future__ import annotations
 

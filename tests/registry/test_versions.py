@@ -147,19 +147,19 @@ def test_a_tampered_exported_model_is_refused(registry: Registry, exported: Expo
 def test_another_exported_model_in_its_place_is_refused(registry: Registry, exported: Export, make: Make) -> None:
     version = exported("w1")
     shutil.rmtree(version.path)
-    shutil.copytree(make("export", "w2").path, version.path)  # whole and sealed, but not what was registered
+    shutil.copytree(make("export", "w2").path, version.path)  # intact, but not what was registered
     with pytest.raises(UserError, match="another artifact"):
         registry.resolve("candidate")
 
 
-def test_registering_again_repairs_damaged_files(registry: Registry, make: Make, lineage: Lineage) -> None:
+def test_registering_again_repairs_corrupt_files(registry: Registry, make: Make, lineage: Lineage) -> None:
     version = registry.register(make().path, lineage, servable=True)
     shutil.rmtree(version.path)
     assert registry.register(make().path, lineage, servable=True) == version
     assert registry.resolve("candidate").version == version.version
 
 
-def test_a_damaged_artifact_is_not_registered(registry: Registry, make: Make, lineage: Lineage) -> None:
+def test_a_corrupt_artifact_is_not_registered(registry: Registry, make: Make, lineage: Lineage) -> None:
     artifact = make()
     (artifact.path / "model.onnx").write_text("w9")
     with pytest.raises(UserError, match="differs from what was written; run the recipe again"):

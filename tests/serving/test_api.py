@@ -43,7 +43,7 @@ from twinloop.serving.decisions import DecisionService
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.middleware import MAX_BODY_BYTES
-from twinloop.serving.model_manager import ModelManager, Refusal
+from twinloop.serving.model_manager import ModelManager, ServeFailure
 
 
 @pytest.fixture(scope="module")
@@ -510,7 +510,7 @@ def test_messages_that_the_models_template_refuses_are_the_clients_mistake(scrip
 def test_why_a_champion_is_refused_is_answered_without_its_path(tmp_path, script, tokenizer):
     service = DecisionService(script, tokenizer, make_store(tmp_path), MODEL, DOMAIN)
     manager = ModelManager(service)
-    manager.refusal = Refusal("4", f"{tmp_path}/model.onnx differs from its digest")
+    manager.failure = ServeFailure("4", f"{tmp_path}/model.onnx differs from its digest")
     with running(create_app(manager)) as client:
         answer = client.get("/health")
     assert answer.json()["refused_champion"]["version"] == "4"
