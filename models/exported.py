@@ -30,7 +30,7 @@ _FORMAT = 1
 
 
 class ExportedModel(BaseModel):
-    """What `bundle.json` says. max_length: tokens of prompt and answer together that a slot holds at most."""
+    """What `bundle.json` holds. max_length: tokens of prompt and answer together that a slot holds at most."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

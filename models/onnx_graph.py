@@ -1,6 +1,6 @@
 """The decoder as an ONNX graph, written node by node: no tracing, no torch.
 
-A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer's own tensor can stand in for it
+A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer's own tensor can replace it
 (`serving.engine.Engine.from_weights`). One graph serves prefill, chunks of a prefill, decode steps and scoring:
 
     input_ids              int64 [B, L]

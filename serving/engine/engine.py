@@ -41,7 +41,7 @@ class Engine(ModelRunner):
 
         Synchronous, and takes all slots: a slot is filled again as soon as its sequence ends. The result is a function
         of weights, arguments and number of slots alone, bit for bit (with a seed, or at temperature 0). Raises
-        UserError for a prompt that leaves no room to answer.
+        UserError for a prompt too long to be answered.
         """
         if group < 1:
             raise UserError(f"generate: group is {group}; it must be at least 1")

@@ -92,7 +92,7 @@ class StepBinding:
     """Everything that one shape of run reads and writes, bound once and changed in place.
 
     The caller fills `tokens` int64 [B, L], `seqlens` int32 [B] and `total`, then calls `run`, and reads `logits`
-    float32 [N, V] before the next run of this binding. `score` says which of the B*L positions those are.
+    float32 [N, V] before the next run of this binding. `score` sets which of the B*L positions those are.
     """
 
     def __init__(

@@ -197,7 +197,7 @@ class ModelRunner:
         self.lengths[:] = 0
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
-        """Raise UserError unless the prompt has tokens, all of the vocabulary, and leaves room for one more."""
+        """Raise UserError unless the prompt has tokens, all of the vocabulary, and can be continued by one more."""
         if not 0 < len(tokens) < self.max_length:
             raise UserError(
                 f"prompt: {len(tokens)} tokens, but a slot holds 1 to {self.max_length - 1} "

@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
     """The next token of some sequences, an array [B] each.
 
     positions: tokens that the answer had before. stopped: ended with one of its stop tokens; ended: for that reason or
-    because it has no room for more. Slots of ended sequences are free again.
+    because the cache is full. Slots of ended sequences are free again.
     """
 
     slots: np.ndarray

@@ -83,7 +83,7 @@ def script(tokenizer):
 
 @pytest.fixture
 def scripted(tmp_path, script, tokenizer):
-    """A server whose model answers what `script` says."""
+    """A server whose model answers `script`."""
     with running(make_app(tmp_path, script, tokenizer)) as client:
         yield client
 
@@ -127,7 +127,7 @@ def test_an_untrained_network_is_escalated_and_never_decides(client):
 def test_a_reason_that_no_policy_speaks_of_is_escalated_without_asking_the_model(scripted, script):
     body = scripted.post("/v1/decisions", json={**CASE, "order": {**ORDER, "reason": "broken"}}).json()
     assert (body["decision"], body["escalated"]) == (None, True)
-    assert body["reasons"][0]["reason"] == "no policy in force speaks of broken items"
+    assert body["reasons"][0]["reason"] == "no current policy covers broken items"
     assert script.prompts == []
 
 
@@ -392,7 +392,7 @@ def test_a_full_queue_answers_503_and_says_when_to_come_back(scripted, script):
         assert response.json()["error"]["code"] == "queue_full"
 
 
-def test_more_clients_than_room_get_answers_or_503(client, engine_scheduler):
+def test_more_clients_than_the_queue_holds_get_answers_or_503(client, engine_scheduler):
     body = {"messages": HELLO, "max_tokens": 100, "temperature": 1.0}
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(lambda _: client.post("/v1/chat/completions", json=body).status_code, range(40)))
@@ -456,7 +456,7 @@ def test_health_fails_when_the_documents_or_the_engine_has(scripted, script, tmp
     break_documents(tmp_path)
     failing = scripted.get("/health")
     assert failing.status_code == 503
-    assert failing.json()["reason"] == "the documents: is damaged (file is not a database)"
+    assert failing.json()["reason"] == "the documents: is corrupt (file is not a database)"
     assert failing.json()["model"]["digest"] == "d" * 64
 
 
@@ -689,7 +689,7 @@ def _answers(url):
         return False
 
 
-def test_a_port_in_use_is_the_users_to_mend():
+def test_a_port_in_use_is_an_error_of_the_user():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"127.0.0.1:{port}: cannot be served at .*--port"):

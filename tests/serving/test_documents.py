@@ -1,4 +1,4 @@
-"""Documents: versions, durability, several processes, damage, and finding the one that fits."""
+"""Documents: versions, durability, several processes, integrity, and finding the one that fits."""
 
 import multiprocessing
 import os
@@ -168,10 +168,10 @@ def test_equal_histories_have_equal_digests_whenever_they_were_put(tmp_path, sto
 )
 def test_what_no_domain_could_use_is_refused_in_one_line(store, document_id, text, said):
     before = store.digest()
-    with pytest.raises(DocumentError) as refusal:
+    with pytest.raises(DocumentError) as error:
         store.put(document_id, text)
-    assert said in str(refusal.value)
-    assert "\n" not in str(refusal.value)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
     assert store.digest() == before
 
 
@@ -193,9 +193,9 @@ def test_what_no_domain_could_use_is_refused_in_one_line(store, document_id, tex
 )
 def test_what_the_domain_refuses_does_not_enter(tmp_path, document_id, text, said):
     store = DocumentStore(tmp_path / "documents.db", returns.check_document)
-    with pytest.raises(DocumentError, match=r"^document '") as refusal:
+    with pytest.raises(DocumentError, match=r"^document '") as error:
         store.put(document_id, text)
-    assert said in str(refusal.value)
+    assert said in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,7 +226,7 @@ def test_writers_in_many_processes_lose_nothing(tmp_path, begun):
     for writer in writers:
         writer.start()
     while any(writer.is_alive() for writer in writers):
-        store.find("damaged", 2)  # a reader in the middle of it all never sees damage
+        store.find("damaged", 2)  # a reader in the middle of it all never sees a partial write
     assert all(writer.exitcode == 0 for writer in writers)
     versions = [each.document for each in DocumentStore(store.path).history("P-7")]
     assert [document.version for document in versions] == list(range(1, 81 + begun))
@@ -266,10 +266,10 @@ while True:
         acknowledged = len(kept) + 1
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- integrity --------------------------------------------------------------------------------------------------------
 
 UNGUARDED = "DROP TRIGGER no_update; DROP TRIGGER no_delete;"
-DAMAGE = {
+CHANGES = {
     "a text": "UPDATE versions SET text = 'late items within 99 days' WHERE number = 2",
     "an id": "UPDATE versions SET document_id = 'P-9' WHERE number = 2",
     "a time": "UPDATE versions SET recorded_at = '2020-01-01T00:00:00+00:00' WHERE number = 2",
@@ -282,13 +282,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("change", DAMAGE)
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_change_beside_the_store_is_reported_and_never_served(store, change):
     with sqlite3.connect(store.path) as connection:
-        connection.executescript(f"{UNGUARDED} {DAMAGE[change]}")
+        connection.executescript(f"{UNGUARDED} {CHANGES[change]}")
     connection.close()
     for method in (lambda store: store.find("late", 1), lambda store: store.put("P-1", DAMAGED), DocumentStore.list):
-        with pytest.raises(DocumentStoreError, match=r"documents.db: is damaged \(.*restore a backup") as error:
+        with pytest.raises(DocumentStoreError, match=r"documents.db: is corrupt \(.*restore a backup") as error:
             method(DocumentStore(store.path))
         assert "\n" not in str(error.value)
         assert str(store.path) not in error.value.reason
@@ -297,7 +297,7 @@ def test_a_change_beside_the_store_is_reported_and_never_served(store, change):
 def test_a_text_that_changes_under_a_running_reader_is_not_served(store):
     assert found(store, "late", 1) == ["P-3"]
     with sqlite3.connect(store.path) as connection:
-        connection.executescript(f"{UNGUARDED} {DAMAGE['a text']}")
+        connection.executescript(f"{UNGUARDED} {CHANGES['a text']}")
     connection.close()
     with pytest.raises(DocumentStoreError, match="version 1 of document 'P-3' is not what was put"):
         store.find("late", 1)
@@ -305,7 +305,7 @@ def test_a_text_that_changes_under_a_running_reader_is_not_served(store):
 
 def test_versions_are_not_changed_by_mistake(store):
     with sqlite3.connect(store.path) as connection, pytest.raises(sqlite3.IntegrityError, match="never changed"):
-        connection.execute(DAMAGE["a text"])
+        connection.execute(CHANGES["a text"])
     connection.close()
     assert store.list()
 
@@ -316,7 +316,7 @@ def test_bytes_that_changed_on_the_disk_are_reported(store, place):
     content = bytearray(store.path.read_bytes())
     content[place : place + 400 if place >= 0 else None] = b"\xff" * 400
     store.path.write_bytes(content)
-    with pytest.raises(DocumentStoreError, match="is damaged"):
+    with pytest.raises(DocumentStoreError, match="is corrupt"):
         DocumentStore(store.path).list()
 
 
@@ -414,9 +414,9 @@ def test_a_read_only_disk_is_named(disk):
 def test_a_place_where_no_store_can_be_is_named_in_one_line(tmp_path, name):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DocumentStoreError, match=f"{name}: cannot be written [(]") as refusal:
+    with pytest.raises(DocumentStoreError, match=f"{name}: cannot be written [(]") as error:
         DocumentStore(tmp_path / name).put("P-7", DAMAGED)
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_python_whose_sqlite_cannot_search_is_named(tmp_path, monkeypatch):
