@@ -82,7 +82,7 @@ def step_rows(workload: Workload, precision: Precision) -> list[Row]:
 
 
 def time_steps(exported: Path, slots: int, context: int, *, threads: int | None = None) -> StepTimes:
-    """Steps of all slots, each drawn and fed back, as `generate` does; the run inside is timed apart."""
+    """Steps of all slots, each drawn and fed back, as `generate` does; the run inside is timed separately."""
     engine = Engine.load(exported, slots=slots, threads=threads)
     _fill(engine, context)
     inside: list[float] = []
@@ -133,7 +133,7 @@ class Bound:
 
 @contextmanager
 def recorded_bindings() -> Iterator[dict[int, Bound]]:
-    """Every binding of a cache that is made inside, as ONNX Runtime is told of it: by whom does not matter."""
+    """Every binding of a cache that is made inside, as ONNX Runtime receives it: by whom does not matter."""
     found: dict[int, Bound] = {}
     bind_input, bind_output = ort.IOBinding.bind_input, ort.IOBinding.bind_output
 
@@ -171,7 +171,7 @@ class CacheStep:
 
 
 def watch_cache(exported: Path, slots: int, context: int) -> CacheStep:
-    """One decode step of all slots, told by the addresses that were bound and by the bytes behind them."""
+    """One decode step of all slots, observed by the addresses that were bound and by the bytes behind them."""
     engine = Engine.load(exported, slots=slots)
     _fill(engine, context)
     with recorded_bindings() as found:
@@ -210,9 +210,9 @@ def cache_rows(exported: Path, precision: Precision, slots: int, context: int) -
     rows = [Row("KV cache copied by a step", setting, str(seen.copied), "bytes", promise("0", seen.copied == 0))]
     if seen.appended is not None:
         whole = seen.appended == seen.buffers
-        told = f"{seen.appended} of {seen.buffers}"
+        share = f"{seen.appended} of {seen.buffers}"
         setting = "behind the address of past, only the new token's place changed"
-        rows.append(Row("· seen in memory", setting, told, "buffers", promise("all", whole)))
+        rows.append(Row("· seen in memory", setting, share, "buffers", promise("all", whole)))
     return rows
 
 

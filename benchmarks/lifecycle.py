@@ -9,7 +9,7 @@ imported, so it runs wherever torch and ONNX Runtime do. Data is generated anew,
 --data names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
 recipe's own unless workload. --scale multiplies data, pretraining tokens and RL steps.
 
-All cases are answered after every stage. The last line says whether the project's thresholds hold for every seed; if
+All cases are answered after every stage. The last line reports whether the project's thresholds hold for every seed; if
 not, the exit code is 1.
 """
 
@@ -112,7 +112,7 @@ def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseRepor
 
 def train_stage(workload: Workload, stage: TrainStage, network: Decoder, keep: Path) -> tuple[list[str], str]:
     """Train to the end. Cells: tokens, tokens/s of the whole (compilation, rollouts), and of the median step's compute
-    and optimizer alone. Notes: what the last steps say of a policy's rollouts, or the last loss."""
+    and optimizer alone. Notes: what the last steps report of a policy's rollouts, or the last loss."""
     reports = list[StepReport]()
     objective, batches = workload.build(stage, network)
     result = run_training(

@@ -1,6 +1,6 @@
 """From a failure to the layer that owns it, and what to do there next.
 
-Debugging starts by knowing which loop owns the failure: weights (data, training), or what stands around frozen weights
+Debugging starts by knowing which loop owns the failure: weights (data, training), or what surrounds frozen weights
 (retrieval, prompt, serving, release). A failure may show several signs; the gravest decides.
 """
 

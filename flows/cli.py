@@ -172,7 +172,7 @@ def documents_history(document_id: Annotated[str, typer.Argument()], model: Mode
 
 @data_app.command("build")
 def data_build() -> int:
-    """Bring data/ to the version that params.yaml and the generator stand for."""
+    """Bring data/ to the version of params.yaml and the generator."""
     from twinloop.records.dataset import build_data
 
     version = build_data(_project())
@@ -186,7 +186,7 @@ def data_check() -> int:
     from twinloop.records.dataset import check_data
 
     version = check_data(_project())
-    typer.echo(f"{version.path}: {version.md5}, as data.dvc says")
+    typer.echo(f"{version.path}: {version.md5}, as in data.dvc")
     return 0
 
 

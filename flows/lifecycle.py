@@ -96,7 +96,7 @@ def release_check(recipe: str | None = None) -> str:
 
 @flow(name="data-refresh", validate_parameters=False)
 def data_refresh(recipe: str | None = None) -> None:
-    """Rebuild and validate the data sets, or say what is wrong with them."""
+    """Rebuild and validate the data sets. Raises UserError for what is wrong with them."""
     project, path, settings = _open(recipe)
     with make_display() as display:
         _prepare(Context.of(project, path, settings, display), settings)

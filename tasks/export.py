@@ -20,7 +20,7 @@ COMPARED_TOKENS = 96
 def export_stage(
     context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
 ) -> Artifact:
-    """An exported model; its parity with the network stands in the metrics."""
+    """An exported model; its parity with the network is in the metrics."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch

@@ -51,9 +51,9 @@ def _register(
 
 @task(name="promote", persist_result=False)
 def promote_if_shipped(context: Context, *, version: Version, report: GateReport) -> Promotion | None:
-    """Keep the gate's report with the version, and make it the champion where that says SHIP.
+    """Keep the gate's report with the version, and make it the champion where that is SHIP.
 
-    Raises UserError for a version that was champion and was rolled back: that one returns by hand only.
+    Raises UserError for a version that was champion and was rolled back: that one returns only by `twinloop promote`.
     """
     registry = Registry(context.mlruns, context.recipe)
     if report.decision == "BLOCK":

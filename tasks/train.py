@@ -1,4 +1,4 @@
-"""A stage of training: a model directory and records in, a model directory out. Which method, the recipe says."""
+"""A stage of training: a model directory and records in, a model directory out. The recipe names the method."""
 
 from __future__ import annotations
 

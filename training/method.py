@@ -1,4 +1,4 @@
-"""A training method: one module that says what is learned from which records. A recipe's stage names it.
+"""A training method: one module that defines what is learned from which records. A recipe's stage names it.
 
 A method's module holds
 

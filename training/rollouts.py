@@ -46,7 +46,7 @@ class _Group:
 
 
 class RolloutStream:
-    """The loop's batches, sampled from the network as it stands at each rollout.
+    """The loop's batches, sampled from the network's weights at each rollout.
 
     A function of the weights, the seed and the position alone: a resumed run samples what the stopped one would have.
     """

@@ -59,7 +59,7 @@ def _write_value(value: object) -> str:
 def mutate(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Every (name, output) that is the gold answer with one thing wrong.
 
-    What a case makes right is left out: a distractor may say the very words of the policy.
+    What a case makes right is left out: a distractor may contain the very words of the policy.
     """
     return ((name, output) for name, output in _mutations(gold, facts) if output != gold)
 
