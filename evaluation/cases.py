@@ -94,7 +94,7 @@ class CaseFailure(_Record):
 
 
 class CaseReport(_Record):
-    """What the cases showed. An unparsed answer fails every predicate, except a critical one that holds by its verdict."""
+    """What the cases showed. An unparsed answer fails every predicate, except critical ones that its verdict holds."""
 
     cases_digest: str
     """Equal for two reports on the same cases: only then are they comparable case by case."""

@@ -1,4 +1,4 @@
-"""Measurements measure what they say: the baseline is the same network, a copied cache is seen, a shortfall is told."""
+"""The baseline is the same network, a copied cache is seen, a missed target is reported."""
 
 from __future__ import annotations
 

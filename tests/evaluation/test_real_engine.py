@@ -1,4 +1,4 @@
-"""Cases and texts through the real engine: an untrained network fails everything, honestly."""
+"""Cases and texts through the real engine: an untrained network fails every case."""
 
 import math
 from pathlib import Path
@@ -85,6 +85,6 @@ def test_the_plan_knows_the_engines_memory(exported: Path, network: Decoder, slo
     engine = Engine.load(exported, slots=slots, max_length=max_length, threads=1)
     plan = serving_memory(network.config, precision="fp32", slots=slots, max_length=max_length)
     rotary_tables = 2 * 4 * 528 * 16  # of the exported model's own length
-    # Vectors under 1 KiB stand in the graph's own file, and the weights' file is aligned.
+    # Vectors under 1 KiB are in the graph's own file, and the weights' file is aligned.
     expected = plan.weights_bytes + plan.kv_cache_bytes + rotary_tables
     assert engine.memory_bytes == pytest.approx(expected, abs=4096)
