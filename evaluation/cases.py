@@ -178,7 +178,7 @@ def run_cases(
     no cases.
     """
     if not cases:
-        raise UserError("cases: there are none to run; nothing can be said about a model without them")
+        raise UserError("cases: there are none to run; a model cannot be judged without them")
     if not domain.has("verify"):
         return _report([], domain)
     greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))

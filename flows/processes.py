@@ -47,7 +47,7 @@ def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], 
         if child.poll() is not None or time.monotonic() > deadline:
             if not has_space(log):  # which could not take the reason
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
-            raise UserError(f"{name}: did not come up ({_last_error(log, before)}); see {log}")
+            raise UserError(f"{name}: did not start ({_last_error(log, before)}); see {log}")
         time.sleep(0.2)
 
 

@@ -42,7 +42,7 @@ def load_served_domain(version: Version | Served, project: Path) -> Domain:
 
 
 def open_documents(project: Path, domain: Domain) -> DocumentStore:
-    """The documents that answers are given under; a store that is still empty starts with those of the data set."""
+    """The documents that answers are based on; a store that is still empty starts with those of the data set."""
     store = DocumentStore(project / "state" / "documents.db", domain.check_document)
     if domain.passages and store.digest() == EMPTY_DIGEST and (documents := _documents_of(project / "data", domain)):
         store.seed(documents)

@@ -1,4 +1,4 @@
-"""The promotion ledger: what was in production, since when, let through by whom. JSON lines, only ever appended to.
+"""The promotion ledger: what was in production, since when, and who promoted it. JSON lines, only ever appended to.
 
 One promotion is two lines. The intent is on disk before an alias moves, the commit after the last one has moved; an
 intent without an end means that a process died in between, and names what to finish. Each line holds the sha256 of the

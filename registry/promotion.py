@@ -355,7 +355,7 @@ def _not_refuted(version: Version, report: GateReport, committed: list[Entry], *
         raise UserError(f"{taken_back}; if it is to come back, {again} and `twinloop promote {version.version}`")
     let_through = {e.gate_digest for e in committed if e.action == "promote" and e.to_version == version.version}
     if report.digest() in let_through:
-        raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that sees why")
+        raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that detects the cause")
 
 
 def _gate_file(registry: Registry, digest: str) -> Path:

@@ -23,8 +23,8 @@ def check_auditable(loaded: LoadedDomain) -> None:
 
     if missing := [part for part in NEEDED if not loaded.domain.has(part)]:
         raise UserError(
-            f"{loaded.file}: the domain {loaded.domain.name} defines no {', no '.join(missing)}; RL is paid by its "
-            "verifier, and needs them to audit it first"
+            f"{loaded.file}: the domain {loaded.domain.name} defines no {', no '.join(missing)}; its verifier "
+            "gives the rewards of RL, and cannot be audited without them"
         )
 
 

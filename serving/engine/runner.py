@@ -163,8 +163,8 @@ class ModelRunner:
     def decode(self, first: int, tokens_B: np.ndarray, active_B: np.ndarray) -> np.ndarray:
         """One step of the slots first .. first + B: append a token to each active one, whatever their lengths.
 
-        tokens_B: int64, active_B: bool. Idle rows go along unchanged (their tokens are ignored), active ones must have
-        room. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
+        tokens_B: int64, active_B: bool. Idle rows go along unchanged (their tokens are ignored), active ones must not
+        be full. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
         """
         count = len(tokens_B)
         step = self._binding(first, count, 1, count)
