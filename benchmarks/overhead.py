@@ -3,7 +3,7 @@
     python -m benchmarks.overhead [recipes/returns.yaml] [--device cuda] [--seconds 60]
 
 The real task on real data, in a project of its own in a temporary folder, on an embedded Prefect server. What happens
-once a run (the server, imports, tables of both databases) is reported separately: no stage pays it.
+once a run (the server, imports, tables of both databases) is reported separately: it is no cost of a stage.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Verdict:
 
     checks: one boolean for each predicate of the domain. reasons: for each check that failed, why, in words for people.
     output: the answer as data (an object, a label, a number); None where it has not the form that is wanted, and then
-    `parsed` is False. reward: what RL pays for it, from 0 to 1; an answer with reward 1 passes.
+    `parsed` is False. reward: of RL, from 0 to 1; an answer with reward 1 passes.
     """
 
     checks: Mapping[str, bool]
@@ -206,7 +206,7 @@ class Domain:
         return validate_fields(self.facts, record["facts"]) if self.facts else record.get("facts")
 
     def verify(self, output: str, facts: Any) -> Verdict:
-        """Judge an answer by what is trusted: pays rewards in RL and judges cases."""
+        """Judge an answer by what is trusted: gives the rewards of RL and judges cases."""
         raise NotImplementedError(f"{self.name} has no verifier")
 
     def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
@@ -222,11 +222,11 @@ class Domain:
         return {}
 
     def gold(self, facts: Any) -> str:
-        """The right answer to a case: what the audit expects the verifier to pay."""
+        """The right answer to a case: what the audit expects the verifier to accept."""
         raise NotImplementedError(f"{self.name} has no gold answers")
 
     def wrong(self, gold: str, facts: Any) -> Iterable[tuple[str, str]]:
-        """(name, output) of wrong answers and of exploits: the audit expects the verifier to pay none of them."""
+        """(name, output) of wrong answers and of exploits: the audit expects the verifier to accept none of them."""
         raise NotImplementedError(f"{self.name} has no wrong answers to audit its verifier with")
 
     # --- serving --------------------------------------------------------------------------------------------------

@@ -110,7 +110,7 @@ class _Latest(ProgressColumn):
 
 
 class LiveDisplay:
-    """One bar for the stage at work; finished stages are printed above it."""
+    """One bar for the running stage; finished stages are printed above it."""
 
     def __init__(self) -> None:
         self._bars = Progress(

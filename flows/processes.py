@@ -26,7 +26,7 @@ MARK = "TWINLOOP_SERVICE"
 
 
 def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], bool]) -> None:
-    """Start it, and return once it is ready. Raises UserError, with what it said last, where that does not come."""
+    """Start it, and return once it is ready. Raises UserError, with its last output, where it does not get ready."""
     pid_file = _pid_file(project, name)
     pid_file.parent.mkdir(parents=True, exist_ok=True)
     log = pid_file.with_suffix(".log")

@@ -31,7 +31,7 @@ PAD, BOS, SYSTEM, USER, ASSISTANT, END = (
 SPECIAL_TOKENS = (PAD, BOS, SYSTEM, USER, ASSISTANT, END)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
-# The space is glued to the end of a word, so "damaged" is one token in every position; each digit is its own token,
+# The space is attached to the end of a word, so "damaged" is one token in every position; each digit is its own token,
 # because comparison of numbers generalises over digits and not over whole numbers. So is each space beyond the first
 # before a number: right-aligned numbers then have as many tokens each.
 PRE_TOKENS = r"[A-Za-z_]+ ?|\d|(?<= ) (?= *\d)|[^A-Za-z_\d]+? (?= +\d)|[^A-Za-z_\d]+"

@@ -225,7 +225,7 @@ class ArtifactStore:
                     with lock.acquire(blocking=False):
                         shutil.rmtree(leftover, ignore_errors=True)
                 except Timeout:
-                    continue  # alive: another process is at it
+                    continue  # in use by another process
 
 
 def artifact_key(stage: str, settings: Mapping[str, Any], input_digests: Mapping[str, str], code: str) -> str:
@@ -280,7 +280,7 @@ def _walk(folder: Path) -> list[Path]:
 def _newest(folder: Path) -> float:
     try:
         return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
-    except FileNotFoundError:  # its owner is at work: a newer checkpoint replaced it
+    except FileNotFoundError:  # its owner is running: a newer checkpoint replaced it
         return time.time()
 
 

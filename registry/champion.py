@@ -33,7 +33,7 @@ RETRY_EVERY_S = 5.0
 
 
 def load_served_domain(version: Version | Served, project: Path) -> Domain:
-    """What a version is for. Raises UserError where the registry does not say it, or where it cannot be loaded."""
+    """What a version is for. Raises UserError where the registry does not name it, or where it cannot be loaded."""
     name = version.domain
     try:
         return load_domain(name, project).domain

@@ -330,7 +330,7 @@ class Registry:
         versions = {}
         for number, run_id, raw in rows:
             own = _unprefixed(raw)
-            if "path" in own:  # else somebody registered it by other means: not ours to judge
+            if "path" in own:  # else somebody registered it by other means: no version of ours
                 versions[number] = Version(self.name, number, self.mlruns.root / own["path"], run_id, own)
         return Snapshot(dict(sorted(versions.items())), aliases, _unprefixed(tags))
 
@@ -338,7 +338,7 @@ class Registry:
 def _domain_of(version: object, tags: Mapping[str, str]) -> str:
     if "domain" not in tags:
         raise UserError(
-            f"{version}: the registry does not say which domain it is for; set its tag {_PREFIX}domain in MLflow to "
+            f"{version}: the registry does not name its domain; set its tag {_PREFIX}domain in MLflow to "
             "what the recipe names, such as returns"
         )
     return tags["domain"]

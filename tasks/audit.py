@@ -1,4 +1,4 @@
-"""The verifier's audit: before it pays rewards, wrong answers that look right are tried on it."""
+"""The verifier's audit: before it gives rewards, wrong answers that look right are tried on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_auditable(loaded: LoadedDomain) -> None:
 
 
 def audit_stage(context: Context, *, data: Artifact) -> Artifact:
-    """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
+    """audit.json. Raises UserError when a single wrong answer would be rewarded: no RL runs on such a verifier."""
     loaded = context.loaded_domain
     check_auditable(loaded)
 

@@ -30,7 +30,7 @@ class Progress(Protocol):
     def started(self, stage: str) -> None: ...
 
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
-        """`done` of `total` units of work are behind us; `metrics` are the latest values."""
+        """`done` of `total` units of work are done; `metrics` are the latest values."""
 
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
         """`seconds` is None where it was already done. `name` identifies the result: a key, a digest, a version."""

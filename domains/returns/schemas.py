@@ -107,7 +107,7 @@ def _fact_rules(*, optional: bool) -> Rules:
 
 
 def _judgeable_rules() -> Rules:
-    """Facts by which answers are paid or judged: under a policy without a window none would be right."""
+    """Facts by which answers are rewarded or judged: under a policy without a window none would be right."""
     window = window_of(_POLICY.struct.field("text"))
     return {"facts has a policy that names no window": window.is_not_null(), **_fact_rules(optional=False)}
 

@@ -1,4 +1,4 @@
-"""What the verifier pays for, and what it does not even read as a decision."""
+"""What the verifier accepts, and what it does not even read as a decision."""
 
 from __future__ import annotations
 
