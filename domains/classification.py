@@ -30,7 +30,7 @@ NEEDS = (
     "it needs your labels: write `domain = Classification(labels=[...])` in a file of yours, and name that, such as "
     "./tickets.py (`twinloop init` makes one)"
 )
-"""What a recipe that names this module itself is told."""
+"""The error for a recipe that names this module itself."""
 
 MAX_TEXT_CHARACTERS = 4000
 """Of a request: a longer text fits no small model's context, and would be refused there with a less clear reason."""
@@ -61,7 +61,7 @@ class Classification(Domain):
         """labels: what the model may answer. instruction: the system message; by default it lists the labels.
 
         example: a text that the model must be able to label before it is served. Raises UserError for labels that
-        cannot be told apart.
+        cannot be distinguished.
         """
         self.labels = tuple(labels)
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
@@ -122,8 +122,10 @@ class Classification(Domain):
             return {}
         right = {label: pairs[label, label] for label in self.labels}
         true = {label: sum(count for (is_, _), count in pairs.items() if is_ == label) for label in self.labels}
-        told = {label: sum(count for (_, told_), count in pairs.items() if told_ == label) for label in self.labels}
-        f1 = [2 * right[label] / (true[label] + told[label]) for label in self.labels if true[label]]
+        answered = {
+            label: sum(count for (_, answered_), count in pairs.items() if answered_ == label) for label in self.labels
+        }
+        f1 = [2 * right[label] / (true[label] + answered[label]) for label in self.labels if true[label]]
         return {"accuracy": sum(right.values()) / pairs.total(), "macro_f1": sum(f1) / len(f1)}
 
     def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:

@@ -143,7 +143,7 @@ class Derived:
     """How records are made where there is no file of them, from the rows that people have.
 
     source: the record type of these rows. make(row, line): the record for a row, and the line of its file that it
-    stands on.
+    is on.
     """
 
     source: str

@@ -46,7 +46,7 @@ def write_decision(
 def write_json(decision: Mapping[str, object]) -> str:
     """Write a decision as the model learns it: JSON with its numbers right-aligned.
 
-    Digits of the same place are then as far apart in every answer, so that one comparison serves numbers of any length.
+    Digits of the same place then have the same distance in every answer: one comparison serves numbers of any length.
     """
     fields = (f"{json.dumps(name)}: {_write_value(value)}" for name, value in decision.items())
     return f"{{{', '.join(fields)}}}"

@@ -13,10 +13,10 @@ import venv
 from pathlib import Path
 
 import pytest
-import yaml
 from small_project import PACKAGES, PROJECT, environment, twinloop
 
 from twinloop.common.errors import UserError
+from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.loader import load_domain
 from twinloop.evaluation.gate import load_rules
 from twinloop.flows.init import KINDS, init_project
@@ -36,9 +36,9 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     task = load_domain(recipe.domain, project).domain
     load_rules(project / recipe.gate.rules, task)
     assert task.params is not None
-    params = yaml.safe_load((project / "params.yaml").read_text())["generate"]
+    params = parse_yaml((project / "params.yaml").read_text())["generate"]
     task.params.model_validate(params)
-    deployed = yaml.safe_load((project / "prefect.yaml").read_text())
+    deployed = parse_yaml((project / "prefect.yaml").read_text())
     assert deployed["name"] == "my-e-mails"
     assert len((project / "README.md").read_text().splitlines()) <= 12
     assert "$" not in (project / "README.md").read_text()

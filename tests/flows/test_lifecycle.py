@@ -123,10 +123,10 @@ def test_corrupted_bytes_and_lost_files_are_noticed_and_built_again(project: Pat
         file.write_bytes(content)
     [lost] = project.glob("artifacts/audit/[0-9a-f]*/audit.json")
     lost.unlink()
-    mended = twinloop(project, "run", "recipes/small.yaml")
-    assert mended.returncode == 0, mended.stderr
-    assert stages(mended.stdout)["done in"] == {"sft", "tokenize", "audit"}
-    notices = [line for line in mended.stdout.splitlines() if "building it again" in line]
+    rebuilt = twinloop(project, "run", "recipes/small.yaml")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert stages(rebuilt.stdout)["done in"] == {"sft", "tokenize", "audit"}
+    notices = [line for line in rebuilt.stdout.splitlines() if "building it again" in line]
     assert [line.split("/")[0] for line in notices] == ["! tokenize", "! sft", "! audit"]
     assert "audit.json is missing" in notices[-1]
     assert artifacts(project) == before

@@ -76,10 +76,10 @@ def test_corruption_is_reported_in_one_line_and_built_again(
     sound = run(store, stage)
     change(sound.path)  # type: ignore[operator]
     with caplog.at_level(logging.WARNING):
-        mended = run(store, stage)
+        rebuilt = run(store, stage)
     assert stage.built == 2
-    assert mended.digest == sound.digest
-    assert integrity_error(mended.path, mended.manifest) is None
+    assert rebuilt.digest == sound.digest
+    assert integrity_error(rebuilt.path, rebuilt.manifest) is None
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
     assert run(store, stage).reused
