@@ -37,7 +37,7 @@ from twinloop.domains import generate
 log = logging.getLogger(__name__)
 
 DATA_DIR = "data"
-ASIDE = "data.kept"
+ASIDE = "data.aside"
 REPRO = ("repro", "dvc.yaml", "data.dvc")
 """`dvc repro` alone leaves data.dvc out where no stage reads data/."""
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
