@@ -26,7 +26,7 @@ from benchmarks.torch_sampler import TorchSampler
 from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.models.config import Precision
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams, choose
 from twinloop.training.sampler import BoundSampler
@@ -67,23 +67,23 @@ def step_rows(workload: Workload, precision: Precision) -> list[Row]:
     """Time of a step by slots, and what the widest one copies."""
     rows = []
     with TemporaryDirectory() as folder:
-        model, bundle = Path(folder) / "model", Path(folder) / "bundle"
+        model, exported = Path(folder) / "model", Path(folder) / "exported"
         save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
-        export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
+        export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
         for slots in SLOTS:
-            times = time_steps(bundle, slots, workload.context)
+            times = time_steps(exported, slots, workload.context)
             setting = f"{precision}, {slots} x {workload.context} tokens"
             rows += [
                 Row("decode step", setting, f"{1000 * times.median_s:.3f}", "ms"),
                 Row("· 95th percentile", setting, f"{1000 * times.p95_s:.3f}", "ms"),
                 Row("· outside ONNX Runtime", setting, percent(times.outside), "% of the step"),
             ]
-        return rows + cache_rows(bundle, precision, slots, workload.context)
+        return rows + cache_rows(exported, precision, slots, workload.context)
 
 
-def time_steps(bundle: Path, slots: int, context: int, *, threads: int | None = None) -> StepTimes:
-    """Steps of all slots, each drawn and fed back, as `generate` does; the run inside is timed apart."""
-    engine = Engine.load(bundle, slots=slots, threads=threads)
+def time_steps(exported: Path, slots: int, context: int, *, threads: int | None = None) -> StepTimes:
+    """Steps of all slots, each drawn and fed back, as `generate` does; the run inside is timed separately."""
+    engine = Engine.load(exported, slots=slots, threads=threads)
     _fill(engine, context)
     inside: list[float] = []
     run = ort.InferenceSession.run_with_iobinding
@@ -133,7 +133,7 @@ class Bound:
 
 @contextmanager
 def recorded_bindings() -> Iterator[dict[int, Bound]]:
-    """Every binding of a cache that is made inside, as ONNX Runtime is told of it: by whom does not matter."""
+    """Every binding of a cache that is made inside, as ONNX Runtime receives it: by whom does not matter."""
     found: dict[int, Bound] = {}
     bind_input, bind_output = ort.IOBinding.bind_input, ort.IOBinding.bind_output
 
@@ -170,9 +170,9 @@ class CacheStep:
     appended: int | None
 
 
-def watch_cache(bundle: Path, slots: int, context: int) -> CacheStep:
-    """One decode step of all slots, told by the addresses that were bound and by the bytes behind them."""
-    engine = Engine.load(bundle, slots=slots)
+def watch_cache(exported: Path, slots: int, context: int) -> CacheStep:
+    """One decode step of all slots, observed by the addresses that were bound and by the bytes behind them."""
+    engine = Engine.load(exported, slots=slots)
     _fill(engine, context)
     with recorded_bindings() as found:
         engine.decode(0, np.zeros(slots, np.int64), np.ones(slots, bool))  # binds, and appends position `context`
@@ -194,25 +194,25 @@ def watch_cache(bundle: Path, slots: int, context: int) -> CacheStep:
 
 
 def _read(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    """A copy of the float32 cache [S, K, M, E] that lies there."""
+    """A copy of the float32 cache [C, K, M, E] that lies there."""
     return np.frombuffer(ctypes.string_at(address, int(np.prod(shape)) * 4), np.float32).reshape(shape)
 
 
 def _appended(before: np.ndarray, after: np.ndarray, position: int) -> bool:
     """Whether every slot and head got a new entry at this position, and nothing else changed."""
-    changed_SKM = (before != after).any(axis=-1)
-    return bool(changed_SKM[:, :, position].all()) and int(changed_SKM.sum()) == changed_SKM[:, :, position].size
+    changed_CKM = (before != after).any(axis=-1)
+    return bool(changed_CKM[:, :, position].all()) and int(changed_CKM.sum()) == changed_CKM[:, :, position].size
 
 
-def cache_rows(bundle: Path, precision: Precision, slots: int, context: int) -> list[Row]:
-    seen = watch_cache(bundle, slots, context)
+def cache_rows(exported: Path, precision: Precision, slots: int, context: int) -> list[Row]:
+    seen = watch_cache(exported, slots, context)
     setting = f"{precision}, {slots} slots, past and present of {seen.buffers} buffers by address"
     rows = [Row("KV cache copied by a step", setting, str(seen.copied), "bytes", promise("0", seen.copied == 0))]
     if seen.appended is not None:
         whole = seen.appended == seen.buffers
-        told = f"{seen.appended} of {seen.buffers}"
+        share = f"{seen.appended} of {seen.buffers}"
         setting = "behind the address of past, only the new token's place changed"
-        rows.append(Row("· seen in memory", setting, told, "buffers", promise("all", whole)))
+        rows.append(Row("· seen in memory", setting, share, "buffers", promise("all", whole)))
     return rows
 
 

@@ -4,12 +4,12 @@
         [--data raw]
 
 Tokenizer, every stage of the recipe, RL with rollouts on the bound engine, export in the precisions of the
-device, evaluation of each bundle in the engine that serves it. Nothing of Prefect, MLflow, DVC or polars is imported,
-so it runs wherever torch and ONNX Runtime do. Data is generated anew, and goes in without validation, unless --data
-names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
+device, evaluation of each exported model in the engine that serves it. Nothing of Prefect, MLflow, DVC or polars is
+imported, so it runs wherever torch and ONNX Runtime do. Data is generated anew, and goes in without validation, unless
+--data names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
 recipe's own unless workload. --scale multiplies data, pretraining tokens and RL steps.
 
-All cases are answered after every stage. The last line says whether the project's thresholds hold for every seed; if
+All cases are answered after every stage. The last line reports whether the project's thresholds hold for every seed; if
 not, the exit code is 1.
 """
 
@@ -36,7 +36,7 @@ from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import Precision
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.tasks.parity import parity
@@ -73,13 +73,13 @@ def main() -> int:
 
 
 def run(workload: Workload, seeds: Sequence[int], work: Path) -> int:
-    """Every seed's stages in turn, each row as soon as it is done; then the bundles, then the verdict."""
+    """Every seed's stages in turn, each row as soon as it is done; then the exported models, then the verdict."""
     seeded = {seed: replace(workload, runtime=workload.runtime.model_copy(update={"seed": seed})) for seed in seeds}
     print_head("seed", "stage", "seconds", "tokens", "tokens/s", "steady", *RESULTS, "notes")
     found = {seed: run_stages(one, seed, work / str(seed)) for seed, one in seeded.items()}
     print()
     print_head(
-        "seed", "bundle", "export s", "logit gap", "tokens agreed", *RESULTS, "bits per byte", "cases/s",
+        "seed", "exported model", "export s", "logit gap", "tokens agreed", *RESULTS, "bits per byte", "cases/s",
         *(f"step ms, {slots} slots" for slots in SLOTS),
     )  # fmt: skip
     for seed, one in seeded.items():
@@ -103,16 +103,16 @@ def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseRepor
         cells, notes = train_stage(workload, stage, network, work / f"{stage.name}-kept")
         save_model(model, workload.config, get_weights(network), workload.tokenizer)
         seconds = time.perf_counter() - began
-        bundle = work / f"{stage.name}-{precision}"
-        export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
-        reports[stage.name], _ = answer(workload, bundle)
+        exported = work / f"{stage.name}-{precision}"
+        export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
+        reports[stage.name], _ = answer(workload, exported)
         print_row(str(seed), stage.name, f"{seconds:.1f}", *cells, *results(reports[stage.name]), notes)
     return reports
 
 
 def train_stage(workload: Workload, stage: TrainStage, network: Decoder, keep: Path) -> tuple[list[str], str]:
     """Train to the end. Cells: tokens, tokens/s of the whole (compilation, rollouts), and of the median step's compute
-    and optimizer alone. Notes: what the last steps say of a policy's rollouts, or the last loss."""
+    and optimizer alone. Notes: what the last steps report of a policy's rollouts, or the last loss."""
     reports = list[StepReport]()
     objective, batches = workload.build(stage, network)
     result = run_training(
@@ -159,10 +159,10 @@ def scaled(recipe: Recipe, scale: float) -> Recipe:
 # --- judging -----------------------------------------------------------------------------------------------------
 
 
-def answer(workload: Workload, bundle: Path) -> tuple[CaseReport, float]:
+def answer(workload: Workload, exported: Path) -> tuple[CaseReport, float]:
     """What the engine answers to the cases, judged; and cases a second."""
     settings = workload.recipe.evaluate
-    engine = Engine.load(bundle, slots=settings.slots, threads=workload.runtime.threads)
+    engine = Engine.load(exported, slots=settings.slots, threads=workload.runtime.threads)
     cases = read_cases(workload.records("cases"), workload.domain)
     began = time.perf_counter()
     found = run_cases(engine, workload.tokenizer, cases, workload.domain, Answering(settings.max_new_tokens))
@@ -171,18 +171,18 @@ def answer(workload: Workload, bundle: Path) -> tuple[CaseReport, float]:
 
 def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     """The last stage's network, exported and measured: cells of its row."""
-    model, bundle = work / workload.recipe.train[-1].name, work / precision
+    model, exported = work / workload.recipe.train[-1].name, work / precision
     threads, tokenizer = workload.runtime.threads, workload.tokenizer
     began = time.perf_counter()
-    export_bundle(model, bundle, precision=precision, max_length=workload.recipe.base.max_length)
+    export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
     seconds = time.perf_counter() - began
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in workload.records("cases")][:COMPARED_PROMPTS]
     greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=(tokenizer.stop_id,))
-    same = parity(model, bundle, prompts, greedy, threads=threads)
-    found, speed = answer(workload, bundle)
-    engine = Engine.load(bundle, slots=1, threads=threads)
+    same = parity(model, exported, prompts, greedy, threads=threads)
+    found, speed = answer(workload, exported)
+    engine = Engine.load(exported, slots=1, threads=threads)
     text = score_texts(engine, tokenizer, (record["text"] for record in workload.records("corpus_heldout")))
-    steps = [time_steps(bundle, slots, workload.context, threads=threads).median_s for slots in SLOTS]
+    steps = [time_steps(exported, slots, workload.context, threads=threads).median_s for slots in SLOTS]
     return [
         f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.token_agreement:.2%} of {same.tokens}", *results(found),
         f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),

@@ -3,7 +3,7 @@
     python -m benchmarks.overhead [recipes/returns.yaml] [--device cuda] [--seconds 60]
 
 The real task on real data, in a project of its own in a temporary folder, on an embedded Prefect server. What happens
-once a run (the server, imports, tables of both databases) is told apart: no stage pays it.
+once a run (the server, imports, tables of both databases) is reported separately: it is no cost of a stage.
 """
 
 from __future__ import annotations
@@ -164,15 +164,15 @@ def run_stage(workload: Workload, tokens: int) -> Stage:
                     started = time.perf_counter()
                     model = train(context, stage, workload.runtime, data=data, model=base, audit=None)
                     whole = time.perf_counter() - started
-                told, spent = model.metrics, clock.seconds
+                metrics, spent = model.metrics, clock.seconds
                 return Stage(
                     whole=whole,
-                    loop=sum(told[f"seconds_{part}"] for part in ("data", "compute", "optimizer")),
+                    loop=sum(metrics[f"seconds_{part}"] for part in ("data", "compute", "optimizer")),
                     orchestration=whole - spent["run"],
                     tracking=spent["opening"] + spent["logging"] + spent["closing"],
                     tracking_in_loop=spent["logging"],
                     store=spent["run"] - model.manifest.seconds,
-                    steps=told["steps"],
+                    steps=metrics["steps"],
                     once=once,
                 )
 

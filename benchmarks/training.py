@@ -2,8 +2,8 @@
 
     python -m benchmarks.training [recipes/returns.yaml] [--device cuda] [--seconds 8]
 
-Each stage trains an untrained network on its own records, in its own shapes, for a few seconds. RL pays by chance,
-since the verifier would pay nothing: all groups are informative then, and their answers run to the limit. Checkpoints
+Each stage trains an untrained network on its own records, in its own shapes, for a few seconds. RL rewards at random,
+since the verifier would accept nothing: all groups give a gradient, and their answers run to the limit. Checkpoints
 and MLflow's writes come four times and twice as often as in a pipeline, so that they fall into the time measured.
 """
 
@@ -128,7 +128,7 @@ class First:
 
 
 class PaidByChance(Domain):
-    """Reads facts as the real domain does, and pays half of all answers: the same answer always the same."""
+    """Reads facts as the real domain does, and rewards half of all answers, the same ones each time."""
 
     def __init__(self, real: Domain):
         self.read_facts = real.read_facts  # type: ignore[method-assign]

@@ -77,7 +77,7 @@ class Workload:
         return sorted(map(len, self.prompts))[len(self.prompts) // 2] + self.rollouts.max_new_tokens // 2
 
     def build(self, stage: TrainStage, network: Decoder, *, domain: Domain | None = None) -> tuple[Objective, Batches]:
-        """What the stage trains on, exactly as its task does. domain: another one to pay rewards."""
+        """What the stage trains on, exactly as its task does. domain: another one to give rewards."""
         records = self.records(stage.method.records)
         judge = domain or self.domain
         return stage.method.build(records, network, self.tokenizer, stage.settings, self.runtime, judge)

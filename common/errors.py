@@ -13,11 +13,11 @@ class UserError(Exception):
 
 
 _DISK_FULL = ("no space left on device", "disk is full", "disk quota exceeded", "os error 28")
-"""As SQLite, and the libraries that write files from C++ and Rust, say it."""
+"""As worded by SQLite, and by the libraries that write files from C++ and Rust."""
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that there is no room on a disk. What it was raised from is not asked."""
+    """Whether the error means that a disk is full. The errors that it was raised from are not examined."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     text = str(error).lower()
@@ -25,11 +25,11 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """What the error says, in one line."""
+    """The message of the error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     for each in (error, error.__cause__, error.__context__):
-        # SQLAlchemy's say where they come from, the statement, its parameters and an address; what SQLite said is here.
+        # SQLAlchemy's name their origin, the statement, its parameters and an address; SQLite's own message is here.
         if isinstance(said := getattr(each, "orig", None), Exception):
             return one_line(said)
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and on disk when a function says so."""
+"""Files that are written whole or not at all, and flushed to disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ ROOM_BYTES = 4 * 2**20
 """With less on its disk, what failed there needs no other explanation: a database and its journal take a few pages."""
 
 
-def has_room(path: Path) -> bool:
-    """Whether the disk of that file, or of the folder that it would be in, has room."""
+def has_space(path: Path) -> bool:
+    """Whether the disk of that file, or of the folder that it would be in, has free space."""
     place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     return shutil.disk_usage(place).free >= ROOM_BYTES
 
@@ -44,8 +44,8 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
 
 
 def write_all(descriptor: int, content: bytes) -> None:
-    """Write to where the descriptor stands. Raises OSError, after a part perhaps: a disk that is full takes what still
-    fits, and says so only when it is asked again."""
+    """Write at the position of the descriptor. Raises OSError, after a part perhaps: a disk that is full takes what
+    still fits, and reports it only with the next write."""
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]

@@ -19,7 +19,7 @@ class NotJSONError(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """The one JSON value of a text; infinity stands for a number that is too large.
+    """The one JSON value of a text; a number that is too large is read as infinity.
 
     Raises NotJSONError, also for a key that appears twice in one object, for NaN and Infinity, and for more than
     MAX_DEPTH levels.

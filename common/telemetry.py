@@ -19,5 +19,5 @@ NO_TELEMETRY = {
 
 
 def disable_telemetry() -> None:
-    """Set NO_TELEMETRY for this process and its children, whatever the user's environment says."""
+    """Set NO_TELEMETRY for this process and its children, whatever the user's environment sets."""
     os.environ.update(NO_TELEMETRY)

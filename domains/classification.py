@@ -30,7 +30,7 @@ NEEDS = (
     "it needs your labels: write `domain = Classification(labels=[...])` in a file of yours, and name that, such as "
     "./tickets.py (`twinloop init` makes one)"
 )
-"""What a recipe that names this module itself is told."""
+"""The error for a recipe that names this module itself."""
 
 MAX_TEXT_CHARACTERS = 4000
 """Of a request: a longer text fits no small model's context, and would be refused there with a less clear reason."""
@@ -61,7 +61,7 @@ class Classification(Domain):
         """labels: what the model may answer. instruction: the system message; by default it lists the labels.
 
         example: a text that the model must be able to label before it is served. Raises UserError for labels that
-        cannot be told apart.
+        cannot be distinguished.
         """
         self.labels = tuple(labels)
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):

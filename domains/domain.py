@@ -1,8 +1,8 @@
 """What a model is for: the contract between a task and the lifecycle.
 
 A task is one Python module that defines `domain`, an instance of a subclass of `Domain`. Every part has a default; a
-stage that needs a part which the domain lacks says so before anything runs. Nothing outside of this package knows more
-of a task than what stands here. Importing a domain must be quick, and needs neither torch nor polars: what does
+stage that needs a part which the domain lacks fails before anything runs. Nothing outside of this package knows more
+of a task than what is defined here. Importing a domain must be quick, and needs neither torch nor polars: what does
 (`record_types`, a split key's expression, `generate`) is a function that imports it when it is called.
 """
 
@@ -35,7 +35,7 @@ class Verdict:
 
     checks: one boolean for each predicate of the domain. reasons: for each check that failed, why, in words for people.
     output: the answer as data (an object, a label, a number); None where it has not the form that is wanted, and then
-    `parsed` is False. reward: what RL pays for it, from 0 to 1; an answer with reward 1 passes.
+    `parsed` is False. reward: of RL, from 0 to 1; an answer with reward 1 passes.
     """
 
     checks: Mapping[str, bool]
@@ -69,8 +69,8 @@ class Predicate:
     """One thing that must hold of an answer.
 
     critical: a release with a single violation in any case is blocked by the rule `<name>_violations`. It is judged on
-    unparsed answers too: one whose verdict does not say that it holds is a violation. reason: what that rule says when
-    it fails.
+    unparsed answers too: one whose verdict does not report that it holds is a violation. reason: the message of that
+    rule when it fails.
     """
 
     title: str
@@ -85,7 +85,7 @@ class CaseKind:
 
     judged_by: `share` compares the pass rate itself (regression cases, where no exception is allowed); `lower_bound`
     the lower end of its 95% interval. pairs: cases share a `pair_id`, and a pair passes when both of its sides do.
-    reason: what a failed rule says. In a measurement of a part of the cases, `regression` kinds are always included.
+    reason: the message of a failed rule. A measurement of a part of the cases always includes the `regression` kinds.
     """
 
     title: str
@@ -143,7 +143,7 @@ class Derived:
     """How records are made where there is no file of them, from the rows that people have.
 
     source: the record type of these rows. make(row, line): the record for a row, and the line of its file that it
-    stands on.
+    is on.
     """
 
     source: str
@@ -206,7 +206,7 @@ class Domain:
         return validate_fields(self.facts, record["facts"]) if self.facts else record.get("facts")
 
     def verify(self, output: str, facts: Any) -> Verdict:
-        """Judge an answer by what is trusted: pays rewards in RL and judges cases."""
+        """Judge an answer by what is trusted: gives the rewards of RL and judges cases."""
         raise NotImplementedError(f"{self.name} has no verifier")
 
     def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
@@ -222,11 +222,11 @@ class Domain:
         return {}
 
     def gold(self, facts: Any) -> str:
-        """The right answer to a case: what the audit expects the verifier to pay."""
+        """The right answer to a case: what the audit expects the verifier to accept."""
         raise NotImplementedError(f"{self.name} has no gold answers")
 
     def wrong(self, gold: str, facts: Any) -> Iterable[tuple[str, str]]:
-        """(name, output) of wrong answers and of exploits: the audit expects the verifier to pay none of them."""
+        """(name, output) of wrong answers and of exploits: the audit expects the verifier to accept none of them."""
         raise NotImplementedError(f"{self.name} has no wrong answers to audit its verifier with")
 
     # --- serving --------------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ TEXT = "text"
 
 
 def chosen_split_keys(domain: Domain, names: Sequence[str]) -> dict[str, SplitKey | None]:
-    """The split keys of these names; None stands for the text. Raises UserError for a name that is no split key."""
+    """The split keys of these names; None means the text. Raises UserError for a name that is no split key."""
     own = domain.split_keys()
     known = [TEXT, *own]
     for name in names:

@@ -1,4 +1,4 @@
-"""Finds the domain that a recipe names, and says which code it is made of.
+"""Finds the domain that a recipe names, and lists the code it is made of.
 
 `returns` is a ready-made one, `my_package.tickets` an importable module, `./tickets.py` a file, from the project's
 folder. The module defines `domain`.

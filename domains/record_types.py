@@ -1,7 +1,7 @@
 """What a row of each data file must be: its columns, their types, and the rules that a row must keep.
 
 One `RecordType` a file, each with a pandera schema for polars. The name of a rule is the reason that a user reads
-beside a row that breaks it. The standard forms are those that people already have; a domain says what its facts are.
+beside a row that breaks it. The standard forms are those that people already have; a domain defines its facts.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_TEXT_CHARACTERS = 100_000
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 
 Rules = dict[str, pl.Expr]
-"""By the reason that a user reads: an expression with one boolean a row, where null stands for false."""
+"""By the reason that a user reads: an expression with one boolean a row, where null counts as false."""
 
 
 def text_rules(column: str, limit: int = MAX_TEXT_CHARACTERS) -> Rules:
@@ -78,7 +78,7 @@ class RecordType:
     optional_fields: frozenset[str] = frozenset()
     """Dotted paths of nested fields that may be null, such as facts.policy.window_days."""
     examine: Callable[[Mapping[str, Any]], str | None] | None = None
-    """What no expression can say: why a row cannot be used, or None. Asked of rows that keep every rule."""
+    """What no expression can state: why a row cannot be used, or None. Asked of rows that keep every rule."""
     split: Literal["train", "held_out"] | None = "train"
     """Rows to train on may share no text and no split key with rows that are held out. None: neither of the two."""
 

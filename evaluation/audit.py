@@ -1,4 +1,4 @@
-"""Is the verifier fit to pay rewards? Before any RL it judges gold answers, and wrong ones that look right."""
+"""Is the verifier fit to give rewards? Before any RL it judges gold answers, and wrong ones that look right."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Misjudged(BaseModel):
 
 
 class AuditReport(BaseModel):
-    """What the verifier was tried on. `tried` and `exploits` count wrong outputs by name: all, and those it paid."""
+    """What the verifier judged. `tried` and `exploits` count wrong outputs by name: all, and those it accepted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -43,7 +43,7 @@ class AuditReport(BaseModel):
 
     @property
     def passed(self) -> bool:
-        """Every gold answer was paid and nothing else; an audit that tried nothing has not passed."""
+        """Every gold answer was accepted and nothing else; an audit that tried nothing has not passed."""
         return self.gold_answers > 0 and bool(self.tried) and not self.gold_rejected and not self.exploits
 
     @property
@@ -51,20 +51,20 @@ class AuditReport(BaseModel):
         """One line for people."""
         wrong = sum(self.tried.values())
         if self.passed:
-            return f"verifier audit passed: {self.gold_answers} gold answers paid, {wrong} wrong answers rejected"
+            return f"verifier audit passed: {self.gold_answers} gold answers accepted, {wrong} wrong answers rejected"
         if not self.gold_answers or not self.tried:
             return "verifier audit failed: nothing was tried; give it cases, and `wrong` answers to them"
         exploits = ", ".join(f"{name} ({count})" for name, count in sorted(self.exploits.items())) or "none"
         return (
             f"verifier audit failed: {self.gold_rejected} of {self.gold_answers} gold answers rejected; "
-            f"exploits (wrong answers that were paid): {exploits}"
+            f"exploits (wrong answers that were accepted): {exploits}"
         )
 
 
 def audit_verifier(domain: Domain, facts: Iterable[Any]) -> AuditReport:
     """Try the gold answer and every wrong one of each case on the domain's verifier.
 
-    A gold answer must get 1, everything else 0: whatever else it paid, RL would find, which is reward hacking. A
+    A gold answer must get 1, everything else 0: whatever else it accepted, RL would find, which is reward hacking. A
     verifier that raises has failed on that output too: during RL it would stop the run, on an output of the model's
     choosing.
     """
@@ -86,7 +86,7 @@ def audit_verifier(domain: Domain, facts: Iterable[Any]) -> AuditReport:
             unparsed += not parsed
             if reward != 0:
                 exploits[name] += 1
-                misjudged.append(Misjudged(kind="wrong", name=name, case=index, output=output, why=why or "paid"))
+                misjudged.append(Misjudged(kind="wrong", name=name, case=index, output=output, why=why or "accepted"))
     return AuditReport(
         gold_answers=count,
         gold_rejected=rejected,

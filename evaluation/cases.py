@@ -94,7 +94,7 @@ class CaseFailure(_Record):
 
 
 class CaseReport(_Record):
-    """What the cases showed. An unparsed answer fails every predicate, except a critical one that it says holds."""
+    """What the cases showed. An unparsed answer fails every predicate, except critical ones that its verdict holds."""
 
     cases_digest: str
     """Equal for two reports on the same cases: only then are they comparable case by case."""
@@ -178,7 +178,7 @@ def run_cases(
     no cases.
     """
     if not cases:
-        raise UserError("cases: there are none to run; nothing can be said about a model without them")
+        raise UserError("cases: there are none to run; a model cannot be judged without them")
     if not domain.has("verify"):
         return _report([], domain)
     greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))

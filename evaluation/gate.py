@@ -1,8 +1,8 @@
 """The release gate: rules from a YAML file, measurements of one candidate, a decision that names its reasons.
 
-A rule file is a mapping of rule to limit. The domain says which rules there are (`rules_of`); the limits are the
+A rule file is a mapping of rule to limit. The domain defines which rules there are (`rules_of`); the limits are the
 file's. A rule whose measurement is missing blocks: nothing passes by absence. Only a regression against a champion is
-skipped, and says so, while there is none.
+skipped, and reported as such, while there is none.
 """
 
 from __future__ import annotations

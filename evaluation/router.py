@@ -1,7 +1,7 @@
 """From a failure to the layer that owns it, and what to do there next.
 
-Debugging starts by knowing which loop owns the failure: weights (data, training), or what stands around frozen weights
-(retrieval, prompt, serving, release). A failure may show several signs; the gravest decides.
+Debugging starts by knowing which loop owns the failure: weights (data, training), or what surrounds frozen weights
+(retrieval, prompt, serving, release). A failure may show several signs; the most severe decides.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def route(failure: str | Failure, domain: Domain) -> Owner:
 
 @cache
 def _signs(symptoms: Sequence[str], actions: Sequence[str]) -> tuple[tuple[Owner, tuple[Sign, ...]], ...]:
-    """By owner, in order of gravity: an invented action first, a slow answer last.
+    """By owner, in order of severity: an invented action first, a slow answer last.
 
     A sign is one expression, or several that must follow one another in the text. Each is searched after the end of the
     one before: as one expression, joined by `.*`, they would take quadratic or cubic time. That gives the same answer

@@ -1,4 +1,4 @@
-"""The champion at work: over HTTP, for one request, or asked at the end of a lifecycle."""
+"""The champion in use: over HTTP, for one request, or asked at the end of a lifecycle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STOP_WITHIN_S = 20.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said to the example of the model's domain."""
+    """The server's answer to the example of the model's domain."""
 
     request: Mapping[str, Any]
     body: Mapping[str, Any]
@@ -42,7 +42,7 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
     logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
     registry = Registry(Mlruns(project / "mlruns"), model)
     with open_champion(project, model, slots=slots) as manager:
-        # An empty token is none: it would let everybody in who sends none.
+        # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
         app = create_app(manager, admin_token=token, local_admin=is_this_machine(host))
 

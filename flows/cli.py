@@ -23,7 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-documents_app = typer.Typer(help="The documents that answers are given under.", no_args_is_help=True)
+documents_app = typer.Typer(help="The documents that answers are based on.", no_args_is_help=True)
 data_app = typer.Typer(help="The data set and its version.", no_args_is_help=True)
 app.add_typer(documents_app, name="documents")
 app.add_typer(data_app, name="data")
@@ -114,7 +114,7 @@ def gate(
 
 @app.command()
 def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = None) -> int:
-    """Make a version that the gate let through the champion."""
+    """Make a version that passed the gate the champion."""
     from twinloop.flows.status import promote_version
 
     project = _project()
@@ -145,7 +145,7 @@ def documents_put(
     text: Annotated[str, typer.Argument(help="the text; - reads stdin")],
     model: ModelName = None,
 ) -> int:
-    """Make a text the document's newest version; running servers answer under it from the next request on."""
+    """Make a text the document's newest version; running servers use it from the next request on."""
     from twinloop.flows.documents import put_document
 
     project = _project()
@@ -172,7 +172,7 @@ def documents_history(document_id: Annotated[str, typer.Argument()], model: Mode
 
 @data_app.command("build")
 def data_build() -> int:
-    """Bring data/ to the version that params.yaml and the generator stand for."""
+    """Bring data/ to the version of params.yaml and the generator."""
     from twinloop.records.dataset import build_data
 
     version = build_data(_project())
@@ -186,7 +186,7 @@ def data_check() -> int:
     from twinloop.records.dataset import check_data
 
     version = check_data(_project())
-    typer.echo(f"{version.path}: {version.md5}, as data.dvc says")
+    typer.echo(f"{version.path}: {version.md5}, as in data.dvc")
     return 0
 
 

@@ -24,7 +24,7 @@ UNITS = {"tokens_per_s": "tokens/s"}
 
 
 class Display(Protocol):
-    """What the flow tells its watcher. Also a `twinloop.tasks.context.Progress`."""
+    """What the flow reports to its user. Also a `twinloop.tasks.context.Progress`."""
 
     console: Console
 
@@ -87,7 +87,7 @@ class PlainDisplay:
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
         raise_if_interrupted()
         now = time.monotonic()
-        if self._first is None:  # reading the data before it says nothing about the pace
+        if self._first is None:  # reading the data before it has no pace
             self._first = now, done
         since, behind = self._first
         if now - self._printed < PLAIN_EVERY_S or done == behind:
@@ -110,7 +110,7 @@ class _Latest(ProgressColumn):
 
 
 class LiveDisplay:
-    """One bar for the stage at work; finished stages stand above it as lines."""
+    """One bar for the running stage; finished stages are printed above it."""
 
     def __init__(self) -> None:
         self._bars = Progress(

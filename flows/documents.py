@@ -48,7 +48,7 @@ def _documents(project: Path, model: str) -> Iterator[DocumentStore]:
 
 
 def _domain_of(project: Path, model: str) -> Domain:
-    """What a model is for: as its champion says, or, while it has none, the recipe whose name it bears."""
+    """What a model is for: as its champion's tag names it, or, while it has none, the recipe of its name."""
     from twinloop.domains.loader import load_domain
     from twinloop.tasks.recipe import load_recipe
 

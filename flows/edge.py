@@ -1,4 +1,4 @@
-"""The edge of every command: whatever a library raises becomes one line that says what, where and what to do."""
+"""The edge of every command: whatever a library raises becomes one line: what, where and what to do."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
-from twinloop.common.files import has_room
+from twinloop.common.files import has_space
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
-MAKE_ROOM = "make room and run it again: it goes on from there"
+FREE_SPACE = "free some space and run it again: it goes on from there"
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
 BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)
-"""Raised while something else was handled, these say nothing about that."""
+"""Raised while something else was handled, these do not explain that."""
 
 
 def run_command(command: Callable[[], int | None]) -> int:
@@ -46,27 +46,27 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 def explain(error: BaseException, folder: Path) -> str | None:
     """The error in one line, where it is one that a user can do something about. folder: where it happened, unless the
-    error says so itself."""
+    error names it."""
     for each in _chain(error, contexts=False):
         if isinstance(each, UserError):
             return str(each)
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            return f"{_full(_file(each), folder)}; {MAKE_ROOM}"
+            return f"{_full(_file(each), folder)}; {FREE_SPACE}"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
             return f"{folder}: a database cannot be used ({one_line(each)}); see to the permissions of its folder"
         if refused := _refused_credentials(each):
             return f"{refused} (for a server of `make up`: the line in state/prefect.auth)"
-    if not isinstance(error, BUGS) and not has_room(folder):  # Prefect's server, for one, only says that it failed
-        return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {MAKE_ROOM}"
+    if not isinstance(error, BUGS) and not has_space(folder):  # Prefect's server only reports that it failed
+        return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {FREE_SPACE}"
     return None
 
 
 def _full(file: Path | None, folder: Path) -> str:
     """Which disk is full. An error without a file may be about any."""
-    if file or not has_room(folder):
+    if file or not has_space(folder):
         return f"{file or folder}: the disk is full"
     return f"a disk is full, and it is not that of {folder}"
 

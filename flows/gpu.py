@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 @contextmanager
 def gpu_slot(project: Path, runtime: Runtime, *, shared: bool | None = None) -> Iterator[None]:
     """Hold the GPU, once nobody else does; nothing where the run needs none. shared: whether a Prefect server that is
-    not this run's own counts the jobs; None: as Prefect's settings say."""
+    not this run's own counts the jobs; None: as Prefect's settings have it."""
     with ExitStack() as held:
         if runtime.device == "cuda":
             if has_shared_server() if shared is None else shared:
@@ -40,9 +40,9 @@ def _enter_limit(held: ExitStack) -> None:
     try:
         held.enter_context(concurrency(GPU_SLOT, occupy=1, strict=True))
     except ConcurrencySlotAcquisitionError as error:
-        told = " ".join(str(error).split())
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"Prefect's global limit {GPU_SLOT}: {told}; make it with `prefect gcl create {GPU_SLOT} --limit 1`"
+            f"Prefect's global limit {GPU_SLOT}: {reason}; make it with `prefect gcl create {GPU_SLOT} --limit 1`"
         ) from None
 
 

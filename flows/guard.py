@@ -1,7 +1,7 @@
 """What protects the servers of `make up` and of a run: this machine's names, their own pages, the project's secret.
 
 Whoever may ask Prefect's server runs code as the operator, and MLflow's reads and writes files as the operator where an
-experiment says. Neither has a setting for all of this (Prefect 3.8, MLflow 3.17).
+experiment's location is. Neither has a setting for all of this (Prefect 3.8, MLflow 3.17).
 """
 
 from __future__ import annotations

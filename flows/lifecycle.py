@@ -63,9 +63,9 @@ def lifecycle(recipe: str | None = None) -> Outcome:
             for precision in settings.export.on(runtime.device)
         ]
         export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
-        bundle, *others = exported
-        report, release_rows = _judge(context, settings, runtime, rules, data=data, bundle=bundle)
-        published = _publish(context, report, checkpoints=trained.checkpoints, others=others, bundle=bundle)
+        candidate, *others = exported
+        report, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
+        published = _publish(context, report, checkpoints=trained.checkpoints, others=others, exported=candidate)
         answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
     rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
     outcome = Outcome(context.domain, rows, report, published, answer, serve_error)
@@ -96,7 +96,7 @@ def release_check(recipe: str | None = None) -> str:
 
 @flow(name="data-refresh", validate_parameters=False)
 def data_refresh(recipe: str | None = None) -> None:
-    """Rebuild and validate the data sets, or say what is wrong with them."""
+    """Rebuild and validate the data sets. Raises UserError for what is wrong with them."""
     project, path, settings = _open(recipe)
     with make_display() as display:
         _prepare(Context.of(project, path, settings, display), settings)
@@ -148,22 +148,22 @@ def _train(context: Context, settings: Recipe, runtime: Runtime, *, data: Artifa
 
 
 def _judge(
-    context: Context, settings: Recipe, runtime: Runtime, rules: GateRules, *, data: Artifact, bundle: Artifact
+    context: Context, settings: Recipe, runtime: Runtime, rules: GateRules, *, data: Artifact, exported: Artifact
 ) -> tuple[GateReport, list[StageRow]]:
     """Evaluate the exported model, and the version that it is to beat, and judge."""
-    found = evaluate(context, settings.evaluate, runtime, data=data, bundle=bundle.path, digest=bundle)
+    found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
-    baseline = version_to_beat(Registry(context.mlruns, context.recipe), bundle.digest)
+    baseline = version_to_beat(Registry(context.mlruns, context.recipe), exported.digest)
     baseline_evaluation = (
-        evaluate(context, settings.evaluate, runtime, data=data, bundle=baseline.path, digest=baseline.digest)
+        evaluate(context, settings.evaluate, runtime, data=data, exported=baseline.path, digest=baseline.digest)
         if baseline
         else None
     )
     judged = gate(
         context,
         rules,
-        bundle=bundle,
+        exported=exported,
         evaluation=found,
         champion=baseline_evaluation,
         champion_version=baseline.version if baseline else None,
@@ -175,11 +175,11 @@ def _judge(
 
 
 def _publish(
-    context: Context, report: GateReport, *, checkpoints: list[Artifact], others: list[Artifact], bundle: Artifact
+    context: Context, report: GateReport, *, checkpoints: list[Artifact], others: list[Artifact], exported: Artifact
 ) -> Publication:
     """Register everything; promote the exported model if the gate says SHIP."""
     started = time.perf_counter()
-    version = register(context, checkpoints=checkpoints, others=others, bundle=bundle)
+    version = register(context, checkpoints=checkpoints, others=others, exported=exported)
     registered = time.perf_counter()
     promotion, error = None, None
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import has_room
+from twinloop.common.files import has_space
 
 READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 20.0
@@ -26,7 +26,7 @@ MARK = "TWINLOOP_SERVICE"
 
 
 def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], bool]) -> None:
-    """Start it, and return once it is ready. Raises UserError, with what it said last, where that does not come."""
+    """Start it, and return once it is ready. Raises UserError, with its last output, where it does not get ready."""
     pid_file = _pid_file(project, name)
     pid_file.parent.mkdir(parents=True, exist_ok=True)
     log = pid_file.with_suffix(".log")
@@ -45,9 +45,9 @@ def launch(project: Path, name: str, command: list[str], *, ready: Callable[[], 
     deadline = time.monotonic() + READY_WITHIN_S
     while not ready():
         if child.poll() is not None or time.monotonic() > deadline:
-            if not has_room(log):  # which could not take the reason
+            if not has_space(log):  # which could not take the reason
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
-            raise UserError(f"{name}: did not come up ({_last_error(log, before)}); see {log}")
+            raise UserError(f"{name}: did not start ({_last_error(log, before)}); see {log}")
         time.sleep(0.2)
 
 

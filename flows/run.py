@@ -26,7 +26,7 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
                 with marked_alive(project):
                     lifecycle(str(path.relative_to(project)))
             except NotShippedError:
-                return 1  # the last page has told why
+                return 1  # the summary has shown why
     except KeyboardInterrupt:
         print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130

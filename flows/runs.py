@@ -56,7 +56,7 @@ def crash_dead_runs(project: Path) -> None:
 
 
 def crash_runs_of_pool(pool: str) -> None:
-    """Mark every unfinished run of a pool none of whose workers lives, whatever Prefect was told last."""
+    """Mark every unfinished run of a pool without a live worker as crashed, whatever its last reported state."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
 

@@ -5,7 +5,7 @@ embedded one waits at the end of a pipe whose other end its parent holds: the ke
 starts while the rest is being imported, and listens from the first moment, so nobody has to try again.
 
 Whoever may ask this server to run a deployment runs commands as the operator: it asks for the project's secret, and
-`twinloop.flows.guard` stands before it.
+`twinloop.flows.guard` filters every request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import has_room
+from twinloop.common.files import has_space
 from twinloop.flows.edge import run_command
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.secret import auth_string, prefect_client
@@ -44,7 +44,7 @@ STOP_WITHIN_S = 5.0
 
 _own: dict[str, subprocess.Popen[bytes]] = {}
 """Servers of this process by their address."""
-_adopted: set[str] = set()
+_shared: set[str] = set()
 """Those of `make up`, which may still be starting."""
 
 
@@ -58,12 +58,12 @@ def embedded_server(project: Path) -> Iterator[None]:
         yield
         return
     if url := running_prefect(project):
-        _adopted.add(url)
+        _shared.add(url)
         try:
             with prefect_client(project, url):
                 yield
         finally:
-            _adopted.discard(url)
+            _shared.discard(url)
         return
     log = _log(project)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def embedded_server(project: Path) -> Iterator[None]:
             stdout=output,
             stderr=output,
             pass_fds=[listener.fileno()],
-            start_new_session=True,  # Ctrl-C is for the run, which still has to tell the server
+            start_new_session=True,  # Ctrl-C is for the run, which still has to report its end to the server
         )
     url = f"http://{HOST}:{port}/api"
     _own[url] = child
@@ -132,15 +132,15 @@ def wait_until_ready(project: Path) -> None:
         except OSError as error:
             dead = own is not None and own.poll() is not None
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            # Our own listens before it starts: a refusal means that nobody is there, or nobody any more.
-            refused = isinstance(reason, ConnectionRefusedError) and api not in _adopted
-            if own and not has_room(project):  # its log could not take the reason
+            # Our own listens before it starts: a refused connection means that it is not there, or not any more.
+            refused = isinstance(reason, ConnectionRefusedError) and api not in _shared
+            if own and not has_space(project):  # its log could not take the reason
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_log(project).parent)) from None
             if refused or dead or time.monotonic() > deadline:
                 see = f"see {_log(project)}" if own else "start it, or unset PREFECT_API_URL"
-                see = "`make down` and `make up` start it anew" if api in _adopted else see
-                told = (_last_line(_log(project)) if dead else None) or reason
-                raise UserError(f"{url}: Prefect's server does not answer ({told}); {see}") from None
+                see = "`make down` and `make up` start it anew" if api in _shared else see
+                reason = (_last_line(_log(project)) if dead else None) or reason
+                raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
             time.sleep(0.2)
 
 

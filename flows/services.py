@@ -106,7 +106,7 @@ def services(project: Path, ports: Ports) -> dict[str, Service]:
 
 
 def up(project: Path, ports: Ports) -> None:
-    """Start what is not running, deploy, and say where everything is. Raises UserError where one does not come up."""
+    """Start what is not running, deploy, and print where everything is. Raises UserError where one does not come up."""
     (project / "mlruns").mkdir(exist_ok=True)
     # Ten processes of 265 MB otherwise (MLflow 3.17).
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
@@ -147,7 +147,7 @@ def _start_rotation(project: Path) -> None:
 
 
 def _deploy(project: Path) -> None:
-    """What docs/operations.md tells a person to type. One job at a time in the pool: each measures, or trains."""
+    """The commands of docs/operations.md. One job at a time in the pool: each measures, or trains."""
     template = ("--base-job-template", str(Path(__file__).with_name("work_pool.json")))
     _prefect(project, "work-pool", "create", POOL, "--type", "process", *template, "--overwrite")
     _prefect(project, "work-pool", "set-concurrency-limit", POOL, "1")
@@ -254,7 +254,7 @@ def main() -> int:
     elif sys.argv[1:] == ["down"]:
         down(project)
     else:
-        raise UserError("python -m twinloop.flows.services: say up or down")
+        raise UserError("python -m twinloop.flows.services: the argument is up or down")
     return 0
 
 

@@ -27,7 +27,7 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.registry.promotion import promote
     from twinloop.tasks.register import who
 
-    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), by_hand=True)
+    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
     print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
     return 0
 
@@ -73,7 +73,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         finish_interrupted(registry, who())
         version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
         if not version.servable:
-            raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; `twinloop status` names bundles")
+            raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; see `twinloop status`")
         raw, _ = data_stage(context)
         context = context.on_data(raw.md5)
         data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)

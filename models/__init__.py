@@ -1,1 +1,1 @@
-"""What every room stands on: the network, its tokenizer, the model directory and the ONNX graph."""
+"""What every other package uses: the network, its tokenizer, the model directory and the ONNX graph."""

@@ -1,4 +1,4 @@
-"""Pieces in which the rooms above compute, and by which `twinloop.models.memory` counts their buffers."""
+"""Pieces in which the packages above compute, and by which `twinloop.models.memory` counts their buffers."""
 
 PREFILL_CHUNK = 256
 """Tokens of a long prompt that go through the network at once."""

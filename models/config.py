@@ -145,7 +145,7 @@ def _refuse_foreign(fields: dict[str, Any]) -> None:
 
 
 def _refuse_sliding_window(fields: dict[str, Any], positions: int) -> None:
-    """Our attention reaches every position. Llama has no window, Qwen none unless it says so, Mistral if it has one."""
+    """Our attention reaches every position. Llama has no window, Qwen and Mistral have one where the config sets it."""
     window = fields.get("sliding_window")
     used = fields["model_type"] == "mistral" or bool(fields.get("use_sliding_window", False))
     if fields["model_type"] == "llama" or not used or window is None:

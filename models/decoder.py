@@ -1,8 +1,8 @@
 """A Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, optionally tied embeddings.
 
-Module names are Hugging Face's, so a state dict is a checkpoint of `transformers` as it stands.
+Module names are Hugging Face's, so a state dict is a checkpoint of `transformers` without any conversion.
 
-Shapes: B rows, L positions, D width, H query heads, K key-value heads, E head width, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def _flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-class _RMSNormByHand(torch.autograd.Function):
+class _CPURMSNorm(torch.autograd.Function):
     """Eight passes over memory, forward and backward, where autograd through torch's composite takes about twenty.
 
     CPU only: CUDA has a fused kernel. At width 128 a training step takes a tenth less.
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.float32:
-            return _RMSNormByHand.apply(x, self.weight, self.eps)
+            return _CPURMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -144,7 +144,7 @@ class Backbone(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The network. Vocabulary logits are apart from the hidden states: training projects only scored positions."""
+    """The network. Vocabulary logits are a separate call: training projects only scored positions."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

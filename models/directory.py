@@ -57,14 +57,14 @@ def load_config(directory: Path) -> DecoderConfig:
 def load_tensors(directory: Path) -> dict[str, np.ndarray]:
     """All weights by name, in the type they are stored in; of one file, or of the shards that an index names.
 
-    Raises UserError where a file is missing or damaged.
+    Raises UserError where a file is missing or corrupt.
     """
     tensors: dict[str, np.ndarray] = {}
     for name in _weight_files(directory):
         try:
             tensors |= load_file(_existing(directory / name))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory / name}: damaged weights ({error}); fetch or train them again") from None
+            raise UserError(f"{directory / name}: corrupt weights ({error}); fetch or train them again") from None
         except (AttributeError, KeyError) as error:  # what safetensors 0.8 raises for a type that numpy has not
             raise UserError(f"{directory / name}: a type of weights cannot be read ({error}); convert them") from None
     return tensors
@@ -94,7 +94,7 @@ def _weight_files(directory: Path) -> list[str]:
     shards = content.get("weight_map") if isinstance(content, dict) else None
     files = list(shards.values()) if isinstance(shards, dict) else []
     if not files or not all(isinstance(name, str) and Path(name).name == name for name in files):
-        raise UserError(f"{index}: weight_map does not say which file holds each tensor; fetch the checkpoint again")
+        raise UserError(f"{index}: weight_map does not map each tensor to a file; fetch the checkpoint again")
     return sorted(set(files))
 
 

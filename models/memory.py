@@ -35,7 +35,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class ServingMemory(_Plan):
-    """Memory of an engine. `weights` is the packed size alone; quantisation's `scales` stand apart from it."""
+    """Memory of an engine. `weights` is the packed size alone; quantisation's `scales` are counted separately."""
 
     weights_bytes: int
     scales_bytes: int

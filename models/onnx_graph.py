@@ -1,6 +1,6 @@
 """The decoder as an ONNX graph, written node by node: no tracing, no torch.
 
-A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer's own tensor can stand in for it
+A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer's own tensor can replace it
 (`serving.engine.Engine.from_weights`). One graph serves prefill, chunks of a prefill, decode steps and scoring:
 
     input_ids              int64 [B, L]
@@ -13,8 +13,7 @@ A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer'
 
 What was left out: biases on the output and MLP projections, rotary scaling, sliding windows.
 
-Shapes: B rows, L positions, N scored positions, D width, H query heads, K key-value heads, E head width, M capacity of
-a slot, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Letters in tensor names and comments, one meaning each in the whole repository:
 
     B rows of a batch        L positions of a row      D width of the network    F width of the MLP
     H query heads            K key-value heads         E width of a head         V size of the vocabulary
-    N scored tokens          S scored sequences        P preference pairs        M positions of a cache slot
+    N scored tokens          S sequences               P preference pairs        T tokens of an answer
+    C slots of the cache     M positions of a slot     G matrices of one shape   I, J their sides, I <= J
 """
 
 from __future__ import annotations

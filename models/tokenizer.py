@@ -1,7 +1,7 @@
-"""Byte-level BPE with digits apart, and the one chat template that training, evaluation and serving share.
+"""Byte-level BPE with one token a digit, and the one chat template that training, evaluation and serving share.
 
 Two kinds of text enter here and never mix. The template's own text may hold special tokens; content (a corpus line, a
-customer's message, an answer) is always plain: whatever it says, no special id comes out of it. So a conversation is
+customer's message, an answer) is always plain: no text in it can become a special id. So a conversation is
 never rendered to one string and encoded; the template is encoded around places where plain content goes.
 """
 
@@ -31,7 +31,7 @@ PAD, BOS, SYSTEM, USER, ASSISTANT, END = (
 SPECIAL_TOKENS = (PAD, BOS, SYSTEM, USER, ASSISTANT, END)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 
-# The space is glued to the end of a word, so "damaged" is one token wherever it stands; each digit is its own token,
+# The space is attached to the end of a word, so "damaged" is one token in every position; each digit is its own token,
 # because comparison of numbers generalises over digits and not over whole numbers. So is each space beyond the first
 # before a number: right-aligned numbers then have as many tokens each.
 PRE_TOKENS = r"[A-Za-z_]+ ?|\d|(?<= ) (?= *\d)|[^A-Za-z_\d]+? (?= +\d)|[^A-Za-z_\d]+"
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# Merges of a small vocabulary settle long before this; of a larger corpus a sample is taken.
+# Merges of a small vocabulary no longer change long before this; of a larger corpus a sample is taken.
 TRAINING_CHARACTERS = 16_000_000
 
 
@@ -55,7 +55,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
     """Learn merges from `texts`; the same texts give the same tokenizer, byte for byte.
 
     A corpus that has too little repetition gives fewer than `vocab_size` tokens: read the result's own `vocab_size`.
-    Raises UserError when there is no text, or no room for the 256 bytes and the special tokens.
+    Raises UserError when there is no text, or a vocabulary too small for the 256 bytes and the special tokens.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"tokenizer: vocab_size {vocab_size} is too small; the 256 bytes alone need {MIN_VOCAB_SIZE}")
@@ -218,7 +218,7 @@ class ChatTokenizer:
 
     def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[tuple[int, ...] | int]:
         """The template for these roles: ids of its own text, and the index of each message between them."""
-        # Content is not in the string that is split, so nothing it says can look like one of these marks.
+        # Content is not in the string that is split, so nothing in it can look like one of these marks.
         marked = [{"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)]
         pieces = re.split("\ue000(\\d+)\ue001", self._render(marked, add_generation_prompt))
         return [
@@ -332,7 +332,7 @@ def _sample(texts: list[str]) -> list[str]:
 
 
 def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """What each id stands for, by id. GPT-2's byte alphabet writes unprintable bytes as characters from U+0100 on."""
+    """What each id means, by id. GPT-2's byte alphabet writes unprintable bytes as characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
@@ -345,7 +345,7 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 
 def _token_text(value: Any) -> str | None:
-    """A token in tokenizer_config.json stands as text, or as an object with `content`."""
+    """A token in tokenizer_config.json is text, or an object with `content`."""
     return value.get("content") if isinstance(value, Mapping) else value
 
 

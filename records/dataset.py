@@ -1,13 +1,13 @@
 """The data set and its version: `dvc repro`, and a check that is quick enough to run before every pipeline.
 
-DVC owns the data: dvc.yaml says how it is made, data.dvc which version this commit stands for. Asking DVC whether
+DVC owns the data: dvc.yaml defines how it is made, data.dvc which version belongs to this commit. Asking DVC whether
 anything changed costs 0.6 s, and it trusts times of modification; here each file is hashed, which takes 0.1 s for
 30 MB, and also finds the byte that changed behind DVC's back.
 
-Data is generated where data.dvc says that data/ is a copy of a folder that a stage makes, and that is built again
+Data is generated where, by data.dvc, data/ is a copy of a folder that a stage makes, and that is built again
 whenever it is not as it should be. Anything else (`dvc add data`, an import) is the user's own: it is checked, and
 never touched. Files that a project without a stage has in data/ become its version at the first build. Nor is a file
-lost that somebody put among generated data: what DVC could not give back is moved aside.
+lost that somebody put among generated data: what DVC could not give back is moved to data.aside/.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON 
 
 @dataclass(frozen=True)
 class DataVersion:
-    """Which data a run reads. `md5` is DVC's digest of the whole folder, as it stands in data.dvc."""
+    """Which data a run reads. `md5` is DVC's digest of the whole folder, as recorded in data.dvc."""
 
     md5: str
     path: Path
@@ -56,7 +56,7 @@ class DataVersion:
 def check_data(project: Path) -> DataVersion:
     """The version of the data in `project`, every file of it hashed.
 
-    Raises UserError where the data is missing or is not what data.dvc, dvc.lock, params.yaml and the code say.
+    Raises UserError where the data is missing or does not match data.dvc, dvc.lock, params.yaml and the code.
     """
     if problem := staleness(project):
         remedy = "`twinloop data build` makes it anew" if _is_generated(project) else _own_remedy(problem)
@@ -70,14 +70,14 @@ def is_current(project: Path) -> bool:
 
 
 def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
-    """Bring data/ to the version that params.yaml and the generator's code stand for, by `dvc repro`.
+    """Bring data/ to the version of params.yaml and the generator's code, by `dvc repro`.
 
     Where no stage makes data and there is no data.dvc, what is in data/ becomes the version, by `dvc add`. A project
     that is no DVC repository becomes one, with or without git.
 
     Two builds at once wait for each other, at most `wait_s`, and so does one for a DVC command that someone else runs.
     What a killed build left behind is cleared away. Raises UserError when it cannot be built, and for a user's own data
-    that is not what data.dvc says: that is left as it is.
+    that does not match data.dvc: that is left as it is.
     """
     if is_current(project):
         return _version(project)
@@ -100,7 +100,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
                 _run(project, deadline, "add", DATA_DIR)
                 return _version(project)
             cache = _cache_dir(project)
-            _set_aside(project, cache)
+            _move_foreign_files(project, cache)
             _run(project, deadline, *REPRO)
             if staleness(project):
                 # DVC believes in its cache; where a cached file is spoilt, only making it again helps
@@ -114,7 +114,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
 
 
 def staleness(project: Path) -> str | None:
-    """Why the data is not what the project says, in a few words; None when it is."""
+    """Why the data is not the project's version, in a few words; None when it is."""
     try:
         recorded, digests = _recorded(project), _Digests(project)
         if recorded.source and (problem := _outdated(project, recorded, digests)):
@@ -136,7 +136,7 @@ def staleness(project: Path) -> str | None:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """What data.dvc says. `source` is the generated folder that data/ is a copy of; None for a user's own data.
+    """What data.dvc records. `source` is the generated folder that data/ is a copy of; None for a user's own data.
 
     Generated data that was never built has no md5.
     """
@@ -161,7 +161,7 @@ def _made_by_stages(project: Path) -> set[str]:
 
 
 def _is_generated(project: Path) -> bool:
-    """Raises UserError where data.dvc does not say."""
+    """Raises UserError where data.dvc does not name it."""
     path = project / "data.dvc"
     try:
         return _recorded(project).source is not None
@@ -291,7 +291,7 @@ def _run(project: Path, deadline: float, *command: str) -> None:
 
 
 def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a DVC command. What it says on stderr is in `stdout` too."""
+    """Run a DVC command. Its stderr is in `stdout` too."""
     bin_dir = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": os.pathsep.join([bin_dir, os.environ.get("PATH", os.defpath)])}
     return subprocess.run(
@@ -325,7 +325,7 @@ def _cache_dir(project: Path) -> Path:
     return (project / (folder or ".dvc/cache")) / "files" / "md5"
 
 
-def _set_aside(project: Path, cache: Path) -> None:
+def _move_foreign_files(project: Path, cache: Path) -> None:
     """Move each file of data/ that DVC could not give back to a folder of its own: it may be somebody's work."""
     data, digests = project / DATA_DIR, _Digests(project)
     if digests.of(DATA_DIR) in (None, _recorded(project).md5):
@@ -333,16 +333,16 @@ def _set_aside(project: Path, cache: Path) -> None:
     foreign = [path for path in data.rglob("*") if path.is_file() and not _is_kept(_md5(path), cache)]
     if not foreign:
         return
-    aside = project / ASIDE / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}"
+    kept = project / ASIDE / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}"
     for path in foreign:
-        place = aside / path.relative_to(data)
+        place = kept / path.relative_to(data)
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(path, place)
     names = ", ".join(sorted(path.relative_to(data).as_posix() for path in foreign))
     log.warning(
         "%s/ is generated, and %s differed from what was made: moved to %s; if it is your own data, put it back and "
         "run `dvc add data`",
-        *(DATA_DIR, names, aside.relative_to(project)),
+        *(DATA_DIR, names, kept.relative_to(project)),
     )
 
 
@@ -352,7 +352,7 @@ def _is_kept(md5: str, cache: Path) -> bool:
 
 
 def _drop_spoilt(project: Path, cache: Path) -> None:
-    """Take away data/, raw/ and each cached file whose content is not what its name says."""
+    """Take away data/, raw/ and each cached file whose content does not match its name."""
     for name in (DATA_DIR, "raw"):
         shutil.rmtree(project / name, ignore_errors=True)
     for path in _cached(cache):

@@ -1,7 +1,7 @@
 """JSONL into typed frames, in two ways that give the same result.
 
 pyarrow reads a block of well-formed lines at more than 200 MB/s. Where it refuses, the block is halved until the lines
-at fault are alone; those are read one by one, by `common.strict_json`, which is slow and can say what is wrong.
+at fault are alone; those are read one by one, by `common.strict_json`, which is slow and can report what is wrong.
 
 What a row may hold in fields that nobody reads is one rule, `_parse`: pyarrow accepts a block by itself only where
 every field is read. In other blocks it skips the unread fields, and each line is parsed by `_parse` too. No type is

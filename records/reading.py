@@ -32,7 +32,7 @@ def read_rows(path: Path, record: RecordType) -> Rows:
 
 
 def original_lines(path: Path, lines: set[int], record: RecordType) -> dict[int, bytes]:
-    """The given lines as they stand in a file; a Parquet row as the JSON of the columns that are read."""
+    """These lines of a file, unchanged; a Parquet row as the JSON of the columns that are read."""
     if path.suffix == ".parquet":
         return original_rows(path, lines, record)
     with path.open("rb") as file:

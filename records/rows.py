@@ -34,7 +34,7 @@ class Rejected:
     line: int
     reason: str
     row: str
-    """The line as it stands in the file; bytes that are not UTF-8 are written as \\xNN."""
+    """The line as in the file; bytes that are not UTF-8 are written as \\xNN."""
     base64: str | None = None
     """The line's bytes, where `row` cannot hold them."""
 
@@ -60,7 +60,7 @@ def rejected_line(number: int, reason: str, line: bytes) -> Rejected:
 
 
 def examined(rows: Iterable[tuple[int, bytes, Callable[[], Any]]], record: RecordType) -> Rows:
-    """Rows looked at one by one: (line, the row as it stands, what gives its value)."""
+    """Rows looked at one by one: (line, the raw row, what gives its value)."""
     good: list[dict[str, Any]] = []
     numbers: list[int] = []
     rejected: list[Rejected] = []

@@ -2,7 +2,7 @@
 
 Training and held-out rows may not share the split keys that the recipe chooses. The key `text` is built in: a document
 or a prompt, where letter case and white space do not matter. All others are the domain's, and which of them a data set
-promises to keep is for the recipe to say: a shop's own cases cite the shop's own documents.
+promises to keep is for the recipe to set: a shop's own cases cite the shop's own documents.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -
         more = f" ({len(leaks) - 1} more rows leak)" if len(leaks) > 1 else ""
         raise UserError(
             f"{leaks[0]}{more}; remove it from one of the two, or the score means nothing (validate.split_keys in the "
-            "recipe says what is checked)"
+            "recipe sets what is checked)"
         )
 
 

@@ -26,7 +26,7 @@ def write_records(frame: pl.DataFrame, data: Path, name: str) -> None:
 
 
 def read_records(data: Path, name: str) -> list[dict[str, Any]]:
-    """The good rows of one record type ("corpus", say), in their order. data: the directory of a validate artifact."""
+    """The good rows of one record type, such as "corpus", in order. data: the directory of a validate artifact."""
     import polars as pl
 
     return pl.read_parquet(data / f"{name}.parquet").to_dicts()

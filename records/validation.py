@@ -1,6 +1,6 @@
 """The stage that validates data: every row is kept, or quarantined with its reason, and the splits are disjoint.
 
-What a row must be is for the domain to say (`Domain.record_types`). The result is one Parquet file for each record type
+What a row must be is defined by the domain (`Domain.record_types`). The result is one Parquet file for each record type
 that has data, which `records.validated` reads, `quarantine/<name>.jsonl` with the rows that cannot be used, and
 report.json. A few bad rows are normal; above the recipe's limit the data are considered broken, and the stage fails.
 """

@@ -32,6 +32,7 @@ from twinloop.common.files import fsync, write_whole
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+CHECKSUM = "seal"  # the key in manifests that are already written
 CLOCK = "clock.json"
 KEY_CHARS = 24  # 96 bits: short enough to read, long enough never to collide
 # A working directory is worth keeping while somebody may still come back to its run.
@@ -41,7 +42,7 @@ Build: TypeAlias = Callable[[Path, Path], dict[str, Any]]
 
 
 class Input(BaseModel):
-    """One thing that an artifact was made from. `stage` and `key` are None for what stands outside the store."""
+    """One thing that an artifact was made from. `stage` and `key` are None for what lies outside the store."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -66,17 +67,17 @@ class Manifest(BaseModel):
     seconds: float
     created: str
 
-    def sealed(self) -> bytes:
-        """The file's bytes: the fields, and a digest over them, so that a changed manifest is noticed too."""
+    def to_json(self) -> bytes:
+        """The file's bytes: the fields, and a checksum over them, so that a changed manifest is noticed too."""
         fields = self.model_dump(mode="json")
-        return (json.dumps(fields | {"seal": _digest(fields)}, indent=1, sort_keys=True) + "\n").encode()
+        return (json.dumps(fields | {CHECKSUM: _digest(fields)}, indent=1, sort_keys=True) + "\n").encode()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Raises ValueError where the file does not hold a manifest as it was sealed, OSError where there is none."""
+        """Raises ValueError where the file is not a manifest that matches its checksum, OSError where it is missing."""
         fields = json.loads(path.read_bytes())
-        if not isinstance(fields, dict) or fields.pop("seal", None) != _digest(fields):
-            raise ValueError("the manifest does not match its own seal")
+        if not isinstance(fields, dict) or fields.pop(CHECKSUM, None) != _digest(fields):
+            raise ValueError("the manifest does not match its own checksum")
         return cls.model_validate(fields)
 
 
@@ -156,7 +157,7 @@ class ArtifactStore:
                 seconds=round(seconds, 3),
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
             )
-            (out / MANIFEST).write_bytes(manifest.sealed())
+            (out / MANIFEST).write_bytes(manifest.to_json())
             final = self._place(out, self.root / stage / key)
             shutil.rmtree(work)
             return Artifact(final, manifest)
@@ -168,12 +169,12 @@ class ArtifactStore:
         try:
             manifest = Manifest.read(path / MANIFEST)
         except (OSError, ValueError, ValidationError):
-            damage: str | None = f"{MANIFEST} is missing or changed"
+            problem: str | None = f"{MANIFEST} is missing or changed"
         else:
-            damage = integrity_error(path, manifest)
-            if damage is None and manifest.key == key:
+            problem = integrity_error(path, manifest)
+            if problem is None and manifest.key == key:
                 return Artifact(path, manifest, reused=True)
-        log.warning("%s/%s: %s; building it again", stage, key, damage or "holds another key's artifact")
+        log.warning("%s/%s: %s; building it again", stage, key, problem or "holds another key's artifact")
         return None
 
     def _folder(self, stage: str, name: str) -> Path:
@@ -188,7 +189,7 @@ class ArtifactStore:
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            log.warning("%s/%s: another process is at it; waiting", stage, key)
+            log.warning("%s/%s: another process is building it; waiting", stage, key)
             lock.acquire()
         try:
             yield
@@ -196,21 +197,21 @@ class ArtifactStore:
             lock.release()
 
     def _place(self, new: Path, final: Path) -> Path:
-        """Make `new` durable, then visible at `final` in one step; a damaged predecessor makes room."""
+        """Make `new` durable, then visible at `final` in one step; a corrupt predecessor is removed."""
         for path in [*_walk(new), *(p for p in new.rglob("*") if p.is_dir()), new]:
             fsync(path)
         if final.exists():
-            aside = self._folder(final.parent.name, ".new") / f"{final.name}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            final.rename(aside)
+            replaced = self._folder(final.parent.name, ".new") / f"{final.name}.corrupt"
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         new.rename(final)
         fsync(final.parent)
-        shutil.rmtree(final.parent / ".new" / f"{final.name}.damaged", ignore_errors=True)
+        shutil.rmtree(final.parent / ".new" / f"{final.name}.corrupt", ignore_errors=True)
         return final
 
     def _clear(self, stage: str, key: str) -> None:
         """Remove what a process that died just after it had placed this artifact left behind."""
-        for leftover in (f".new/{key}", f".new/{key}.damaged", f".work/{key}"):
+        for leftover in (f".new/{key}", f".new/{key}.corrupt", f".work/{key}"):
             shutil.rmtree(self.root / stage / leftover, ignore_errors=True)
 
     def _sweep(self, stage: str) -> None:
@@ -219,12 +220,12 @@ class ArtifactStore:
             for leftover in self._folder(stage, kind).iterdir():
                 if kind == ".work" and _newest(leftover) > time.time() - ABANDONED_AFTER_S:
                     continue
-                lock = FileLock(self._folder(stage, ".lock") / leftover.name.removesuffix(".damaged"))
+                lock = FileLock(self._folder(stage, ".lock") / leftover.name.removesuffix(".corrupt"))
                 try:
                     with lock.acquire(blocking=False):
                         shutil.rmtree(leftover, ignore_errors=True)
                 except Timeout:
-                    continue  # alive: another process is at it
+                    continue  # in use by another process
 
 
 def artifact_key(stage: str, settings: Mapping[str, Any], input_digests: Mapping[str, str], code: str) -> str:
@@ -279,7 +280,7 @@ def _walk(folder: Path) -> list[Path]:
 def _newest(folder: Path) -> float:
     try:
         return max(path.stat().st_mtime for path in [folder, *folder.rglob("*")])
-    except FileNotFoundError:  # its owner is at work: a checkpoint has made room for the next
+    except FileNotFoundError:  # its owner is running: a newer checkpoint replaced it
         return time.time()
 
 

@@ -1,4 +1,4 @@
-"""The champion, opened: registry, domain, bundle, engine, documents and traces together. Neither torch nor MLflow."""
+"""The champion, opened: registry, domain, exported model, engine, documents and traces. Neither torch nor MLflow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore
-from twinloop.serving.model_manager import ModelManager, Refusal
+from twinloop.serving.model_manager import ModelManager, ServeFailure
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ RETRY_EVERY_S = 5.0
 
 
 def load_served_domain(version: Version | Served, project: Path) -> Domain:
-    """What a version is for. Raises UserError where the registry does not say it, or where it cannot be loaded."""
+    """What a version is for. Raises UserError where the registry does not name it, or where it cannot be loaded."""
     name = version.domain
     try:
         return load_domain(name, project).domain
@@ -42,7 +42,7 @@ def load_served_domain(version: Version | Served, project: Path) -> Domain:
 
 
 def open_documents(project: Path, domain: Domain) -> DocumentStore:
-    """The documents that answers are given under; a store that is still empty starts with those of the data set."""
+    """The documents that answers are based on; a store that is still empty starts with those of the data set."""
     store = DocumentStore(project / "state" / "documents.db", domain.check_document)
     if domain.passages and store.digest() == EMPTY_DIGEST and (documents := _documents_of(project / "data", domain)):
         store.seed(documents)
@@ -86,7 +86,7 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
-        while not over.wait(RETRY_EVERY_S if manager.refusal else every_s):
+        while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
             follow_champion(project, registry, manager, slots=slots)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
@@ -103,11 +103,11 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     current = manager.service
     try:
         champion = registry.snapshot().alias(CHAMPION)
-    except Exception as error:  # whatever it is: the customers of the model that answers are not to feel it
+    except Exception as error:  # whatever it is: the model that answers goes on
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
     if champion is None or str(champion.version) == current.model.version:
-        manager.refusal = None
+        manager.failure = None
         return
     version = str(champion.version)
     try:
@@ -120,11 +120,11 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        refusal = Refusal(version, " ".join(reason.split()))
-        if refusal != manager.refusal:
+        failure = ServeFailure(version, " ".join(reason.split()))
+        if failure != manager.failure:
             words = "version %s is not served, version %s goes on: %s"
-            log.warning(words, version, current.model.version, refusal.reason)
-        manager.refusal = refusal
+            log.warning(words, version, current.model.version, failure.reason)
+        manager.failure = failure
 
 
 def _load(

@@ -45,7 +45,7 @@ class Migrations:
 def prepare_database(database: Path, migrations: Migrations) -> None:
     """Make the database, or upgrade it; nothing where it is as the library needs it. Under a lock of the caller's.
 
-    One that was never finished is moved aside. Killed at any point, this leaves the old database or the new one, whole.
+    One that was never finished is moved away. Killed at any point, this leaves the old database or the new one, whole.
     Raises UserError, and leaves the database as it was, where that cannot be done.
     """
     from alembic.script import ScriptDirectory
@@ -89,9 +89,9 @@ def _make(database: Path, migrations: Migrations) -> None:
     except Exception as error:
         what = f"{database}: {migrations.library}'s database could not be made"
         if is_disk_full(error):
-            raise UserError(f"{what}, the disk is full; make room and run it again") from error
+            raise UserError(f"{what}, the disk is full; free some space and run it again") from error
         raise UserError(f"{what} ({one_line(error)}); remove the cause and run it again") from error
-    if kept := _set_aside(database):
+    if kept := _move_away(database):
         log.warning("%s was never finished: it is kept as %s, and a new one was made", database, kept.name)
     _publish(new, database)
 
@@ -102,10 +102,10 @@ def _upgrade(database: Path, migrations: Migrations) -> None:
     except Exception as error:
         raise UserError(
             f"{database}: could not be upgraded for this version of {migrations.library} ({one_line(error)}) and "
-            f"is as it was; if the disk is full, make room; if an upgrade was cut off before, restore a backup, "
+            f"is as it was; if the disk is full, free some space; if an upgrade was cut off before, restore a backup, "
             f"{MOVE_AWAY}"
         ) from error
-    kept = _aside(database, "before-upgrade")
+    kept = _kept_name(database, "before-upgrade")
     try:
         kept.hardlink_to(database)
     except OSError:  # a file system without links
@@ -141,16 +141,16 @@ def _publish(new: Path, database: Path) -> None:
     fsync(database.parent)
 
 
-def _set_aside(database: Path) -> Path | None:
+def _move_away(database: Path) -> Path | None:
     """Where the database lies now; None if there was none. Its side files go with it, also those of a lost one."""
-    found, kept = database.exists(), _aside(database, "half-made")
+    found, kept = database.exists(), _kept_name(database, "half-made")
     for end in ("", *SIDE_FILES):
         with suppress(FileNotFoundError):
             Path(f"{database}{end}").rename(f"{kept}{end}")
     return kept if found else None
 
 
-def _aside(database: Path, why: str) -> Path:
+def _kept_name(database: Path, why: str) -> Path:
     return database.with_name(f"{database.name}.{why}-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}")
 
 

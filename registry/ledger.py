@@ -1,12 +1,12 @@
-"""The promotion ledger: what was in production, since when, let through by whom. JSON lines, only ever appended to.
+"""The promotion ledger: what was in production, since when, and who promoted it. JSON lines, only ever appended to.
 
 One promotion is two lines. The intent is on disk before an alias moves, the commit after the last one has moved; an
-intent without an end means that a process died in between, and says what to finish. Each line holds the sha256 of the
+intent without an end means that a process died in between, and names what to finish. Each line holds the sha256 of the
 line before it, so a changed, removed or inserted line breaks the chain at the next one. The last line has no next: the
 digest of each model's last finished line is kept in MLflow too (`Ledger.read(head=...)`).
 
-A line cut off by a crash is no damage: it is set aside in `<ledger>.torn`, and what it was about to say is found out
-again from the line before.
+A line cut off by a crash is no integrity error: it is moved to `<ledger>.torn`, and what it was to record is worked
+out again from the line before.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ENDS = ("commit", "adopt")
 class Entry(BaseModel):
     """One line.
 
-    event: `intent` (about to move), `commit` (moved), `abort` (given up, nothing moved), `adopt` (aliases were found
-    elsewhere than this ledger had left them). commit and abort name their intent in `of`.
+    event: `intent` (about to move), `commit` (moved), `abort` (given up, nothing moved), `adopt` (reconciled: the
+    aliases were elsewhere than this ledger had left them). commit and abort name their intent in `of`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -74,8 +74,8 @@ class Contents:
         last = self.entries[-1] if self.entries else None
         return last if last and last.event == "intent" else None
 
-    def settled(self, model: str) -> list[Entry]:
-        """What really happened to this model, oldest first: intents that were committed, and adoptions."""
+    def committed(self, model: str) -> list[Entry]:
+        """What really happened to this model, oldest first: intents that were committed, and reconciliations."""
         done = {entry.of for entry in self.entries if entry.event == "commit"}
         of_model = [entry for entry in self.entries if entry.model == model]
         return [e for e in of_model if e.event == "adopt" or (e.event == "intent" and e.sequence in done)]
@@ -86,8 +86,8 @@ class Contents:
         return [digest for entry, digest in lines if entry.model == model and entry.event in ENDS]
 
     def champions(self, model: str) -> list[int]:
-        """The versions one can go back through, the served one last: promotions pile up, rollbacks take off."""
-        return pile(self.settled(model))
+        """The champion stack, the served version last: promotions push, rollbacks pop."""
+        return champion_stack(self.committed(model))
 
 
 class Ledger:
@@ -112,18 +112,20 @@ class Ledger:
                 if number == len(lines) and not torn:  # after a power cut a last line may hold anything
                     torn = line + b"\n"
                     break
-                raise self._damaged(number, "is no ledger entry") from None
+                raise self._integrity_error(number, "is not a ledger entry") from None
             if entry.chain != (digests[-1] if digests else GENESIS) or entry.sequence != number:
-                raise self._damaged(number, "does not follow from the line before it, one of them was changed")
+                raise self._integrity_error(number, "does not follow from the line before it, one of them was changed")
             entries.append(entry)
             digests.append(hashlib.sha256(line).hexdigest())
-        adopted = any(head in (entry.note or "") for entry in entries) if head else True
-        if head and entries and head not in digests and not adopted:
-            raise self._damaged(len(entries), "is not where MLflow remembers the ledger's end, it was changed or cut")
+        reconciled = any(head in (entry.note or "") for entry in entries) if head else True
+        if head and entries and head not in digests and not reconciled:
+            raise self._integrity_error(
+                len(entries), "is not where MLflow remembers the ledger's end, it was changed or cut"
+            )
         return Contents(tuple(entries), tuple(digests), torn)
 
     def repair(self) -> None:
-        """Set a cut-off last line aside, so that the next line starts on its own."""
+        """Move a cut-off last line away, so that the next line starts on its own."""
         contents = self.read()
         if not contents.torn:
             return
@@ -182,17 +184,17 @@ class Ledger:
             note=note,
         )
 
-    def _damaged(self, number: int, what: str) -> UserError:
+    def _integrity_error(self, number: int, what: str) -> UserError:
         return UserError(
-            f"{self.path}: line {number} {what}; keep the file as evidence, move it aside, "
-            "and the next promotion or rollback starts a new ledger from the aliases as they stand"
+            f"{self.path}: line {number} {what}; keep the file as evidence, move it away, "
+            "and the next promotion or rollback starts a new ledger from the current aliases"
         )
 
 
-def pile(settled: Iterable[Entry]) -> list[int]:
+def champion_stack(committed: Iterable[Entry]) -> list[int]:
     """The champions that these entries leave, the served one last."""
     champions: list[int] = []
-    for entry in settled:
+    for entry in committed:
         if entry.action == "rollback" and entry.to_version in champions[:-1]:
             champions.pop()
             while champions[-1] != entry.to_version:

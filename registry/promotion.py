@@ -1,10 +1,10 @@
 """Promotion and rollback: the only code that moves `champion` and `previous`.
 
-Under one lock for the whole project, in this order: check, write the intent, move the aliases, write the commit, tell
-MLflow the commit's digest. A process that dies in between leaves either nothing but a note, or a move that the next
+Under one lock for the whole project, in this order: check, write the intent, move the aliases, write the commit, set
+the commit's digest in MLflow. A process that dies in between leaves either nothing but a note, or a move that the next
 command carries out (its checks had passed) before its own work. Where that is the very move that the next command asks
 for, a rollback repeated by somebody who saw the first one die, it is all that the command does. At every moment
-`champion` names a whole, verified bundle.
+`champion` names a complete, verified exported model.
 
 There is no force. A version is promoted on a gate report that says SHIP for its very digest, and a version that was
 rolled back returns only by `twinloop promote`, on a new report: the old one was wrong in production.
@@ -24,7 +24,7 @@ from filelock import Timeout
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
-from twinloop.registry.ledger import Contents, Entry, Ledger, pile
+from twinloop.registry.ledger import Contents, Entry, Ledger, champion_stack
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Served, Snapshot, Version
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# A rollback loads its target under the lock; a big bundle takes its time.
+# A rollback loads its target under the lock; a big exported model takes its time.
 LOCK_TIMEOUT_S = 600.0
 LEDGER_HEAD = "ledger_head"  # tag of the registered model
 
@@ -69,8 +69,8 @@ class Promotion:
 
 
 @dataclass(frozen=True)
-class _Settled:
-    """The ledger with nothing pending, and what it says. `finished`: a move that had been interrupted until now."""
+class _LockedLedger:
+    """The ledger under its lock, with nothing pending. `finished`: a move that had been interrupted until now."""
 
     ledger: Ledger
     contents: Contents
@@ -101,7 +101,7 @@ def record_gate(registry: Registry, version: Version, report: GateReport) -> Non
 
 
 def read_gate(registry: Registry, version: Version) -> GateReport | None:
-    """The latest gate report of a version, None if it never stood before one. Raises UserError if it was changed."""
+    """The latest gate report of a version, None if no gate has judged it. Raises UserError if it was changed."""
     from twinloop.evaluation.gate import GateReport
 
     if not (digest := version.tags.get("gate_digest")):
@@ -117,27 +117,27 @@ def read_gate(registry: Registry, version: Version) -> GateReport | None:
 
 
 def promote(
-    registry: Registry, version: int, gate: GateReport | None = None, *, who: str, by_hand: bool = False
+    registry: Registry, version: int, gate: GateReport | None = None, *, who: str, manual: bool = False
 ) -> Promotion:
     """Make a version the champion; the champion becomes `previous`. Promoting the champion again changes nothing.
 
-    gate: the report to promote on; without one, the last that was recorded for the version. by_hand: a person asks
+    gate: the report to promote on; without one, the last that was recorded for the version. manual: a person asks
     for this version, not a pipeline that happens to have made it again. Raises UserError, and moves nothing, if the
-    report does not say SHIP for this version's digest, if the version is no bundle or damaged, or if it was rolled
-    back and not both a person and a new report want it.
+    report does not say SHIP for this version's digest, if the version is not an exported model or is corrupt, or if it
+    was rolled back and not both a person and a new report want it.
     """
-    with _settled(registry, who) as found:
+    with _locked_ledger(registry, who) as found:
         if found.finished and (found.finished.action, found.finished.to_version) == ("promote", version):
             return found.finished
         target = registry.version(version)  # now, not before the wait: its gate may have been judged again
         champions = found.contents.champions(registry.name)
-        settled = found.contents.settled(registry.name)
+        committed = found.contents.committed(registry.name)
         if champions[-1:] == [version]:  # nor is its report kept: a later check of the champion may say otherwise
-            return Promotion.of(settled[-1])
+            return Promotion.of(committed[-1])
         if gate:
             record_gate(registry, target, gate)
         report = _ship(target, gate or read_gate(registry, target))
-        _not_refuted(target, report, settled, by_hand=by_hand)
+        _not_refuted(target, report, committed, manual=manual)
         registry.verify(target)
         intent, _ = found.ledger.append(
             "intent",
@@ -155,12 +155,12 @@ def promote(
 def rollback(registry: Registry, who: str, smoke_test: Callable[[Served], object]) -> Promotion:
     """Make the previous champion the champion again, after it has shown that it loads and answers.
 
-    smoke_test(version): loads its bundle and lets it answer; raises if it does not. Rolled back twice, it goes back two
-    champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises UserError,
-    and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if the smoke
-    test raised.
+    smoke_test(version): loads its exported model and lets it answer; raises if it does not. Rolled back twice, it goes
+    back two champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises
+    UserError, and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if
+    the smoke test raised.
     """
-    with _settled(registry, who) as found:
+    with _locked_ledger(registry, who) as found:
         if found.finished and found.finished.action == "rollback":
             return found.finished
         champions = found.contents.champions(registry.name)
@@ -195,13 +195,13 @@ def finish_interrupted(registry: Registry, who: str) -> Promotion | None:
     contents = open_ledger(registry.mlruns).read()
     if contents.pending() is None and not _is_unreported(registry, contents):
         return None
-    with _settled(registry, who) as found:
+    with _locked_ledger(registry, who) as found:
         return found.finished
 
 
 @contextmanager
-def _settled(registry: Registry, who: str) -> Iterator[_Settled]:
-    """Hold the promotion lock, with nothing pending, and a ledger that says what the aliases say."""
+def _locked_ledger(registry: Registry, who: str) -> Iterator[_LockedLedger]:
+    """Hold the promotion lock, with nothing pending, and a ledger that agrees with the aliases."""
     lock = registry.mlruns.lock("promotions")
     try:
         lock.acquire(timeout=LOCK_TIMEOUT_S)
@@ -218,15 +218,15 @@ def _settled(registry: Registry, who: str) -> Iterator[_Settled]:
             finished = _finish(Registry(registry.mlruns, pending.model), ledger, pending)
         if finished is None or finished.model != registry.name:
             finished = _acknowledge(registry, ledger.read())
-        _adopt(registry, ledger, who)
-        yield _Settled(ledger, ledger.read(), finished)
+        _reconcile(registry, ledger, who)
+        yield _LockedLedger(ledger, ledger.read(), finished)
     finally:
         lock.release()
 
 
 def _carry_out(registry: Registry, ledger: Ledger, intent: Entry, *, note: str | None = None) -> Promotion:
-    """Move the aliases as the intent says, and write that it is done. May be repeated from any point."""
-    champions = pile([*ledger.read().settled(registry.name), intent])
+    """Move the aliases as the intent demands, and write that it is done. May be repeated from any point."""
+    champions = champion_stack([*ledger.read().committed(registry.name), intent])
     registry.move(_aliases(champions, registry.snapshot()))
     _, head = ledger.end(intent, "commit", note=note)
     registry.tag_model(LEDGER_HEAD, head)
@@ -253,11 +253,11 @@ def _finish(registry: Registry, ledger: Ledger, intent: Entry) -> Promotion | No
 
 
 def _acknowledge(registry: Registry, contents: Contents) -> Promotion | None:
-    """The model's last move, where its process died between the commit and telling MLflow of it: it had moved the
+    """The model's last move, where its process died between the commit and its tag in MLflow: it had moved the
     aliases, and whoever asked for it has not heard."""
     if not _is_unreported(registry, contents):
         return None
-    last = contents.settled(registry.name)[-1]
+    last = contents.committed(registry.name)[-1]
     registry.tag_model(LEDGER_HEAD, contents.ends(registry.name)[-1])
     log.warning(
         "the %s to %s version %s, begun by %s, was interrupted when it was done", last.action, last.model,
@@ -268,7 +268,7 @@ def _acknowledge(registry: Registry, contents: Contents) -> Promotion | None:
 
 def _is_unreported(registry: Registry, contents: Contents) -> bool:
     """Whether MLflow knows of the model's last move but one, and serves what the last one had promoted. (After an older
-    database was restored it knows of an older move, or serves something else: `_adopt` writes that down.)"""
+    database was restored it knows of an older move, or serves something else: `_reconcile` writes that down.)"""
     ends = contents.ends(registry.name)
     if not ends:
         return False
@@ -279,7 +279,7 @@ def _is_unreported(registry: Registry, contents: Contents) -> bool:
     return snapshot.aliases.get(CHAMPION) == contents.champions(registry.name)[-1]
 
 
-def _adopt(registry: Registry, ledger: Ledger, who: str) -> None:
+def _reconcile(registry: Registry, ledger: Ledger, who: str) -> None:
     """Write down champions that the ledger does not know: somebody moved an alias in MLflow, or the ledger is new."""
     snapshot, contents = registry.snapshot(), ledger.read()
     known = contents.champions(registry.name)
@@ -341,21 +341,21 @@ def _is_about(version: Version, report: GateReport) -> None:
         )
 
 
-def _not_refuted(version: Version, report: GateReport, settled: list[Entry], *, by_hand: bool) -> None:
+def _not_refuted(version: Version, report: GateReport, committed: list[Entry], *, manual: bool) -> None:
     """Raise UserError if the version was taken back, unless a person wants it again on a new report.
 
     Without this, the next scheduled run would find or make its SHIP again, and undo the rollback.
     """
-    left = next((entry for entry in reversed(settled) if entry.from_version == version.version), None)
+    left = next((entry for entry in reversed(committed) if entry.from_version == version.version), None)
     if left is None or left.action == "promote":
         return
     taken_back = f"{version}: not promoted, {left.who} took it back on {left.when}"
     again = f"run `twinloop gate --version {version.version}`"
-    if not by_hand:
+    if not manual:
         raise UserError(f"{taken_back}; if it is to come back, {again} and `twinloop promote {version.version}`")
-    let_through = {e.gate_digest for e in settled if e.action == "promote" and e.to_version == version.version}
+    let_through = {e.gate_digest for e in committed if e.action == "promote" and e.to_version == version.version}
     if report.digest() in let_through:
-        raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that sees why")
+        raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that detects the cause")
 
 
 def _gate_file(registry: Registry, digest: str) -> Path:

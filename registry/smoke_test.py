@@ -50,23 +50,23 @@ def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
     return "/v1/decisions", dict(domain.example)
 
 
-def smoke_test(bundle: Path, domain: Domain) -> SmokeTest:
-    """Load a bundle and let it answer. Raises UserError, or whatever breaks, if it does not."""
-    return smoke_test_engine(Engine.load(bundle, slots=1), ChatTokenizer.load(bundle), domain, bundle)
+def smoke_test(exported: Path, domain: Domain) -> SmokeTest:
+    """Load an exported model and let it answer. Raises UserError, or whatever breaks, if it does not."""
+    return smoke_test_engine(Engine.load(exported, slots=1), ChatTokenizer.load(exported), domain, exported)
 
 
-def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, bundle: Path) -> SmokeTest:
+def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, exported: Path) -> SmokeTest:
     """As `smoke_test`, with an engine that nobody else uses yet."""
     scheduler = Scheduler(engine)
     try:
         if domain.request is None:
-            return _chat(scheduler, tokenizer, bundle)
-        return _decide(scheduler, tokenizer, domain, bundle)
+            return _chat(scheduler, tokenizer, exported)
+        return _decide(scheduler, tokenizer, domain, exported)
     finally:
         scheduler.close()
 
 
-def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, bundle: Path) -> SmokeTest:
+def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, exported: Path) -> SmokeTest:
     assert domain.request is not None
     try:
         request = domain.request.model_validate_json(json.dumps(dict(domain.example)))
@@ -81,19 +81,19 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, bund
         documents.close()
     reasons = "; ".join(f"{reason.predicate}: {reason.reason}" for reason in response.reasons)
     if response.timings.ttft_ms is None or any(reason.predicate == "generation" for reason in response.reasons):
-        raise UserError(f"{bundle}: it loads and answers nothing ({reasons})")
+        raise UserError(f"{exported}: it loads and answers nothing ({reasons})")
     passed = f"{json.dumps(response.decision, ensure_ascii=False)}, all checks passed"
     return SmokeTest(domain.example, response, f"escalated: {reasons}" if response.escalated else passed)
 
 
-def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, bundle: Path) -> SmokeTest:
+def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, exported: Path) -> SmokeTest:
     prompt = tokenizer.encode_prompt(GREETING)
-    room = scheduler.max_length - len(prompt)
-    if room < 1:
-        raise UserError(f"{bundle}: it loads and answers nothing (a greeting has more tokens than it can read)")
-    params = SamplingParams(max_tokens=min(GREETING_TOKENS, room), stop=(tokenizer.stop_id,))
+    available = scheduler.max_length - len(prompt)
+    if available < 1:
+        raise UserError(f"{exported}: it loads and answers nothing (a greeting has more tokens than it can read)")
+    params = SamplingParams(max_tokens=min(GREETING_TOKENS, available), stop=(tokenizer.stop_id,))
     text = TextStream(scheduler.submit(prompt, params), tokenizer, started=time.perf_counter())
     answer = "".join(text)
     if not text.completion_tokens:
-        raise UserError(f"{bundle}: it loads and answers nothing")
+        raise UserError(f"{exported}: it loads and answers nothing")
     return SmokeTest({"messages": GREETING}, None, json.dumps(answer, ensure_ascii=False))

@@ -43,7 +43,7 @@ class GateStatus:
 
 @dataclass(frozen=True)
 class Origin:
-    """One link of the chain from the served bundle back to its data and code."""
+    """One link of the chain from the served exported model back to its data and code."""
 
     kind: str  # a stage's name, "dataset", "code" or "recipe"
     name: str
@@ -90,7 +90,7 @@ class Status:
 
 
 def status(registry: Registry) -> Status:
-    """What the registry and the ledger say now. What is wrong with either stands in `warnings`."""
+    """What the registry and the ledger hold now. What is wrong with either is listed in `warnings`."""
     snapshot = registry.snapshot()
     warnings: list[str] = []
     contents: Contents | None = None
@@ -98,7 +98,7 @@ def status(registry: Registry) -> Status:
         contents = open_ledger(registry.mlruns).read(head=snapshot.tags.get(LEDGER_HEAD))
     except UserError as error:
         warnings.append(str(error))
-    settled = contents.settled(registry.name) if contents else []
+    committed = contents.committed(registry.name) if contents else []
     if contents:
         warnings += _disagreements(registry.name, snapshot, contents)
     named = {alias: snapshot.alias(alias) for alias in (CHAMPION, CANDIDATE, PREVIOUS)}
@@ -117,19 +117,19 @@ def status(registry: Registry) -> Status:
         candidate=_status(named[CANDIDATE]),
         previous=_status(named[PREVIOUS]),
         last_gate=last_gate,
-        last_promotion=Promotion.of(settled[-1]) if settled else None,
+        last_promotion=Promotion.of(committed[-1]) if committed else None,
         origins=origins(registry.lineage(subject)) if subject else [],
         warnings=warnings,
     )
 
 
 def origins(chain: list[Version]) -> list[Origin]:
-    """The chain of versions, itself first, and what stands at its end: recipe, dataset and commit."""
+    """The chain of versions, itself first, and what is at its end: recipe, dataset and commit."""
     steps = [Origin(version.stage, f"version {version.version}", version.digest, version.run_id) for version in chain]
     subject = chain[0].tags
     steps.append(Origin("dataset", "data.dvc", subject.get("dataset_digest", "")))
     steps.append(Origin("recipe", subject.get("recipe", ""), ""))
-    # All of it, not the first characters: "+dirty" stands at its end.
+    # All of it, not the first characters: "+dirty" is at its end.
     steps.append(Origin("code", subject.get("commit", ""), ""))
     return steps
 
@@ -144,7 +144,7 @@ def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[s
     elif contents.champions(model)[-1:] != [v for v in [snapshot.aliases.get(CHAMPION)] if v]:
         found.append("the champion was moved outside of the ledger; the next promotion or rollback writes it down")
     if contents.torn:
-        found.append("the ledger's last line was cut off by a crash; the next promotion or rollback sets it aside")
+        found.append("the ledger's last line was cut off by a crash; the next promotion or rollback moves it away")
     if not contents.entries and LEDGER_HEAD in snapshot.tags:
         found.append("the ledger is gone, and MLflow remembers that there was one")
     return found

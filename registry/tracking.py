@@ -1,6 +1,6 @@
 """MLflow runs: one run for each execution of a stage, in one experiment for each recipe.
 
-MLflow's database and artifacts live together in the project's `mlruns/`. A run says what was executed (stage, key,
+MLflow's database and artifacts live together in the project's `mlruns/`. A run records what was executed (stage, key,
 settings), on what (dataset digest, parent keys), by which code (commit, and whether it had uncommitted changes) and how
 it went. A skipped stage opens no run: its artifact names the one that made it.
 
@@ -104,7 +104,7 @@ class Mlruns:
         """The experiment of that name, made where there is none.
 
         MLflow stores artifact locations absolute. After the project was moved, the old experiment would write into the
-        old place: it keeps its runs under a name that says so, and a new one takes over.
+        old place: it keeps its runs under a name that shows it, and a new one takes over.
         """
         location = (self.root / "artifacts" / name).as_uri()
         with self.lock("experiment"):
@@ -118,7 +118,7 @@ class Mlruns:
 
 @dataclass(frozen=True)
 class CodeVersion:
-    """The git commit the code stands at; `commit` is None outside a repository. `dirty`: tracked files differ."""
+    """The git commit of the code; `commit` is None outside a repository. `dirty`: tracked files differ."""
 
     commit: str | None
     dirty: bool = False
@@ -225,7 +225,7 @@ class Tracker:
         try:
             yield
         except Exception as trouble:
-            if not is_disk_full(trouble):  # that ends the run, and is told once
+            if not is_disk_full(trouble):  # that ends the run, and is reported once
                 log.warning("MLflow could not record how %s ended: %s", self.execution.stage, one_line(trouble))
 
     def log(self, metrics: Mapping[str, float], *, step: int = 0) -> None:
@@ -250,7 +250,7 @@ class Tracker:
         os.utime(self._alive.lock_file)  # when the run was last known to be alive
 
     def output(self, manifest_digest: str) -> None:
-        """Say which artifact this run made."""
+        """Record which artifact this run made."""
         _patiently(lambda: self.mlruns.client.set_tag(self.run_id, "twinloop.manifest_digest", manifest_digest))
 
     def _log_parameters(self) -> None:
@@ -280,16 +280,16 @@ class Tracker:
 
 
 def code_of_run(mlruns: Mlruns, run_id: str) -> CodeVersion | None:
-    """The code that a run executed; None where MLflow does not know the run (its database was lost, say)."""
+    """The code that a run executed; None where MLflow does not know the run (its database was lost, for example)."""
     from mlflow.exceptions import MlflowException
 
     try:
-        told = mlruns.client.get_run(run_id).data.tags.get("twinloop.commit")
+        commit = mlruns.client.get_run(run_id).data.tags.get("twinloop.commit")
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return CodeVersion.parse(told) if told else None
+    return CodeVersion.parse(commit) if commit else None
 
 
 def flatten(settings: Settings) -> dict[str, str]:
@@ -299,7 +299,7 @@ def flatten(settings: Settings) -> dict[str, str]:
 
 
 def code_version(project: Path, *needed: Path) -> CodeVersion:
-    """The commit that `project` stands at. Of the files that git does not know only `needed` make it dirty: outputs lie
+    """The commit that `project` is at. Of the files that git does not know only `needed` make it dirty: outputs lie
     among the others."""
     try:
         commit = _git(project, "rev-parse", "HEAD")
@@ -365,7 +365,7 @@ def _patiently(write: Callable[[], object]) -> None:
             write()
             return
         except Exception as trouble:
-            if is_disk_full(trouble):  # no time makes room
+            if is_disk_full(trouble):  # waiting frees no space
                 raise
             log.warning("MLflow is not reachable, trying again in %s s: %s", pause_s, one_line(trouble))
             time.sleep(pause_s)

@@ -1,20 +1,21 @@
-"""The model registry: every stage's checkpoint and bundle as a version of one MLflow registered model.
+"""The model registry: every stage's checkpoint and exported model as a version of one MLflow registered model.
 
-A version is a promise that the same bytes can be loaded again, so the registry owns its files. They lie in MLflow's own
-place for them (`mlruns/artifacts/<recipe>/models/<model id>/artifacts`), and cleaning `artifacts/` does not touch them:
+The same bytes must be loadable for as long as a version is known, so the registry owns its files. They lie in
+MLflow's own place for them (`mlruns/artifacts/<recipe>/models/<model id>/artifacts`), and cleaning `artifacts/` does
+not touch them:
 
-- a **bundle that may be served is copied**. A hard link would share its bytes with `artifacts/`: whatever overwrites a
-  file there would break the champion as well, and the way back with it.
+- an **exported model that may be served is copied**. A hard link would share its bytes with `artifacts/`: whatever
+  overwrites a file there would break the champion as well, and the way back with it.
 - a **checkpoint is hard-linked** (copied where the file system cannot). It costs no space while `artifacts/` holds the
   stage, and survives its cleaning. It is for lineage and for going on from, not for serving; when its bytes were
-  damaged and the stage was built again, `register` puts good ones in their place.
+  corrupted and the stage was built again, `register` replaces them.
 
 Nothing is served unhashed: `resolve` reads every byte and compares with the manifest and with the digest that MLflow
-holds, so that neither a changed file nor a changed manifest goes through.
+holds, so that neither a changed file nor a changed manifest is accepted.
 
-Aliases: `candidate` (the newest bundle), `champion` (served), `previous` (where a rollback goes). This module moves
-`candidate`; only `registry.promotion` moves the other two. No torch here, and MLflow only for writing: reading its
-SQLite file takes 2 ms, its client 2.2 s and 190 MB, which `status` and `serve` would pay at each start.
+Aliases: `candidate` (the newest exported model), `champion` (served), `previous` (where a rollback goes). This module
+moves `candidate`; only `registry.promotion` moves the other two. No torch here, and MLflow only for writing: reading
+its SQLite file takes 2 ms, its client 2.2 s and 190 MB, which `status` and `serve` would pay at each start.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import fsync
-from twinloop.registry.artifact import MANIFEST, Manifest, integrity_error
+from twinloop.registry.artifact import Manifest
 from twinloop.registry.database import holds_records
 from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.registry.version_files import install, verified_manifest, version_error
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 _PREFIX = "twinloop."
@@ -42,7 +43,7 @@ UNFINISHED = f"{_PREFIX}unfinished"
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where a version comes from, beyond what its manifest says."""
+    """Where a version comes from, beyond what its manifest records."""
 
     recipe: str  # path of the recipe file, as the user gave it
     domain: str  # as the recipe names it
@@ -72,12 +73,12 @@ class Version:
 
     @property
     def servable(self) -> bool:
-        """Whether it is an exported bundle, which may be promoted."""
+        """Whether it is an exported model, which may be promoted."""
         return self.tags["servable"] == "true"
 
     @property
     def domain(self) -> str:
-        """What the model is for, as its recipe names it. Raises UserError for a version that does not say it."""
+        """What the model is for, as its recipe names it. Raises UserError for a version without that tag."""
         return _domain_of(self, self.tags)
 
     @property
@@ -90,7 +91,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Served:
-    """A bundle whose every byte was verified just now."""
+    """An exported model whose every byte was verified just now."""
 
     name: str
     version: int
@@ -109,7 +110,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What MLflow says about one registered model at one moment."""
+    """What MLflow holds about one registered model at one moment."""
 
     versions: dict[int, Version]
     aliases: dict[str, int]
@@ -131,8 +132,8 @@ class Registry:
     ) -> Version:
         """Make the artifact in this directory a version, or find the version that it is already.
 
-        run_id: the run that made it. servable: it is an exported bundle; it becomes the `candidate`, unless it is
-        the champion. Raises UserError if the directory is not as its manifest says. Safe among processes; killed in
+        run_id: the run that made it. servable: it is an exported model; it becomes the `candidate`, unless it is
+        the champion. Raises UserError if the directory differs from its manifest. Safe among processes; killed in
         between, it leaves no version, and does its work when called again.
         """
         manifest = verified_manifest(artifact)
@@ -140,15 +141,15 @@ class Registry:
             version = self._known(manifest.digest, lineage.domain, servable)
             if version is None:
                 version = self._create(artifact, manifest, lineage, run_id, servable)
-            elif damage_of(version) is not None:
+            elif version_error(version.path, version.digest):
                 shutil.rmtree(version.path, ignore_errors=True)
-                _own(artifact, version.path, copy=servable)
+                install(artifact, version.path, copy=servable)
             if servable and self.snapshot().aliases.get(CHAMPION) != version.version:
                 self.move({CANDIDATE: version.version})
         return version
 
     def snapshot(self) -> Snapshot:
-        """All versions, aliases and tags, as they stand now."""
+        """All versions, aliases and tags, as they are now."""
         if self.mlruns.local_database:
             if not self.mlruns.database.exists():
                 return Snapshot({}, {}, {})
@@ -183,9 +184,9 @@ class Registry:
 
     def verify(self, version: Version) -> Served:
         """Hash the version's files. Raises UserError if they are not what was registered."""
-        if damage := damage_of(version):
+        if problem := version_error(version.path, version.digest):
             raise UserError(
-                f"{version}: {damage} in {version.path}; it is not used. "
+                f"{version}: {problem} in {version.path}; it is not used. "
                 "Restore that folder, or run the recipe again, or `twinloop rollback`"
             )
         return Served(version.name, version.version, version.path, version.digest, version.tags)
@@ -237,7 +238,7 @@ class Registry:
         )
         path = self._files_of(model.model_id)
         try:
-            _own(artifact, path, copy=servable)
+            install(artifact, path, copy=servable)
         except OSError:
             shutil.rmtree(path.parent, ignore_errors=True)
             client.delete_logged_model(model.model_id)
@@ -256,7 +257,7 @@ class Registry:
             source=model.artifact_location,
             run_id=run_id,
             model_id=model.model_id if behind_server else None,
-            await_creation_for=0,  # nothing is copied behind our back
+            await_creation_for=0,  # nothing is copied by MLflow
             tags={_PREFIX + key: value for key, value in _tags(manifest, lineage, servable, path, self.mlruns).items()},
         )
         link = json.dumps([{"name": self.name, "version": int(made.version)}])
@@ -329,39 +330,15 @@ class Registry:
         versions = {}
         for number, run_id, raw in rows:
             own = _unprefixed(raw)
-            if "path" in own:  # else somebody registered it by other means: not ours to judge
+            if "path" in own:  # else somebody registered it by other means: no version of ours
                 versions[number] = Version(self.name, number, self.mlruns.root / own["path"], run_id, own)
         return Snapshot(dict(sorted(versions.items())), aliases, _unprefixed(tags))
-
-
-def verified_manifest(folder: Path) -> Manifest:
-    """The manifest of an artifact whose every byte is as it says. Raises UserError."""
-    try:
-        manifest = Manifest.read(folder / MANIFEST)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{folder}: no artifact here ({MANIFEST} is missing or changed); run the recipe again"
-        ) from error
-    if problem := integrity_error(folder, manifest):
-        raise UserError(f"{folder}: {problem}; run the recipe again")
-    return manifest
-
-
-def damage_of(version: Version) -> str | None:
-    """What differs from what was registered, in words; None if nothing does. Reads every byte."""
-    try:
-        manifest = Manifest.read(version.path / MANIFEST)
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or changed"
-    if manifest.digest != version.digest:
-        return "another artifact than was registered lies"
-    return integrity_error(version.path, manifest)
 
 
 def _domain_of(version: object, tags: Mapping[str, str]) -> str:
     if "domain" not in tags:
         raise UserError(
-            f"{version}: the registry does not say which domain it is for; set its tag {_PREFIX}domain in MLflow to "
+            f"{version}: the registry does not name its domain; set its tag {_PREFIX}domain in MLflow to "
             "what the recipe names, such as returns"
         )
     return tags["domain"]
@@ -383,23 +360,6 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlru
         "path": path.relative_to(mlruns.root).as_posix(),  # relative: MLflow's own is absolute, and projects move
     }
     return {key: str(value) for key, value in tags.items()}
-
-
-def _own(source: Path, target: Path, *, copy: bool) -> None:
-    """Put `source`'s files at `target`, whole or not at all: copied, or hard-linked where that is possible."""
-
-    def link(original: str, place: str) -> None:
-        try:
-            Path(place).hardlink_to(original)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(original, place)
-
-    new = target.with_name(f"{target.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(source, new, copy_function=shutil.copy2 if copy else link)
-    for path in [*new.rglob("*"), new]:  # on disk before MLflow promises them
-        fsync(path)
-    new.rename(target)
 
 
 def _unprefixed(tags: Mapping[str, str]) -> dict[str, str]:

@@ -116,7 +116,7 @@ def _comes_from_here(request: Request) -> bool:
 
 
 def _is_of_own_page(headers: Headers) -> bool:
-    """Whether what a browser says of the page that asks, if one does, is that it is ours.
+    """Whether the page that asks, as a browser reports it, is ours; true where no page does.
 
     A page on another port of this machine is foreign too.
     """

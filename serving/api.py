@@ -35,7 +35,7 @@ from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
 
-REFUSED = "it is damaged, or does not load and answer, and it is not used; the server's log says which"
+REFUSED = "it is corrupt, or does not load and answer, and it is not used; the server's log gives the reason"
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
@@ -91,7 +91,7 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
         body: dict[str, Any] = {
             "model": service.model.model_dump(),
             "domain": domain.name,
-            "refused_champion": {"version": manager.refusal.version, "reason": REFUSED} if manager.refusal else None,
+            "refused_champion": {"version": manager.failure.version, "reason": REFUSED} if manager.failure else None,
             "queue": {"queued": scheduler.queued, "active": scheduler.active, "capacity": scheduler.capacity},
             "traces": {"dropped": traces.dropped} if traces is not None else None,
         }
@@ -161,11 +161,11 @@ def _document_router(documents: DocumentStore) -> APIRouter:
         versions = documents.history(document_id)
         if not versions:
             raise ApiError(404, f"document {document_id!r} is not there", param="document_id")
-        told = [
+        recorded = [
             {"version": each.document.version, "text": each.document.text, "recorded_at": each.recorded_at}
             for each in versions
         ]
-        return {"document_id": document_id, "versions": told}
+        return {"document_id": document_id, "versions": recorded}
 
     return router
 
@@ -199,14 +199,14 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
-        proxy_headers=False,  # who asks is the socket's other end, not what it says of itself
+        proxy_headers=False,  # who asks is the socket's other end, not the address that its headers claim
     )
 
 
 def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; both let running requests end and return normally.
 
-    Port 0 takes any free port; `on_ready` is told the address. Raises UserError when the address cannot be bound.
+    Port 0 takes any free port; `on_ready` receives the address. Raises UserError when the address cannot be bound.
     """
     listener = _bind(host, port)
     server = uvicorn.Server(server_config(app))

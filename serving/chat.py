@@ -198,16 +198,16 @@ def models_router(manager: ModelManager) -> APIRouter:
 
 
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
-    """Queue a request. Raises ApiError for what cannot be served, QueueFullError when there is no room."""
+    """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     _refuse_unserved(body, service.model)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
         prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
-    room = longest - len(prompt)
+    available = longest - len(prompt)
     wanted = body.max_completion_tokens or body.max_tokens
-    if room < (wanted or 1):
+    if available < (wanted or 1):
         raise ApiError(
             400,
             f"the model reads and writes at most {longest} tokens; the messages have {len(prompt)}"
@@ -216,7 +216,7 @@ def _submit(service: DecisionService, body: ChatRequest, started: float) -> Comp
             param="messages",
         )
     params = SamplingParams(
-        max_tokens=wanted or room,
+        max_tokens=wanted or available,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
@@ -248,7 +248,7 @@ def routes_of(domain: Domain) -> list[str]:
 
 
 def closed_route(path: str, domain: Domain) -> APIRouter:
-    """In the place of what the domain does not serve: a 404 that says so, and names where its model is asked."""
+    """In the place of what the domain does not serve: a 404 that names where its model is asked."""
     router = APIRouter()
     there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
 

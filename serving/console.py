@@ -117,7 +117,7 @@ function fields(schema, values) {
   return [parts.map(([, node]) => node), read];
 }
 
-// --- what the server says
+// --- the server's answers
 
 async function health() {
   try {

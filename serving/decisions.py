@@ -1,7 +1,7 @@
-"""One decision: find the documents, ask the model, check what it says, and answer or escalate.
+"""One decision: find the documents, ask the model, check its answer, and return it or escalate.
 
 Nothing that the model writes is returned before the domain's own checks have passed. Whatever goes wrong on the way
-ends in the same place: `decision` is null, and the answer says why and which layer owns it.
+ends in the same place: `decision` is null, and the answer gives the reason and the layer that owns it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Frozen(BaseModel):
 
 
 class ModelInfo(_Frozen):
-    """Which weights answer. `digest` is that of the served bundle's content."""
+    """Which weights answer. `digest` is that of the served exported model's content."""
 
     name: str
     version: str
@@ -44,7 +44,7 @@ class ModelInfo(_Frozen):
 
 
 class Passage(_Frozen):
-    """A document as it stands in answers."""
+    """A document as it appears in answers."""
 
     document_id: str
     version: int
@@ -85,7 +85,7 @@ class DecisionResponse(_Frozen):
 
 
 class DecisionTrace(_Frozen):
-    """All that an answer was made from. `trace_id` stands first: the trace store finds lines by it.
+    """All that an answer was made from. `trace_id` comes first: the trace store finds lines by it.
 
     index_digest is that of the documents; None where none were searched.
     """
@@ -223,11 +223,11 @@ class PendingDecision:
         service, domain = self._service, self._service.domain
         prompt = service.tokenizer.encode_prompt(domain.build_prompt(self._request, self._passages))
         self._prompt_tokens = len(prompt)
-        room = service.scheduler.max_length - len(prompt)
-        if room < 1:
+        available = service.scheduler.max_length - len(prompt)
+        if available < 1:
             self._failures = {"prompt": f"the case has {len(prompt)} tokens, too many for this model to read"}
             return
-        params = SamplingParams(max_tokens=min(domain.max_answer_tokens, room), stop=(service.tokenizer.stop_id,))
+        params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=(service.tokenizer.stop_id,))
         stream = service.scheduler.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 

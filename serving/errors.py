@@ -50,7 +50,7 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) -> tuple[str, str | None]:
     """What is wrong with a request, in one line, and the first field that is.
 
-    `errors` are pydantic's; `descriptions` say what a field is, by its path (`field_descriptions`). What the caller
+    `errors` are pydantic's; `descriptions` explain a field, by its path (`field_descriptions`). What the caller
     sent is not repeated, since it may hold a customer's words.
     """
     lines, first = [], None
@@ -118,7 +118,7 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     @app.exception_handler(UserError)
     async def mistaken(request: Request, error: UserError) -> JSONResponse:
         log.error("%s", error)
-        return JSONResponse(error_body(500, "the server cannot do this; its log says why"), 500)
+        return JSONResponse(error_body(500, "the server cannot do this; its log gives the reason"), 500)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
@@ -130,7 +130,7 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:
-        body = error_body(503, "the server has no room for another request; try again soon", code="queue_full")
+        body = error_body(503, "the server's queue is full; try again soon", code="queue_full")
         return JSONResponse(body, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
 
     @app.exception_handler(StarletteHTTPException)

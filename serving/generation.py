@@ -19,7 +19,7 @@ class TextStream:
 
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
-    stands in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
+    is in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
     """
 
     def __init__(self, stream: Stream, tokenizer: ChatTokenizer, *, started: float, stop: Sequence[str] = ()):

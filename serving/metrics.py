@@ -19,7 +19,7 @@ disable_created_metrics()  # a time beside every counter, which no dashboard of 
 
 
 class Metrics:
-    """Counters and histograms of requests, and what scheduler, traces and documents say when they are asked for."""
+    """Counters and histograms of requests, and the state of scheduler, traces and documents at each scrape."""
 
     def __init__(self, manager: ModelManager) -> None:
         self._registry = CollectorRegistry()
@@ -90,13 +90,13 @@ class _State(Collector):
             "twinloop_slots": ("Answers that can be generated at the same time", now.slots),
             "twinloop_champion_refused": (
                 "1 while the registry's champion cannot be served and another one is",
-                manager.refusal is not None,
+                manager.failure is not None,
             ),
         }
         if service.traces is not None:
             lost = "Traces that could not be kept since the server started"
             gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)
-        with suppress(DocumentStoreError):  # /health says what is wrong with them
+        with suppress(DocumentStoreError):  # /health reports what is wrong with them
             gauges["twinloop_documents"] = ("Documents that are found", service.documents.count())
         for name, (meaning, value) in gauges.items():
             yield GaugeMetricFamily(name, meaning, value=float(value))

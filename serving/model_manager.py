@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Refusal:
+class ServeFailure:
     """A version that was to be served, and why the one before it goes on. The reason may name files: it is for logs."""
 
     version: str
@@ -26,7 +26,7 @@ class ModelManager:
 
     def __init__(self, service: DecisionService):
         self.service = service
-        self.refusal: Refusal | None = None
+        self.failure: ServeFailure | None = None
         self._lock = threading.Lock()
         self._working: list[Scheduler] = [service.scheduler]
         self._ended = Totals()
@@ -47,7 +47,7 @@ class ModelManager:
     def replace(self, service: DecisionService) -> None:
         """Answer every later request with `service`; return when the last answer of the one before is complete."""
         with self._lock:
-            old, self.service, self.refusal = self.service, service, None
+            old, self.service, self.failure = self.service, service, None
             self._working.append(service.scheduler)
         old.scheduler.close()
         with self._lock:

@@ -88,7 +88,7 @@ class TraceStore:
                     for found in lines:
                         if found.startswith(start) and found.endswith(b"\n"):
                             return dict(json.loads(found))
-            except FileNotFoundError:  # another process has just made room
+            except FileNotFoundError:  # another process has just removed it
                 continue
             except ValueError:  # a line that was torn, and then written on, by an earlier version
                 continue
@@ -135,7 +135,7 @@ class TraceStore:
         for old in self._all_files()[: -(self._files - 1) or None]:
             old.unlink(missing_ok=True)
         name = f"traces-{time.time_ns():020d}-{os.getpid()}.jsonl"
-        # Customers' words stand in a trace: only the server's own user may read it.
+        # Customers' words are in a trace: only the server's own user may read it.
         return os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 

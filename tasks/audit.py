@@ -1,4 +1,4 @@
-"""The verifier's audit: before it pays rewards, wrong answers that look right are tried on it."""
+"""The verifier's audit: before it gives rewards, wrong answers that look right are tried on it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def check_auditable(loaded: LoadedDomain) -> None:
 
     if missing := [part for part in NEEDED if not loaded.domain.has(part)]:
         raise UserError(
-            f"{loaded.file}: the domain {loaded.domain.name} defines no {', no '.join(missing)}; RL is paid by its "
-            "verifier, and needs them to audit it first"
+            f"{loaded.file}: the domain {loaded.domain.name} defines no {', no '.join(missing)}; its verifier "
+            "gives the rewards of RL, and cannot be audited without them"
         )
 
 
 def audit_stage(context: Context, *, data: Artifact) -> Artifact:
-    """audit.json. Raises UserError when a single wrong answer would be paid: no RL runs on such a verifier."""
+    """audit.json. Raises UserError when a single wrong answer would be rewarded: no RL runs on such a verifier."""
     loaded = context.loaded_domain
     check_auditable(loaded)
 

@@ -41,8 +41,8 @@ class Longest(BaseModel):
 def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Artifact) -> Artifact:
     """The lengths of records under the tokenizer of `model`, in `metrics`.
 
-    Raises UserError for the first record that the chat template would train wrongly, or that the recipe has no room
-    for.
+    Raises UserError for the first record that the chat template would train wrongly, or that is longer than the
+    recipe allows.
     """
     methods = list(dict.fromkeys(stage.method for stage in recipe.train))
 
@@ -134,6 +134,6 @@ def _check(found: Mapping[str, Any], limit: int, setting: str) -> None:
     longest = Longest.model_validate(found)
     if longest.tokens > limit:
         raise UserError(
-            f"data/{longest.file} line {longest.line}: a record of {longest.tokens} tokens, and {setting} leaves room "
-            f"for {limit}; shorten the record, or raise the limit"
+            f"data/{longest.file} line {longest.line}: a record of {longest.tokens} tokens, and {setting} allows "
+            f"{limit}; shorten the record, or raise the limit"
         )

@@ -1,4 +1,4 @@
-"""What every stage is given besides its own settings: where things are kept, and whom to tell how it goes."""
+"""What every stage needs besides its own settings: where things are kept, and where progress is reported."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Progress(Protocol):
     def started(self, stage: str) -> None: ...
 
     def stepped(self, stage: str, done: float, total: float, metrics: Mapping[str, float]) -> None:
-        """`done` of `total` units of work are behind us; `metrics` are the latest values."""
+        """`done` of `total` units of work are done; `metrics` are the latest values."""
 
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
-        """`seconds` is None where it was already done. `name` tells what came out: a key, a digest, a version."""
+        """`seconds` is None where it was already done. `name` identifies the result: a key, a digest, a version."""
 
 
 @dataclass(frozen=True)

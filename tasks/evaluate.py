@@ -25,14 +25,14 @@ def evaluate_stage(
     runtime: Runtime,
     *,
     data: Artifact,
-    bundle: Path,
+    exported: Path,
     digest: Artifact | str,
 ) -> Artifact:
-    """cases.json and what the gate looks at. `digest` names the content of the directory `bundle`."""
+    """cases.json and what the gate looks at. `digest` names the content of the directory `exported`."""
     workload = Workload(context.domain, settings, data.path)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        cases, metrics = evaluate_bundle(bundle, workload, runtime, report.moved)
+        cases, metrics = evaluate_exported(exported, workload, runtime, report.moved)
         write_cases(out, cases)
         return metrics
 
@@ -40,7 +40,7 @@ def evaluate_stage(
         "evaluate",
         work,
         settings={**settings.model_dump(exclude={"stage_cases"}), "threads": runtime.threads},
-        inputs={"data": data, "bundle": digest},
+        inputs={"data": data, "exported": digest},
         modules=("twinloop.tasks.evaluate",),
         uses_domain=True,
     )
@@ -49,8 +49,8 @@ def evaluate_stage(
 evaluate = task(name="evaluate", persist_result=False)(evaluate_stage)
 
 
-def evaluate_bundle(
-    bundle: Path, workload: Workload, runtime: Runtime, on_progress: OnProgress
+def evaluate_exported(
+    exported: Path, workload: Workload, runtime: Runtime, on_progress: OnProgress
 ) -> tuple[CaseReport, dict[str, Any]]:
     """Measure now, whatever was measured before: what the cases showed, and all numbers."""
     from twinloop.models.tokenizer import ChatTokenizer
@@ -59,11 +59,11 @@ def evaluate_bundle(
     from twinloop.serving.engine.sampling import SamplingParams
     from twinloop.tasks.load_test import run_load_test
 
-    settings, tokenizer = workload.settings, ChatTokenizer.load(bundle)
+    settings, tokenizer = workload.settings, ChatTokenizer.load(exported)
     cases = read_records(workload.data, "cases")[:SERVED_PROMPTS]
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in cases]
     greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=(tokenizer.stop_id,))
-    load = run_load_test(bundle, prompts, greedy, slots=settings.slots, threads=runtime.threads)
-    engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
+    load = run_load_test(exported, prompts, greedy, slots=settings.slots, threads=runtime.threads)
+    engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
     report, metrics = measure_engine(engine, tokenizer, workload, on_progress)
     return report, metrics | load.model_dump()

@@ -1,4 +1,4 @@
-"""Export: a checkpoint becomes an ONNX bundle, and is compared with the network that it came from."""
+"""Export: a checkpoint becomes an exported model (ONNX), and is compared with the network that it came from."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ COMPARED_TOKENS = 96
 def export_stage(
     context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
 ) -> Artifact:
-    """An ONNX bundle; its parity with the network stands in the metrics."""
+    """An exported model; its parity with the network is in the metrics."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
 
-        from twinloop.models.onnx_bundle import export_bundle
+        from twinloop.models.exported import export_model
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
         from twinloop.serving.engine.sampling import SamplingParams
         from twinloop.tasks.parity import parity
 
         torch.set_num_threads(runtime.threads)
-        bundle = export_bundle(model.path, out, precision=precision, max_length=max_length)
+        exported = export_model(model.path, out, precision=precision, max_length=max_length)
         tokenizer = ChatTokenizer.load(model.path)
         cases = read_records(data.path, "cases")[:COMPARED_CASES]
         found = parity(
@@ -43,7 +43,7 @@ def export_stage(
             threads=runtime.threads,
         )
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return {"precision": precision, "parameters": bundle.parameters, "bytes": size, **asdict(found)}
+        return {"precision": precision, "parameters": exported.parameters, "bytes": size, **asdict(found)}
 
     return context.run(
         "export",

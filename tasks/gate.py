@@ -1,4 +1,4 @@
-"""The release gate as a stage: the rules, on what was measured of the exported bundle."""
+"""The release gate as a stage: the rules, on what was measured of the exported model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gate_stage(
     context: Context,
     rules: GateRules,
     *,
-    bundle: Artifact,
+    exported: Artifact,
     evaluation: Artifact,
     champion: Artifact | None,
     champion_version: int | None,
@@ -32,13 +32,15 @@ def gate_stage(
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         verdict = judge(
             rules,
-            measurements(read_case_report(evaluation), evaluation.metrics, bundle.metrics, champion, champion_version),
-            candidate=bundle.digest,
+            measurements(
+                read_case_report(evaluation), evaluation.metrics, exported.metrics, champion, champion_version
+            ),
+            candidate=exported.digest,
         )
         (out / GATE_REPORT).write_text(verdict.to_json())
         return {"decision": verdict.decision, "reasons": [reason.reason for reason in verdict.reasons]}
 
-    inputs = {"bundle": bundle, "evaluation": evaluation} | ({"champion": champion} if champion else {})
+    inputs = {"exported": exported, "evaluation": evaluation} | ({"champion": champion} if champion else {})
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
@@ -54,7 +56,7 @@ def measurements(
     champion: Artifact | None,
     champion_version: int | None,
 ) -> Measurements:
-    """What the rules look at. metrics: of the evaluation; exported: of the bundle, whose parity is its own."""
+    """What the rules look at. metrics: of the evaluation; exported: of the exported model, whose parity is its own."""
     return Measurements.of_cases(
         cases,
         champion=compare(cases, read_case_report(champion), version=str(champion_version)) if champion else "none",

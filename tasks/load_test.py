@@ -1,5 +1,5 @@
 """Load test of an exported model on this machine: time to first token, speed, memory. It runs in a process of its own,
-since the memory of one that has trained says nothing.
+since the memory of one that has trained is no measure.
 
     echo '{"params": {"max_tokens": 96, "stop": [2]}, "prompts": [[1, 3, ...], ...]}' \\
         | python -m twinloop.tasks.load_test MODEL_DIR SLOTS THREADS

@@ -52,15 +52,15 @@ def measure_stage(
         import shutil
 
         from twinloop.models.directory import load_config
-        from twinloop.models.onnx_bundle import export_bundle
+        from twinloop.models.exported import export_model
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.serving.engine import Engine
 
-        bundle = keep / "bundle"
-        shutil.rmtree(bundle, ignore_errors=True)
+        exported = keep / "exported"
+        shutil.rmtree(exported, ignore_errors=True)
         length = load_config(model.path).max_position_embeddings
-        export_bundle(model.path, bundle, precision=runtime.precision, max_length=length)
-        engine = Engine.load(bundle, slots=settings.slots, threads=runtime.threads)
+        export_model(model.path, exported, precision=runtime.precision, max_length=length)
+        engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
         workload = Workload(context.domain, settings, data.path, limit=settings.stage_cases)
         cases, metrics = measure_engine(engine, ChatTokenizer.load(model.path), workload, report.moved)
         write_cases(out, cases)

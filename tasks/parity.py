@@ -1,4 +1,4 @@
-"""Does the exported bundle compute what the trained network computes?"""
+"""Does the exported model compute what the trained network computes?"""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Parity:
 
 
 def parity(
-    model_dir: Path, bundle_dir: Path, prompts: Sequence[list[int]], params: SamplingParams, *, threads: int
+    model_dir: Path, exported_dir: Path, prompts: Sequence[list[int]], params: SamplingParams, *, threads: int
 ) -> Parity:
     """Compare three ways: teacher forcing, prefill and then decode steps, and the tokens of answers.
 
     params: of the answers, greedy.
     """
-    engine = Engine.load(bundle_dir, slots=8, threads=threads)
+    engine = Engine.load(exported_dir, slots=8, threads=threads)
     network = load_decoder(model_dir)
     answers = engine.generate(prompts, params)
     gap, agreed, total = 0.0, 0, 0

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def data_stage(context: Context) -> tuple[DataVersion, float | None]:
-    """data/ at the version that params.yaml and the generator stand for, every file hashed.
+    """data/ at the version of params.yaml and the generator, every file hashed.
 
     With the seconds that making it took; None where it was there.
     """

@@ -141,7 +141,7 @@ class Recipe(StrictModel):
     def _fits_together(self) -> Self:
         if self.evaluate.max_new_tokens >= self.base.max_length:
             raise ValueError(
-                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no room for a prompt in "
+                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
                 f"base.max_length ({self.base.max_length})"
             )
         for stage in self.train:

@@ -1,4 +1,4 @@
-"""Registration: each checkpoint, and the bundle that may be served, becomes a version with its lineage."""
+"""Registration: each checkpoint, and the exported model that may be served, becomes a version with its lineage."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from twinloop.tasks.context import Context
 
 
 def register_stage(
-    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], bundle: Artifact
+    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], exported: Artifact
 ) -> Version:
-    """The version of `bundle`, which is the candidate now. checkpoints: in the order in which they came to be;
-    others: bundles of the last one in precisions that are not served."""
+    """The version of `exported`, which is the candidate now. checkpoints: in the order in which they came to be;
+    others: exported models of the last one in precisions that are not served."""
     registry = Registry(context.mlruns, context.recipe)
     parent: int | None = None
     for checkpoint in checkpoints:
         parent = _register(context, registry, checkpoint, parent, servable=False).version
     for other in others:
         _register(context, registry, other, parent, servable=False)
-    return _register(context, registry, bundle, parent, servable=True)
+    return _register(context, registry, exported, parent, servable=True)
 
 
 register = task(name="register", persist_result=False)(register_stage)
@@ -51,9 +51,9 @@ def _register(
 
 @task(name="promote", persist_result=False)
 def promote_if_shipped(context: Context, *, version: Version, report: GateReport) -> Promotion | None:
-    """Keep the gate's report with the version, and make it the champion where that says SHIP.
+    """Keep the gate's report with the version, and make it the champion where that is SHIP.
 
-    Raises UserError for a version that was champion and was rolled back: that one returns by hand only.
+    Raises UserError for a version that was champion and was rolled back: that one returns only by `twinloop promote`.
     """
     registry = Registry(context.mlruns, context.recipe)
     if report.decision == "BLOCK":

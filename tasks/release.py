@@ -11,7 +11,7 @@ from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
 from twinloop.registry.promotion import record_gate
 from twinloop.registry.versions import Registry, Version
 from twinloop.tasks.context import Context
-from twinloop.tasks.evaluate import evaluate_bundle, evaluate_stage
+from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
 from twinloop.tasks.measure import Workload
 from twinloop.tasks.recipe import EvaluateSettings
@@ -46,10 +46,10 @@ def judge_version(
 
     context.progress.started("evaluate")
     workload = Workload(context.domain, settings, data.path)
-    cases, metrics = evaluate_bundle(judged.path, workload, runtime, progress)
+    cases, metrics = evaluate_exported(judged.path, workload, runtime, progress)
     baseline = version_to_beat(registry, judged.digest)
     evaluated = (
-        evaluate_stage(context, settings, runtime, data=data, bundle=baseline.path, digest=baseline.digest)
+        evaluate_stage(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
         if baseline
         else None
     )

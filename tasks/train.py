@@ -1,4 +1,4 @@
-"""A stage of training: a model directory and records in, a model directory out. Which method, the recipe says."""
+"""A stage of training: a model directory and records in, a model directory out. The recipe names the method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def train(
 ) -> Artifact:
     """A model directory; steps, tokens, losses and seconds in `metrics`.
 
-    audit: of the verifier, which a method that pays its rewards needs; without one nothing is trained.
+    audit: of the verifier, which a method that trains on its rewards needs; without one nothing is trained.
     """
     method, settings = stage.method, stage.settings
     assert audit or not method.needs_verifier, f"{stage.name} was started without an audit of its verifier"

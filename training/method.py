@@ -1,4 +1,4 @@
-"""A training method: one module that says what is learned from which records. A recipe's stage names it.
+"""A training method: one module that defines what is learned from which records. A recipe's stage names it.
 
 A method's module holds
 
@@ -8,7 +8,7 @@ A method's module holds
 
 and, where the defaults do not fit,
 
-    NEEDS_VERIFIER  True: rewards are paid by the domain's verifier. It is audited before, and the domain's code is part
+    NEEDS_VERIFIER  True: the domain's verifier gives the rewards. It is audited before, and the domain's code is part
                     of the stage's key
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`

@@ -34,18 +34,18 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainSettings) -> fl
     return settings.learning_rate * min(1.0, rise, fall)
 
 
-def orthogonalise(matrices_KMN: Tensor) -> Tensor:
+def orthogonalise(matrices_GIJ: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values land near 1 (Newton-Schulz; Jordan et al., 2024).
 
-    matrices_KMN: M <= N. bf16 suffices, but only CUDA is fast at it.
+    matrices_GIJ: I <= J (letters: `models.shapes`). bf16 suffices, but only CUDA is fast at it.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices_KMN.bfloat16() if matrices_KMN.is_cuda else matrices_KMN
+    x = matrices_GIJ.bfloat16() if matrices_GIJ.is_cuda else matrices_GIJ
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.to(matrices_KMN.dtype)
+    return x.to(matrices_GIJ.dtype)
 
 
 class Muon:
@@ -62,14 +62,14 @@ class Muon:
 
     def step(self, learning_rate: float, weight_decay: float) -> None:
         for shape, members in self._buckets.items():
-            momentum_KMN = self._momenta[shape]
-            gradient_KMN = torch.stack([_wide(_gradient(member)) for member in members])
-            momentum_KMN.lerp_(gradient_KMN, 1 - MOMENTUM)
-            update_KMN = orthogonalise(gradient_KMN.lerp_(momentum_KMN, MOMENTUM))  # Nesterov
+            momentum_GIJ = self._momenta[shape]
+            gradient_GIJ = torch.stack([_wide(_gradient(member)) for member in members])
+            momentum_GIJ.lerp_(gradient_GIJ, 1 - MOMENTUM)
+            update_GIJ = orthogonalise(gradient_GIJ.lerp_(momentum_GIJ, MOMENTUM))  # Nesterov
             if weight_decay:
                 torch._foreach_mul_(list[Tensor](members), 1 - learning_rate * weight_decay)
             scale = UPDATE_RMS * math.sqrt(shape[1])
-            for member, update in zip(members, update_KMN, strict=True):
+            for member, update in zip(members, update_GIJ, strict=True):
                 member.add_(_like(update, member), alpha=-learning_rate * scale)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -85,8 +85,8 @@ def _wide(matrix: Tensor) -> Tensor:
     return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
 
 
-def _like(update_MN: Tensor, parameter: Tensor) -> Tensor:
-    return update_MN.mT if parameter.shape[0] > parameter.shape[1] else update_MN
+def _like(update_IJ: Tensor, parameter: Tensor) -> Tensor:
+    return update_IJ.mT if parameter.shape[0] > parameter.shape[1] else update_IJ
 
 
 class Optimizer:

@@ -49,7 +49,7 @@ def _pieces(tree: Tree, seq_len: int) -> Iterable[Tree]:
 
 
 def pack(trees: Sequence[Tree], seq_len: int) -> Packing:
-    """Each tree, longest first, into the fullest row that still has room. Documents too long are cut before.
+    """Each tree, longest first, into the fullest row where it fits. Documents too long are cut before.
 
     Rows come out ordered by their longest tree: shuffle them before training on them.
     """

@@ -1,8 +1,8 @@
-"""GRPO rollouts: sample groups on the serving engine, judge them, keep the groups that teach something.
+"""GRPO rollouts: sample groups on the serving engine, judge them, keep the groups that give a gradient.
 
 Advantages are relative to the group: (reward - mean) / standard deviation. A group whose rewards are all alike has
 none; it is dropped and counted, and further prompts are drawn to fill the step, up to MAX_ROUNDS. All informative
-groups of the last round are kept, also those past the number wanted, at most twice of it less one: they were paid for,
+groups of the last round are kept, also those past the number wanted, at most twice of it less one: their samples exist,
 and since the loss is a mean over tokens, more of them make the step's direction surer and not its length. The ratio's
 denominator is the sampler's own log-probability, so its distance from 1 in the first update of a rollout measures
 the parity of trainer and engine, at every step. Left out: filtering over-long completions, replay of old rollouts.
@@ -46,7 +46,7 @@ class _Group:
 
 
 class RolloutStream:
-    """The loop's batches, sampled from the network as it stands at each rollout.
+    """The loop's batches, sampled from the network's weights at each rollout.
 
     A function of the weights, the seed and the position alone: a resumed run samples what the stopped one would have.
     """

@@ -48,7 +48,7 @@ class BoundSampler:
         self._pool = ThreadPoolExecutor(engines, thread_name_prefix="sampler")
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, group: int) -> list[Completion]:
-        """Complete each prompt `group` times with the weights as they stand; see Engine.generate.
+        """Complete each prompt `group` times with the current weights; see Engine.generate.
 
         A function of weights, arguments, slots and number of threads.
         """

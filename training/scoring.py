@@ -21,7 +21,7 @@ def attach_reference(
 ) -> list[Tree]:
     """The same trees, each with its own log-probabilities under `model`, the frozen reference.
 
-    They are part of the tree from then on: no shuffling, packing or partial batch can part them.
+    They are part of the tree from then on: no shuffling, packing or partial batch can separate them.
     """
     values = tree_logprobs(model, trees, seq_len=seq_len, temperature=temperature, device=device)
     return [_with_reference(tree, logprobs) for tree, logprobs in zip(trees, values, strict=True)]

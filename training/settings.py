@@ -124,7 +124,8 @@ class RolloutSettings(TrainSettings):
     def check_context(self, max_length: int) -> None:
         if self.max_new_tokens >= max_length:
             raise ValueError(
-                f"max_new_tokens ({self.max_new_tokens}) leaves no room for a prompt in base.max_length ({max_length})"
+                f"max_new_tokens ({self.max_new_tokens}) leaves no tokens for a prompt in "
+                f"base.max_length ({max_length})"
             )
 
     def shape(self, max_length: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from twinloop.training.tree import Tree, TreeBatch, collate
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from. metrics: what the stream itself has to report (rewards, say)."""
+    """What one optimizer step learns from. metrics: what the stream itself has to report (such as rewards)."""
 
     micro_batches: list[TreeBatch]
     metrics: dict[str, float] = field(default_factory=dict)

@@ -1,15 +1,15 @@
 """The packed token tree: the one batch type of every objective.
 
 A tree is a root segment and, below it, segments that continue their parent: a document (root only), an SFT example
-(root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, G children). A token
+(root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, its answers). A token
 sees its own segment up to itself, and its ancestors. Positions go on from the parent's end, so a prompt is computed
 once, whatever hangs below it.
 
-Segments stand in preorder, so a subtree is one contiguous run of its row. Visibility then needs one number a token,
+Segments are in preorder, so a subtree is one contiguous run of its row. Visibility then needs one number a token,
 where its segment's subtree ends: query q sees key k when k <= q < visible_until[k]. Rows may hold many trees; they
 never see each other.
 
-Shapes: B rows, L positions a row, D width, N scored tokens, S scored sequences (segments with at least one target).
+Shapes: letters as in `models.shapes`. S counts the scored sequences: segments with at least one target.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Tree:
         for index, segment in enumerate(self.segments):
             while path and path[-1] != segment.parent:
                 path.pop()
-            assert bool(path) == (index > 0), "segments must stand in preorder below one root"
+            assert bool(path) == (index > 0), "segments must be in preorder below one root"
             assert len(segment.tokens) == len(segment.weights) > 0, "a segment needs tokens, and a weight for each"
             path.append(index)
         assert self.segments[0].weights[0] == 0, "nothing precedes a root's first token, so it cannot be scored"
@@ -141,7 +141,7 @@ class TreeBatch:
 
     tokens_BL, positions_BL: int64. visible_until_BL: int32, the row index at which a token stops being visible.
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
-    weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence stand together.
+    weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
     num_tokens: tokens that are not padding. total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
@@ -294,7 +294,7 @@ def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUN
     """log p(target) [N] of every scored token, float32, differentiable.
 
     The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece, and again in
-    the backward pass: [N, V] logits never stand in memory at once.
+    the backward pass: [N, V] logits are never in memory at once.
     """
     hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch))
     # index_select, not indexing: its backward adds a branching point's gradients in a fixed order

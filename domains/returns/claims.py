@@ -40,7 +40,7 @@ _FIELD = re.compile(rf'"\w*_{_DONE}"\s*:\s*(?!\s|false\b|null\b|$)', re.IGNORECA
 
 
 def claims_action(text: str) -> bool:
-    """Whether some clause says that a label, refund or the like was made, or is promised, without a denial in it."""
+    """Whether some clause claims that a label, refund or the like was made, or is promised, without a denial in it."""
     if _FIELD.search(text):
         return True
     for sentence in _SENTENCE.split(text):

@@ -133,14 +133,14 @@ class Returns(Domain):
         return build_prompt(request.order, request.message, _policies(passages))
 
     def precheck(self, request: ReturnRequest, passages: Sequence[Document]) -> Mapping[str, str]:
-        """Cases that no answer could settle: no policy covers the reason, or two that do contradict each other."""
+        """Cases that no answer could decide: no policy covers the reason, or two that do contradict each other."""
         order = request.order
         applicable = [passage for passage in _policies(passages) if covers(passage.text, order.reason)]
         if not applicable:
-            return {"retrieval": f"no policy in force speaks of {order.reason} items"}
+            return {"retrieval": f"no current policy covers {order.reason} items"}
         windows = {policy.policy_id: window_days(policy.text) for policy in applicable}
         if len({window is not None and is_eligible(order, window) for window in windows.values()}) > 1:
-            return {"retrieval": f"policies in force contradict each other: {' and '.join(windows)}"}
+            return {"retrieval": f"current policies contradict each other: {' and '.join(windows)}"}
         return {}
 
     def check(self, output: str, request: ReturnRequest, passages: Sequence[Document]) -> Verdict:

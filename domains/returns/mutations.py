@@ -46,7 +46,7 @@ def write_decision(
 def write_json(decision: Mapping[str, object]) -> str:
     """Write a decision as the model learns it: JSON with its numbers right-aligned.
 
-    Digits of the same place are then as far apart in every answer, so that one comparison serves numbers of any length.
+    Digits of the same place then have the same distance in every answer: one comparison serves numbers of any length.
     """
     fields = (f"{json.dumps(name)}: {_write_value(value)}" for name, value in decision.items())
     return f"{{{', '.join(fields)}}}"
@@ -59,7 +59,7 @@ def _write_value(value: object) -> str:
 def mutate(gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
     """Every (name, output) that is the gold answer with one thing wrong.
 
-    What a case makes right is left out: a distractor may say the very words of the policy.
+    What a case makes right is left out: a distractor may contain the very words of the policy.
     """
     return ((name, output) for name, output in _mutations(gold, facts) if output != gold)
 

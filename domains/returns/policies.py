@@ -1,4 +1,4 @@
-"""Return policies: numbered sentences that say within how many days what may come back."""
+"""Return policies: numbered sentences that state within how many days what may come back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Policy:
 
 
 def window_days(text: str) -> int | None:
-    """The number of days that a policy grants, or None where it does not say `within N days` exactly once."""
+    """The number of days that a policy grants, or None where `within N days` is not in it exactly once."""
     found = _WINDOW.findall(text)
     return int(found[0]) if len(found) == 1 else None
 
@@ -59,5 +59,5 @@ def words(text: str) -> frozenset[str]:
 
 
 def covers(text: str, reason: str) -> bool:
-    """Whether a policy speaks of this reason: each of the reason's words stands in it."""
+    """Whether a policy covers this reason: each of the reason's words is in it."""
     return bool(reason) and words(reason) <= words(text)

@@ -1,7 +1,7 @@
 """What the rows of this domain's files must be, besides the standard forms: their facts, answers and expectations.
 
 `audit_target` judges the answer of a demonstration by its shape alone: whether the decision is right is for the
-verifier to say, since demonstrations may be imperfect and are meant to be measured.
+verifier to decide, since demonstrations may be imperfect and are meant to be measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ OPTIONAL = frozenset({"facts.policy.window_days"})
 
 @dataclass(frozen=True)
 class TargetVerdict:
-    """Whether a target can be learned from, and what it lacks. `wrong` tells what is there but of another type."""
+    """Whether a target can be learned from, and what it lacks. `wrong` names what is there but of another type."""
 
     verdict: Literal["keep", "reject"]
     missing: list[str] = field(default_factory=list)
@@ -75,7 +75,7 @@ def audit_answer(text: str) -> TargetVerdict:
     return audit_target(target)
 
 
-# --- rules: polars expressions with one boolean a row, where null stands for false
+# --- rules: polars expressions with one boolean a row, where null counts as false
 
 _ORDER, _POLICY = pl.col("facts").struct.field("order"), pl.col("facts").struct.field("policy")
 _PASSAGES = pl.col("facts").struct.field("passages")
@@ -107,7 +107,7 @@ def _fact_rules(*, optional: bool) -> Rules:
 
 
 def _judgeable_rules() -> Rules:
-    """Facts by which answers are paid or judged: under a policy without a window none would be right."""
+    """Facts by which answers are rewarded or judged: under a policy without a window none would be right."""
     window = window_of(_POLICY.struct.field("text"))
     return {"facts has a policy that names no window": window.is_not_null(), **_fact_rules(optional=False)}
 

@@ -41,7 +41,7 @@ class Engine(ModelRunner):
 
         Synchronous, and takes all slots: a slot is filled again as soon as its sequence ends. The result is a function
         of weights, arguments and number of slots alone, bit for bit (with a seed, or at temperature 0). Raises
-        UserError for a prompt that leaves no room to answer.
+        UserError for a prompt too long to be answered.
         """
         if group < 1:
             raise UserError(f"generate: group is {group}; it must be at least 1")
@@ -66,28 +66,28 @@ class Engine(ModelRunner):
 
 
 class _Answers:
-    """The tokens drawn so far, by sequence. N sequences, T tokens of an answer."""
+    """The tokens drawn so far, by sequence. Shapes: letters as in `models.shapes`."""
 
     def __init__(self, first_sequence: int, count: int, longest: int):
         self._first = first_sequence
-        self._tokens_NT = np.empty((count, longest), np.int64)
-        self._logprobs_NT = np.empty((count, longest), np.float32)
-        self._length_N = np.zeros(count, np.int64)
-        self._stopped_N = np.zeros(count, bool)
+        self._tokens_ST = np.empty((count, longest), np.int64)
+        self._logprobs_ST = np.empty((count, longest), np.float32)
+        self._length_S = np.zeros(count, np.int64)
+        self._stopped_S = np.zeros(count, bool)
 
     def add(self, drawn: Drawn | None) -> None:
         assert drawn is not None, "a prompt is read whole"
         rows = drawn.sequences - self._first
-        self._tokens_NT[rows, drawn.positions] = drawn.tokens
-        self._logprobs_NT[rows, drawn.positions] = drawn.logprobs
+        self._tokens_ST[rows, drawn.positions] = drawn.tokens
+        self._logprobs_ST[rows, drawn.positions] = drawn.logprobs
         if np.count_nonzero(drawn.ended):
-            self._length_N[rows] = drawn.positions + 1
-            self._stopped_N[rows] = drawn.stopped
+            self._length_S[rows] = drawn.positions + 1
+            self._stopped_S[rows] = drawn.stopped
 
     def completions(self) -> list[Completion]:
         return [
             Completion(tokens_T[:length].tolist(), logprobs_T[:length].tolist(), "stop" if stopped else "length")
             for tokens_T, logprobs_T, length, stopped in zip(
-                self._tokens_NT, self._logprobs_NT, self._length_N, self._stopped_N, strict=True
+                self._tokens_ST, self._logprobs_ST, self._length_S, self._stopped_S, strict=True
             )
         ]

@@ -3,8 +3,7 @@
 GroupQueryAttention appends to its cache in place when past and present are the same memory. So every contiguous range
 of slots is bound by address as both, and no step copies a cache byte.
 
-Shapes: S slots, K key-value heads, M capacity of a slot, E head width, B rows, L positions, N scored positions,
-V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _PAGE_BYTES = 4096
 
 
 class KVArena:
-    """Keys and values of all layers, each one block [S, K, M, E] on the device."""
+    """Keys and values of all layers, each one block [C, K, M, E] on the device."""
 
     def __init__(self, config: DecoderConfig, *, slots: int, capacity: int, element_type: int, itemsize: int,
                  device: Device):  # fmt: skip
@@ -93,7 +92,7 @@ class StepBinding:
     """Everything that one shape of run reads and writes, bound once and changed in place.
 
     The caller fills `tokens` int64 [B, L], `seqlens` int32 [B] and `total`, then calls `run`, and reads `logits`
-    float32 [N, V] before the next run of this binding. `score` says which of the B*L positions those are.
+    float32 [N, V] before the next run of this binding. `score` sets which of the B*L positions those are.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 One object, one thread: the arena has no locks. An array that a method returns as a view is valid until the next call.
 
-Shapes: S slots, B rows, L positions, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 from twinloop.common.errors import UserError
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_bundle import WEIGHTS_FILE, read_bundle
+from twinloop.models.exported import WEIGHTS_FILE, read_exported
 from twinloop.models.onnx_graph import compute_type, slot_capacity
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
@@ -30,7 +30,7 @@ _BINDING_BYTES_KEPT = 256 << 20
 
 
 class ModelRunner:
-    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [S] says how many each one holds."""
+    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class ModelRunner:
         Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine.
         """
         exported_dir = Path(exported_dir)
-        exported, config = read_bundle(exported_dir)
+        exported, config = read_exported(exported_dir)
         if slots < 1:
             raise UserError(f"engine: slots is {slots}; it must be at least 1")
         if max_length is not None and not 2 <= max_length <= exported.max_length:
@@ -163,8 +163,8 @@ class ModelRunner:
     def decode(self, first: int, tokens_B: np.ndarray, active_B: np.ndarray) -> np.ndarray:
         """One step of the slots first .. first + B: append a token to each active one, whatever their lengths.
 
-        tokens_B: int64, active_B: bool. Idle rows go along unchanged (their tokens are ignored), active ones must have
-        room. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
+        tokens_B: int64, active_B: bool. Idle rows go along unchanged (their tokens are ignored), active ones must not
+        be full. Returns logits float32 [B, V], a view; those of idle rows mean nothing.
         """
         count = len(tokens_B)
         step = self._binding(first, count, 1, count)
@@ -197,7 +197,7 @@ class ModelRunner:
         self.lengths[:] = 0
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
-        """Raise UserError unless the prompt has tokens, all of the vocabulary, and leaves room for one more."""
+        """Raise UserError unless the prompt has tokens, all of the vocabulary, and can be continued by one more."""
         if not 0 < len(tokens) < self.max_length:
             raise UserError(
                 f"prompt: {len(tokens)} tokens, but a slot holds 1 to {self.max_length - 1} "

@@ -3,7 +3,7 @@
 Draws are a function of (seed, sequence, position) and of nothing else: who else sits in the batch, and in which slot,
 changes no one's tokens.
 
-Shapes: B rows, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import onnxruntime as ort
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_bundle import GRAPH_FILE
+from twinloop.models.exported import GRAPH_FILE
 from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine.kv_cache import Device

@@ -3,7 +3,7 @@
 The core of both drivers: `Engine.generate` (rollouts, evaluation) and `Scheduler` (serving) decide who gets a slot and
 when; what happens in it is decided here. What a sequence draws depends on its seed, its number and the position alone.
 
-Shapes: S slots, B rows, T tokens of an answer, V vocabulary.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
     """The next token of some sequences, an array [B] each.
 
     positions: tokens that the answer had before. stopped: ended with one of its stop tokens; ended: for that reason or
-    because it has no room for more. Slots of ended sequences are free again.
+    because the cache is full. Slots of ended sequences are free again.
     """
 
     slots: np.ndarray
@@ -55,26 +55,26 @@ class SlotBatch:
         slots, length, vocabulary = runner.slots, runner.max_length, runner.config.vocab_size
         self._reading: deque[tuple[Prompt, list[int]]] = deque()
         self._held: list[Prompt | None] = [None] * slots  # what a slot begins with, also after its sequence has ended
-        self._occupied_S = np.zeros(slots, bool)
-        self._decoding_S = np.zeros(slots, bool)  # occupied, and the prompt is computed
-        self._sequence_S = np.zeros(slots, np.int64)
-        self._produced_S = np.zeros(slots, np.int64)
-        self._limit_S = np.zeros(slots, np.int64)
-        self._next_S = np.zeros(slots, np.int64)
-        self._temperature_S = np.zeros(slots, np.float32)
-        self._top_p_S = np.ones(slots, np.float64)
+        self._occupied_C = np.zeros(slots, bool)
+        self._decoding_C = np.zeros(slots, bool)  # occupied, and the prompt is computed
+        self._sequence_C = np.zeros(slots, np.int64)
+        self._produced_C = np.zeros(slots, np.int64)
+        self._limit_C = np.zeros(slots, np.int64)
+        self._next_C = np.zeros(slots, np.int64)
+        self._temperature_C = np.zeros(slots, np.float32)
+        self._top_p_C = np.ones(slots, np.float64)
         self._uniform_ST = np.zeros((slots, length))
         self._stops_SV = np.zeros((slots, vocabulary), bool)
 
     @property
     def free(self) -> int:
         """Slots that hold no sequence."""
-        return len(self._occupied_S) - int(np.count_nonzero(self._occupied_S))
+        return len(self._occupied_C) - int(np.count_nonzero(self._occupied_C))
 
     @property
     def decoding(self) -> list[int]:
         """Slots that the next `step` advances."""
-        slots: list[int] = np.flatnonzero(self._decoding_S).tolist()
+        slots: list[int] = np.flatnonzero(self._decoding_C).tolist()
         return slots
 
     @property
@@ -88,7 +88,7 @@ class SlotBatch:
         The lowest ones are taken, so that the range of a decode step stays narrow. sequences: their numbers to the
         seed. A prompt that some slot still begins with is copied; any other is computed by `read_prompt`.
         """
-        slots: list[int] = np.flatnonzero(~self._occupied_S)[: len(sequences)].tolist()
+        slots: list[int] = np.flatnonzero(~self._occupied_C)[: len(sequences)].tolist()
         assert len(slots) == len(sequences), "more sequences than free slots"
         holder = next((slot for slot, held in enumerate(self._held) if held is prompt), None)
         if prompt.logits_V is not None and holder is not None:
@@ -97,12 +97,12 @@ class SlotBatch:
             prompt.logits_V = None
             self._runner.lengths[slots] = 0
         limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
-        self._occupied_S[slots] = True
-        self._sequence_S[slots] = sequences
-        self._produced_S[slots] = 0
-        self._limit_S[slots] = limit
-        self._temperature_S[slots] = params.temperature
-        self._top_p_S[slots] = params.top_p
+        self._occupied_C[slots] = True
+        self._sequence_C[slots] = sequences
+        self._produced_C[slots] = 0
+        self._limit_C[slots] = limit
+        self._temperature_C[slots] = params.temperature
+        self._top_p_C[slots] = params.top_p
         self._stops_SV[slots] = False
         self._stops_SV[np.ix_(slots, params.stop)] = True
         for slot, sequence in zip(slots, sequences, strict=True):
@@ -129,20 +129,20 @@ class SlotBatch:
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
         self._reading.popleft()
-        self._decoding_S[slots] = True
+        self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
         return count, self._draw(np.array(slots), logits_BV)
 
     def step(self) -> Drawn:
         """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all."""
-        slots = np.flatnonzero(self._decoding_S)
+        slots = np.flatnonzero(self._decoding_C)
         first, end = int(slots[0]), int(slots[-1]) + 1
-        logits_BV = self._runner.decode(first, self._next_S[first:end], self._decoding_S[first:end])
+        logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
         return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first])
 
     def release(self, slot: int) -> None:
         """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""
-        self._occupied_S[slot] = self._decoding_S[slot] = False
+        self._occupied_C[slot] = self._decoding_C[slot] = False
         for _, slots in self._reading:
             if slot in slots:
                 slots.remove(slot)
@@ -154,23 +154,23 @@ class SlotBatch:
         A move costs about what two steps of a row cost, so it pays when nobody waits for the gaps.
         """
         assert not self._reading
-        count = int(np.count_nonzero(self._occupied_S))
-        gaps = np.flatnonzero(~self._occupied_S[:count])
+        count = int(np.count_nonzero(self._occupied_C))
+        gaps = np.flatnonzero(~self._occupied_C[:count])
         if not len(gaps):
             return
-        occupied = np.flatnonzero(self._occupied_S)
+        occupied = np.flatnonzero(self._occupied_C)
         for target, source in zip(gaps.tolist(), occupied[-len(gaps) :].tolist(), strict=True):
             self._runner.copy_prefix(source, [target], int(self._runner.lengths[source]))
             self._held[target] = self._held[source]
             for state in (
-                self._occupied_S,
-                self._decoding_S,
-                self._sequence_S,
-                self._produced_S,
-                self._limit_S,
-                self._next_S,
-                self._temperature_S,
-                self._top_p_S,
+                self._occupied_C,
+                self._decoding_C,
+                self._sequence_C,
+                self._produced_C,
+                self._limit_C,
+                self._next_C,
+                self._temperature_C,
+                self._top_p_C,
                 self._uniform_ST,
                 self._stops_SV,
             ):
@@ -186,19 +186,19 @@ class SlotBatch:
 
     def _draw(self, slots: np.ndarray, logits_BV: np.ndarray) -> Drawn:
         """Choose each slot's next token, and free the slots whose sequences end with it."""
-        positions, top_p_B = self._produced_S[slots], self._top_p_S[slots]
+        positions, top_p_B = self._produced_C[slots], self._top_p_C[slots]
         cut = np.count_nonzero(top_p_B < 1)  # `any` takes ten times as long over so few
         tokens, logprobs = choose(
             logits_BV,
-            self._temperature_S[slots],
+            self._temperature_C[slots],
             self._uniform_ST[slots, positions],
             top_p_B=top_p_B if cut else None,
         )
-        self._next_S[slots] = tokens
-        self._produced_S[slots] = positions + 1
+        self._next_C[slots] = tokens
+        self._produced_C[slots] = positions + 1
         stopped = self._stops_SV[slots, tokens]
-        ended = stopped | (positions + 1 >= self._limit_S[slots])
+        ended = stopped | (positions + 1 >= self._limit_C[slots])
         if np.count_nonzero(ended):
             freed = slots[ended]
-            self._occupied_S[freed] = self._decoding_S[freed] = False
-        return Drawn(slots, self._sequence_S[slots], positions, tokens, logprobs, stopped, ended)
+            self._occupied_C[freed] = self._decoding_C[freed] = False
+        return Drawn(slots, self._sequence_C[slots], positions, tokens, logprobs, stopped, ended)

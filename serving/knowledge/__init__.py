@@ -1,1 +1,1 @@
-"""What answers are given from: versioned documents, and the search for those that a request needs."""
+"""What answers are based on: versioned documents, and the search for those that a request needs."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
-from twinloop.common.files import has_room
+from twinloop.common.files import has_space
 from twinloop.domains.domain import Document
 from twinloop.serving.knowledge.history import (
     BUSY_S,
@@ -30,7 +30,7 @@ from twinloop.serving.knowledge.history import (
     EMPTY_DIGEST,
     FOUND,
     NEWEST,
-    DamagedError,
+    IntegrityError,
     Recorded,
     Seen,
     catch_up,
@@ -66,11 +66,11 @@ class SearchResult:
 
 
 class DocumentError(UserError):
-    """A document that may not enter: its id, its text, or what the domain says of it."""
+    """A document that the store does not accept: its id, its text, or the domain's own check."""
 
 
 class DocumentStoreError(UserError):
-    """The store cannot be read or written. `reason` says why without naming a place on this machine."""
+    """The store cannot be read or written. `reason` names no place on this machine."""
 
     def __init__(self, path: Path, reason: str, advice: str):
         super().__init__(f"{path}: {reason}; {advice}")
@@ -81,7 +81,7 @@ class DocumentStore:
     """The documents in the file at `path`. Safe for many threads and many processes at once.
 
     Every method sees what other processes have put before it was called. A missing file is an empty store. Methods
-    raise DocumentStoreError where the file cannot be read or written, or is damaged.
+    raise DocumentStoreError where the file cannot be read or written, or is corrupt.
     """
 
     def __init__(self, path: str | os.PathLike[str], check: Check | None = None):
@@ -197,7 +197,7 @@ class DocumentStore:
         connection.execute("BEGIN")
         try:
             catch_up(connection, self._seen)
-        except DamagedError:  # or another history, which SQLite's own restore has put there: looked at as a whole
+        except IntegrityError:  # or another history, which SQLite's own restore has put there: looked at as a whole
             self._close()
             if (connection := self._open()) is None:
                 return None
@@ -245,7 +245,7 @@ class DocumentStore:
         """A connection to the file as it is now, all of which was verified; None where there is no store yet.
 
         It is read-only: where somebody puts a restored file in the place of this one, what a writing connection does
-        when it is closed could damage that file.
+        when it is closed could change that file.
         """
         try:
             status = self.path.stat()
@@ -274,37 +274,37 @@ class DocumentStore:
 
     @contextmanager
     def _translated(self, done: str) -> Iterator[None]:
-        """What goes wrong in SQLite or on the disk, as the one error that says so. What is read next is verified."""
+        """What goes wrong in SQLite or on the disk, as the one error of this module. What is read next is verified."""
         try:
             yield
-        except DamagedError as error:
+        except IntegrityError as error:
             with self._lock:
                 self._close()
-            raise self._damaged(str(error)) from None
+            raise self._integrity_error(str(error)) from None
         except (sqlite3.Error, OSError) as error:
             with self._lock:
                 self._close()
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or isinstance(error, sqlite3.IntegrityError):
-                raise self._damaged(one_line(error)) from None
+                raise self._integrity_error(one_line(error)) from None
             reason = f"cannot be {done} ({self._why(error)})"
             if done == "written":
-                advice = "make room or see to its permissions, then try again"
+                advice = "free some space or see to its permissions, then try again"
                 raise DocumentStoreError(self.path, f"{reason}, nothing was changed", advice) from None
             raise DocumentStoreError(self.path, reason, "see to its permissions and its disk") from None
 
-    def _damaged(self, reason: str) -> DocumentStoreError:
+    def _integrity_error(self, reason: str) -> DocumentStoreError:
         advice = (
             "restore a backup into it, or move it and its -wal file away to start with the documents of the data set"
         )
-        return DocumentStoreError(self.path, f"is damaged ({reason})", advice)
+        return DocumentStoreError(self.path, f"is corrupt ({reason})", advice)
 
     def _why(self, error: Exception) -> str:
-        """In words: SQLite says of a full disk and of one that is read-only whatever it was doing."""
+        """In words: SQLite's own message for a full or read-only disk names only what it was doing."""
         place = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
         if os.statvfs(place).f_flag & os.ST_RDONLY:
             return os.strerror(errno.EROFS)
-        return "the disk is full" if is_disk_full(error) or not has_room(self.path) else one_line(error)
+        return "the disk is full" if is_disk_full(error) or not has_space(self.path) else one_line(error)
 
     def _checked(self, document_id: str, text: str) -> tuple[str, str]:
         """Id and text, without white space around the text. Raises DocumentError."""

@@ -61,7 +61,7 @@ class Recorded:
     recorded_at: str
 
 
-class DamagedError(Exception):
+class IntegrityError(Exception):
     """The store does not hold what was once written there."""
 
 
@@ -99,10 +99,10 @@ def insert(connection: sqlite3.Connection, seen: Seen, document: Document) -> No
 
 
 def verified(row: tuple[Any, ...]) -> Recorded:
-    """A row of `versions`. Raises DamagedError where it is not what was written."""
+    """A row of `versions`. Raises IntegrityError where it is not what was written."""
     *content, checksum = row
     if checksum != _checksum(content):
-        raise DamagedError(f"version {row[2]} of document {row[1]!r} is not what was put")
+        raise IntegrityError(f"version {row[2]} of document {row[1]!r} is not what was put")
     _, document_id, version, text, recorded_at = content
     return Recorded(Document(document_id, text, version), recorded_at)
 
@@ -120,14 +120,14 @@ def catch_up(connection: sqlite3.Connection, seen: Seen) -> None:
             document = verified(row).document
             seen.add(document.document_id, document.version, document.text)
     if (versions, digest) != (seen.versions, seen.digest):
-        raise DamagedError("its versions are not those that its digest was made of")
+        raise IntegrityError("its versions are not those that its digest was made of")
 
 
 def verify(connection: sqlite3.Connection, seen: Seen) -> None:
     """All of the file: its pages, every version, and that the index holds each document's newest one."""
     [[found]] = connection.execute("PRAGMA quick_check(1)").fetchall()
     if found != "ok":
-        raise DamagedError(" ".join(found.split()))
+        raise IntegrityError(" ".join(found.split()))
     catch_up(connection, seen)
     connection.execute("INSERT INTO search (search) VALUES ('integrity-check')")
     newest = "SELECT document_id, max(number) FROM versions GROUP BY document_id"
@@ -136,13 +136,13 @@ def verify(connection: sqlite3.Connection, seen: Seen) -> None:
     for index in (listed, indexed):
         for less in (f"{newest} EXCEPT {index}", f"{index} EXCEPT {newest}"):
             if connection.execute(f"{less} LIMIT 1").fetchone():
-                raise DamagedError("its index is not that of its documents")
+                raise IntegrityError("its index is not that of its documents")
 
 
 def connect(path: Path, mode: str) -> sqlite3.Connection:
     """mode: "ro", "rw", or "rwc", which makes a file that is missing."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    # isolation_level None: transactions begin where this module says so.
+    # isolation_level None: transactions begin where this module begins them.
     return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 

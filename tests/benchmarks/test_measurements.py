@@ -1,4 +1,4 @@
-"""Measurements measure what they say: the baseline is the same network, a copied cache is seen, a shortfall is told."""
+"""The baseline is the same network, a copied cache is seen, a missed target is reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from twinloop.evaluation.metrics import Rate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.serving.engine.kv_cache import KVArena
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.sampler import BoundSampler
@@ -51,10 +51,10 @@ def network() -> Decoder:
 
 
 @pytest.fixture
-def bundle(network, tmp_path):
+def exported(network, tmp_path):
     save_model(tmp_path / "model", CONFIG, get_weights(network))
-    export_bundle(tmp_path / "model", tmp_path / "bundle", precision="fp32", max_length=64)
-    return tmp_path / "bundle"
+    export_model(tmp_path / "model", tmp_path / "exported", precision="fp32", max_length=64)
+    return tmp_path / "exported"
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -70,12 +70,12 @@ def test_the_baseline_answers_as_the_engine_does(network, temperature):
     assert agreement(theirs, ours) == 1
 
 
-def test_a_cache_in_place_is_seen_to_grow_by_one_token_and_nothing_else(bundle):
-    seen = watch_cache(bundle, slots=3, context=10)
+def test_a_cache_in_place_is_seen_to_grow_by_one_token_and_nothing_else(exported):
+    seen = watch_cache(exported, slots=3, context=10)
     assert (seen.buffers, seen.copied, seen.appended) == (4, 0, 4)
 
 
-def test_a_cache_written_elsewhere_is_seen_as_copied(bundle, monkeypatch):
+def test_a_cache_written_elsewhere_is_seen_as_copied(exported, monkeypatch):
     elsewhere: list[np.ndarray] = []
 
     def bind_apart(arena, binding, first, count):
@@ -87,7 +87,7 @@ def test_a_cache_written_elsewhere_is_seen_as_copied(bundle, monkeypatch):
             binding.bind_output(f"present.{name}", "cpu", 0, kind, shape, at)
 
     monkeypatch.setattr(KVArena, "bind", bind_apart)
-    seen = watch_cache(bundle, slots=3, context=10)
+    seen = watch_cache(exported, slots=3, context=10)
     assert seen.copied == sum(array.nbytes for array in elsewhere[-4:])
     assert seen.appended == 0
 

@@ -1,4 +1,4 @@
-"""What the verifier pays for, and what it does not even read as a decision."""
+"""What the verifier accepts, and what it does not even read as a decision."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_the_good_answer_is_paid_and_shown_as_it_was_read() -> None:
     ],
 )
 def test_what_is_no_decision_is_reported_and_fails_every_predicate_but_one(output: str, problem: str) -> None:
-    decision, told = parse_decision(output)
+    decision, message = parse_decision(output)
     assert decision is None
-    assert problem in told
+    assert problem in message
     verdict = verify(output, FACTS)
     assert (verdict.reward, verdict.parsed, verdict.output) == (0, False, None)
     assert verdict.checks == dict.fromkeys(PREDICATES, False) | {"no_unperformed_action": True}

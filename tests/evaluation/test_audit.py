@@ -1,4 +1,4 @@
-"""A verifier that pays for one wrong answer does not pass its audit."""
+"""A verifier that accepts one wrong answer does not pass its audit."""
 
 import json
 from collections.abc import Callable, Iterator

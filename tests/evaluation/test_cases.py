@@ -31,7 +31,7 @@ class Answer:
 
 
 class ScriptedEngine:
-    """Stands in for the network: answers each prompt as it was told to."""
+    """In place of the network: answers each prompt as the test sets it."""
 
     def __init__(self, tokenizer: ChatTokenizer, cases: Sequence[Case], answer: Callable[[Case], str]):
         self.answers = {tuple(tokenizer.encode_prompt(case.prompt)): answer(case) for case in cases}
@@ -157,7 +157,7 @@ def test_every_failure_is_kept_whole_with_its_owner(tokenizer: ChatTokenizer, ca
     assert all(failure.reasons and failure.next_action for failure in report.failures)
 
 
-def test_progress_is_told(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
+def test_progress_is_reported(tokenizer: ChatTokenizer, cases: list[Case]) -> None:
     seen: list[tuple[int, int]] = []
     engine = ScriptedEngine(tokenizer, cases, right)
     run_cases(engine, tokenizer, cases, domain, Answering(300), on_progress=lambda *now: seen.append(now))

@@ -1,4 +1,4 @@
-"""Rates with honest intervals, losses in their units."""
+"""Rates with confidence intervals, losses in their units."""
 
 import math
 

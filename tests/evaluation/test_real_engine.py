@@ -1,4 +1,4 @@
-"""Cases and texts through the real engine: an untrained network fails everything, honestly."""
+"""Cases and texts through the real engine: an untrained network fails every case."""
 
 import math
 from pathlib import Path
@@ -14,8 +14,8 @@ from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
+from twinloop.models.exported import export_model
 from twinloop.models.memory import serving_memory
-from twinloop.models.onnx_bundle import export_bundle
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.engine import Engine
 
@@ -45,16 +45,16 @@ def network(tokenizer: ChatTokenizer) -> Decoder:
 
 
 @pytest.fixture(scope="module")
-def bundle(network: Decoder, tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(network: Decoder, tokenizer: ChatTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     tensors = {name: tensor.detach().numpy() for name, tensor in network.state_dict().items()}
     save_model(folder / "model", network.config, tensors, tokenizer)
-    export_bundle(folder / "model", folder / "bundle", precision="fp32", max_length=512)
-    return folder / "bundle"
+    export_model(folder / "model", folder / "exported", precision="fp32", max_length=512)
+    return folder / "exported"
 
 
-def test_an_untrained_network_fails_every_case_the_same_way_twice(bundle: Path) -> None:
-    engine, tokenizer = Engine.load(bundle, slots=4, threads=1), ChatTokenizer.load(bundle)
+def test_an_untrained_network_fails_every_case_the_same_way_twice(exported: Path) -> None:
+    engine, tokenizer = Engine.load(exported, slots=4, threads=1), ChatTokenizer.load(exported)
     cases = read_cases(golden_records(), domain)
     report = run_cases(engine, tokenizer, cases, domain, Answering(20))
     assert report.overall.successes == 0
@@ -62,8 +62,8 @@ def test_an_untrained_network_fails_every_case_the_same_way_twice(bundle: Path) 
     assert run_cases(engine, tokenizer, cases, domain, Answering(20)) == report
 
 
-def test_bits_per_byte_is_the_networks_own_loss(bundle: Path, network: Decoder, tokenizer: ChatTokenizer) -> None:
-    engine = Engine.load(bundle, slots=1, threads=1)
+def test_bits_per_byte_is_the_networks_own_loss(exported: Path, network: Decoder, tokenizer: ChatTokenizer) -> None:
+    engine = Engine.load(exported, slots=1, threads=1)
     nats = 0.0
     for text in TEXTS:
         document = tokenizer.encode_document(text)
@@ -81,10 +81,10 @@ def test_bits_per_byte_is_the_networks_own_loss(bundle: Path, network: Decoder, 
 
 
 @pytest.mark.parametrize(("slots", "max_length"), [(1, 512), (3, 100)])
-def test_the_plan_knows_the_engines_memory(bundle: Path, network: Decoder, slots: int, max_length: int) -> None:
-    engine = Engine.load(bundle, slots=slots, max_length=max_length, threads=1)
+def test_the_plan_knows_the_engines_memory(exported: Path, network: Decoder, slots: int, max_length: int) -> None:
+    engine = Engine.load(exported, slots=slots, max_length=max_length, threads=1)
     plan = serving_memory(network.config, precision="fp32", slots=slots, max_length=max_length)
-    rotary_tables = 2 * 4 * 528 * 16  # of the bundle's own length
-    # Vectors under 1 KiB stand in the graph's own file, and the weights' file is aligned.
+    rotary_tables = 2 * 4 * 528 * 16  # of the exported model's own length
+    # Vectors under 1 KiB are in the graph's own file, and the weights' file is aligned.
     expected = plan.weights_bytes + plan.kv_cache_bytes + rotary_tables
     assert engine.memory_bytes == pytest.approx(expected, abs=4096)

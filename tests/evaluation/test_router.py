@@ -34,7 +34,7 @@ def test_symptoms_in_other_words_reach_the_same_owner(symptom: str, expected: Ow
     assert route(symptom, domain) == expected
 
 
-def test_the_gravest_sign_decides() -> None:
+def test_the_most_severe_sign_decides() -> None:
     assert route("slow answer from a stale policy that promises a label", domain) == SIDE_EFFECT
     assert route("slow answer from a stale policy", domain) == RETRIEVAL
 

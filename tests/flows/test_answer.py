@@ -63,7 +63,7 @@ def test_the_request_is_kept_beside_its_answer(server) -> None:
 
 
 PROMOTION = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")
-VERSION = Version("tiny", 1, Path("bundle"), None, {"manifest_digest": "d"})
+VERSION = Version("tiny", 1, Path("exported"), None, {"manifest_digest": "d"})
 SHIP = GateReport(decision="SHIP", reasons=(), checks=(), candidate="d", rules_digest="r")
 DECIDED = {"decision": "late", "escalated": False, "model": {"version": "3"}}
 CHATTED = {"choices": [{"message": {"content": "hi there"}}], "model": "chat"}

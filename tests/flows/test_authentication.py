@@ -53,7 +53,7 @@ def test_a_link_is_not_taken_for_the_secret(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "twinloop:", "twinloop:short", "\xff\xfe"])
-def test_a_damaged_secret_is_told_in_one_line(tmp_path: Path, content: str) -> None:
+def test_a_corrupt_secret_is_reported_in_one_line(tmp_path: Path, content: str) -> None:
     auth_string(tmp_path)
     (tmp_path / "state" / "prefect.auth").write_text(content)
     with pytest.raises(UserError, match=r"prefect\.auth: holds no .*remove it"):
@@ -214,7 +214,7 @@ def test_mlflows_page_opens_with_the_secret_and_asks_no_other_host(running: Serv
 
 
 @pytest.mark.slow
-def test_nothing_of_prefect_is_told_without_the_secret(running: Services) -> None:
+def test_nothing_of_prefect_is_shown_without_the_secret(running: Services) -> None:
     paths = [
         path
         for path, methods in running.request("prefect", "/openapi.json").json()["paths"].items()

@@ -24,10 +24,10 @@ class Disk:
         self.mount = mount
         self.filler = mount / "filler"
 
-    def leave(self, room: int) -> None:
+    def leave(self, free: int) -> None:
         """Fill all but so many bytes: the rest is then filled within milliseconds."""
         with self.filler.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.mount).free - room)
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(self.mount).free - free)
 
     def fill(self) -> None:
         """To the last byte."""
@@ -127,7 +127,7 @@ def test_with_room_again_it_ships(project: Path) -> None:
 def test_a_document_that_a_full_disk_does_not_take_is_not_found(project: Path, disk: Disk) -> None:
     disk.fill()
     try:
-        for days in range(10, 60):  # the file's last block may have room for some
+        for days in range(10, 60):  # the file's last block may hold some
             text = f"damaged items reported within {days} days are eligible."
             put = twinloop(project, "documents", "put", "P-7", text, "--model", "small")
             if put.returncode:

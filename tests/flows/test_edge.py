@@ -55,7 +55,7 @@ def ended(error: BaseException) -> int:
 def test_a_full_disk_is_named_with_the_file(error: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(error) == MISTAKE
     said = capsys.readouterr().err
-    assert said.startswith("twinloop: /project/artifacts/x: the disk is full; make room")
+    assert said.startswith("twinloop: /project/artifacts/x: the disk is full; free some space")
     assert said.count("\n") == 1
 
 
@@ -63,9 +63,11 @@ def test_a_full_disk_is_named_with_the_file(error: BaseException, capsys: pytest
 def test_a_full_disk_without_a_file_is_not_taken_for_one_with_room(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert str(explain(error, tmp_path)).startswith(f"a disk is full, and it is not that of {tmp_path}; make room")
-    monkeypatch.setattr("twinloop.flows.edge.has_room", lambda path: False)
-    assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full; make room")
+    assert str(explain(error, tmp_path)).startswith(
+        f"a disk is full, and it is not that of {tmp_path}; free some space"
+    )
+    monkeypatch.setattr("twinloop.flows.edge.has_space", lambda path: False)
+    assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full; free some space")
 
 
 def test_what_fails_for_want_of_room_without_saying_so_is_a_full_disk_too(
@@ -73,7 +75,7 @@ def test_what_fails_for_want_of_room_without_saying_so_is_a_full_disk_too(
 ) -> None:
     error = RuntimeError("Server error '500 Internal Server Error'")
     assert explain(error, tmp_path) is None
-    monkeypatch.setattr("twinloop.flows.edge.has_room", lambda path: False)
+    monkeypatch.setattr("twinloop.flows.edge.has_space", lambda path: False)
     assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full (RuntimeError: Server error '500")
     assert explain(KeyError("a bug"), tmp_path) is None
 

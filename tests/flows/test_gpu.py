@@ -39,7 +39,7 @@ def test_a_job_without_a_gpu_waits_for_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_without_the_limit_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_server_without_the_limit_is_reported_in_one_line(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from twinloop.flows.environment import prepare_environment

@@ -36,7 +36,7 @@ def project(first: tuple[Path, object], tmp_path: Path) -> Path:
 
 
 def stages(output: str) -> dict[str, set[str]]:
-    """Stages by what happened to them; a stage that ran several times stands under each."""
+    """Stages by what happened to them; a stage that ran several times is listed under each."""
     happened: dict[str, set[str]] = {"done in": set(), "already done": set()}
     for name, how in re.findall(r"^✓ (\S+)\s+(done in|already done)", output, re.MULTILINE):
         happened[how].add(name)
@@ -88,7 +88,7 @@ def test_a_second_run_computes_nothing(project: Path) -> None:
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 0, again.stderr
     assert stages(again.stdout)["done in"] == set()
-    for stage in TRAINED:  # the time that it took once is told apart
+    for stage in TRAINED:  # the time that it took once is reported separately
         assert re.search(rf"^{stage} +\(\d+\.\d s\)", again.stdout, re.MULTILINE), stage
     assert {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")} == before
 
@@ -117,16 +117,16 @@ def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
 def test_corrupted_bytes_and_lost_files_are_noticed_and_built_again(project: Path) -> None:
     before = artifacts(project)
     for place in ("sft/[0-9a-f]*/model.safetensors", "tokenize/[0-9a-f]*/manifest.json"):
-        [damaged] = project.glob(f"artifacts/{place}")
-        content = bytearray(damaged.read_bytes())
+        [file] = project.glob(f"artifacts/{place}")
+        content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
-        damaged.write_bytes(content)
+        file.write_bytes(content)
     [lost] = project.glob("artifacts/audit/[0-9a-f]*/audit.json")
     lost.unlink()
-    mended = twinloop(project, "run", "recipes/small.yaml")
-    assert mended.returncode == 0, mended.stderr
-    assert stages(mended.stdout)["done in"] == {"sft", "tokenize", "audit"}
-    notices = [line for line in mended.stdout.splitlines() if "building it again" in line]
+    rebuilt = twinloop(project, "run", "recipes/small.yaml")
+    assert rebuilt.returncode == 0, rebuilt.stderr
+    assert stages(rebuilt.stdout)["done in"] == {"sft", "tokenize", "audit"}
+    notices = [line for line in rebuilt.stdout.splitlines() if "building it again" in line]
     assert [line.split("/")[0] for line in notices] == ["! tokenize", "! sft", "! audit"]
     assert "audit.json is missing" in notices[-1]
     assert artifacts(project) == before
@@ -197,8 +197,8 @@ def test_a_new_document_reaches_the_next_decision_and_not_the_weights(project: P
     assert f"P-7      v2    {text}" in twinloop(project, "documents", "list", "--model", "small").stdout
     after = json.loads(twinloop(project, "decide", "--json", example, "--model", "small").stdout)
     assert after["model"]["digest"] == before["model"]["digest"]
-    told = {passage["document_id"]: passage["text"] for passage in after["passages"]}
-    assert told["P-7"] == text
+    texts = {passage["document_id"]: passage["text"] for passage in after["passages"]}
+    assert texts["P-7"] == text
     for arguments, said in (
         ((), "--json: is required"),
         (

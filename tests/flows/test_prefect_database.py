@@ -90,8 +90,8 @@ def test_what_prefect_left_half_made_is_moved_aside_and_made_anew(database: Path
         upgrade_by_prefect_alone(database)
     prepare_prefect_database()
     assert revision(database) == newest()
-    (aside,) = files(database, ".half-made-*")
-    assert aside.read_bytes() == before
+    (kept,) = files(database, ".half-made-*")
+    assert kept.read_bytes() == before
     assert files(database, ".new*") == []
 
 

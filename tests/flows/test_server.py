@@ -1,4 +1,4 @@
-"""A Prefect server that is not there is told at once, and only a shared one counts jobs for others."""
+"""A Prefect server that is not there is reported at once, and only a shared one counts jobs for others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         yield url
 
 
-def test_a_server_that_refuses_is_told_at_once(nobody: str, tmp_path: Path) -> None:
+def test_a_server_that_refuses_is_reported_at_once(nobody: str, tmp_path: Path) -> None:
     started = time.monotonic()
     with embedded_server(tmp_path):
         assert os.environ["PREFECT_API_URL"] == nobody
@@ -45,7 +45,7 @@ def test_a_server_that_refuses_is_told_at_once(nobody: str, tmp_path: Path) -> N
     assert time.monotonic() - started < 5
 
 
-def test_a_server_that_dies_at_its_start_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_dies_at_its_start_is_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     started = time.monotonic()

@@ -28,7 +28,7 @@ def bystander() -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_a_port_that_is_none_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_is_none_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TWINLOOP_PREFECT_PORT", raising=False)
     monkeypatch.setenv("TWINLOOP_MLFLOW_PORT", "5001")
     assert Ports.from_environment() == Ports(prefect=4200, mlflow=5001, api=8080)
@@ -38,7 +38,7 @@ def test_a_port_that_is_none_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch
             Ports.from_environment()
 
 
-def test_a_port_in_use_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_reported_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PREFECT_API_URL", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION"):
         monkeypatch.setenv(name, "")  # so that it is as it was again afterwards
     with socket.create_server(("127.0.0.1", 0)) as taken:

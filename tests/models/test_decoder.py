@@ -99,7 +99,7 @@ def test_a_sliding_window_that_is_used_and_shorter_than_the_context_is_refused(f
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])
-def test_the_norm_by_hand_has_the_values_and_gradients_of_torchs_own(shape):
+def test_the_norm_on_cpu_has_the_values_and_gradients_of_torchs_own(shape):
     generator = torch.Generator().manual_seed(0)
     norm = RMSNorm(shape[-1], eps=1e-3)
     with torch.no_grad():

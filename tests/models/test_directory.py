@@ -140,34 +140,34 @@ def test_mistakes_are_one_line_that_names_the_file(tmp_path):
 
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"model.safetensors: damaged weights"):
+    with pytest.raises(UserError, match=r"model.safetensors: corrupt weights"):
         load_tensors(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("index", "told"),
+    ("index", "message"),
     [
         ("{", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
-        ("[]", "weight_map does not say"),
-        ("{}", "weight_map does not say"),
-        ('{"weight_map": {}}', "weight_map does not say"),
-        ('{"weight_map": ["model.safetensors"]}', "weight_map does not say"),
-        ('{"weight_map": {"model.norm.weight": 1}}', "weight_map does not say"),
-        ('{"weight_map": {"model.norm.weight": ["a"]}}', "weight_map does not say"),
-        ('{"weight_map": {"model.norm.weight": "../other/model.safetensors"}}', "weight_map does not say"),
+        ("[]", "weight_map does not map"),
+        ("{}", "weight_map does not map"),
+        ('{"weight_map": {}}', "weight_map does not map"),
+        ('{"weight_map": ["model.safetensors"]}', "weight_map does not map"),
+        ('{"weight_map": {"model.norm.weight": 1}}', "weight_map does not map"),
+        ('{"weight_map": {"model.norm.weight": ["a"]}}', "weight_map does not map"),
+        ('{"weight_map": {"model.norm.weight": "../other/model.safetensors"}}', "weight_map does not map"),
         ('{"weight_map": {"model.norm.weight": "part.safetensors"}}', r"part\.safetensors: no such file"),
     ],
 )
-def test_a_damaged_index_is_told_in_one_line(tmp_path, index, told):
+def test_a_corrupt_index_is_reported_in_one_line(tmp_path, index, message):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_tensors(tmp_path)
     assert "\n" not in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
-def test_a_checkpoint_that_lacks_a_tensor_is_told_in_one_line(tmp_path):
+def test_a_checkpoint_that_lacks_a_tensor_is_reported_in_one_line(tmp_path):
     config = DecoderConfig(**BASE)
     weights = get_weights(trained_looking(config))
     del weights["model.layers.1.mlp.up_proj.weight"]
@@ -176,7 +176,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_told_in_one_line(tmp_path):
         load_decoder(tmp_path)
 
 
-def test_weights_of_a_type_that_cannot_be_read_are_told_in_one_line(tmp_path):
+def test_weights_of_a_type_that_cannot_be_read_are_reported_in_one_line(tmp_path):
     save_file({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors: a type of weights cannot be read .*float8"):
         load_tensors(tmp_path)

@@ -13,7 +13,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle, read_bundle
+from twinloop.models.exported import export_model, read_exported
 from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
@@ -54,7 +54,7 @@ def network(**changes: object) -> Decoder:
 def export(model: Decoder, folder: Path, precision: str) -> Path:
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     save_model(folder / "model", model.config, tensors)
-    export_bundle(folder / "model", folder / precision, precision=precision, max_length=MAX_LENGTH)
+    export_model(folder / "model", folder / precision, precision=precision, max_length=MAX_LENGTH)
     return folder / precision
 
 
@@ -99,78 +99,78 @@ def test_the_block_fits_the_width():
     assert [choose_block_size(width) for width in (128, 64, 96, 576, 100)] == [64, 64, 32, 64, 64]
 
 
-def test_a_bundle_is_written_whole_and_says_what_it_is(tmp_path):
-    bundle_dir = export(network(), tmp_path, "fp32")
-    bundle, config = read_bundle(bundle_dir)
-    assert (bundle.precision, bundle.max_length, config) == ("fp32", MAX_LENGTH, BASE)
+def test_an_exported_model_is_written_whole_and_says_what_it_is(tmp_path):
+    exported_dir = export(network(), tmp_path, "fp32")
+    exported, config = read_exported(exported_dir)
+    assert (exported.precision, exported.max_length, config) == ("fp32", MAX_LENGTH, BASE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fp32", "model"]
     with pytest.raises(UserError, match="not empty"):
-        export_bundle(tmp_path / "model", bundle_dir, precision="fp32", max_length=MAX_LENGTH)
+        export_model(tmp_path / "model", exported_dir, precision="fp32", max_length=MAX_LENGTH)
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path):
-    first = read_bundle(export(network(), tmp_path / "a", "int8"))[0]
-    assert read_bundle(export(network(), tmp_path / "b", "int8"))[0].files == first.files
+    first = read_exported(export(network(), tmp_path / "a", "int8"))[0]
+    assert read_exported(export(network(), tmp_path / "b", "int8"))[0].files == first.files
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.onnx.data"])
 def test_one_changed_byte_is_noticed(file, tmp_path):
-    bundle_dir = export(network(), tmp_path, "fp32")
-    content = bytearray((bundle_dir / file).read_bytes())
+    exported_dir = export(network(), tmp_path, "fp32")
+    content = bytearray((exported_dir / file).read_bytes())
     content[len(content) // 2] ^= 1
-    (bundle_dir / file).write_bytes(content)
+    (exported_dir / file).write_bytes(content)
     with pytest.raises(UserError, match=f"{file} differs.*export it again"):
-        Engine.load(bundle_dir)
+        Engine.load(exported_dir)
 
 
-def test_what_is_no_bundle_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"holds no ONNX bundle"):
+def test_what_is_no_exported_model_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"holds no exported model"):
         Engine.load(tmp_path)
-    bundle_dir = export(network(), tmp_path, "fp32")
-    (bundle_dir / "model.onnx.data").unlink()
+    exported_dir = export(network(), tmp_path, "fp32")
+    (exported_dir / "model.onnx.data").unlink()
     with pytest.raises(UserError, match=r"model\.onnx\.data is missing"):
-        Engine.load(bundle_dir)
-    entries = json.loads((bundle_dir / "bundle.json").read_text())
-    (bundle_dir / "bundle.json").write_text(json.dumps(entries | {"precision": "int3"}))
+        Engine.load(exported_dir)
+    entries = json.loads((exported_dir / "bundle.json").read_text())
+    (exported_dir / "bundle.json").write_text(json.dumps(entries | {"precision": "int3"}))
     with pytest.raises(UserError, match=r"bundle\.json: precision"):
-        Engine.load(bundle_dir)
-    (bundle_dir / "bundle.json").write_text("{")
+        Engine.load(exported_dir)
+    (exported_dir / "bundle.json").write_text("{")
     with pytest.raises(UserError, match=r"bundle\.json: the file"):
-        Engine.load(bundle_dir)
+        Engine.load(exported_dir)
 
 
 def test_an_impossible_export_is_refused(tmp_path):
     model_dir = tmp_path / "model"
     save_model(model_dir, BASE, {name: tensor.numpy() for name, tensor in network().state_dict().items()})
     with pytest.raises(UserError, match="precision 'int3' is not one of"):
-        export_bundle(model_dir, tmp_path / "out", precision="int3", max_length=8)  # type: ignore[arg-type]
+        export_model(model_dir, tmp_path / "out", precision="int3", max_length=8)  # type: ignore[arg-type]
     narrow = BASE.model_copy(update={"head_dim": 24})
     save_model(
         tmp_path / "narrow", narrow, {name: np.zeros(s, np.float32) for name, s in weight_shapes(narrow).items()}
     )
     with pytest.raises(UserError, match="head_dim 24 cannot be served"):
-        export_bundle(tmp_path / "narrow", tmp_path / "out", precision="fp32", max_length=8)
+        export_model(tmp_path / "narrow", tmp_path / "out", precision="fp32", max_length=8)
     weights = {name: tensor.numpy() for name, tensor in network().state_dict().items()}
     lacking = {name: array for name, array in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
     save_model(tmp_path / "lacking", BASE, lacking)
     with pytest.raises(
         UserError, match=r"layers\.1\.mlp\.up_proj\.weight has shape none, config\.json wants \(160, 64\)"
     ):
-        export_bundle(tmp_path / "lacking", tmp_path / "out", precision="fp32", max_length=8)
-    # A bias that the network has not: ignored, the bundle would answer otherwise than the checkpoint.
+        export_model(tmp_path / "lacking", tmp_path / "out", precision="fp32", max_length=8)
+    # A bias that the network has not: ignored, the exported model would answer otherwise than the checkpoint.
     save_model(tmp_path / "biased", BASE, weights | {"model.layers.0.self_attn.o_proj.bias": np.ones(64, np.float32)})
     with pytest.raises(UserError, match=r"o_proj\.bias has shape \(64,\), config\.json wants none"):
-        export_bundle(tmp_path / "biased", tmp_path / "out", precision="fp32", max_length=8)
+        export_model(tmp_path / "biased", tmp_path / "out", precision="fp32", max_length=8)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="max_length 4096"):
-        export_bundle(model_dir, tmp_path / "out", precision="fp32", max_length=4096)
+        export_model(model_dir, tmp_path / "out", precision="fp32", max_length=4096)
 
 
 def test_a_precision_names_the_provider_it_needs(tmp_path):
-    bundle_dir = export(network(), tmp_path, "fp32")
+    exported_dir = export(network(), tmp_path, "fp32")
     with pytest.raises(UserError, match="fp32 does not run on cuda; export the model as fp16 or bf16"):
-        Engine.load(bundle_dir, provider="cuda")
+        Engine.load(exported_dir, provider="cuda")
     with pytest.raises(UserError, match="provider 'tpu'"):
-        Engine.load(bundle_dir, provider="tpu")  # type: ignore[arg-type]
+        Engine.load(exported_dir, provider="tpu")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="bf16"):
         Engine.load(export(network(), tmp_path / "b", "bf16"), provider="cpu")

@@ -1,4 +1,4 @@
-"""One result for a row, whatever stands around it: the two ways through JSONL agree, and unread fields cost nothing."""
+"""One result for a row, whatever is around it: the two ways through JSONL agree, and unread fields cost nothing."""
 
 from __future__ import annotations
 

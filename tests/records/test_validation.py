@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,71 +11,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+from validating import RECORD_TYPES, SPLIT_KEYS, dump, lines_of, row, write
 
 from twinloop.common.errors import UserError
-from twinloop.domains.returns import domain
-from twinloop.domains.returns.case_maker import GeneratorParams
-from twinloop.domains.returns.generator import generate
-from twinloop.records import jsonl
-from twinloop.records.reading import read_rows
-from twinloop.records.rows import LINE
 from twinloop.records.validated import read_records
-from twinloop.records.validation import ValidationReport, check_rows, validate
 from twinloop.tasks.recipe import ValidateSettings
-
-COUNT = 80
-PARAMS = GeneratorParams(**{name: COUNT for name, field in GeneratorParams.model_fields.items() if field.is_required()})
-RECORD_TYPES = domain.record_types()
-SPLIT_KEYS: list[str] = ["text", "order_id", "policy_id", "window_and_days"]
-LENIENT = ValidateSettings(max_quarantined=0.5, split_keys=SPLIT_KEYS)
-
-
-@pytest.fixture(scope="session")
-def generated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw")
-    generate(PARAMS, folder)
-    return folder
-
-
-@pytest.fixture
-def data(generated: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(generated, tmp_path / "data")
-
-
-@pytest.fixture
-def check(data: Path, tmp_path: Path) -> Callable[..., ValidationReport]:
-    """Validates the folder `data` into `out`."""
-
-    def run(settings: ValidateSettings = LENIENT) -> ValidationReport:
-        return validate(data, tmp_path / "out", settings, domain, RECORD_TYPES)
-
-    return run
-
-
-@pytest.fixture
-def quarantined(tmp_path: Path) -> Callable[[str], list[dict[str, Any]]]:
-    def read(name: str) -> list[dict[str, Any]]:
-        path = tmp_path / "out" / "quarantine" / f"{name}.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    return read
-
-
-def lines_of(path: Path) -> list[bytes]:
-    return path.read_bytes().splitlines()
-
-
-def write(path: Path, lines: list[bytes]) -> None:
-    path.write_bytes(b"".join(line + b"\n" for line in lines))
-
-
-def row(path: Path, number: int = 1) -> dict[str, Any]:
-    return json.loads(lines_of(path)[number - 1])
-
-
-def dump(value: Any) -> bytes:
-    return json.dumps(value).encode()
-
 
 # --- good data
 
@@ -165,7 +104,6 @@ def changed(path: str, value: Any = None, *, drop: bool = False) -> Callable[[di
 
 
 DAYS, CONFIRMED = "facts.order.days_since_delivery", "facts.order.damage_confirmed"
-
 BAD_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], bytes], str]] = {
     "broken json": ("corpus", lambda r: dump(r)[:-1], "broken JSON: expecting ',' delimiter at column"),
     "not json": ("corpus", lambda r: b"hello", "broken JSON: expecting value at column 1"),
@@ -332,7 +270,7 @@ def test_narrow_integers_and_categories_of_parquet_are_welcome(check, data: Path
     assert read_records(tmp_path / "out", "documents") == [document | {"version": 3} for document in documents]
 
 
-def test_a_file_that_is_no_parquet_is_told(check, data: Path) -> None:
+def test_a_file_that_is_no_parquet_is_reported(check, data: Path) -> None:
     (data / "corpus.parquet").write_bytes(b"PAR1 not really")
     (data / "corpus.jsonl").unlink()
     with pytest.raises(UserError, match=r"corpus\.parquet: not a readable Parquet file") as raised:
@@ -350,15 +288,15 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
     check(ValidateSettings(max_quarantined=2 / len(lines), split_keys=SPLIT_KEYS))
     with pytest.raises(UserError) as raised:
         check(ValidateSettings(max_quarantined=1.9 / len(lines), split_keys=SPLIT_KEYS))
-    told = str(raised.value)
-    assert "\n" not in told
-    assert f"prompts.jsonl: 2 of {len(lines)} rows cannot be used" in told
-    assert f"the first is line {len(lines) - 1}: broken JSON" in told
+    message = str(raised.value)
+    assert "\n" not in message
+    assert f"prompts.jsonl: 2 of {len(lines)} rows cannot be used" in message
+    assert f"the first is line {len(lines) - 1}: broken JSON" in message
     assert [r["line"] for r in quarantined("prompts")] == [len(lines) - 1, len(lines)]
 
 
 @pytest.mark.parametrize(
-    ("damage", "told"),
+    ("change", "message"),
     [
         (lambda d: (d / "corpus.jsonl").unlink(), r"no corpus\.jsonl or corpus\.parquet"),
         (lambda d: (d / "corpus.jsonl").write_bytes(b""), r"corpus\.jsonl: holds no rows"),
@@ -368,158 +306,9 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
     ],
     ids=["file gone", "file empty", "file blank", "two files", "folder gone"],
 )
-def test_missing_and_ambiguous_files_are_told(damage: Callable[[Path], Any], told: str, check, data: Path) -> None:
-    damage(data)
-    with pytest.raises(UserError, match=told):
-        check(ValidateSettings(max_quarantined=1.0, split_keys=SPLIT_KEYS))
-
-
-def held_out_case(data: Path, kind: str = "held_out") -> tuple[int, dict[str, Any]]:
-    for number, line in enumerate(lines_of(data / "cases.jsonl"), 1):
-        case = json.loads(line)
-        if case["kind"] == kind:
-            return number, case
-    raise AssertionError(kind)
-
-
-def append(path: Path, record: dict[str, Any]) -> int:
-    lines = lines_of(path)
-    write(path, [*lines, dump(record)])
-    return len(lines) + 1
-
-
-def refused(check: Callable[..., ValidationReport], split_keys: list[str] = SPLIT_KEYS) -> str:
-    with pytest.raises(UserError) as raised:
-        check(ValidateSettings(max_quarantined=0.5, split_keys=split_keys))
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("name", ["chat", "preferences", "prompts"])
-def test_a_held_out_prompt_in_training_stops_the_run(name: str, check, data: Path) -> None:
-    number, case = held_out_case(data)
-    asked = [m | {"content": m["content"].upper().replace(" ", "  ")} for m in case["prompt"]]
-    record = row(data / f"{name}.jsonl")
-    if name == "chat":
-        record["messages"] = [{"role": "system", "content": "Decide."}, *asked, record["messages"][-1]]
-    else:
-        record["prompt"] = asked
-    line = append(data / f"{name}.jsonl", record)
-    told = refused(check, ["text"])
-    assert f"{name}.jsonl line {line}: its text is also in held-out" in told
-    assert f"cases.jsonl line {number}" in told
-
-
-def test_a_held_out_document_in_the_corpus_stops_the_run(check, data: Path) -> None:
-    line = append(data / "corpus.jsonl", row(data / "corpus_heldout.jsonl", 5))
-    assert f"corpus.jsonl line {line}: its text is also in held-out" in refused(check, ["text"])
-
-
-def test_a_held_out_order_in_training_stops_the_run(check, data: Path) -> None:
-    _, case = held_out_case(data, "golden")
-    record = row(data / "prompts.jsonl")
-    record["facts"]["order"]["order_id"] = case["facts"]["order"]["order_id"]
-    line = append(data / "prompts.jsonl", record)
-    assert f"prompts.jsonl line {line}: order A10234 is also in held-out" in refused(check)
-
-
-@pytest.mark.parametrize("told_of", ["order", "policy"])
-def test_an_id_of_a_case_that_the_corpus_names_stops_the_run(told_of: str, check, data: Path) -> None:
-    name = {"order": "A10234", "policy": "P-7"}[told_of]
-    line = append(data / "corpus.jsonl", {"text": f"as was decided ({name}), so it is"})
-    assert f"corpus.jsonl line {line}: {told_of} {name} is also in" in refused(check)
-
-
-@pytest.mark.parametrize("text", ["order A102345", "XP-7", "P-70", "P-7-b", "p-7"])
-def test_a_longer_word_is_not_the_id(text: str, check, data: Path) -> None:
-    append(data / "corpus.jsonl", {"text": text})
-    check(ValidateSettings(max_quarantined=0.5, split_keys=["order_id"]))
-    ids = [case["facts"]["policy"]["policy_id"] for case in map(json.loads, lines_of(data / "cases.jsonl"))]
-    if not set(text.split()) & set(ids):
-        check()
-
-
-def test_a_held_out_policy_even_as_a_distractor_stops_the_run(check, data: Path) -> None:
-    record = row(data / "chat.jsonl")
-    record["facts"]["passages"].append({"policy_id": "P-7", "text": "late items within 9 days are eligible."})
-    line = append(data / "chat.jsonl", record)
-    assert f"chat.jsonl line {line}: policy P-7 is also in held-out" in refused(check)
-    check(ValidateSettings(max_quarantined=0.5, split_keys=["text", "order_id"]))
-
-
-def test_a_held_out_pair_in_training_stops_the_run(check, data: Path) -> None:
-    record = row(data / "preferences.jsonl")
-    record["chosen"] += " "
-    text = "damaged items within 30 days are eligible."
-    record["facts"]["policy"] = {"policy_id": "P-2", "text": text, "window_days": 30}
-    record["facts"]["passages"] = [{"policy_id": "P-2", "text": text}]
-    record["facts"]["order"]["days_since_delivery"] = 45
-    line = append(data / "preferences.jsonl", record)
-    told = refused(check)
-    assert f"preferences.jsonl line {line}: the pair of 30 days of window and day 45 is also in" in told
-
-
-def test_every_leak_is_counted(check, data: Path) -> None:
-    for number in (1, 2, 3):
-        append(data / "corpus.jsonl", row(data / "corpus_heldout.jsonl", number))
-    assert "(2 more rows leak)" in refused(check, ["text"])
-
-
-# --- random damage
-
-
-SPECIAL = [b'"', b"\\", b"{", b"}", b",", b"\n", b"\0", b"\xff", b"\r", b"[", b"null"]
-
-
-def damaged(rng: random.Random, line: bytes) -> bytes:
-    """The line with a few bytes inserted, replaced or taken away; a newline may be among them."""
-    data = bytearray(line)
-    for _ in range(rng.randint(1, 4)):
-        place = rng.randrange(len(data) + 1)
-        roll = rng.random()
-        some = rng.choice([*SPECIAL, bytes([rng.randrange(256)])])
-        if roll < 0.4:
-            data[place:place] = some
-        elif roll < 0.7:
-            data[place : place + rng.randint(1, 8)] = some
-        else:
-            del data[place : place + rng.randint(1, 20)]
-    return bytes(data)
-
-
-@pytest.mark.parametrize("name", RECORD_TYPES)
-@pytest.mark.parametrize("seed", range(3))
-def test_random_damage_loses_no_row_and_both_ways_of_reading_agree(
-    name: str, seed: int, data: Path, monkeypatch: pytest.MonkeyPatch
+def test_missing_and_ambiguous_files_are_reported(
+    change: Callable[[Path], Any], message: str, check, data: Path
 ) -> None:
-    rng = random.Random(f"{seed}/{name}")
-    path = data / f"{name}.jsonl"
-    rate = rng.choice([0.02, 0.3, 1.0])
-    path.write_bytes(
-        b"\n".join(damaged(rng, x) if rng.random() < rate else x for x in lines_of(path)[:150] * 2) + b"\n"
-    )
-    raw = path.read_bytes()
-    total = raw.count(b"\n")
-    record = RECORD_TYPES[name]
-    monkeypatch.setattr(jsonl, "BLOCK_BYTES", rng.choice([1, 3000, 1 << 24]))
-    monkeypatch.setattr(jsonl, "CAREFUL_LINES", rng.choice([1, 7, 64]))
-    quick = read_rows(path, record)
-    monkeypatch.setattr(jsonl, "_fast", lambda *_: None)
-    monkeypatch.setattr(jsonl, "CAREFUL_LINES", 1 << 30)
-    slow = read_rows(path, record)
-    assert quick.frame.equals(slow.frame)
-    assert quick.rejected == slow.rejected
-    seen = sorted([*quick.frame[LINE], *(r.line for r in quick.rejected)])
-    assert seen == list(range(1, total + 1))
-    checked = check_rows(path, record)
-    assert len(checked.frame) + len(checked.rejected) == total
-    originals = raw.split(b"\n")
-    for rejected in checked.rejected:
-        kept = base64.b64decode(rejected.base64) if rejected.base64 else rejected.row.encode()
-        assert kept.rstrip(b"\r") == originals[rejected.line - 1].rstrip(b"\r")
-
-
-def test_a_binary_file_is_no_crash(check, data: Path) -> None:
-    (data / "corpus.jsonl").write_bytes(random.Random(1).randbytes(200_000))
-    with pytest.raises(UserError, match="rows cannot be used"):
-        check()
+    change(data)
+    with pytest.raises(UserError, match=message):
+        check(ValidateSettings(max_quarantined=1.0, split_keys=SPLIT_KEYS))

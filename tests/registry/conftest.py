@@ -60,8 +60,8 @@ def make(tmp_path: Path) -> Callable[..., Artifact]:
 
 
 @pytest.fixture
-def bundle(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) -> Callable[[str], Version]:
-    """Registers a bundle with these weights."""
+def exported(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) -> Callable[[str], Version]:
+    """Registers an exported model with these weights."""
 
     def register(weights: str) -> Version:
         return registry.register(make("export", weights).path, lineage, servable=True)
@@ -70,9 +70,9 @@ def bundle(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) 
 
 
 @pytest.fixture
-def three(registry: Registry, bundle: Callable[[str], Version]) -> list[Version]:
+def three(registry: Registry, exported: Callable[[str], Version]) -> list[Version]:
     """Three champions, one after the other."""
-    versions = [bundle(weights) for weights in ("w1", "w2", "w3")]
+    versions = [exported(weights) for weights in ("w1", "w2", "w3")]
     for version in versions:
         promote(registry, version.version, ship(version), who="ada")
     return versions

@@ -11,7 +11,7 @@ from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
 from twinloop.registry.versions import Registry, Served, Version
 
-Bundle = Callable[[str], Version]
+Export = Callable[[str], Version]
 Make = Callable[..., Artifact]
 
 
@@ -36,12 +36,12 @@ def lines(registry: Registry) -> list[bytes]:
 def history(registry: Registry) -> list[Promotion]:
     """Every move of the champion, oldest first."""
     head = registry.snapshot().tags.get(LEDGER_HEAD)
-    return [Promotion.of(entry) for entry in open_ledger(registry.mlruns).read(head=head).settled(registry.name)]
+    return [Promotion.of(entry) for entry in open_ledger(registry.mlruns).read(head=head).committed(registry.name)]
 
 
-def settle(registry: Registry) -> None:
+def recover(registry: Registry) -> None:
     """What every promotion and rollback does first: finish what a dead process had begun."""
-    with promote_module._settled(registry, "ada"):
+    with promote_module._locked_ledger(registry, "ada"):
         pass
 
 

@@ -1,4 +1,4 @@
-"""The store skips what is there, notices what is damaged, and survives being killed."""
+"""The store skips what is there, notices what is corrupt, and survives being killed."""
 
 import logging
 import multiprocessing
@@ -60,7 +60,7 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("change", "said"),
     [
         (lambda path: _flip(path / "weights.bin"), "weights.bin differs"),
         (lambda path: (path / "weights.bin").unlink(), "weights.bin is missing"),
@@ -69,17 +69,17 @@ def _flip(path: Path) -> None:
         (lambda path: (path / MANIFEST).unlink(), "manifest.json is missing or changed"),
     ],
 )
-def test_damage_is_said_in_one_line_and_built_again(
-    store: ArtifactStore, caplog: pytest.LogCaptureFixture, damage: object, said: str
+def test_corruption_is_reported_in_one_line_and_built_again(
+    store: ArtifactStore, caplog: pytest.LogCaptureFixture, change: object, said: str
 ) -> None:
     stage = Counter()
     sound = run(store, stage)
-    damage(sound.path)  # type: ignore[operator]
+    change(sound.path)  # type: ignore[operator]
     with caplog.at_level(logging.WARNING):
-        mended = run(store, stage)
+        rebuilt = run(store, stage)
     assert stage.built == 2
-    assert mended.digest == sound.digest
-    assert integrity_error(mended.path, mended.manifest) is None
+    assert rebuilt.digest == sound.digest
+    assert integrity_error(rebuilt.path, rebuilt.manifest) is None
     assert len(caplog.messages) == 1
     assert said in caplog.messages[0]
     assert run(store, stage).reused

@@ -26,7 +26,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import follow_champion, open_champion
@@ -51,7 +51,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[..., Version]:
-    """Makes a real bundle with random weights, registers it, and promotes it."""
+    """Makes a real exported model with random weights, registers it, and promotes it."""
     tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
 
     def make(seed: int, domain: str = "returns") -> Version:
@@ -63,12 +63,12 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[...
             )  # fmt: skip
             tensors = {name: tensor.detach().numpy() for name, tensor in Decoder(config).state_dict().items()}
             save_model(work / "model", config, tensors, tokenizer)
-            export_bundle(work / "model", out, precision="fp32", max_length=512)
+            export_model(work / "model", out, precision="fp32", max_length=512)
             return {}
 
         store = ArtifactStore(project / "artifacts")
-        bundle = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
-        version = registry.register(bundle.path, replace(lineage, domain=domain), servable=True)
+        exported = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
+        version = registry.register(exported.path, replace(lineage, domain=domain), servable=True)
         report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
         promote(registry, version.version, report, who="ada")
         return version
@@ -147,12 +147,12 @@ def test_a_promotion_reaches_a_running_server_without_a_request_lost(
         assert set().union(*asking) == {("1", first.digest), ("2", second.digest)}
 
 
-def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
+def test_a_corrupt_champion_is_refused_and_the_one_before_goes_on(
     project: Path, release: Callable[..., Version]
 ) -> None:
     first = release(1)
     with serving(project) as (client, server):
-        os.kill(server.pid, signal.SIGSTOP)  # it looks again once the damage is done
+        os.kill(server.pid, signal.SIGSTOP)  # it looks again once the file is changed
         weights = next((release(2).path).rglob("model.onnx*"))
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-1])
@@ -166,9 +166,9 @@ def test_a_damaged_champion_is_refused_and_the_one_before_goes_on(
         weights.write_bytes(whole)
         wait_for(lambda: client.get("/health").json()["model"]["version"] == "2")
         assert client.get("/health").json()["refused_champion"] is None
-    told = (project / "serve.log").read_text().splitlines()
-    assert len([line for line in told if "WARNING" in line and "version 1 goes on" in line]) == 1
-    assert any("returns version 2 answers now" in line for line in told)
+    lines = (project / "serve.log").read_text().splitlines()
+    assert len([line for line in lines if "WARNING" in line and "version 1 goes on" in line]) == 1
+    assert any("returns version 2 answers now" in line for line in lines)
 
 
 def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[..., Version]) -> None:
@@ -182,7 +182,7 @@ def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, relea
         assert first() is None
 
 
-def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
+def test_a_registry_that_cannot_be_read_is_no_failure_and_the_champion_goes_on(
     project: Path, registry: Registry, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     version = release(1)
@@ -193,7 +193,7 @@ def test_a_registry_that_cannot_be_read_is_no_refusal_and_the_champion_goes_on(
     with open_champion(project, "returns", slots=1) as manager:
         monkeypatch.setattr(registry, "snapshot", away)
         follow_champion(project, registry, manager, slots=1)
-        assert manager.refusal is None
+        assert manager.failure is None
         assert manager.service.model.version == str(version.version)
 
 
@@ -279,5 +279,5 @@ def test_a_champion_for_another_domain_waits_for_a_new_server(
         release(2, "./tickets.py")
         follow_champion(project, registry, manager, slots=1)
         assert manager.service.model.version == "1"
-        assert manager.refusal is not None
-        assert "start the server again to serve it" in manager.refusal.reason
+        assert manager.failure is not None
+        assert "start the server again to serve it" in manager.failure.reason

@@ -115,12 +115,12 @@ def _open(root: Path, die_at: int) -> None:
 
 
 def _open_on_a_full_disk(root: Path, bytes_left: int) -> None:
-    """A write beyond that fails, which is told in one line."""
+    """A write beyond that fails, which is reported in one line."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, resource.RLIM_INFINITY))
-    with pytest.raises(UserError, match=r"mlflow\.db: .*could not be (made|upgraded) .*disk") as told:
+    with pytest.raises(UserError, match=r"mlflow\.db: .*could not be (made|upgraded) .*disk") as error:
         _ = Mlruns(root).client
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def ended(target: object, *arguments: object) -> int | None:
@@ -172,8 +172,8 @@ def test_what_mlflow_left_half_made_is_moved_aside_and_made_anew(
     shutil.copytree(bare.root, bare.root.with_name("copy"))
     assert ended(_open_by_mlflow_alone, bare.root.with_name("copy") / "mlflow.db", NEVER) == 1  # stuck for ever
     assert Registry(bare, "returns").snapshot() == Snapshot({}, {}, {})  # as `status` asks, before any run
-    (aside,) = files(bare, ".half-made-*Z")
-    assert f"{bare.database} was never finished: it is kept as {aside.name}" in caplog.text
+    (kept,) = files(bare, ".half-made-*Z")
+    assert f"{bare.database} was never finished: it is kept as {kept.name}" in caplog.text
     assert files(bare, "-*") == []
     assert_works(bare.root)
 
@@ -256,7 +256,7 @@ def test_an_upgraded_database_keeps_its_rights(old: Mlruns) -> None:
     assert stat.S_IMODE(old.database.stat().st_mode) == 0o600
 
 
-def test_a_database_that_another_process_writes_to_is_not_called_damaged(
+def test_a_database_that_another_process_writes_to_is_not_reported_as_corrupt(
     mlruns: Mlruns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("twinloop.registry.database.BUSY_FOR_S", 0.1)
@@ -287,7 +287,7 @@ def test_a_database_that_a_process_has_open_is_not_replaced(old: Mlruns, tmp_pat
 
 
 @pytest.mark.parametrize("bytes_left", [0, 4096, 100_000, 800_000])
-def test_a_full_disk_is_told_in_one_line_and_blocks_nothing(bare: Mlruns, bytes_left: int) -> None:
+def test_a_full_disk_is_reported_in_one_line_and_blocks_nothing(bare: Mlruns, bytes_left: int) -> None:
     assert ended(_open_on_a_full_disk, bare.root, bytes_left) == 0
     assert files(bare, "*") == []
     assert_works(bare.root)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from releases import Bundle, champions, consistent, history, loads, settle, ship
+from releases import Export, champions, consistent, history, loads, recover, ship
 
 from twinloop.common.errors import UserError
 from twinloop.registry import ledger as ledger_module
@@ -34,8 +34,8 @@ def _promote(root: Path, number: int, barrier: Barrier) -> None:
     promote(registry, number, evidence, who=f"process {number}")
 
 
-def test_processes_that_promote_at_once_take_turns(registry: Registry, bundle: Bundle) -> None:
-    versions = [bundle(f"w{number}") for number in range(1, 5)]
+def test_processes_that_promote_at_once_take_turns(registry: Registry, exported: Export) -> None:
+    versions = [exported(f"w{number}") for number in range(1, 5)]
     barrier = processes.Barrier(len(versions))
     started = [
         processes.Process(target=_promote, args=(registry.mlruns.root, version.version, barrier))
@@ -99,10 +99,10 @@ def _move_and_die(root: Path, action: str, point: str, version: int = 2) -> None
 
 @pytest.mark.parametrize(("action", "point"), MOVES)
 def test_a_killed_move_is_finished_or_never_happened(
-    registry: Registry, bundle: Bundle, action: str, point: str
+    registry: Registry, exported: Export, action: str, point: str
 ) -> None:
     for weights in ("w1", "w2"):
-        version = bundle(weights)
+        version = exported(weights)
         if weights == "w1" or action == "rollback":
             promote(registry, version.version, ship(version), who="ada")
     before, after = (1, 2) if action == "promote" else (2, 1)
@@ -115,7 +115,7 @@ def test_a_killed_move_is_finished_or_never_happened(
     seen = status(registry)
     assert bool(seen.warnings) == (point not in ("nothing", "commit"))
 
-    settle(registry)
+    recover(registry)
     consistent(registry)
     happened = point not in ("nothing", "half an intent")
     assert champions(registry)["champion"] == (after if happened else before)
@@ -123,15 +123,15 @@ def test_a_killed_move_is_finished_or_never_happened(
     assert status(registry).warnings == []
 
 
-def test_an_interrupted_promotion_to_a_bundle_damaged_since_is_given_up(registry: Registry, bundle: Bundle) -> None:
-    first = bundle("w1")
+def test_an_interrupted_promotion_to_a_model_corrupted_since_is_given_up(registry: Registry, exported: Export) -> None:
+    first = exported("w1")
     promote(registry, first.version, ship(first), who="ada")
-    second = bundle("w2")
+    second = exported("w2")
     process = processes.Process(target=_move_and_die, args=(registry.mlruns.root, "promote", "second alias"))
     process.start()
     process.join(60)
     (second.path / "model.onnx").write_text("w9")
-    settle(registry)
+    recover(registry)
     assert champions(registry)["champion"] == 1
     assert "previous" not in champions(registry)
     assert [move.to_version for move in history(registry)] == [1]
@@ -150,14 +150,14 @@ BEGUN = [
 ]
 
 
-def by_hand(version: int) -> Callable[[Registry], object]:
-    return lambda registry: promote(registry, version, who="ada", by_hand=True)
+def manual(version: int) -> Callable[[Registry], object]:
+    return lambda registry: promote(registry, version, who="ada", manual=True)
 
 
-def judged_again_and_by_hand(version: int) -> Callable[[Registry], object]:
+def judged_again_and_manual(version: int) -> Callable[[Registry], object]:
     def command(registry: Registry) -> object:
         target = registry.version(version)
-        return promote(registry, version, ship(target, rules="r2"), who="ada", by_hand=True)
+        return promote(registry, version, ship(target, rules="r2"), who="ada", manual=True)
 
     return command
 
@@ -191,17 +191,17 @@ def gate_of_the_candidate(registry: Registry) -> object:
 # Versions 1, 2 and 3 were champions, 4 is the candidate. Promoting 4, or the rollback to 2, is killed at some point;
 # the command after it; the champion that must serve then; and whether the command is refused.
 NEXT: list[tuple[str, str, Callable[[Registry], object], int, str | None]] = [
-    ("promote", "promote 4", by_hand(4), 4, None),
-    ("promote", "promote 3", judged_again_and_by_hand(3), 3, None),
+    ("promote", "promote 4", manual(4), 4, None),
+    ("promote", "promote 3", judged_again_and_manual(3), 3, None),
     ("promote", "rollback", roll_back, 3, None),
     ("promote", "run that makes 4", run_that_makes(4), 4, None),
     ("promote", "run that makes 4 and blocks it", run_that_makes(4, "BLOCK"), 4, None),
     ("promote", "run that makes 1", run_that_makes(1), 1, None),
     ("promote", "gate", gate_of_the_candidate, 4, None),
-    ("rollback", "promote 2", by_hand(2), 2, None),
-    ("rollback", "promote 3", by_hand(3), 2, "took it back .* after this same gate report"),
-    ("rollback", "promote 3, judged again", judged_again_and_by_hand(3), 3, None),
-    ("rollback", "promote 4", judged_again_and_by_hand(4), 4, None),
+    ("rollback", "promote 2", manual(2), 2, None),
+    ("rollback", "promote 3", manual(3), 2, "took it back .* after this same gate report"),
+    ("rollback", "promote 3, judged again", judged_again_and_manual(3), 3, None),
+    ("rollback", "promote 4", judged_again_and_manual(4), 4, None),
     ("rollback", "rollback", roll_back, 2, None),
     ("rollback", "run that makes 3", run_that_makes(3), 2, "took it back"),
     ("rollback", "run that makes 3 and blocks it", run_that_makes(3, "BLOCK"), 2, None),
@@ -233,7 +233,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory, migrated_database: Pat
             version = registry.register(made.path, lineage, servable=True)
             record_gate(registry, version, ship(version))
             if number < 4:
-                promote(registry, number, who="ada", by_hand=True)
+                promote(registry, number, who="ada", manual=True)
         return root
 
     four = make_four()
@@ -312,10 +312,10 @@ def test_a_run_hears_of_a_move_that_was_done_and_the_next_rollback_goes_back(
 def test_a_restored_database_is_no_interrupted_move(interrupted: Callable[[str, str], Path], tmp_path: Path) -> None:
     root = shutil.copytree(interrupted("promote", "intent"), tmp_path / "project")
     registry = Registry(Mlruns(root / "mlruns"), "returns")
-    promote(registry, 4, who="ada", by_hand=True)
+    promote(registry, 4, who="ada", manual=True)
     backup = (root / "mlruns" / "mlflow.db").read_bytes()
     rollback(registry, "ada", loads)
-    promote(registry, 4, ship(registry.version(4), rules="r2"), who="ada", by_hand=True)
+    promote(registry, 4, ship(registry.version(4), rules="r2"), who="ada", manual=True)
     (root / "mlruns" / "mlflow.db").write_bytes(backup)
     registry = Registry(Mlruns(root / "mlruns"), "returns")
     assert not rollback(registry, "ada", loads).finished_later
@@ -328,5 +328,5 @@ def test_an_interrupted_promotion_of_what_a_gate_blocked_since_is_given_up(
     root = shutil.copytree(interrupted("promote", "second alias"), tmp_path / "project")
     registry = Registry(Mlruns(root / "mlruns"), "returns")
     record_gate(registry, registry.version(4), ship(registry.version(4), "BLOCK"))
-    settle(registry)
+    recover(registry)
     assert champions(registry) == {"champion": 3, "previous": 2, "candidate": 4}

@@ -1,4 +1,4 @@
-"""The champion moves on proof, one move at a time, whatever happens in between; and every move can be told later."""
+"""The champion moves on a SHIP, one move at a time, whatever happens in between; every move can be read later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from releases import Bundle, Make, champions, consistent, history, lines, loads, ship
+from releases import Export, Make, champions, consistent, history, lines, loads, ship
 
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport
@@ -21,11 +21,11 @@ from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Lineage, Registry, Served, Version
 
 
-def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, bundle: Bundle) -> None:
-    first = bundle("w1")
+def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, exported: Export) -> None:
+    first = exported("w1")
     promote(registry, first.version, ship(first), who="ada")
     assert champions(registry) == {"champion": 1}
-    second = bundle("w2")
+    second = exported("w2")
     assert champions(registry) == {"champion": 1, "candidate": 2}
     moved = promote(registry, second.version, ship(second), who="bob")
     assert champions(registry) == {"champion": 2, "previous": 1}
@@ -36,18 +36,18 @@ def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry
     consistent(registry)
 
 
-def test_promoting_the_champion_again_changes_nothing(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_promoting_the_champion_again_changes_nothing(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     first = promote(registry, version.version, ship(version), who="ada")
     before = lines(registry)
     assert promote(registry, version.version, ship(version), who="bob") == first
     assert lines(registry) == before
-    assert bundle("w1").version == 1
+    assert exported("w1").version == 1
     assert champions(registry) == {"champion": 1}  # registered again, it is not its own candidate
 
 
-def test_a_later_check_of_the_champion_is_not_covered_by_its_old_report(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_a_later_check_of_the_champion_is_not_covered_by_its_old_report(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     promote(registry, version.version, ship(version), who="ada")
     record_gate(registry, registry.version(1), ship(version, "BLOCK"))  # the hourly check
     promote(registry, version.version, ship(version), who="the schedule")  # the nightly run: everything is cached
@@ -65,9 +65,9 @@ def test_a_later_check_of_the_champion_is_not_covered_by_its_old_report(registry
     ],
 )
 def test_nothing_is_promoted_without_ship_for_its_very_digest(
-    registry: Registry, bundle: Bundle, evidence: Callable[..., GateReport | None], message: str
+    registry: Registry, exported: Export, evidence: Callable[..., GateReport | None], message: str
 ) -> None:
-    other, own = bundle("w1"), bundle("w2")
+    other, own = exported("w1"), exported("w2")
     with pytest.raises(UserError, match=message):
         promote(registry, own.version, evidence(own, other), who="ada")
     assert champions(registry) == {"candidate": 2}
@@ -75,9 +75,9 @@ def test_nothing_is_promoted_without_ship_for_its_very_digest(
 
 
 def test_a_recording_killed_between_its_tags_is_made_good_by_the_next(
-    registry: Registry, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, exported: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = bundle("w1")
+    version = exported("w1")
     record_gate(registry, version, ship(version, "BLOCK"))
     set_tag, written = registry.mlruns.client.set_model_version_tag, 0
 
@@ -98,8 +98,8 @@ def test_a_recording_killed_between_its_tags_is_made_good_by_the_next(
     assert (tags["gate_decision"], tags["gate_digest"]) == ("SHIP", ship(version).digest())
 
 
-def test_a_first_recording_killed_between_its_tags_is_no_gate_yet(registry: Registry, bundle: Bundle) -> None:
-    registry.tag(bundle("w1"), {"gate_decision": "SHIP", "gate_when": "2026-01-01"})
+def test_a_first_recording_killed_between_its_tags_is_no_gate_yet(registry: Registry, exported: Export) -> None:
+    registry.tag(exported("w1"), {"gate_decision": "SHIP", "gate_when": "2026-01-01"})
     seen = status(registry)
     assert seen.last_gate is None
     assert seen.candidate
@@ -107,23 +107,23 @@ def test_a_first_recording_killed_between_its_tags_is_no_gate_yet(registry: Regi
 
 
 def test_a_gate_that_blocks_while_a_promotion_waits_is_seen_by_it(
-    registry: Registry, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    registry: Registry, exported: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    version = bundle("w1")
+    version = exported("w1")
     record_gate(registry, version, ship(version))
-    settled = promote_module._settled
+    locked_ledger = promote_module._locked_ledger
 
     def after_a_wait(registry: Registry, who: str) -> object:
         record_gate(registry, registry.version(1), ship(version, "BLOCK"))
-        return settled(registry, who)
+        return locked_ledger(registry, who)
 
-    monkeypatch.setattr(promote_module, "_settled", after_a_wait)
+    monkeypatch.setattr(promote_module, "_locked_ledger", after_a_wait)
     with pytest.raises(UserError, match="its gate says BLOCK"):
-        promote(registry, 1, who="ada", by_hand=True)
+        promote(registry, 1, who="ada", manual=True)
 
 
-def test_a_changed_gate_report_is_refused(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_a_changed_gate_report_is_refused(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     with pytest.raises(UserError, match="BLOCK"):
         promote(registry, version.version, ship(version, "BLOCK"), who="ada")
     report = next((registry.mlruns.root / "gates").iterdir())
@@ -138,8 +138,8 @@ def test_a_checkpoint_is_not_promoted(registry: Registry, make: Make, lineage: L
         promote(registry, version.version, ship(version), who="ada")
 
 
-def test_a_damaged_bundle_is_not_promoted(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_a_corrupt_exported_model_is_not_promoted(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     (version.path / "model.onnx").write_text("w9")
     with pytest.raises(UserError, match="differs from what was written"):
         promote(registry, version.version, ship(version), who="ada")
@@ -172,7 +172,7 @@ def test_a_failing_smoke_test_moves_nothing(registry: Registry, three: list[Vers
     assert (lines(registry), champions(registry)) == before
 
 
-def test_a_damaged_target_is_not_rolled_back_to(registry: Registry, three: list[Version]) -> None:
+def test_a_corrupt_target_is_not_rolled_back_to(registry: Registry, three: list[Version]) -> None:
     (three[1].path / "model.onnx").write_text("w9")
     with pytest.raises(UserError, match="differs from what was written"):
         rollback(registry, "bob", loads)
@@ -184,8 +184,8 @@ def test_what_was_rolled_back_needs_a_person_and_a_new_gate_report(registry: Reg
     with pytest.raises(UserError, match=r"version 3: not promoted, bob took it back on"):
         promote(registry, 3, ship(three[2], rules="r2"), who="the schedule")  # made and judged again, as each night
     with pytest.raises(UserError, match="after this same gate report"):
-        promote(registry, 3, ship(three[2]), who="ada", by_hand=True)
-    promote(registry, 3, ship(three[2], rules="r2"), who="ada", by_hand=True)
+        promote(registry, 3, ship(three[2]), who="ada", manual=True)
+    promote(registry, 3, ship(three[2], rules="r2"), who="ada", manual=True)
     assert champions(registry) == {"champion": 3, "previous": 2}
 
 
@@ -217,7 +217,7 @@ def _edit_last(found: list[bytes]) -> list[bytes]:
     ],
 )
 def test_a_changed_ledger_is_noticed_and_stops_promotions(
-    registry: Registry, three: list[Version], bundle: Bundle, forge: Callable[[list[bytes]], list[bytes]]
+    registry: Registry, three: list[Version], exported: Export, forge: Callable[[list[bytes]], list[bytes]]
 ) -> None:
     path = open_ledger(registry.mlruns).path
     path.write_bytes(b"".join(line + b"\n" for line in forge(lines(registry))))
@@ -235,10 +235,10 @@ def test_a_changed_ledger_is_noticed_and_stops_promotions(
     consistent(registry)
 
 
-def test_an_alias_moved_by_hand_is_written_down(registry: Registry, three: list[Version], bundle: Bundle) -> None:
+def test_an_alias_moved_manually_is_written_down(registry: Registry, three: list[Version], exported: Export) -> None:
     registry.mlruns.client.set_registered_model_alias("returns", "champion", "1")
     assert "moved outside of the ledger" in status(registry).warnings[0]
-    fourth = bundle("w4")
+    fourth = exported("w4")
     promote(registry, fourth.version, ship(fourth), who="ada")
     assert [(move.action, move.from_version, move.to_version) for move in history(registry)[3:]] == [
         ("adopt", 3, 1),
@@ -267,8 +267,8 @@ def test_two_models_share_one_ledger(registry: Registry, three: list[Version], m
     consistent(registry)
 
 
-def test_status_tells_the_whole_story(registry: Registry, three: list[Version], bundle: Bundle) -> None:
-    blocked = bundle("w4")
+def test_status_reports_everything(registry: Registry, three: list[Version], exported: Export) -> None:
+    blocked = exported("w4")
     with pytest.raises(UserError):
         promote(registry, blocked.version, ship(blocked, "BLOCK"), who="ada")
     seen = status(registry)
@@ -295,14 +295,14 @@ def test_a_full_disk_leaves_a_line_that_can_be_mended(tmp_path: Path, monkeypatc
     ledger = Ledger(tmp_path / "promotions.jsonl")
     add = {"action": "promote", "model": "returns", "to_version": 1, "who": "ada", "manifest_digest": "d"}
     ledger.append("intent", **add)  # type: ignore[arg-type]
-    write, room = os.write, 40
+    write, free = os.write, 40
 
     def until_full(descriptor: int, content: bytes) -> int:
-        nonlocal room
-        if not room:
+        nonlocal free
+        if not free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written = write(descriptor, content[:room])
-        room -= written
+        written = write(descriptor, content[:free])
+        free -= written
         return written
 
     with monkeypatch.context() as patch:

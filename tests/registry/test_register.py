@@ -1,4 +1,4 @@
-"""A version tells where its bytes come from, whoever registers them later."""
+"""A version records where its bytes come from, whoever registers them later."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
 
 
 def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: Context) -> None:
-    bundle = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
+    exported = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     later = replace(context, code=CodeVersion("b" * 40, dirty=True))
     skipped = later.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     assert skipped.reused
-    version = register_stage(later, checkpoints=[], others=[], bundle=skipped)
+    version = register_stage(later, checkpoints=[], others=[], exported=skipped)
     assert version.tags["commit"] == "a" * 40
     assert version.run_id
     assert version.domain == "returns"
     run = context.mlruns.client.get_run(version.run_id)
-    assert run.data.tags["twinloop.manifest_digest"] == bundle.digest == version.digest
+    assert run.data.tags["twinloop.manifest_digest"] == exported.digest == version.digest
     assert run.data.tags["twinloop.commit"] == "a" * 40
 
 
 def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_registration(context: Context) -> None:
-    bundle = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
-    lost = replace(bundle, manifest=bundle.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
+    exported = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
+    lost = replace(exported, manifest=exported.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
     later = replace(context, code=CodeVersion("b" * 40))
-    version = register_stage(later, checkpoints=[], others=[], bundle=lost)
+    version = register_stage(later, checkpoints=[], others=[], exported=lost)
     assert version.tags["commit"] == "b" * 40
     assert version.run_id is None

@@ -1,4 +1,4 @@
-"""A bundle is tested by letting it answer its domain's example, as the server would."""
+"""An exported model is tested by letting it answer its domain's example, as the server would."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twinloop.domains.domain import Domain
 from twinloop.domains.returns.domain import domain as returns
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.smoke_test import smoke_test
 from twinloop.training.weights import get_weights, new_decoder
@@ -37,7 +37,7 @@ class Wrong(WithoutExample):
     example: ClassVar = {"topic": 7}
 
 
-def make_bundle(folder: Path, max_length: int) -> Path:
+def make_exported(folder: Path, max_length: int) -> Path:
     tokenizer = train_tokenizer([document.text for document in returns.example_documents], 300)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -50,17 +50,17 @@ def make_bundle(folder: Path, max_length: int) -> Path:
         max_position_embeddings=max_length,
     )
     save_model(folder / "model", config, get_weights(new_decoder(config, seed=0)), tokenizer)
-    export_bundle(folder / "model", folder / "bundle", precision="fp32", max_length=max_length)
-    return folder / "bundle"
+    export_model(folder / "model", folder / "exported", precision="fp32", max_length=max_length)
+    return folder / "exported"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tmp_path_factory.mktemp("bundle"), 1024)
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_exported(tmp_path_factory.mktemp("exported"), 1024)
 
 
-def test_an_answer_that_is_escalated_is_an_answer_and_names_its_checks(bundle: Path) -> None:
-    answer = smoke_test(bundle, returns)
+def test_an_answer_that_is_escalated_is_an_answer_and_names_its_checks(exported: Path) -> None:
+    answer = smoke_test(exported, returns)
     assert answer.request == returns.example
     assert answer.decision is not None
     assert [reason.predicate for reason in answer.decision.reasons] == ["parsed"]
@@ -69,23 +69,23 @@ def test_an_answer_that_is_escalated_is_an_answer_and_names_its_checks(bundle: P
     assert "escalated: parsed: " in str(answer)
 
 
-def test_a_bundle_that_cannot_read_the_example_answers_nothing(tmp_path: Path) -> None:
+def test_an_exported_model_that_cannot_read_the_example_answers_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"it loads and answers nothing .*too many for this model to read"):
-        smoke_test(make_bundle(tmp_path, 64), returns)
+        smoke_test(make_exported(tmp_path, 64), returns)
 
 
-def test_a_domain_without_decisions_is_tested_with_a_chat(bundle: Path) -> None:
-    answer = smoke_test(bundle, Chat())
+def test_a_domain_without_decisions_is_tested_with_a_chat(exported: Path) -> None:
+    answer = smoke_test(exported, Chat())
     assert answer.decision is None
     assert "Hello!" in str(answer)
 
 
-def test_a_bundle_that_cannot_read_a_greeting_answers_nothing(tmp_path: Path) -> None:
+def test_an_exported_model_that_cannot_read_a_greeting_answers_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it loads and answers nothing"):
-        smoke_test(make_bundle(tmp_path, 8), Chat())
+        smoke_test(make_exported(tmp_path, 8), Chat())
 
 
 @pytest.mark.parametrize(("domain", "said"), [(WithoutExample(), "topic: is required"), (Wrong(), "topic: should be")])
-def test_an_example_that_is_no_request_is_the_domains_mistake(bundle: Path, domain: Domain, said: str) -> None:
+def test_an_example_that_is_no_request_is_the_domains_mistake(exported: Path, domain: Domain, said: str) -> None:
     with pytest.raises(UserError, match=f"domain topics: its example is no request [(]{said}"):
-        smoke_test(bundle, domain)
+        smoke_test(exported, domain)

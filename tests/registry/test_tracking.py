@@ -1,4 +1,4 @@
-"""MLflow tells what ran, on what, and how it ended, also when it ended badly."""
+"""MLflow records what ran, on what, and how it ended, also when it ended badly."""
 
 from __future__ import annotations
 

@@ -24,20 +24,22 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
 
 Make = Callable[..., Artifact]
-Bundle = Callable[[str], Version]
+Export = Callable[[str], Version]
 
 
 def test_every_stage_becomes_a_version_with_its_lineage(registry: Registry, make: Make, lineage: Lineage) -> None:
     pretrained = registry.register(make("pretrain", "a").path, lineage, run_id=None)
     tuned = registry.register(make("sft", "b").path, replace(lineage, parent_version=pretrained.version))
-    bundle = registry.register(make("export", "c").path, replace(lineage, parent_version=tuned.version), servable=True)
-    assert [v.stage for v in registry.lineage(bundle)] == ["export", "sft", "pretrain"]
-    assert bundle.tags["dataset_digest"] == lineage.dataset_digest
-    assert bundle.tags["commit"] == lineage.code.commit
-    assert bundle.tags["recipe"] == "recipes/returns.yaml"
-    assert bundle.domain == registry.resolve("candidate").domain == "returns"
-    assert json.loads(bundle.tags["metrics"]) == {"bits_per_byte": 1.5}
-    assert registry.snapshot().aliases == {"candidate": bundle.version}
+    exported = registry.register(
+        make("export", "c").path, replace(lineage, parent_version=tuned.version), servable=True
+    )
+    assert [v.stage for v in registry.lineage(exported)] == ["export", "sft", "pretrain"]
+    assert exported.tags["dataset_digest"] == lineage.dataset_digest
+    assert exported.tags["commit"] == lineage.code.commit
+    assert exported.tags["recipe"] == "recipes/returns.yaml"
+    assert exported.domain == registry.resolve("candidate").domain == "returns"
+    assert json.loads(exported.tags["metrics"]) == {"bits_per_byte": 1.5}
+    assert registry.snapshot().aliases == {"candidate": exported.version}
 
 
 def test_an_artifact_is_registered_once(registry: Registry, make: Make, lineage: Lineage) -> None:
@@ -99,15 +101,15 @@ def test_what_a_process_killed_while_it_registered_left_is_removed_by_the_next(
     assert {str(model.status) for model in found} == {"READY"}
 
 
-def test_resolve_gives_the_verified_bundle(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_resolve_gives_the_verified_exported_model(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     served = registry.resolve("candidate")
     assert (served.version, served.digest) == (version.version, version.digest)
     assert (served.path / "model.onnx").read_text() == "w1"
 
 
-def test_mlflow_itself_finds_the_files_of_a_version(registry: Registry, bundle: Bundle) -> None:
-    version = bundle("w1")
+def test_mlflow_itself_finds_the_files_of_a_version(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
     client = registry.mlruns.client
     uri = client.get_model_version_download_uri("returns", str(version.version))
     assert uri == version.path.as_uri()
@@ -116,25 +118,25 @@ def test_mlflow_itself_finds_the_files_of_a_version(registry: Registry, bundle: 
 
 
 def test_cleaning_artifacts_takes_nothing_from_the_registry(registry: Registry, make: Make, lineage: Lineage) -> None:
-    bundle, checkpoint = make("export"), make("sft", "w2")
-    served = registry.register(bundle.path, lineage, servable=True)
+    exported, checkpoint = make("export"), make("sft", "w2")
+    served = registry.register(exported.path, lineage, servable=True)
     kept = registry.register(checkpoint.path, lineage)
-    shutil.rmtree(bundle.path.parents[1])
+    shutil.rmtree(exported.path.parents[1])
     assert registry.resolve("candidate").version == served.version
     assert registry.verify(kept).version == kept.version
 
 
-def test_a_bundle_is_copied_and_a_checkpoint_linked(registry: Registry, make: Make, lineage: Lineage) -> None:
-    bundle, checkpoint = make("export"), make("sft", "w2")
-    served = registry.register(bundle.path, lineage, servable=True)
+def test_an_exported_model_is_copied_and_a_checkpoint_linked(registry: Registry, make: Make, lineage: Lineage) -> None:
+    exported, checkpoint = make("export"), make("sft", "w2")
+    served = registry.register(exported.path, lineage, servable=True)
     kept = registry.register(checkpoint.path, lineage)
-    assert not (served.path / "model.onnx").samefile(bundle.path / "model.onnx")
+    assert not (served.path / "model.onnx").samefile(exported.path / "model.onnx")
     assert (kept.path / "model.onnx").samefile(checkpoint.path / "model.onnx")
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "onnx/data.bin", "manifest.json"])
-def test_a_tampered_bundle_is_refused(registry: Registry, bundle: Bundle, name: str) -> None:
-    file = bundle("w1").path / name
+def test_a_tampered_exported_model_is_refused(registry: Registry, exported: Export, name: str) -> None:
+    file = exported("w1").path / name
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -142,22 +144,22 @@ def test_a_tampered_bundle_is_refused(registry: Registry, bundle: Bundle, name: 
         registry.resolve("candidate")
 
 
-def test_another_bundle_in_its_place_is_refused(registry: Registry, bundle: Bundle, make: Make) -> None:
-    version = bundle("w1")
+def test_another_exported_model_in_its_place_is_refused(registry: Registry, exported: Export, make: Make) -> None:
+    version = exported("w1")
     shutil.rmtree(version.path)
-    shutil.copytree(make("export", "w2").path, version.path)  # whole and sealed, but not what was registered
+    shutil.copytree(make("export", "w2").path, version.path)  # intact, but not what was registered
     with pytest.raises(UserError, match="another artifact"):
         registry.resolve("candidate")
 
 
-def test_registering_again_repairs_damaged_files(registry: Registry, make: Make, lineage: Lineage) -> None:
+def test_registering_again_repairs_corrupt_files(registry: Registry, make: Make, lineage: Lineage) -> None:
     version = registry.register(make().path, lineage, servable=True)
     shutil.rmtree(version.path)
     assert registry.register(make().path, lineage, servable=True) == version
     assert registry.resolve("candidate").version == version.version
 
 
-def test_a_damaged_artifact_is_not_registered(registry: Registry, make: Make, lineage: Lineage) -> None:
+def test_a_corrupt_artifact_is_not_registered(registry: Registry, make: Make, lineage: Lineage) -> None:
     artifact = make()
     (artifact.path / "model.onnx").write_text("w9")
     with pytest.raises(UserError, match="differs from what was written; run the recipe again"):
@@ -165,23 +167,23 @@ def test_a_damaged_artifact_is_not_registered(registry: Registry, make: Make, li
     assert not registry.snapshot().versions
 
 
-def test_what_does_not_exist_is_said_in_one_line(registry: Registry, bundle: Bundle) -> None:
+def test_what_does_not_exist_is_said_in_one_line(registry: Registry, exported: Export) -> None:
     with pytest.raises(UserError, match="no champion in the registry"):
         registry.resolve("champion")
     with pytest.raises(UserError, match="no version 4"):
         registry.version(4)
-    bundle("w1")
+    exported("w1")
     with pytest.raises(UserError, match=r"no version 4 in the registry \(there are: 1 to 1\)"):
         registry.version(4)
 
 
 def test_reading_the_database_agrees_with_mlflows_client(
-    registry: Registry, bundle: Bundle, make: Make, monkeypatch: pytest.MonkeyPatch, lineage: Lineage
+    registry: Registry, exported: Export, make: Make, monkeypatch: pytest.MonkeyPatch, lineage: Lineage
 ) -> None:
-    bundle("w1")
+    exported("w1")
     registry.register(make("sft", "w2").path, lineage)
     registry.tag_model("ledger_head", "x")
-    deleted = bundle("w3")
+    deleted = exported("w3")
     registry.mlruns.client.delete_model_version("returns", str(deleted.version))
     fast = registry.snapshot()
     monkeypatch.setattr(Mlruns, "local_database", False)
@@ -190,10 +192,10 @@ def test_reading_the_database_agrees_with_mlflows_client(
     assert Registry(registry.mlruns, "another").snapshot().versions == {}
 
 
-def test_a_moved_project_finds_its_bundles_and_registers_new_ones(
-    registry: Registry, bundle: Bundle, make: Make, tmp_path: Path, lineage: Lineage
+def test_a_moved_project_finds_its_exported_models_and_registers_new_ones(
+    registry: Registry, exported: Export, make: Make, tmp_path: Path, lineage: Lineage
 ) -> None:
-    bundle("w1")
+    exported("w1")
     second = make("export", "w2").path
     new_root = tmp_path / "moved" / "mlruns"
     new_root.parent.mkdir()
@@ -206,8 +208,8 @@ def test_a_moved_project_finds_its_bundles_and_registers_new_ones(
     assert not registry.mlruns.root.exists()
 
 
-def test_resolving_imports_neither_mlflow_nor_torch(registry: Registry, bundle: Bundle) -> None:
-    bundle("w1")
+def test_resolving_imports_neither_mlflow_nor_torch(registry: Registry, exported: Export) -> None:
+    exported("w1")
     code = (
         "import sys; from pathlib import Path; "
         "from twinloop.registry.tracking import Mlruns; from twinloop.registry.versions import Registry; "

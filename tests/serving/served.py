@@ -1,4 +1,4 @@
-"""Real servers on loopback for tests. Where a test needs a certain answer, a script stands for the model."""
+"""Real servers on loopback for tests. Where a test needs a certain answer, a script replaces the model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class ScriptedStream:
 
 
 class ScriptedScheduler:
-    """Stands where the model does: whatever is asked, it answers `script`, or raises it."""
+    """In place of a model: whatever is asked, it answers `script`, or raises it."""
 
     max_length = 1024
     capacity = 4

@@ -122,11 +122,11 @@ def test_what_follows_an_accepted_request_and_is_no_request_does_not_cost_its_an
             connection.sendall(GARBAGE)
             connection.sendall(GARBAGE)
         received = read_all(connection)
-    answer, _, refusal = received.partition(b"HTTP/1.1 400")
+    answer, _, error = received.partition(b"HTTP/1.1 400")
     assert answer.startswith(b"HTTP/1.1 200")
     assert whole_answer(asked, answer)
-    if at_once:  # where the client still sends when the server closes, the reset may overtake the refusal
-        assert json.loads(refusal.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+    if at_once:  # where the client still sends when the server closes, the reset may overtake the error
+        assert json.loads(error.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
 
 
 @ASKED
@@ -143,7 +143,7 @@ def test_nothing_after_a_last_request_reaches_its_answer(server, asked, version,
 
 
 def whole_answer(asked, answer):
-    """Whether the script's text stands in an answer from its first to its last character."""
+    """Whether the script's text is in an answer from its first to its last character."""
     text = answer.partition(b"\r\n\r\n")[2].decode()
     if asked is STREAM:
         chunks = re.findall(r"^data: (\{.*)$", text, re.MULTILINE)

@@ -132,7 +132,7 @@ def test_policies_that_contradict_each_other_are_escalated(service):
     assert decide(service, GOOD.replace('"days": 12', '"days": 5'), days_since_delivery=5).decision is not None
 
 
-def test_damaged_documents_are_escalated(service, tmp_path):
+def test_corrupt_documents_are_escalated(service, tmp_path):
     break_documents(tmp_path)
     response = decide(service, GOOD)
     assert response.decision is None

@@ -285,11 +285,11 @@ def test_an_answer_ends_with_its_stop_token_or_with_the_room(engine):
     completions = engine.generate(prompts_of([3, 40]), params, group=8)
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
     for index, completion in enumerate(completions):
-        room = 30 if index < 8 else MAX_LENGTH - 40
-        assert len(completion.tokens) == len(completion.logprobs) <= room
+        most = 30 if index < 8 else MAX_LENGTH - 40
+        assert len(completion.tokens) == len(completion.logprobs) <= most
         assert (completion.tokens[-1] == STOP) == (completion.finish_reason == "stop")
         assert STOP not in completion.tokens[:-1]
-        assert completion.finish_reason == "stop" or len(completion.tokens) == room
+        assert completion.finish_reason == "stop" or len(completion.tokens) == most
 
 
 @pytest.mark.parametrize("group", [4, 11])

@@ -1,4 +1,4 @@
-"""A model is replaced while requests are in the house: nobody's answer is cut off, and nobody is turned away."""
+"""A model is replaced while requests are in progress: no answer is cut off, and no request is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError
 from twinloop.serving.engine.stream import Stream
-from twinloop.serving.model_manager import ModelManager, Refusal
+from twinloop.serving.model_manager import ModelManager, ServeFailure
 
 LONG = SamplingParams(max_tokens=50)
 
@@ -38,13 +38,13 @@ def test_what_was_begun_ends_on_the_old_model_and_what_comes_goes_to_the_new(ser
     gate = Gate(monkeypatch)
     old, new = service("1"), service("2")
     manager = ModelManager(old)
-    manager.refusal = Refusal("2", "it was damaged")
+    manager.failure = ServeFailure("2", "it was corrupt")
     begun = [manager.submit(ask) for _ in range(4)]  # two of them wait for a slot
     replacing = threading.Thread(target=manager.replace, args=(new,))
     replacing.start()
     wait_for(lambda: manager.service is new)
     later = manager.submit(ask)
-    assert manager.refusal is None
+    assert manager.failure is None
     assert replacing.is_alive()
     gate.opened.set()
     assert [version for version, _ in begun] == ["1"] * 4

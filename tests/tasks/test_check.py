@@ -51,7 +51,7 @@ def longest(data: Path, tokenizer: ChatTokenizer) -> dict[str, Any]:
 
 
 def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, int]) -> Recipe:
-    """The recipe with room for everything, but for what is changed."""
+    """The recipe with limits above every record, but for what is changed."""
     changed = [
         replace(stage, settings=stage.settings.model_copy(update={"seq_len": 4096, **stages.get(stage.name, {})}))
         for stage in RECIPE.train
@@ -97,7 +97,7 @@ def test_the_line_is_that_of_the_users_file_where_rows_before_it_were_quarantine
 def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) -> None:
     side = longest["dpo"]["path"]["tokens"]
     assert side < longest["dpo"]["packed"]["tokens"]
-    with pytest.raises(UserError, match=r"of \d+ tokens, and base\.max_length leaves room"):
+    with pytest.raises(UserError, match=r"of \d+ tokens, and base\.max_length allows"):
         check_lengths(recipe(max_length=side - 1), longest)
 
 

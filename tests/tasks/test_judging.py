@@ -117,11 +117,13 @@ class Stages:
     @classmethod
     def run(cls, context: Context, data: Artifact, model: Artifact) -> Stages:
         measured = measure_stage(context, "sft", SETTINGS, RUNTIME, data=data, model=model)
-        bundle = export_stage(context, "fp32", 64, RUNTIME, data=data, model=model)
-        evaluation = evaluate_stage(context, SETTINGS, RUNTIME, data=data, bundle=bundle.path, digest=bundle)
+        exported = export_stage(context, "fp32", 64, RUNTIME, data=data, model=model)
+        evaluation = evaluate_stage(context, SETTINGS, RUNTIME, data=data, exported=exported.path, digest=exported)
         rules = GateRules({"keeps_customers_violations": 0, "accuracy": 0.5, "answer_perplexity": 1000}, context.domain)
-        judged = gate_stage(context, rules, bundle=bundle, evaluation=evaluation, champion=None, champion_version=None)
-        return cls(audit_stage(context, data=data), measured, bundle, evaluation, judged)
+        judged = gate_stage(
+            context, rules, exported=exported, evaluation=evaluation, champion=None, champion_version=None
+        )
+        return cls(audit_stage(context, data=data), measured, exported, evaluation, judged)
 
     @property
     def reused(self) -> set[str]:

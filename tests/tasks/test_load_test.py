@@ -4,7 +4,7 @@ import pytest
 
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.models.onnx_bundle import export_bundle
+from twinloop.models.exported import export_model
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.tasks.load_test import run_load_test
 from twinloop.training.weights import get_weights, new_decoder
@@ -24,7 +24,7 @@ CONFIG = DecoderConfig(
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     save_model(folder / "model", CONFIG, get_weights(new_decoder(CONFIG, seed=0)))
-    export_bundle(folder / "model", folder / "onnx", precision="fp32", max_length=64)
+    export_model(folder / "model", folder / "onnx", precision="fp32", max_length=64)
     return folder / "onnx"
 
 

@@ -28,12 +28,12 @@ def test_last_good_one_is_kept_and_older_ones_go(tmp_path):
     ]
 
 
-def test_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path):
+def test_a_corrupt_checkpoint_is_passed_over_for_the_one_before(tmp_path):
     write(tmp_path, 1)
     newest = write(tmp_path, 2)
     content = bytearray(newest.read_bytes())
-    for damaged in (content[:-1] + bytes([content[-1] ^ 1]), content[: len(content) // 2], b""):
-        newest.write_bytes(damaged)
+    for corrupt in (content[:-1] + bytes([content[-1] ^ 1]), content[: len(content) // 2], b""):
+        newest.write_bytes(corrupt)
         assert checkpoint.latest(tmp_path).step == 1
 
 

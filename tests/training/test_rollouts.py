@@ -20,13 +20,13 @@ STOP = 5
 SAMPLED = SamplingParams(max_tokens=12, temperature=1.0, stop=(STOP,))
 
 
-def paid(reward, *, parsed=True):
+def rewarded(reward, *, parsed=True):
     return Verdict({}, reward, parsed=parsed)
 
 
 def by_length(index, text):
     """Rewards short answers; calls the longest unparseable."""
-    return paid(float(len(text) < 6), parsed=len(text) < 12)
+    return rewarded(float(len(text) < 6), parsed=len(text) < 12)
 
 
 def as_text(tokens):
@@ -128,14 +128,14 @@ def test_advantages_are_relative_to_the_group():
 
 
 def test_groups_without_variance_are_dropped_counted_and_replaced_within_bounds(eager_to_stop):
-    step = stream_for(eager_to_stop, reward=lambda index, text: paid(1.0)).next()
+    step = stream_for(eager_to_stop, reward=lambda index, text: rewarded(1.0)).next()
     assert step.micro_batches == []
     assert step.metrics["groups"] == 5 * MAX_ROUNDS
     assert step.metrics["informative_groups"] == 0
     assert step.metrics["reward"] == 1.0
 
     def some(index, text):
-        return by_length(index, text) if index % 2 else paid(0.0)
+        return by_length(index, text) if index % 2 else rewarded(0.0)
 
     step = stream_for(eager_to_stop, reward=some).next()
     assert 5 < step.metrics["groups"] <= 5 * MAX_ROUNDS
@@ -145,7 +145,7 @@ def test_groups_without_variance_are_dropped_counted_and_replaced_within_bounds(
 
 def test_informative_groups_past_the_number_wanted_are_trained_on_too_and_stay_within_bounds(eager_to_stop):
     def three_in_four(index, text):
-        return by_length(index, text) if index % 4 else paid(0.0)
+        return by_length(index, text) if index % 4 else rewarded(0.0)
 
     stream = stream_for(eager_to_stop, reward=three_in_four, steps=20)
     kept = []
@@ -173,7 +173,7 @@ def test_the_engine_samples_on_the_threads_of_the_run(eager_to_stop, threads, mo
 
 def test_a_step_without_informative_groups_moves_nothing_and_does_not_stop_the_run(eager_to_stop):
     before = {name: tensor.clone() for name, tensor in eager_to_stop.state_dict().items()}
-    stream = stream_for(eager_to_stop, reward=lambda index, text: paid(0.0), steps=2)
+    stream = stream_for(eager_to_stop, reward=lambda index, text: rewarded(0.0), steps=2)
     result = run_training(eager_to_stop, GRPOLoss(), stream, TrainSettings(learning_rate=0.1), checkpoint_dir=None)
     assert result.steps == 2
     assert all(torch.equal(before[name], tensor) for name, tensor in eager_to_stop.state_dict().items())

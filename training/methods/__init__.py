@@ -1,1 +1,1 @@
-"""Training methods, one file each; `training/method.py` says what one holds."""
+"""Training methods, one file each; `training/method.py` defines what one holds."""

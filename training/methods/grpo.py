@@ -1,5 +1,5 @@
 """GRPO with verifiable rewards (Shao et al., 2024): the network's own answers, sampled on the engine that serves, and
-paid by the domain's verifier; better than the mean of the group is reinforced.
+rewarded by the domain's verifier; better than the mean of the group is reinforced.
 """
 
 from __future__ import annotations

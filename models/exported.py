@@ -1,4 +1,4 @@
-"""An ONNX bundle: the directory that the engine serves, and nothing beside it.
+"""An exported model (ONNX): the directory that the engine serves, and nothing beside it.
 
 model.onnx, model.onnx.data   graph and weights
 config.json, tokenizer files  as in the model directory it was made from
@@ -22,15 +22,15 @@ from twinloop.models.directory import check_tensors, load_config, load_tensors
 from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
 from twinloop.models.shapes import weight_shapes
 
-BUNDLE_FILE = "bundle.json"
+EXPORT_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _FORMAT = 1
 
 
-class Bundle(BaseModel):
-    """What `bundle.json` says. max_length: tokens of prompt and answer together that a slot holds at most."""
+class ExportedModel(BaseModel):
+    """What `bundle.json` holds. max_length: tokens of prompt and answer together that a slot holds at most."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,8 +42,8 @@ class Bundle(BaseModel):
     """File name to SHA-256."""
 
 
-def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int) -> Bundle:
-    """Write the bundle of a model directory. `out_dir` appears whole or not at all, and must not exist yet.
+def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int) -> ExportedModel:
+    """Export a model directory. `out_dir` appears whole or not at all, and must not exist yet.
 
     Raises UserError for an unknown precision, a length out of range, an `out_dir` that is there already, or a model
     directory that lacks a tensor.
@@ -65,7 +65,7 @@ def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Prec
     model = build_graph(config, tensors, precision=precision, capacity=slot_capacity(max_length))
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as beside:
-        staging = Path(beside) / "bundle"
+        staging = Path(beside) / "exported"
         staging.mkdir()
         onnx.save_model(
             model,
@@ -78,41 +78,41 @@ def export_bundle(model_dir: Path | str, out_dir: Path | str, *, precision: Prec
         for name in _COPIED:
             if (model_dir / name).exists():
                 shutil.copyfile(model_dir / name, staging / name)
-        bundle = Bundle(
+        exported = ExportedModel(
             format=_FORMAT,
             precision=precision,
             max_length=max_length,
             parameters=config.num_parameters,
             files={name: _digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
         )
-        (staging / BUNDLE_FILE).write_text(bundle.model_dump_json(indent=2) + "\n")
+        (staging / EXPORT_FILE).write_text(exported.model_dump_json(indent=2) + "\n")
         os.replace(staging, out_dir)
-    return bundle
+    return exported
 
 
-def read_bundle(bundle_dir: Path | str) -> tuple[Bundle, DecoderConfig]:
-    """Read and verify a bundle, every byte of its graph and weights.
+def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfig]:
+    """Read and verify an exported model, every byte of its graph and weights.
 
-    Raises UserError where there is none, or one that was damaged.
+    Raises UserError where there is none, or one that is corrupt.
     """
-    bundle_dir = Path(bundle_dir)
-    path = bundle_dir / BUNDLE_FILE
+    exported_dir = Path(exported_dir)
+    path = exported_dir / EXPORT_FILE
     if not path.is_file():
-        raise UserError(f"{bundle_dir} holds no ONNX bundle ({BUNDLE_FILE} is missing); export a model directory to it")
+        raise UserError(f"{exported_dir} holds no exported model ({EXPORT_FILE} is missing); export one to it")
     try:
-        bundle = Bundle.model_validate_json(path.read_bytes())
+        exported = ExportedModel.model_validate_json(path.read_bytes())
     except ValidationError as error:
         what = error.errors()[0]
         where = ".".join(map(str, what["loc"])) or "the file"
-        raise UserError(f"{path}: {where}: {what['msg']}; export the bundle again") from None
-    if bundle.format != _FORMAT:
-        raise UserError(f"{path}: format {bundle.format} is not {_FORMAT}; export the bundle again")
-    for name, digest in bundle.files.items():
-        file = bundle_dir / name
+        raise UserError(f"{path}: {where}: {what['msg']}; export the model again") from None
+    if exported.format != _FORMAT:
+        raise UserError(f"{path}: format {exported.format} is not {_FORMAT}; export the model again")
+    for name, digest in exported.files.items():
+        file = exported_dir / name
         if not file.is_file() or _digest(file) != digest:
-            state = "differs from its digest in" if file.is_file() else "is missing, but stands in"
-            raise UserError(f"{file} {state} {BUNDLE_FILE}: the bundle is damaged; export it again")
-    return bundle, load_config(bundle_dir)
+            state = "differs from its digest in" if file.is_file() else "is missing, but is listed in"
+            raise UserError(f"{file} {state} {EXPORT_FILE}: the exported model is corrupt; export it again")
+    return exported, load_config(exported_dir)
 
 
 def _digest(path: Path) -> str:

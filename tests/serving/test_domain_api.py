@@ -1,0 +1,118 @@
+"""The HTTP interface of other domains: their routes, their words, their fields."""
+
+import json
+
+import pytest
+from pydantic import BaseModel, Field
+from served import CASE, GOOD, HELLO, make_app, running
+
+from twinloop.domains.domain import Domain, Verdict
+from twinloop.domains.returns.domain import Returns
+
+# --- other domains ----------------------------------------------------------------------------------------------------
+
+
+class Sender(BaseModel):
+    year: int = Field(ge=2000, description="the year in which the account was made")
+
+
+class Ticket(BaseModel):
+    text: str = Field(max_length=40, description="the ticket's words")
+    sender: Sender | None = None
+    body: list[Sender] = []
+
+
+class Tickets(Domain):
+    """A label for a ticket, without documents."""
+
+    name = "tickets"
+    request = Ticket
+
+    def build_prompt(self, request, passages):
+        return [{"role": "user", "content": request.text}]
+
+    def check(self, output, request, passages):
+        return Verdict.of({"parsed": output in ("late", "damaged")}, output=output)
+
+    def answer_schema(self):
+        return {"type": "string", "enum": ["late", "damaged"]}
+
+    def outcome(self, output):
+        return output
+
+
+class Chat(Domain):
+    name = "chat"
+    chat = True
+
+
+@pytest.fixture
+def tickets(tmp_path, script, tokenizer):
+    script.script = "late"
+    with running(make_app(tmp_path, script, tokenizer, domain=Tickets())) as client:
+        yield client
+
+
+def test_a_domain_of_labels_is_served_and_described(tickets):
+    answer = tickets.post("/v1/decisions", json={"text": "where is it?"}).json()
+    assert (answer["decision"], answer["escalated"], answer["passages"]) == ("late", False, [])
+    assert 'twinloop_decisions_total{outcome="late"} 1.0' in tickets.get("/metrics").text.splitlines()
+    schemas = tickets.get("/openapi.json").json()["components"]["schemas"]
+    assert schemas["Ticket"]["properties"]["text"]["description"] == "the ticket's words"
+    assert schemas["DecisionResponse"]["properties"]["decision"]["anyOf"][0]["enum"] == ["late", "damaged"]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "text: is required"),
+        ({"text": "x" * 41}, "text: string should have at most 40 characters (the ticket's words)"),
+        ({"text": "x", "sender": {}}, "sender.year: is required"),
+        ({"text": "x", "sender": {"year": 1}}, "equal to 2000 (the year in which the account was made)"),
+        (
+            {"text": "x", "body": [{"year": 2001}, {"year": 1}]},
+            "body.1.year: should be greater than or equal to 2000 (the",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said_in_the_domains_words(tickets, body, said):
+    refused = tickets.post("/v1/decisions", json=body)
+    assert refused.status_code == 422
+    assert said in refused.json()["error"]["message"]
+
+
+def test_what_a_domain_does_not_serve_is_404_and_names_what_it_serves(tickets, tmp_path, script, tokenizer):
+    refused = tickets.post("/v1/chat/completions", json={"messages": HELLO})
+    assert refused.status_code == 404
+    assert "domain is tickets; it answers POST /v1/decisions" in refused.json()["error"]["message"]
+    with running(make_app(tmp_path, script, tokenizer, domain=Chat())) as client:
+        refused = client.post("/v1/decisions", json=CASE)
+        assert refused.status_code == 404
+        assert "domain is chat; it answers POST /v1/chat/completions" in refused.json()["error"]["message"]
+        assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 200
+        assert client.get("/v1/models/returns").json()["routes"] == ["/v1/chat/completions"]
+
+
+def test_health_and_models_say_what_the_model_is_for(tickets):
+    assert tickets.get("/health").json()["domain"] == "tickets"
+    [model] = tickets.get("/v1/models").json()["data"]
+    assert (model["domain"], model["routes"]) == ("tickets", ["/v1/decisions"])
+
+
+def test_the_returns_domain_serves_no_chat(tmp_path, script, tokenizer):
+    with running(make_app(tmp_path, script, tokenizer, domain=Returns())) as client:
+        assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 404
+        assert client.post("/v1/decisions", json=CASE).json()["decision"] == json.loads(GOOD)
+
+
+def test_ids_of_documents_may_hold_slashes(tickets):
+    assert tickets.put("/v1/documents/guide/1.2%20a", json={"text": "any text"}).json()["document_id"] == "guide/1.2 a"
+    [version] = tickets.get("/v1/documents/guide/1.2%20a").json()["versions"]
+    assert (version["version"], version["text"]) == (1, "any text")
+    assert version["recorded_at"]
+
+
+def test_two_applications_count_for_themselves(tickets, scripted):
+    tickets.post("/v1/decisions", json={"text": "where is it?"})
+    assert "twinloop_decisions_total" not in [line.split("{")[0] for line in scripted.get("/metrics").text.splitlines()]
+    assert "process_cpu_seconds_total" not in scripted.get("/metrics").text
