@@ -83,7 +83,7 @@ def test_data_is_built_and_then_checked(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     checked = twinloop(project, "data", "check")
     assert checked.returncode == 0, checked.stderr
-    assert checked.stdout == built.stdout.rstrip("\n") + ", as data.dvc says\n"
+    assert checked.stdout == built.stdout.rstrip("\n") + ", as in data.dvc\n"
 
 
 def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(project: Path) -> None:

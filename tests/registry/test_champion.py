@@ -80,7 +80,7 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[...
 def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     log = (project / "serve.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--port", "0", "--slots", "2"],
+        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", "returns", "--port", "0", "--slots", "2"],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -117,7 +117,17 @@ def test_a_document_put_beside_a_running_server_counts_for_its_next_answer(
     version = release(1)
     with serving(project) as (client, _):
         before = decide(client)
-        command = [sys.executable, "-m", "twinloop.flows.cli", "documents", "put", "P-7", SEVEN_DAYS]
+        command = [
+            sys.executable,
+            "-m",
+            "twinloop.flows.cli",
+            "documents",
+            "put",
+            "P-7",
+            SEVEN_DAYS,
+            "--model",
+            "returns",
+        ]
         subprocess.run(command, cwd=project, check=True)
         after = decide(client)
     assert (before["passages"][0]["version"], after["passages"][0]["version"]) == (1, 2)
