@@ -121,14 +121,13 @@ class Classification(Domain):
         return {"accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)} if matrix else {}
 
     def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:
-        """`confusion`: by the right label, how often each label was answered; `other` is no label at all."""
+        """By the right label: `confusion`, how often each label was answered, and `no_label`, how often none was."""
         matrix = confusion_matrix(self._pairs(judged))
-        answers = {label: label for label in self.labels} | {"other": None}
-        rows = {
-            label: {name: matrix.get(label, {}).get(answer, 0) for name, answer in answers.items()}
-            for label in self.labels
+        rows = {label: matrix.get(label, {}) for label in self.labels}
+        return {
+            "confusion": {label: {answer: row.get(answer, 0) for answer in self.labels} for label, row in rows.items()},
+            "no_label": {label: row.get(None, 0) for label, row in rows.items()},
         }
-        return {"confusion": rows}
 
     def _pairs(self, judged: Sequence[Judged]) -> list[tuple[str, str | None]]:
         """The right label and the answered one, of every answer."""

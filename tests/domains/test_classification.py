@@ -57,9 +57,17 @@ def test_macro_f1_counts_every_label_alike_and_the_confusion_matrix_shows_where(
     # billing: precision 1, recall 0.8; delivery: precision 1/3, recall 1/2; the others do not occur
     assert measured["macro_f1"] == pytest.approx((16 / 18 + 2 / 5) / 2)
     confusion = EMAILS.report(judged)["confusion"]
-    assert confusion["billing"] == {"billing": 8, "delivery": 2, "technical": 0, "account": 0, "other": 0}
-    assert confusion["delivery"]["other"] == 1
+    assert confusion["billing"] == {"billing": 8, "delivery": 2, "technical": 0, "account": 0}
+    assert EMAILS.report(judged)["no_label"] == {"billing": 0, "delivery": 1, "technical": 0, "account": 0}
     assert EMAILS.measure([]) == {}
+
+
+def test_an_answer_that_is_no_label_is_not_counted_as_the_label_other() -> None:
+    domain = Classification(["bug", "other"])
+    right = domain.read_facts({"facts": {"label": "other"}})
+    judged = [Judged("held_out", right, {}, [said], [domain.verify(said, right)]) for said in ("other", "no idea")]
+    assert domain.measure(judged)["accuracy"] == 0.5
+    assert domain.report(judged)["confusion"]["other"] == {"bug": 0, "other": 1}
 
 
 def test_the_server_checks_that_it_is_a_label() -> None:
