@@ -58,10 +58,14 @@ def find_module(
     if str(project) not in sys.path:
         sys.path.append(str(project))
     try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
+        spec = importlib.util.find_spec(name)  # imports the packages that the module is in
+    except (ModuleNotFoundError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and not _is_in(error.name, name):
+            raise _failed(name, kind, error) from error  # there is one, and it imports what there is not
         spec = None
-    if spec is None:
+    except Exception as error:
+        raise _failed(name, kind, error) from error
+    if spec is None or not spec.has_location:
         near = difflib.get_close_matches(name, ready_made, n=1)
         hint = f"did you mean {near[0]}?" if near else f"ready-made: {', '.join(sorted(ready_made))}."
         raise UserError(
@@ -71,7 +75,7 @@ def find_module(
     try:
         return _found(importlib.import_module(name))
     except Exception as error:  # whatever its code raises
-        raise UserError(f"{kind}: {name}: {type(error).__name__}: {one_line(error)}") from error
+        raise _failed(name, kind, error) from error
 
 
 @cache
@@ -89,8 +93,19 @@ def _of_file(name: str, path: Path, kind: str) -> FoundModule:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UserError(f"{kind}: {name}: {type(error).__name__}: {one_line(error)}") from error
+        raise _failed(name, kind, error) from error
     return _found(module)
+
+
+def _is_in(missing: str | None, name: str) -> bool:
+    """Whether the module that was not found is the one of this name, or a package that it would be in."""
+    return missing is None or f"{name}.".startswith(f"{missing}.")
+
+
+def _failed(name: str, kind: str, error: Exception) -> UserError:
+    """What the module's own code raised, in one line."""
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {one_line(error)}"
+    return UserError(f"{kind}: {name}: {said}")
 
 
 def _found(module: ModuleType) -> FoundModule:

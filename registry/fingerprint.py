@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Callable, Iterator
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 from twinloop.common.modules import FoundModule
@@ -73,63 +76,100 @@ def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
     return digest.hexdigest()
 
 
+@cache
 def module_fingerprint(found: FoundModule) -> str:
-    """sha256 over a module that a recipe names and what it imports: of Twinloop, and of what lies beside it."""
+    """sha256 over a module that a recipe names and everything that it imports: of Twinloop, of the user's own files,
+    the packages around them included, and the versions of libraries.
+
+    Read once a process, as the module itself is: a file that is changed while its code runs counts from the next one.
+    """
     if found.name.partition(".")[0] == PACKAGE:
         return fingerprint(found.name)
-    digest, seen, pending = hashlib.sha256(), set[Path](), [found.file]
+    own = found.name.partition(".")[0]
+    files = _files_of(found.name, own) | {found.name: found.file}
     ours: set[str] = set()
+    libraries: set[str] = set()
+    pending = [*files]
+    trees: dict[str, ast.Module] = {}
     while pending:
-        path = pending.pop()
-        if path in seen:
+        module = pending.pop()
+        if module in trees:
             continue
-        seen.add(path)
-        for imported in _named(_tree(path), _exists):
-            if imported.partition(".")[0] == PACKAGE:
+        trees[module] = _tree(files[module])
+        is_package = files[module].name == "__init__.py"
+        for imported in _named(trees[module], module if is_package else module.rpartition(".")[0]):
+            top = imported.partition(".")[0]
+            if top == PACKAGE:
                 ours.add(imported)
-            else:
-                pending += _beside(found, path, imported)
-    for path in sorted(seen):
-        digest.update(f"{path.name}\n{ast.dump(_tree(path))}\n".encode())
-    digest.update(fingerprint(*sorted(ours)).encode())
+            elif more := _files_of(imported, own):
+                files |= more
+                pending += more
+            elif top not in sys.stdlib_module_names:
+                libraries.add(top)
+    digest = hashlib.sha256()
+    for module, tree in sorted(trees.items()):
+        digest.update(f"{module}\n{ast.dump(tree)}\n".encode())
+    for library in sorted(libraries):
+        digest.update(f"{library} {_version(library)}\n".encode())
+    digest.update(fingerprint(*sorted(ours - {PACKAGE})).encode())
     return digest.hexdigest()
 
 
-def _beside(found: FoundModule, path: Path, imported: str) -> list[Path]:
-    """The files of a module that a user's module imports, where they lie beside it or in its package."""
-    parts = imported.lstrip(".").split(".")
-    folders = [path.parent, found.file.parent]
-    if "." in found.name:  # a module of a package: its imports may start at the package's own name
-        folders.append(found.file.parents[found.name.count(".")])
-    for folder in folders:
-        for end in range(len(parts), 0, -1):
-            base = folder.joinpath(*parts[:end])
-            files = [each for each in (base.with_suffix(".py"), base / "__init__.py") if each.is_file()]
-            if files:
-                return files
-    return []
+def _files_of(module: str, own: str) -> dict[str, Path]:
+    """The files of a user's module and of the packages that it is in, by name, as Python finds them.
+
+    Nothing for a library. own: the package whose files count wherever they are, since it may be installed.
+    """
+    top, *below = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return {}
+    if spec is None:
+        return {}
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    origin = Path(spec.origin) if spec.has_location and spec.origin else None
+    place = origin or (folders[0] if folders else None)
+    if place is None or (top != own and _is_library(place)):
+        return {}
+    files = {top: origin} if origin and origin.suffix == ".py" else {}
+    for end, part in enumerate(below, 2):
+        tried = [path for folder in folders for path in (folder / part / "__init__.py", folder / f"{part}.py")]
+        if path := next((path for path in tried if path.is_file()), None):
+            files[".".join([top, *below][:end])] = path
+        folders = [folder / part for folder in folders]
+    return files
+
+
+def _is_library(place: Path) -> bool:
+    """Whether a file came with Python or was installed."""
+    standard = any(place.is_relative_to(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib"))
+    return standard or bool({"site-packages", "dist-packages"} & set(place.parts))
 
 
 def _imports(module: str) -> Iterator[str]:
     """Every module that a project's module names in an import, wherever in the file; its packages' own too."""
     parts = module.split(".")
     yield from (".".join(parts[:end]) for end in range(2, len(parts)))
-    yield from _named(_tree(_source(module)), _exists)
+    yield from _named(_tree(_source(module)), module.rpartition(".")[0])
 
 
-def _named(tree: ast.Module, exists: Callable[[str], bool]) -> Iterator[str]:
-    """The modules that a file's imports name. exists: whether a name of this package is a module of its own."""
+def _named(tree: ast.Module, package: str) -> Iterator[str]:
+    """The modules that a file's imports name. package: the one that the file is in.
+
+    `from twinloop.models import config` names a module, `import f` does not: of this project, what exists is named; of
+    others both.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield from (f"{node.module or alias.name}" for alias in node.names)
-            elif node.module:
-                yield node.module
-                for alias in node.names:  # `from twinloop.models import config` names a module, `import f` does not
-                    if node.module.partition(".")[0] != PACKAGE or exists(f"{node.module}.{alias.name}"):
-                        yield f"{node.module}.{alias.name}"
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            for alias in node.names:
+                if base.partition(".")[0] != PACKAGE or _exists(f"{base}.{alias.name}"):
+                    yield f"{base}.{alias.name}"
 
 
 def _source(module: str) -> Path:
@@ -154,7 +194,8 @@ def _tree(path: Path) -> ast.Module:
 
 
 def _version(library: str) -> str:
-    for distribution in LIBRARIES[library]:
+    names = LIBRARIES.get(library) or packages_distributions().get(library, [])
+    for distribution in names:
         try:
             return version(distribution)
         except PackageNotFoundError:
