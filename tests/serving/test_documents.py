@@ -61,6 +61,14 @@ def test_other_forms_of_a_word_find_the_document(store):
     assert found(store, "DAMAGE", 1) == ["P-7"]
 
 
+@pytest.mark.parametrize(
+    ("text", "query"), [("Die Straße ist gesperrt", "Straße"), ("हिन्दी में", "हिन्दी"), ("das Café öffnet", "CAFÉ")]
+)
+def test_words_with_any_letters_and_marks_find_their_document(store, text, query):
+    store.put("P-20", text)
+    assert found(store, query, 1) == ["P-20"]
+
+
 def test_equal_scores_are_ordered_by_number(tmp_path):
     store = DocumentStore(tmp_path / "documents.db")
     store.seed([Document(f"P-{number}", DAMAGED) for number in (30, 4, 11)])
