@@ -50,9 +50,9 @@ def _documents(project: Path, model: str) -> Iterator[DocumentStore]:
 def _domain_of(project: Path, model: str) -> Domain:
     """What a model is for: as its champion's tag names it, or, while it has none, the recipe of its name."""
     from twinloop.domains.loader import load_domain
-    from twinloop.tasks.recipe import load_recipe
+    from twinloop.tasks.recipe import recipe_of
 
     champion = Registry(Mlruns(project / "mlruns"), model).snapshot().alias(CHAMPION)
     if champion is not None:
         return load_served_domain(champion, project)
-    return load_domain(load_recipe(project / "recipes" / f"{model}.yaml").domain, project).domain
+    return load_domain(recipe_of(model, project).domain, project).domain

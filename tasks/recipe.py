@@ -178,10 +178,8 @@ def default_recipe(project: Path) -> Path:
 
     Raises UserError where that is none or several.
     """
-    params = read_yaml(project / "params.yaml", "it is the project's own")
-    named = params.get("recipe") if isinstance(params, Mapping) else None
-    if isinstance(named, str):
-        return project / named
+    if named := _named_recipe(project):
+        return named
     found = [path for path in sorted((project / "recipes").glob("*.yaml")) if _is_recipe(path)]
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
@@ -194,6 +192,25 @@ def default_recipe(project: Path) -> Path:
 def default_model(project: Path) -> str:
     """The registered model that commands take where none is named: that of the default recipe."""
     return load_recipe(default_recipe(project), project).name
+
+
+def recipe_of(model: str, project: Path) -> Recipe:
+    """The recipe that makes the registered model of this name, whatever its file is called.
+
+    Raises UserError where no recipe of the project does.
+    """
+    named = _named_recipe(project)
+    for path in [*([named] if named else []), *sorted((project / "recipes").glob("*.yaml"))]:
+        if _is_recipe(path) and read_yaml(path, SUCH_AS).get("name") == model:
+            return load_recipe(path, project)
+    raise UserError(f"{model}: no recipe in {project / 'recipes'} has this name; name a model that one makes")
+
+
+def _named_recipe(project: Path) -> Path | None:
+    """The recipe that params.yaml names."""
+    params = read_yaml(project / "params.yaml", "it is the project's own")
+    named = params.get("recipe") if isinstance(params, Mapping) else None
+    return project / named if isinstance(named, str) else None
 
 
 def _is_recipe(path: Path) -> bool:

@@ -28,7 +28,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rollback"], "nothing to roll back to"),
         (["documents", "put", "seven", "within 7 days", "--model", "small"], "document 'seven': the id must be P-"),
         (["documents", "put", "P-7", "whenever you like", "--model", "small"], "within N days"),
-        (["documents", "put", "P-7", "within 7 days", "--model", "nothing"], "recipes/nothing.yaml: no such file"),
+        (["documents", "put", "P-7", "within 7 days", "--model", "nothing"], "nothing: no recipe in"),
         (["documents", "history", "P-9", "--model", "small"], "document 'P-9': is not there"),
         (["data", "check"], "twinloop data build"),
     ],

@@ -13,7 +13,7 @@ import pytest
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.tasks import recipe as recipe_module
-from twinloop.tasks.recipe import ExportSettings, default_recipe, load_recipe
+from twinloop.tasks.recipe import ExportSettings, default_recipe, load_recipe, recipe_of
 from twinloop.training.methods.pretrain import Settings as PretrainSettings
 
 PROJECT = Path(__file__).parents[2]
@@ -181,6 +181,21 @@ def test_the_default_recipe_is_the_one_named_in_params_or_else_the_only_one(tmp_
     (tmp_path / "recipes" / "other.yaml").write_text(TINY)
     with pytest.raises(UserError, match=r"mine\.yaml, other\.yaml"):
         default_recipe(tmp_path)
+
+
+def test_the_recipe_of_a_model_is_found_by_its_name_and_not_by_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "params.yaml").write_text("{}")
+    (tmp_path / "own_sft.py").write_text("from twinloop.training.methods.sft import RECORDS, Settings, build\n")
+    (tmp_path / "recipes" / "first.yaml").write_text(TINY.replace("method: sft", "method: ./own_sft.py"))
+    (tmp_path / "recipes" / "gate.yaml").write_text("golden_pass_rate: 1\n")
+    monkeypatch.chdir(tmp_path / "recipes")  # a method's file is named from the project's folder
+    name = parse_yaml(TINY)["name"]
+    assert recipe_of(name, tmp_path).train[0].method.name == "pretrain"
+    with pytest.raises(UserError, match="other: no recipe in"):
+        recipe_of("other", tmp_path)
 
 
 def test_a_recipe_is_checked_without_torch_polars_or_onnxruntime() -> None:
