@@ -241,7 +241,8 @@ class Domain:
     """How many documents are retrieved for a prompt."""
     max_answer_tokens: int = 256
     chat: bool = False
-    """Whether `/v1/chat/completions` is served: only a model that was trained on chat answers it sensibly."""
+    """Whether a domain that makes decisions serves `/v1/chat/completions` too: only a model that was trained on chat
+    answers it sensibly."""
     symptoms: Sequence[str] = ()
     """Words of this domain that name a field or a document in the report of a failure, as regular expressions; see
     `evaluation.router`."""
@@ -281,6 +282,11 @@ class Domain:
     def has(self, part: str) -> bool:
         """Whether the domain defines this part itself, such as `verify`, `gold` or `generate`."""
         return getattr(type(self), part) is not getattr(Domain, part)
+
+    @property
+    def serves_chat(self) -> bool:
+        """Whether `/v1/chat/completions` is served."""
+        return self.chat or self.request is None
 
     @property
     def critical(self) -> tuple[str, ...]:

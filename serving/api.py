@@ -75,7 +75,7 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
     app.add_middleware(AnswerAtTheEnd)
     app.add_middleware(CountRequests, metrics=metrics)
     chat, decisions = "/v1/chat/completions", "/v1/decisions"
-    app.include_router(chat_router(manager, metrics, workers) if domain.chat else closed_route(chat, domain))
+    app.include_router(chat_router(manager, metrics, workers) if domain.serves_chat else closed_route(chat, domain))
     app.include_router(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(decisions, domain)
     )

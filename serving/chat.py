@@ -243,7 +243,7 @@ def _model_object(service: DecisionService, created: int) -> dict[str, Any]:
 
 def routes_of(domain: Domain) -> list[str]:
     """Where a model of this domain is asked."""
-    decides, chats = domain.request is not None, domain.chat
+    decides, chats = domain.request is not None, domain.serves_chat
     return ["/v1/decisions"] * decides + ["/v1/chat/completions"] * chats
 
 

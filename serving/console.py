@@ -241,7 +241,7 @@ def console_page(domain: Domain) -> str:
     described = {
         "request": domain.request.model_json_schema() if domain.request else None,
         "example": dict(domain.example),
-        "chat": domain.chat,
+        "chat": domain.serves_chat,
         "documents": {"document_id": first.document_id, "text": first.text} if first else bool(domain.passages),
     }
     data = json.dumps(described).replace("<", "\\u003c")  # nothing in it ends the element

@@ -43,7 +43,6 @@ class Tickets(Domain):
 
 class Chat(Domain):
     name = "chat"
-    chat = True
 
 
 @pytest.fixture
