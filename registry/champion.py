@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Document, Domain
@@ -50,15 +51,19 @@ def open_documents(project: Path, domain: Domain) -> DocumentStore:
 
 
 def _documents_of(data: Path, domain: Domain) -> list[Document]:
-    """The good rows of the data set's documents; none where there is no data set yet."""
+    """The good rows of the data set's documents, of each document the newest; none where there is no data set yet."""
     from twinloop.records.reading import data_files  # pandera and polars take a second: only for an empty store
     from twinloop.records.validation import check_rows
 
     if not (paths := data_files(data, "documents")):
         return []
     record_type = domain.record_types()["documents"]
-    rows = [row for path in paths for row in check_rows(path, record_type).frame.iter_rows(named=True)]
-    return [Document(row["document_id"], row["text"]) for row in rows]
+    newest: dict[str, dict[str, Any]] = {}
+    for row in (row for path in paths for row in check_rows(path, record_type).frame.iter_rows(named=True)):
+        before = newest.get(row["document_id"])
+        if before is None or (row["version"] or 0) >= (before["version"] or 0):
+            newest[row["document_id"]] = row
+    return [Document(row["document_id"], row["text"]) for row in newest.values()]
 
 
 @contextmanager

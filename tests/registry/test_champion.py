@@ -248,14 +248,14 @@ def test_a_domain_that_is_a_file_of_the_project_is_served_with_the_documents_of_
     (project / "tickets.py").write_text(TICKETS)
     (project / "state" / "documents.db").unlink()
     (project / "data").mkdir()
-    rows = [("G-1", "logging in"), ("X-1", "a stranger"), ("G-2", "paying")]
-    lines = [json.dumps({"document_id": document_id, "text": text, "version": 1}) for document_id, text in rows]
+    rows = [("G-1", "logging in", 2), ("G-1", "signing in", 1), ("X-1", "a stranger", 1), ("G-2", "paying", 1)]
+    lines = [json.dumps(dict(zip(("document_id", "text", "version"), row, strict=True))) for row in rows]
     (project / "data" / "documents.jsonl").write_text("\n".join(lines))
     release(1, "./tickets.py")
     with serving(project) as (client, _):
         assert client.get("/health").json()["domain"] == "tickets"
         listed = client.get("/v1/documents").json()["documents"]
-        assert [document["document_id"] for document in listed] == ["G-1", "G-2"]
+        assert [(each["document_id"], each["text"]) for each in listed] == [("G-1", "logging in"), ("G-2", "paying")]
         answer = client.post("/v1/decisions", json={"text": "log in"}).json()
         assert answer["escalated"] is False
         assert answer["passages"][0]["document_id"] == "G-1"
