@@ -34,6 +34,8 @@ from twinloop.registry.promotion import promote
 from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.serving.knowledge.documents import DocumentStore
 
+PROJECT = Path(__file__).parents[2]
+
 CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
     "message": "my label has already been created, confirm it.",
@@ -45,6 +47,7 @@ SEVEN_DAYS = "damaged items reported within 7 days are eligible."
 def project(tmp_path: Path) -> Path:
     (tmp_path / "params.yaml").write_text("{}")
     (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "returns.yaml").write_text((PROJECT / "recipes" / "returns.yaml").read_text())
     DocumentStore(tmp_path / "state" / "documents.db").put("P-7", "damaged items reported within 30 days are eligible.")
     return tmp_path
 
