@@ -17,6 +17,7 @@ import polars as pl
 from pydantic import BaseModel, ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.domains.documents import refused
 from twinloop.domains.domain import validate_fields
 
 if TYPE_CHECKING:
@@ -223,9 +224,7 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             {"document_id": pl.String(), "text": pl.String(), "version": pl.Int64()},
             text_rules("document_id") | text_rules("text"),
             optional=frozenset({"version"}),
-            examine=(lambda row: domain.check_document(row["document_id"], row["text"]))
-            if domain.has("check_document")
-            else None,
+            examine=lambda row: refused(domain, row["document_id"], row["text"]),
             split=None,
         ),
     )

@@ -19,13 +19,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
+from twinloop.domains.documents import MAX_TEXT_CHARACTERS
 from twinloop.domains.domain import Domain
 from twinloop.serving.access import OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router, closed_route, models_router
 from twinloop.serving.console import CONTENT_SECURITY_POLICY, console_page
 from twinloop.serving.decisions import DecisionResponse, Passage
 from twinloop.serving.errors import ApiError, field_descriptions, install
-from twinloop.serving.knowledge.documents import MAX_TEXT_CHARACTERS, DocumentStore, DocumentStoreError
+from twinloop.serving.knowledge.documents import DocumentStore, DocumentStoreError
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager

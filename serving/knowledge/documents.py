@@ -15,7 +15,6 @@ import os
 import sqlite3
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
 from twinloop.common.files import has_space
+from twinloop.domains.documents import is_text, unusable
 from twinloop.domains.domain import Document
 from twinloop.serving.knowledge.history import (
     BUSY_S,
@@ -45,16 +45,10 @@ from twinloop.serving.knowledge.history import (
 )
 from twinloop.serving.knowledge.query import match_expression
 
-MAX_ID_CHARACTERS = 200
-MAX_TEXT_CHARACTERS = 100_000
-
 Check = Callable[[str, str], str | None]
 """(document_id, text) -> why the document may not enter, or None: `Domain.check_document`."""
 
 Documents = list[Document]
-
-_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Unicode categories that have no place in an id: control, invisible and line-breaking characters, surrogates."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ class DocumentStore:
     def history(self, document_id: str) -> Sequence[Recorded]:
         """Every version of a document, oldest first; empty for a document that is not there."""
         with self._reading() as connection:
-            if connection is None or not _is_text(document_id):
+            if connection is None or not is_text(document_id):
                 return []
             query = f"SELECT {COLUMNS} FROM versions v WHERE document_id = ? ORDER BY version"
             return [verified(row) for row in connection.execute(query, (document_id,))]
@@ -309,31 +303,7 @@ class DocumentStore:
     def _checked(self, document_id: str, text: str) -> tuple[str, str]:
         """Id and text, without white space around the text. Raises DocumentError."""
         text = text.strip()
-        reason = _unusable(document_id, text) or (self._check(document_id, text) if self._check else None)
+        reason = unusable(document_id, text) or (self._check(document_id, text) if self._check else None)
         if reason is not None:
             raise DocumentError(f"document {document_id!r}: {reason}")
         return document_id, text
-
-
-def _unusable(document_id: str, text: str) -> str | None:
-    """Why no domain could use a document."""
-    if not 0 < len(document_id) <= MAX_ID_CHARACTERS or document_id != document_id.strip():
-        return f"its id must have 1 to {MAX_ID_CHARACTERS} characters, and no white space around them"
-    if any(unicodedata.category(character) in _UNPRINTABLE for character in document_id):
-        return "its id has a character that cannot be seen; remove it"
-    if not text:
-        return "the text is empty"
-    if len(text) > MAX_TEXT_CHARACTERS:
-        return f"the text has {len(text)} characters; at most {MAX_TEXT_CHARACTERS} fit"
-    if "\0" in text or not _is_text(text):
-        return "the text has a character that is none (NUL or half of a surrogate pair); remove it"
-    return None
-
-
-def _is_text(text: str) -> bool:
-    """Whether it can be written at all: JSON may hold halves of surrogate pairs."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

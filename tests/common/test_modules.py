@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from twinloop.common.errors import UserError
-from twinloop.domains.loader import load_domain
+from twinloop.domains.loader import load_domain, ready_made
 
 DOMAIN = "from twinloop.domains.domain import Domain\nclass Own(Domain): pass\ndomain = Own()\n"
 
@@ -73,6 +73,10 @@ def test_an_installed_domain_is_its_own_package_and_not_all_that_is_installed_be
     assert fingerprint_of("acme.tickets", site) == first
     write(site, {"acme/rules.py": "LIMIT = 2\n"})
     assert fingerprint_of("acme.tickets", site) != first
+
+
+def test_the_ready_made_domains_are_domains_and_nothing_that_they_are_made_with() -> None:
+    assert ready_made() == ["chat", "classification", "reasoning", "returns"]
 
 
 @pytest.mark.parametrize(

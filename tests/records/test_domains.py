@@ -196,8 +196,13 @@ def test_rows_of_an_own_record_type_are_validated_and_split(folder: Path) -> Non
 
 
 def test_a_document_is_checked_by_the_rule_of_the_server(folder: Path) -> None:
-    check(folder, documents=[{"document_id": "D-1", "text": "a"}, {"document_id": "1", "text": "b"}])
-    assert quarantined(folder, "documents") == {2: "the id must begin with D-"}
+    ids = ("D-1", "1", "D-2 ", "D-\u200b3")
+    check(folder, documents=[{"document_id": each, "text": "a"} for each in ids])
+    assert quarantined(folder, "documents") == {
+        2: "the id must begin with D-",
+        3: "its id must have 1 to 200 characters, and no white space around them",
+        4: "its id has a character that cannot be seen; remove it",
+    }
 
 
 def test_only_the_files_that_are_needed_must_be_there(folder: Path) -> None:

@@ -6,13 +6,12 @@ import pytest
 from stored import DAMAGED, LATE, THREE, found, ids
 
 from twinloop.common.errors import UserError
+from twinloop.domains.documents import MAX_ID_CHARACTERS, MAX_TEXT_CHARACTERS
 from twinloop.domains.domain import Document
 from twinloop.domains.returns.domain import domain as returns
 from twinloop.serving.knowledge import history
 from twinloop.serving.knowledge.documents import (
     EMPTY_DIGEST,
-    MAX_ID_CHARACTERS,
-    MAX_TEXT_CHARACTERS,
     DocumentError,
     DocumentStore,
 )
