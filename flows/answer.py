@@ -64,7 +64,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
 
-    domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project)
+    domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project).domain
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
     example = f"such as '{json.dumps(dict(domain.example))}'"
@@ -121,7 +121,8 @@ def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
 
-    return example_call(load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project))
+    champion = Registry(Mlruns(project / "mlruns"), model).find(CHAMPION)
+    return example_call(load_served_domain(champion, project).domain)
 
 
 def _ask(address: str, route: str, body: dict[str, Any]) -> Answer:

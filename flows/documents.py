@@ -54,5 +54,5 @@ def _domain_of(project: Path, model: str) -> Domain:
 
     champion = Registry(Mlruns(project / "mlruns"), model).snapshot().alias(CHAMPION)
     if champion is not None:
-        return load_served_domain(champion, project)
+        return load_served_domain(champion, project).domain
     return load_domain(recipe_of(model, project).domain, project).domain

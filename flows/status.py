@@ -39,7 +39,7 @@ def roll_back(project: Path, model: str) -> int:
     from twinloop.tasks.register import who
 
     def test(version: Served) -> None:
-        print(f"smoke test: {smoke_test(version.path, load_served_domain(version, project))}")
+        print(f"smoke test: {smoke_test(version.path, load_served_domain(version, project).domain)}")
 
     done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), test)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")

@@ -11,8 +11,10 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Document, Domain
-from twinloop.domains.loader import load_domain
+from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.fingerprint import module_fingerprint
+from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry, Served, Version
@@ -31,13 +33,14 @@ ASK_EVERY_S = 10.0
 """Asking an MLflow server takes longer, and others ask it too."""
 RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
+OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
 
 
-def load_served_domain(version: Version | Served, project: Path) -> Domain:
+def load_served_domain(version: Version | Served, project: Path) -> LoadedDomain:
     """What a version is for. Raises UserError where the registry does not name it, or where it cannot be loaded."""
     name = version.domain
     try:
-        return load_domain(name, project).domain
+        return load_domain(name, project)
     except UserError as error:
         raise UserError(f"{version}: its domain cannot be loaded ({error})") from None
 
@@ -70,7 +73,10 @@ def _documents_of(data: Path, domain: Domain) -> list[Document]:
 def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
     """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
     served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
-    domain = load_served_domain(served, project)
+    loaded = load_served_domain(served, project)
+    domain = loaded.domain
+    if _measured_with_other_code(served, loaded):
+        log.warning(OTHER_CODE, served, loaded.file)
     traces = TraceStore(project / "state" / "traces")
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
@@ -116,10 +122,18 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
         return
     version = str(champion.version)
     try:
-        if load_served_domain(champion, project) is not current.domain:  # another one may have other routes and fields
+        loaded = load_served_domain(champion, project)
+        if loaded.domain is not current.domain:  # another one may have other routes and fields
             raise UserError(
                 f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it"
             )
+        if _measured_with_other_code(champion, loaded):
+            if not _is_rolled_back_to(registry, champion.version):
+                raise UserError(
+                    f"{champion}: it was measured with other code of its domain than this server has loaded from "
+                    f"{loaded.file}; restart the server to serve it"
+                )
+            log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
         manager.replace(_load(served, current.domain, current.documents, current.traces, slots))
         log.info("%s answers now, after version %s", champion, current.model.version)
@@ -130,6 +144,19 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
             words = "version %s is not served, version %s goes on: %s"
             log.warning(words, version, current.model.version, failure.reason)
         manager.failure = failure
+
+
+def _measured_with_other_code(version: Version | Served, loaded: LoadedDomain) -> bool:
+    """Whether the domain's code, as this process loaded it, is not the code that the version was measured with."""
+    loaded_code = module_fingerprint(loaded.found)  # first called at the start: later the files may have changed
+    return version.domain_fingerprint not in (None, loaded_code)
+
+
+def _is_rolled_back_to(registry: Registry, version: int) -> bool:
+    """Whether a rollback made it the champion. Its commit may be written after the alias is moved."""
+    moves = [entry for entry in open_ledger(registry.mlruns).read().entries if entry.model == registry.name]
+    begun = [entry for entry in moves if entry.event in ("intent", "adopt")]
+    return bool(begun) and (begun[-1].action, begun[-1].to_version) == ("rollback", version)
 
 
 def _load(

@@ -36,6 +36,8 @@ from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.version_files import install, verified_manifest, version_error
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
+DOMAIN_FINGERPRINT = "domain_fingerprint"
+"""Tag of a version: the code of its domain when it was last measured, as `registry.fingerprint` names it."""
 _PREFIX = "twinloop."
 UNFINISHED = f"{_PREFIX}unfinished"
 """Tag of a logged model while its version is not made."""
@@ -50,6 +52,7 @@ class Lineage:
     dataset_digest: str | None
     code: CodeVersion
     parent_version: int | None = None
+    domain_fingerprint: str | None = None  # of the domain's code that it was measured with
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,11 @@ class Version:
         return _domain_of(self, self.tags)
 
     @property
+    def domain_fingerprint(self) -> str | None:
+        """Of the domain's code that it was last measured with; None where that was not recorded."""
+        return self.tags.get(DOMAIN_FINGERPRINT) or None
+
+    @property
     def parent_version(self) -> int | None:
         return int(self.tags["parent_version"]) if self.tags.get("parent_version") else None
 
@@ -103,6 +111,11 @@ class Served:
     def domain(self) -> str:
         """As of Version."""
         return _domain_of(self, self.tags)
+
+    @property
+    def domain_fingerprint(self) -> str | None:
+        """As of Version."""
+        return self.tags.get(DOMAIN_FINGERPRINT) or None
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"
@@ -141,9 +154,13 @@ class Registry:
             version = self._known(manifest.digest, lineage.domain, servable)
             if version is None:
                 version = self._create(artifact, manifest, lineage, run_id, servable)
-            elif version_error(version.path, version.digest):
-                shutil.rmtree(version.path, ignore_errors=True)
-                install(artifact, version.path, copy=servable)
+            else:
+                if version_error(version.path, version.digest):
+                    shutil.rmtree(version.path, ignore_errors=True)
+                    install(artifact, version.path, copy=servable)
+                if lineage.domain_fingerprint and version.domain_fingerprint != lineage.domain_fingerprint:
+                    self.tag(version, {DOMAIN_FINGERPRINT: lineage.domain_fingerprint})  # it was measured again
+                    version = self.version(version.version)
             if servable and self.snapshot().aliases.get(CHAMPION) != version.version:
                 self.move({CANDIDATE: version.version})
         return version
@@ -354,6 +371,7 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlru
         "commit": lineage.code,
         "recipe": lineage.recipe,
         "domain": lineage.domain,
+        DOMAIN_FINGERPRINT: lineage.domain_fingerprint or "",
         "parent_version": lineage.parent_version or "",
         "metrics": json.dumps(numbers),
         "servable": str(servable).lower(),

@@ -10,6 +10,7 @@ from prefect import task
 
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import Promotion, promote, record_gate
 from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry, Version
@@ -45,6 +46,7 @@ def _register(
         dataset_digest=context.dataset_digest,
         code=made_by or context.code,
         parent_version=parent,
+        domain_fingerprint=module_fingerprint(context.loaded_domain.found),
     )
     return registry.register(artifact.path, lineage, run_id=run_id if made_by else None, servable=servable)
 

@@ -8,8 +8,9 @@ from prefect import task
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
+from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import record_gate
-from twinloop.registry.versions import Registry, Version
+from twinloop.registry.versions import DOMAIN_FINGERPRINT, Registry, Version
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
@@ -56,6 +57,7 @@ def judge_version(
     exported = Manifest.read(judged.path / MANIFEST).metrics
     measured = measurements(cases, metrics, exported, evaluated, baseline.version if baseline else None)
     report = judge(rules, measured, candidate=judged.digest)
+    registry.tag(judged, {DOMAIN_FINGERPRINT: module_fingerprint(context.loaded_domain.found)})
     record_gate(registry, judged, report)
     return report
 

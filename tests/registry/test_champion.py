@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from twinloop.common.errors import UserError
+from twinloop.domains.loader import load_domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
@@ -30,7 +31,8 @@ from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import follow_champion, open_champion
-from twinloop.registry.promotion import promote
+from twinloop.registry.fingerprint import module_fingerprint
+from twinloop.registry.promotion import promote, rollback
 from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.serving.knowledge.documents import DocumentStore
 
@@ -57,7 +59,7 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[...
     """Makes a real exported model with random weights, registers it, and promotes it."""
     tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
 
-    def make(seed: int, domain: str = "returns") -> Version:
+    def make(seed: int, domain: str = "returns", fingerprint: str | None = None) -> Version:
         def write(out: Path, work: Path) -> dict[str, Any]:
             torch.manual_seed(seed)
             config = DecoderConfig(
@@ -71,7 +73,8 @@ def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[...
 
         store = ArtifactStore(project / "artifacts")
         exported = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
-        version = registry.register(exported.path, replace(lineage, domain=domain), servable=True)
+        about = replace(lineage, domain=domain, domain_fingerprint=fingerprint)
+        version = registry.register(exported.path, about, servable=True)
         report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
         promote(registry, version.version, report, who="ada")
         return version
@@ -294,3 +297,42 @@ def test_a_champion_for_another_domain_waits_for_a_new_server(
         assert manager.service.model.version == "1"
         assert manager.failure is not None
         assert "start the server again to serve it" in manager.failure.reason
+
+
+def test_a_champion_measured_with_other_domain_code_waits_for_a_new_server_unless_it_is_rolled_back_to(
+    project: Path, registry: Registry, release: Callable[..., Version], caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded = module_fingerprint(load_domain("returns", project).found)
+    release(1, fingerprint="0" * 64)
+    release(2, fingerprint=loaded)
+    with open_champion(project, "returns", slots=1) as manager:
+        assert not [record for record in caplog.records if "other code of its domain" in record.message]
+        release(3, fingerprint="1" * 64)
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.service.model.version == "2"
+        assert manager.failure is not None
+        assert "restart the server to serve it" in manager.failure.reason
+        for expected in ("2", "1"):
+            rollback(registry, "ada", lambda _: None)
+            follow_champion(project, registry, manager, slots=1)
+            assert (manager.service.model.version, manager.failure) == (expected, None)
+        release(4)  # registered before this was recorded
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.service.model.version == "4"
+
+
+def test_the_server_warns_once_at_its_start_where_the_domains_code_is_not_what_was_measured(
+    project: Path, registry: Registry, release: Callable[..., Version], caplog: pytest.LogCaptureFixture
+) -> None:
+    release(1, fingerprint="0" * 64)
+    with open_champion(project, "returns", slots=1) as manager:
+        follow_champion(project, registry, manager, slots=1)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("returns version 1 was measured with other code of its domain")
+
+
+def test_a_version_measured_again_names_the_code_of_that_time(release: Callable[..., Version]) -> None:
+    first = release(1, fingerprint="0" * 64)
+    again = release(1, fingerprint="1" * 64)
+    assert (again.version, again.domain_fingerprint) == (first.version, "1" * 64)
