@@ -9,7 +9,8 @@ of a task than what is defined here. Importing a domain must be quick, and needs
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pydantic import BaseModel
 from pydantic_core import to_json
 
-from twinloop.common.errors import UserError
+from twinloop.common.errors import UserError, one_line
 from twinloop.domains.owners import FORMAT, RELEASE, TRAINING, UNKNOWN, Owner
 
 if TYPE_CHECKING:
@@ -292,6 +293,20 @@ class Domain:
     def critical(self) -> tuple[str, ...]:
         """The predicates of which no violation is allowed."""
         return tuple(name for name, predicate in self.predicates.items() if predicate.critical)
+
+
+@contextmanager
+def domain_code(domain: Domain, method: str, about: str = "all cases") -> Iterator[None]:
+    """What a method of a domain raises, as a UserError. about: what it is called for, such as "case 7"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's own code raises
+        raise UserError(
+            f"domain {domain.name}: {method} raised {type(error).__name__} on {about}: {one_line(error)}; "
+            "correct it in the domain's module"
+        ) from error
 
 
 TEXT = "text"

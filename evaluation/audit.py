@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, domain_code
 
 MAX_MISJUDGED = 100
 """Misjudged outputs kept word for word; all are counted."""
@@ -66,7 +66,7 @@ def audit_verifier(domain: Domain, facts: Iterable[Any]) -> AuditReport:
 
     A gold answer must get 1, everything else 0: whatever else it accepted, RL would find, which is reward hacking. A
     verifier that raises has failed on that output too: during RL it would stop the run, on an output of the model's
-    choosing.
+    choosing. Raises UserError where `gold` or `wrong` raises.
     """
     tried: Counter[str] = Counter()
     exploits: Counter[str] = Counter()
@@ -75,12 +75,16 @@ def audit_verifier(domain: Domain, facts: Iterable[Any]) -> AuditReport:
 
     for index, about in enumerate(facts):
         count += 1
-        gold = domain.gold(about)
+        prompt = f"prompt {count}"
+        with domain_code(domain, "gold", prompt):
+            gold = domain.gold(about)
         reward, why, _ = _judge(domain, gold, about)
         if reward != 1:
             rejected += 1
             misjudged.append(Misjudged(kind="gold", name="gold answer", case=index, output=gold, why=why))
-        for name, output in domain.wrong(gold, about):
+        with domain_code(domain, "wrong", prompt):
+            wrong = list(domain.wrong(gold, about))
+        for name, output in wrong:
             tried[name] += 1
             reward, why, parsed = _judge(domain, output, about)
             unparsed += not parsed

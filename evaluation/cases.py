@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain, Judged, Verdict
+from twinloop.domains.domain import Domain, Judged, Message, Verdict, domain_code
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
@@ -140,14 +142,14 @@ class Comparison(_Record):
 def read_cases(records: Iterable[Mapping[str, Any]], domain: Domain) -> list[Case]:
     """Cases from their records.
 
-    Raises UserError for two cases of one id, and for a pair that has not exactly two sides.
+    Raises UserError for two cases of one id, for a pair that has not exactly two sides, and where `read_facts` raises.
     """
     cases = [
         Case(
             case_id=record["case_id"],
             kind=record["kind"],
             prompt=tuple(dict(message) for message in record["prompt"]),
-            facts=domain.read_facts(record),
+            facts=_facts(domain, record),
             pair_id=record.get("pair_id"),
             expected=dict(record.get("expected") or {}),
             digest=hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest(),
@@ -175,7 +177,7 @@ def run_cases(
     """Answer every case and judge the answers. `on_progress` is called with (done, total) after each batch.
 
     The cases of a domain without a verifier are not answered, and the report is empty. Raises UserError when there are
-    no cases.
+    no cases, and where a method of the domain raises or returns what it must not.
     """
     if not cases:
         raise UserError("cases: there are none to run; a model cannot be judged without them")
@@ -195,11 +197,35 @@ def run_cases(
         for index, (case, completion) in enumerate(zip(batch, completions, strict=True)):
             outputs = [tokenizer.decode(completion.tokens)]
             outputs += [tokenizer.decode(one.tokens) for one in sampled[index * several : (index + 1) * several]]
-            verdicts = [domain.verify(output, case.facts) for output in outputs]
+            verdicts = [_verdict(domain, output, case) for output in outputs]
             answered.append(_Answered(case, outputs, verdicts, completion.finish_reason))
         if on_progress:
             on_progress(len(answered), len(cases))
     return _report(answered, domain)
+
+
+def reference_answers(domain: Domain, cases: Sequence[Case]) -> list[tuple[Sequence[Message], str]]:
+    """(prompt, reference answer) of each case that has one. Raises UserError where `reference` raises."""
+    answers: list[tuple[Sequence[Message], str]] = []
+    for case in cases:
+        with domain_code(domain, "reference", f"case {case.case_id}"):
+            answer = domain.reference(case.expected)
+        if answer is not None:
+            answers.append((case.prompt, answer))
+    return answers
+
+
+def _facts(domain: Domain, record: Mapping[str, Any]) -> Any:
+    with domain_code(domain, "read_facts", f"case {record['case_id']}"):
+        return domain.read_facts(record)
+
+
+def _verdict(domain: Domain, output: str, case: Case) -> Verdict:
+    with domain_code(domain, "verify", f"case {case.case_id}"):
+        verdict = domain.verify(output, case.facts)
+        if not isinstance(verdict, Verdict):
+            raise TypeError(f"returned {verdict!r}, which is no Verdict")
+        return verdict
 
 
 def compare(candidate: CaseReport, champion: CaseReport, *, version: str) -> Comparison:
@@ -257,13 +283,32 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
             name: sum(not verdict.checks.get(name, False) for one in answered for verdict in one.verdicts)
             for name in domain.critical
         },
-        measured={name: value for name, value in domain.measure(judged).items() if math.isfinite(value)},
-        details=dict(domain.report(judged)),
+        measured=_measured(domain, judged),
+        details=_details(domain, judged),
         unparsed=sum(not verdict.parsed for verdict in verdicts),
         truncated=sum(one.finish_reason == "length" for one in answered),
         results=results,
         failures=tuple(_failure(one, domain) for one in answered if not one.verdict.passed),
     )
+
+
+def _measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, float]:
+    with domain_code(domain, "measure"):
+        measured = dict(domain.measure(judged))
+    for name, value in measured.items():
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise UserError(
+                f"domain {domain.name}: measure returned {value!r} as {name}, which is no finite number; leave out a "
+                "metric that cannot be computed"
+            )
+    return {name: float(value) for name, value in measured.items()}
+
+
+def _details(domain: Domain, judged: Sequence[Judged]) -> dict[str, Any]:
+    with domain_code(domain, "report"):
+        details = dict(domain.report(judged))
+        to_json(details)  # raises for what JSON cannot hold
+        return details
 
 
 def _pairs(results: Sequence[CaseResult], kind: str) -> Rate:

@@ -9,6 +9,7 @@ from typing import Any
 from prefect import task
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import domain_code
 from twinloop.domains.loader import LoadedDomain
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -37,8 +38,11 @@ def audit_stage(context: Context, *, data: Artifact) -> Artifact:
         from twinloop.evaluation.audit import audit_verifier
         from twinloop.records.validated import read_records
 
-        records = islice(read_records(data.path, "prompts"), AUDITED_CASES)
-        done = audit_verifier(loaded.domain, map(loaded.domain.read_facts, records))
+        facts = []
+        for number, record in enumerate(islice(read_records(data.path, "prompts"), AUDITED_CASES), 1):
+            with domain_code(loaded.domain, "read_facts", f"prompt {number}"):
+                facts.append(loaded.domain.read_facts(record))
+        done = audit_verifier(loaded.domain, facts)
         if not done.passed:
             worst = f"; for example {done.misjudged[0].output!r}" if done.misjudged else ""
             raise UserError(f"{loaded.file}: {done.summary}{worst}")

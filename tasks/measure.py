@@ -112,9 +112,10 @@ def _losses_of_answers(
     engine: Engine, tokenizer: ChatTokenizer, domain: Domain, cases: Sequence[Case]
 ) -> dict[str, float]:
     """Nothing where no case has a reference answer."""
+    from twinloop.evaluation.cases import reference_answers
     from twinloop.evaluation.texts import score_answers
 
-    answers = [(case.prompt, answer) for case in cases if (answer := domain.reference(case.expected)) is not None]
+    answers = reference_answers(domain, cases)
     return {"answer_perplexity": score_answers(engine, tokenizer, answers).perplexity} if answers else {}
 
 

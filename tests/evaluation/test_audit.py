@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from labels import domain as labels
 
+from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.domains.returns.domain import Returns
 from twinloop.domains.returns.mutations import good_answer, mutate
@@ -117,3 +118,14 @@ def test_a_domain_of_ones_own_is_audited_alike() -> None:
     report = audit_verifier(labels, ["billing", "spam"])
     assert report.passed, report.summary
     assert report.tried == {"empty": 2, "other label": 4}
+
+
+@pytest.mark.parametrize("method", ["gold", "wrong"])
+def test_answers_that_cannot_be_made_are_one_line_that_names_the_prompt(method: str) -> None:
+    def divide(*_: object) -> int:
+        return 1 // 0
+
+    broken = Returns()
+    setattr(broken, method, divide)
+    with pytest.raises(UserError, match=rf"^domain {broken.name}: {method} raised ZeroDivisionError on prompt 1: "):
+        audit_verifier(broken, cases())

@@ -16,7 +16,7 @@ from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import golden_records
 from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.verifier import PREDICATES
-from twinloop.evaluation.cases import Answering, Case, CaseReport, compare, read_cases, run_cases
+from twinloop.evaluation.cases import Answering, Case, CaseReport, compare, read_cases, reference_answers, run_cases
 from twinloop.evaluation.gate import Measurements
 from twinloop.evaluation.metrics import Rate, token_loss
 from twinloop.evaluation.texts import score_answers, score_texts
@@ -256,6 +256,48 @@ def test_cases_of_a_domain_without_a_verifier_are_not_answered(tokenizer: ChatTo
     report = run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, cases, Domain(), Answering(20))
     assert (report.overall.total, report.results, report.by_kind) == (0, (), {})
     assert CaseReport.model_validate_json(report.model_dump_json()) == report
+
+
+class Faulty(type(labels)):  # type: ignore[misc]
+    """The labels domain with one method of other code."""
+
+    def __init__(self, method: str, does: Callable[..., Any]):
+        setattr(self, method, does)
+
+
+def divide(*_: Any) -> Any:
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("method", "does", "said"),
+    [
+        ("read_facts", divide, "read_facts raised ZeroDivisionError on case 3: division by zero"),
+        ("verify", divide, "verify raised ZeroDivisionError on case 3: division by zero"),
+        ("verify", lambda *_: None, "verify raised TypeError on case 3: returned None, which is no Verdict"),
+        ("measure", divide, "measure raised ZeroDivisionError on all cases: division by zero"),
+        ("measure", lambda _: {"bias": math.nan}, "measure returned nan as bias, which is no finite number"),
+        ("measure", lambda _: {"bias": None}, "measure returned None as bias, which is no finite number"),
+        ("report", divide, "report raised ZeroDivisionError on all cases: division by zero"),
+        ("report", lambda _: {"rows": object()}, "report raised PydanticSerializationError on all cases"),
+        ("reference", divide, "reference raised ZeroDivisionError on case 3: division by zero"),
+    ],
+)
+def test_what_is_wrong_in_a_domains_code_is_one_line_that_names_method_and_case(
+    tokenizer: ChatTokenizer, method: str, does: Callable[..., Any], said: str
+) -> None:
+    faulty = Faulty(method, does)
+    record = {"case_id": "3", "kind": "golden", "prompt": [{"role": "user", "content": "where is it?"}]}
+
+    def evaluate() -> None:
+        cases = read_cases([record | {"facts": "spam"}], faulty)
+        reference_answers(faulty, cases)
+        run_cases(ScriptedEngine(tokenizer, cases, lambda _: "spam"), tokenizer, cases, faulty, Answering(9))
+
+    with pytest.raises(UserError) as raised:
+        evaluate()
+    assert str(raised.value).startswith(f"domain labels: {said}")
+    assert "\n" not in str(raised.value)
 
 
 class UnigramEngine:

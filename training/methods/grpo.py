@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from twinloop.domains.domain import Domain, Verdict
+from twinloop.domains.domain import Domain, Verdict, domain_code
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import NotNegative, Positive, RolloutSettings
 
@@ -47,12 +47,14 @@ def build(
     from twinloop.training.rollouts import RolloutStream
 
     prompts, facts = [], []
-    for record in records:
+    for number, record in enumerate(records, 1):
         prompts.append(tokenizer.encode_prompt(record["prompt"]))
-        facts.append(domain.read_facts(record))
+        with domain_code(domain, "read_facts", f"prompt {number}"):
+            facts.append(domain.read_facts(record))
 
     def reward(prompt: int, answer: str) -> Verdict:
-        return domain.verify(answer, facts[prompt])
+        with domain_code(domain, "verify", f"prompt {prompt + 1}"):
+            return domain.verify(answer, facts[prompt])
 
     rollouts = RolloutStream(
         model,
