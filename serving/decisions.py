@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic_core import to_json
 
 from twinloop.domains.domain import Document, Domain, Verdict
 from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 OWNERS = {"retrieval": RETRIEVAL, "prompt": FORMAT, "generation": LATENCY, "check": LATENCY}
 """Who owns what fails before and around the domain's own predicates."""
+
+
+ESCALATED = "escalated"
+"""The outcome of a request without a decision."""
 
 
 class _Frozen(BaseModel):
@@ -127,6 +132,8 @@ class PendingDecision:
         self._prompt_tokens = 0
         self._text: TextStream | None = None
         self._failures: Mapping[str, str] = {}
+        self.outcome = ESCALATED
+        """The name under which it is counted, once it is finished: the domain's own for its decision."""
 
     def cancel(self) -> None:
         """Stop generating: nobody waits for the answer any more. May be called from any thread."""
@@ -176,8 +183,13 @@ class PendingDecision:
             log.exception("generation failed")
             return _Review(None, None, {"generation": f"the model could not answer ({type(error).__name__})"})
         try:
-            verdict = self._service.domain.check(output, self._request, self._passages)
-            return _Review(output, verdict, self._service.failures(verdict))
+            domain = self._service.domain
+            verdict = domain.check(output, self._request, self._passages)
+            failures = self._service.failures(verdict)
+            if not failures:
+                to_json(verdict.output)  # raises for a decision that cannot be sent
+                self.outcome = domain.outcome(verdict.output)
+            return _Review(output, verdict, failures)
         except Exception as error:  # an answer that could not be checked is not returned
             log.exception("check failed")
             return _Review(output, None, {"check": f"the answer could not be checked ({type(error).__name__})"})

@@ -61,6 +61,27 @@ def test_a_domain_of_labels_is_served_and_described(tickets):
     assert schemas["DecisionResponse"]["properties"]["decision"]["anyOf"][0]["enum"] == ["late", "damaged"]
 
 
+class Unnamed(Tickets):
+    def outcome(self, output):
+        raise KeyError(output)
+
+
+class Unsendable(Tickets):
+    def check(self, output, request, passages):
+        return Verdict.of({"parsed": True}, output={"label": object()})
+
+
+@pytest.mark.parametrize(("domain", "error"), [(Unnamed(), "KeyError"), (Unsendable(), "PydanticSerializationError")])
+def test_a_decision_that_cannot_be_named_or_sent_is_escalated(tmp_path, script, tokenizer, domain, error):
+    script.script = "late"
+    with running(make_app(tmp_path, script, tokenizer, domain=domain)) as client:
+        answered = client.post("/v1/decisions", json={"text": "where is it?"})
+        assert answered.status_code == 200
+        assert (answered.json()["decision"], answered.json()["escalated"]) == (None, True)
+        assert answered.json()["reasons"][0]["reason"] == f"the answer could not be checked ({error})"
+        assert 'twinloop_decisions_total{outcome="escalated"} 1.0' in client.get("/metrics").text.splitlines()
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
