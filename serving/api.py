@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import anyio.to_thread
@@ -37,6 +37,9 @@ from twinloop.serving.work import Workers
 log = logging.getLogger(__name__)
 
 REFUSED = "it is corrupt, or does not load and answer, and it is not used; the server's log gives the reason"
+DEFINITIONS = "#/$defs/"
+COMPONENT = "Decision."
+"""Before the name of a definition of the answer's schema: a model of the request may have the same one."""
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
@@ -109,6 +112,7 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
     def prometheus() -> Response:
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
 
+    _describe_definitions(app, domain)
     page = console_page(domain)
 
     @app.get("/", include_in_schema=False)
@@ -140,13 +144,40 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
 
 
 def _described_response(domain: Domain) -> type[BaseModel]:
-    """The response with the domain's own schema for its decision."""
+    """The response with the domain's own schema for its decision; `_describe_definitions` adds what it refers to."""
     schema = domain.answer_schema()
     if schema is None:
         return DecisionResponse
-    decision = Annotated[Any, WithJsonSchema({"anyOf": [dict(schema), {"type": "null"}]})]
+    own = {key: value for key, value in _to_components(schema).items() if key != "$defs"}
+    decision = Annotated[Any, WithJsonSchema({"anyOf": [own, {"type": "null"}]})]
     described: type[BaseModel] = create_model("DecisionResponse", __base__=DecisionResponse, decision=(decision, ...))
     return described
+
+
+def _describe_definitions(app: FastAPI, domain: Domain) -> None:
+    """Add the `$defs` of the answer's schema, its nested models, to the components of /openapi.json."""
+    definitions = _to_components((domain.answer_schema() or {}).get("$defs", {}))
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = generate()
+        schemas = described.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update({f"{COMPONENT}{name}": schema for name, schema in definitions.items()})
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the description
+
+
+def _to_components(schema: Any) -> Any:
+    """The schema with its references to `$defs` as references to the description's components."""
+    if isinstance(schema, Mapping):
+        return {key: _to_component(value) if key == "$ref" else _to_components(value) for key, value in schema.items()}
+    return [_to_components(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def _to_component(reference: Any) -> Any:
+    inside = isinstance(reference, str) and reference.startswith(DEFINITIONS)
+    return f"#/components/schemas/{COMPONENT}{reference.removeprefix(DEFINITIONS)}" if inside else reference
 
 
 def _document_router(documents: DocumentStore) -> APIRouter:

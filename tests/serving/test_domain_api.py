@@ -1,6 +1,7 @@
 """The HTTP interface of other domains: their routes, their words, their fields."""
 
 import json
+import re
 
 import pytest
 from pydantic import BaseModel, Field
@@ -59,6 +60,28 @@ def test_a_domain_of_labels_is_served_and_described(tickets):
     schemas = tickets.get("/openapi.json").json()["components"]["schemas"]
     assert schemas["Ticket"]["properties"]["text"]["description"] == "the ticket's words"
     assert schemas["DecisionResponse"]["properties"]["decision"]["anyOf"][0]["enum"] == ["late", "damaged"]
+
+
+class Nested(Tickets):
+    def answer_schema(self):
+        return Answer.model_json_schema()
+
+
+class Answer(BaseModel):
+    senders: list[Sender]
+    replies: list["Answer"] = []
+
+
+def test_every_reference_of_the_description_names_what_it_holds(tmp_path, script, tokenizer):
+    with running(make_app(tmp_path, script, tokenizer, domain=Nested())) as client:
+        described = client.get("/openapi.json").json()
+    references = set(re.findall(r'"\$ref": "([^"]*)"', json.dumps(described)))
+    assert len(references) > 2
+    for reference in references:
+        found = described
+        for part in reference.removeprefix("#/").split("/"):
+            found = found[part]
+    assert set(described["components"]["schemas"]["Decision.Answer"]["properties"]) == {"senders", "replies"}
 
 
 class Unnamed(Tickets):
