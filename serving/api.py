@@ -185,7 +185,8 @@ def _document_router(documents: DocumentStore) -> APIRouter:
 
     @router.get("/v1/documents")
     def newest() -> dict[str, Any]:
-        return {"documents": [Passage.of(each).model_dump() for each in documents.list()], "digest": documents.digest()}
+        listed = documents.list_with_digest()
+        return {"documents": [Passage.of(each).model_dump() for each in listed.documents], "digest": listed.digest}
 
     @router.get("/v1/documents/{document_id:path}")
     def history(document_id: str) -> dict[str, Any]:

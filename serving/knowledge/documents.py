@@ -53,7 +53,7 @@ Documents = list[Document]
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The documents found, best first, and the digest of the store in that moment."""
+    """Documents, those of a search best first, and the digest of the store in that moment."""
 
     documents: Documents
     digest: str
@@ -122,11 +122,15 @@ class DocumentStore:
 
     def list(self) -> Documents:
         """The newest version of every document, ordered by id, the numbers in it by their value."""
+        return self.list_with_digest().documents
+
+    def list_with_digest(self) -> SearchResult:
+        """`list` and `digest` of one moment."""
         with self._reading() as connection:
             if connection is None:
-                return []
+                return SearchResult([], EMPTY_DIGEST)
             rows = connection.execute(f"{NEWEST} ORDER BY newest.place, newest.document_id")
-            return [verified(row).document for row in rows]
+            return SearchResult([verified(row).document for row in rows], self._seen.digest)
 
     def count(self) -> int:
         """How many documents there are."""

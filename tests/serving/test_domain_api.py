@@ -1,7 +1,9 @@
 """The HTTP interface of other domains: their routes, their words, their fields."""
 
+import hashlib
 import json
 import re
+import threading
 
 import pytest
 from pydantic import BaseModel, Field
@@ -159,3 +161,22 @@ def test_two_applications_count_for_themselves(tickets, scripted):
     tickets.post("/v1/decisions", json={"text": "where is it?"})
     assert "twinloop_decisions_total" not in [line.split("{")[0] for line in scripted.get("/metrics").text.splitlines()]
     assert "process_cpu_seconds_total" not in scripted.get("/metrics").text
+
+
+def test_the_digest_in_a_list_of_documents_is_that_of_the_list(tickets):
+    def put_many():
+        for number in range(60):
+            tickets.put(f"/v1/documents/Q-{number}", json={"text": f"text {number}"})
+
+    writer = threading.Thread(target=put_many)
+    writer.start()
+    lists = []
+    while writer.is_alive():
+        lists.append(tickets.get("/v1/documents").json())
+    writer.join()
+    assert len({listed["digest"] for listed in lists}) > 1
+    for listed in lists:  # in the order in which they were put
+        digest = hashlib.sha256()
+        for each in listed["documents"]:
+            digest.update(json.dumps([each["document_id"], each["version"], each["text"]]).encode() + b"\n")
+        assert listed["digest"] == digest.hexdigest()
