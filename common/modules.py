@@ -7,8 +7,10 @@ importable, `./tickets.py` is a file, from the project's folder.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
+import os
 import pkgutil
 import sys
 from collections.abc import Collection
@@ -52,7 +54,8 @@ def find_module(
     A module is also looked for in the project's folder. Raises UserError where there is none, or where its code fails.
     """
     if name.endswith(".py"):
-        return _of_file(name, (project / name).resolve(), kind)
+        path = (project / name).resolve()
+        return _of_file(name, path, kind, _module_name(path, project.resolve(), kind))
     if name in ready_made:
         return _found(importlib.import_module(f"{package.__name__}.{name}"))
     if str(project) not in sys.path:
@@ -78,11 +81,17 @@ def find_module(
         raise _failed(name, kind, error) from error
 
 
+def _module_name(path: Path, project: Path, kind: str) -> str:
+    """Another one for each file, also for files of the same name in different folders. Since fingerprints contain it,
+    it is made from the file's place in the project, wherever the project lies."""
+    place = os.path.relpath(path, project)
+    return f"twinloop_{kind}_{path.stem}_{hashlib.sha256(place.encode()).hexdigest()[:8]}"
+
+
 @cache
-def _of_file(name: str, path: Path, kind: str) -> FoundModule:
+def _of_file(name: str, path: Path, kind: str, module_name: str) -> FoundModule:
     if not path.is_file():
         raise UserError(f"{kind}: {path}: no such file; name it from the project's folder, such as ./my_{kind}.py")
-    module_name = f"twinloop_{kind}_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None, "a .py file always has a loader"
     assert spec.loader is not None

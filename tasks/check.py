@@ -59,7 +59,7 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     checked = context.run(
         "check",
         work,
-        settings={"methods": [method.name for method in methods]},
+        settings={"methods": [method.found.name for method in methods]},
         inputs={"data": data, "model": model},
         modules=("twinloop.tasks.check", "twinloop.training.forms"),
         found=[method.found for method in methods],
@@ -91,7 +91,7 @@ def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path) ->
 
 
 def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path) -> dict[str, Any]:
-    """`Longest` as plain values: by method, its `packed` and `path`; of the cases, their prompts' `path`."""
+    """`Longest` as plain values: by a method's module, its `packed` and `path`; of cases, the prompts' `path`."""
     from twinloop.records.validated import read_records
 
     found: dict[str, dict[str, Any]] = {}
@@ -100,7 +100,7 @@ def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: P
         for kind in ("packed", "path"):
             tokens = [getattr(each, kind) if each else 0 for each in lengths]
             if any(tokens):
-                found.setdefault(method.name, {})[kind] = _longest(data, method.records, tokens)
+                found.setdefault(method.found.name, {})[kind] = _longest(data, method.records, tokens)
     prompts = [len(tokenizer.encode_prompt(case["prompt"])) for case in read_records(data, CASES)]
     return found | {CASES: {"path": _longest(data, CASES, prompts)}}
 
@@ -117,7 +117,7 @@ def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> N
     """Raises UserError for the first kind of record that does not fit. longest: as `measure_lengths` returns it."""
     max_length = recipe.base.max_length
     for stage in recipe.train:
-        measured, settings = longest.get(stage.method.name, {}), stage.settings
+        measured, settings = longest.get(stage.method.found.name, {}), stage.settings
         seq_len: int | None = getattr(settings, "seq_len", None)
         if "packed" in measured and seq_len is not None:
             _check(measured["packed"], seq_len, f"{stage.place}.seq_len")

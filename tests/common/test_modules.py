@@ -106,3 +106,12 @@ def test_a_module_that_cannot_be_loaded_is_reported_in_one_line(
         load_domain(name, tmp_path)
     assert str(raised.value).startswith("domain: ")
     assert "\n" not in str(raised.value)
+
+
+def test_files_of_the_same_name_are_modules_of_their_own_wherever_the_project_lies(tmp_path: Path) -> None:
+    for place in ("here", "moved"):
+        write(tmp_path / place, {"a/tickets.py": f"KIND = 'a'\n{DOMAIN}", "b/tickets.py": f"KIND = 'b'\n{DOMAIN}"})
+    found = [load_domain(f"./{folder}/tickets.py", tmp_path / "here").found for folder in "ab"]
+    assert [sys.modules[each.name].KIND for each in found] == ["a", "b"]
+    here, moved = (fingerprint_of("./a/tickets.py", tmp_path / place) for place in ("here", "moved"))
+    assert here == moved

@@ -18,6 +18,7 @@ from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
 from twinloop.tasks.check import check_conversations, check_lengths, measure_lengths
 from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
+from twinloop.training.method import load_method
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny.yaml")
 METHODS = {stage.method.name: stage.method for stage in RECIPE.train}
@@ -50,6 +51,11 @@ def longest(data: Path, tokenizer: ChatTokenizer) -> dict[str, Any]:
     return measure_lengths(list(METHODS.values()), tokenizer, data)
 
 
+def key(name: str) -> str:
+    """Under which the lengths of a method, or of the cases, are kept."""
+    return METHODS[name].found.name if name in METHODS else name
+
+
 def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, int]) -> Recipe:
     """The recipe with limits above every record, but for what is changed."""
     changed = [
@@ -79,7 +85,7 @@ def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, i
     ],
 )
 def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, kind: str, limited, setting) -> None:
-    found = longest[method][kind]
+    found = longest[key(method)][kind]
     needed = found["tokens"]
     check_lengths(limited(needed), longest)
     with pytest.raises(UserError) as raised:
@@ -90,19 +96,19 @@ def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, 
 
 
 def test_the_line_is_that_of_the_users_file_where_rows_before_it_were_quarantined(longest) -> None:
-    found = longest["grpo"]["path"]
+    found = longest[key("grpo")]["path"]
     assert (found["file"], found["line"]) == ("prompts.jsonl", 5)
 
 
 def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) -> None:
-    side = longest["dpo"]["path"]["tokens"]
-    assert side < longest["dpo"]["packed"]["tokens"]
+    side = longest[key("dpo")]["path"]["tokens"]
+    assert side < longest[key("dpo")]["packed"]["tokens"]
     with pytest.raises(UserError, match=r"of \d+ tokens, and base\.max_length allows"):
         check_lengths(recipe(max_length=side - 1), longest)
 
 
 def test_a_document_of_any_length_fits(longest) -> None:
-    assert "pretrain" not in longest
+    assert key("pretrain") not in longest
 
 
 @pytest.mark.parametrize("name", list(METHODS))
@@ -118,3 +124,18 @@ def test_an_answer_that_would_be_trained_wrongly_is_reported_by_line(
     monkeypatch.setattr(ChatTokenizer, "encode_answer", lambda self, text: [7, *encode(self, text)])
     with pytest.raises(UserError, match=r"data/preferences\.jsonl line 1: the answer and its stop token do not follow"):
         check_conversations(METHODS["dpo"], tokenizer, data)
+
+
+def test_two_methods_of_the_same_file_name_have_their_own_lengths(
+    data: Path, tokenizer: ChatTokenizer, tmp_path: Path
+) -> None:
+    methods = []
+    for folder, tokens in (("first", 7), ("second", 9)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").write_text(
+            "from twinloop.training.forms import Lengths\nfrom twinloop.training.methods.sft import *\n"
+            f"def lengths(record, tokenizer):\n    return Lengths(packed={tokens}, path={tokens})\n"
+        )
+        methods.append(load_method(f"./{folder}/own.py", tmp_path))
+    longest = measure_lengths(methods, tokenizer, data)
+    assert [longest[method.found.name]["packed"]["tokens"] for method in methods] == [7, 9]
