@@ -62,5 +62,5 @@ def train(
         inputs={"data": data, "model": model} | ({"audit": audit} if audit and method.needs_verifier else {}),
         modules=("twinloop.tasks.train",),
         found=[method.found],
-        uses_domain=method.needs_verifier,
+        uses_domain=method.uses_domain,
     )

@@ -8,12 +8,13 @@ A method's module holds
 
 and, where the defaults do not fit,
 
-    NEEDS_VERIFIER  True: the domain's verifier gives the rewards. It is audited before, and the domain's code is part
-                    of the stage's key
+    NEEDS_VERIFIER  True: the domain's verifier gives the rewards. It is audited before
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
 
-Its docstring names the paper. torch is imported inside `build`, so that a recipe is checked without it.
+`build` gets the domain. So the domain's code is part of the stage's key where the method needs the verifier, and for
+every method that is not ready-made. The module's docstring names the paper. torch is imported inside `build`, so that a
+recipe is checked without it.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Method:
     @property
     def needs_verifier(self) -> bool:
         return bool(self._part("NEEDS_VERIFIER", default=False))
+
+    @property
+    def uses_domain(self) -> bool:
+        """Whether the domain's code may change what is trained. Ready-made ones without rewards ignore it."""
+        ready_made = self.found.name.startswith(f"{twinloop.training.methods.__name__}.")
+        return self.needs_verifier or not ready_made
 
     @property
     def shown(self) -> Sequence[str]:
