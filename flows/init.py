@@ -17,6 +17,11 @@ from string import Template
 from twinloop.common.errors import UserError
 
 TEMPLATES = Path(__file__).with_name("templates")
+DEPS = """\
+    # Every file of yours whose change may change the data: where the domain imports modules beside it, add each, such
+    # as `- rules.py`. When a file that is not here changes, the data is not generated again.
+    deps:
+"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def _files(name: str, domain: str) -> dict[str, str]:
         "what": kind.what,
         "domain": f"./{kind.file}" if kind.file else domain,
         "source": f"`{kind.file}` (the task)" if kind.file else "`params.yaml` (the example data)",
-        "deps": f"    deps:\n      - {kind.file}\n" if kind.file else "",
+        "deps": f"{DEPS}      - {kind.file}\n" if kind.file else "",
     }
     for path, template in (("README.md", "README.md"), ("dvc.yaml", "dvc_yaml")):
         files[path] = Template((common / template).read_text(encoding="utf-8")).substitute(values)

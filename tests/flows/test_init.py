@@ -42,6 +42,10 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     assert deployed["name"] == "my-e-mails"
     assert len((project / "README.md").read_text().splitlines()) <= 12
     assert "$" not in (project / "README.md").read_text()
+    if file := KINDS[domain].file:
+        stages = (project / "dvc.yaml").read_text()
+        assert parse_yaml(stages)["stages"]["generate"]["deps"] == [file]
+        assert "where the domain imports modules beside it, add each" in stages
     ignored = subprocess.run(
         ["git", "status", "--short", "--untracked-files=all"], cwd=project, capture_output=True, text=True, check=True
     )
