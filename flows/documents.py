@@ -1,4 +1,4 @@
-"""The commands of `twinloop documents`: one store a project, with the rules of the domain that a model is for."""
+"""The commands of `twinloop documents`: one store a model, with the rules of its domain."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def show_history(project: Path, model: str, document_id: str) -> int:
 
 @contextmanager
 def _documents(project: Path, model: str) -> Iterator[DocumentStore]:
-    with closing(open_documents(project, _domain_of(project, model))) as store:
+    with closing(open_documents(project, model, _domain_of(project, model))) as store:
         yield store
 
 

@@ -45,9 +45,10 @@ def load_served_domain(version: Version | Served, project: Path) -> LoadedDomain
         raise UserError(f"{version}: its domain cannot be loaded ({error})") from None
 
 
-def open_documents(project: Path, domain: Domain) -> DocumentStore:
-    """The documents that answers are based on; a store that is still empty starts with those of the data set."""
-    store = DocumentStore(project / "state" / "documents.db", domain.check_document)
+def open_documents(project: Path, model: str, domain: Domain) -> DocumentStore:
+    """The documents that the answers of a registered model are based on, in a file of its own: another model of the
+    project may be for another domain. A store that is still empty starts with those of the data set."""
+    store = DocumentStore(project / "state" / "documents" / f"{model}.db", domain.check_document)
     if domain.passages and store.digest() == EMPTY_DIGEST and (documents := _documents_of(project / "data", domain)):
         store.seed(documents)
     return store
@@ -80,7 +81,7 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
     traces = TraceStore(project / "state" / "traces")
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
-        manager = ModelManager(_load(served, domain, open_documents(project, domain), traces, slots))
+        manager = ModelManager(_load(served, domain, open_documents(project, name, domain), traces, slots))
         try:
             yield manager
         finally:

@@ -50,7 +50,7 @@ def test_documents_are_put_listed_and_kept(project: Path) -> None:
     assert "P-7      v2    damaged items reported within 7" in twinloop(project, *LIST).stdout
     history = twinloop(project, "documents", "history", "P-7", "--model", "small").stdout.splitlines()
     assert [line.split()[0] for line in history] == ["v1", "v2"]
-    assert [path.name for path in (project / "state").glob("documents*")] == ["documents.db"]
+    assert [path.name for path in (project / "state" / "documents").iterdir()] == ["small.db"]
 
 
 LIST = ("documents", "list", "--model", "small")

@@ -12,7 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
-from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.champion import follow_champion, open_champion, open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import promote, rollback
 from twinloop.registry.versions import Lineage, Registry, Version
@@ -50,7 +50,8 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "params.yaml").write_text("{}")
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes" / "returns.yaml").write_text((PROJECT / "recipes" / "returns.yaml").read_text())
-    DocumentStore(tmp_path / "state" / "documents.db").put("P-7", "damaged items reported within 30 days are eligible.")
+    documents = DocumentStore(tmp_path / "state" / "documents" / "returns.db")
+    documents.put("P-7", "damaged items reported within 30 days are eligible.")
     return tmp_path
 
 
@@ -252,7 +253,7 @@ def test_a_domain_that_is_a_file_of_the_project_is_served_with_the_documents_of_
     project: Path, release: Callable[..., Version]
 ) -> None:
     (project / "tickets.py").write_text(TICKETS)
-    (project / "state" / "documents.db").unlink()
+    (project / "state" / "documents" / "returns.db").unlink()
     (project / "data").mkdir()
     rows = [("G-1", "logging in", 2), ("G-1", "signing in", 1), ("X-1", "a stranger", 1), ("G-2", "paying", 1)]
     lines = [json.dumps(dict(zip(("document_id", "text", "version"), row, strict=True))) for row in rows]
@@ -336,3 +337,14 @@ def test_a_version_measured_again_names_the_code_of_that_time(release: Callable[
     first = release(1, fingerprint="0" * 64)
     again = release(1, fingerprint="1" * 64)
     assert (again.version, again.domain_fingerprint) == (first.version, "1" * 64)
+
+
+def test_each_model_of_a_project_has_its_own_documents(project: Path) -> None:
+    domain = load_domain("returns", project).domain
+    with (
+        closing(open_documents(project, "returns", domain)) as one,
+        closing(open_documents(project, "returns-large", domain)) as other,
+    ):
+        other.put("P-9", "late items reported within 14 days are eligible.")
+        assert [each.document_id for each in one.list()] == ["P-7"]
+        assert [each.document_id for each in other.list()] == ["P-9"]
