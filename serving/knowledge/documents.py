@@ -5,7 +5,8 @@ whenever the row is read, and the digest over all rows names the exact documents
 it, and the full-text index beside it, is checked when a file is opened, and again when the file was replaced.
 
 SQLite's write-ahead log gives readers one moment of the store while a writer commits, and its transactions keep it
-whole under kill -9 and on a full disk. It needs locks and shared memory: the file must lie on a local disk.
+whole under kill -9 and on a full disk. It needs locks and shared memory: the file must lie on a local disk. To open it,
+also only to read, needs the right to write the file and its folder.
 """
 
 from __future__ import annotations
@@ -148,8 +149,10 @@ class DocumentStore:
     def find(self, query: str, limit: int) -> SearchResult:
         """The documents that fit the query best by BM25, and the digest of the store in that moment.
 
-        query: words in any language, of which a document has one or more; no syntax. Documents without any of them
-        fill the places that are left, in the order of `list`: a prompt holds as many in service as in training.
+        query: words, of which a document has one or more; no syntax. A word is what stands between spaces or signs, so
+        text without spaces between words (Chinese, Japanese, Thai) is found by whole runs of characters only. Documents
+        without any of them fill the places that are left, in the order of `list`: a prompt holds as many in service as
+        in training.
         """
         with self._reading() as connection:
             if connection is None:
