@@ -164,6 +164,10 @@ class Domain:
     """A task. Subclass it in a module of your own and end the module with `domain = MyDomain()`.
 
     Attributes are what a class body may set. `name` is for messages.
+
+    The domain's fingerprint, by which stages know that it changed, is over its Python code and what that imports. Files
+    that the module reads when it is imported, such as a list of labels, are not part of it, and a change of them makes
+    nothing anew: put such data into the module.
     """
 
     name: str = "domain"
