@@ -54,7 +54,10 @@ class Classification(Domain):
         "parsed": Predicate("one label", FORMAT),
         "label": Predicate("right label", TRAINING),
     }
-    metrics: Mapping[str, Metric] = {"accuracy": Metric("accuracy"), "macro_f1": Metric("macro F1")}
+    metrics: Mapping[str, Metric] = {
+        "accuracy": Metric("accuracy", share=True),
+        "macro_f1": Metric("macro F1", share=True),
+    }
     request = TextRequest
 
     def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str = "hello") -> None:

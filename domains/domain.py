@@ -111,6 +111,8 @@ class Metric:
     title: str
     bound: Literal["at least", "at most"] = "at least"
     owner: Owner = TRAINING
+    share: bool = False
+    """Whether it lies between 0 and 1, and so must its limit."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ class Domain:
         raise NotImplementedError(f"{self.name} has no gold answers")
 
     def wrong(self, gold: str, facts: Any) -> Iterable[tuple[str, str]]:
-        """(name, output) of wrong answers and of exploits: the audit expects the verifier to accept none of them."""
+        """(name, output) of wrong answers and of exploits: the audit expects each to get the reward 0."""
         raise NotImplementedError(f"{self.name} has no wrong answers to audit its verifier with")
 
     # --- serving --------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class Reasoning(Domain):
         "parsed": Predicate("one final value", FORMAT),
         "value": Predicate("right value", TRAINING),
     }
-    metrics: Mapping[str, Metric] = {f"pass_at_{k}": Metric(f"pass@{k}, of sampled answers") for k in (1, 4)}
+    metrics: Mapping[str, Metric] = {
+        f"pass_at_{k}": Metric(f"pass@{k}, of sampled answers", share=True) for k in (1, 4)
+    }
     request = Question
     max_answer_tokens = 256
 

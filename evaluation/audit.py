@@ -57,7 +57,7 @@ class AuditReport(BaseModel):
         exploits = ", ".join(f"{name} ({count})" for name, count in sorted(self.exploits.items())) or "none"
         return (
             f"verifier audit failed: {self.gold_rejected} of {self.gold_answers} gold answers rejected; "
-            f"exploits (wrong answers that were accepted): {exploits}"
+            f"exploits (wrong answers with a reward above 0): {exploits}"
         )
 
 

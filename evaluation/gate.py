@@ -161,7 +161,9 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")
         reason = f"{metric.title} outside its limit"
-        rules[name] = Rule(metric.bound, "number", reason, metric.owner, _domain_metric(name))
+        rules[name] = Rule(
+            metric.bound, "share" if metric.share else "number", reason, metric.owner, _domain_metric(name)
+        )
     return rules
 
 

@@ -2,7 +2,7 @@
 
 A template's folder holds the domain file, recipe, gate rules and data settings; `common` what all projects have. What
 is also in Twinloop's own repository is a link to it there, so that there is one of it. DVC's files have other names
-here: DVC would take them for stages of this repository.
+here: DVC would read them as this repository's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,6 @@ def _files(name: str, domain: str) -> dict[str, str]:
         "recipes/gate.yaml": own / "gate.yaml",
         "params.yaml": own / "params.yaml",
         "prefect.yaml": common / "prefect.yaml",
-        "data.dvc": common / "data_dvc",
         ".gitignore": common / "gitignore",
         ".dvcignore": common / "dvcignore",
         ".dvc/config": common / "dvc_config",

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
-from twinloop.evaluation.gate import GateReport, GateRules, load_rules
+from twinloop.evaluation.gate import GateRules, load_rules
 from twinloop.flows.answer import Answer, answer_over_http
 from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
@@ -20,7 +20,7 @@ from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import finish_interrupted
-from twinloop.registry.versions import CHAMPION, Registry
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.check import check_records
@@ -64,11 +64,11 @@ def lifecycle(recipe: str | None = None) -> Outcome:
         ]
         export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
         candidate, *others = exported
-        report, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-        published = _publish(context, report, checkpoints=trained.checkpoints, others=others, exported=candidate)
+        judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
+        published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate)
         answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
     rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
-    outcome = Outcome(context.domain, rows, report, published, answer, serve_error)
+    outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
     show_outcome(outcome, display.console)
     if outcome.failure:
         raise NotShippedError(f"{settings.name}: {outcome.failure}")
@@ -90,7 +90,7 @@ def release_check(recipe: str | None = None) -> str:
         report = check_release(context, settings.evaluate, runtime, rules, version=version.version, data=data)
         display.console.print(report.text(), highlight=False, markup=False, soft_wrap=True)
     if report.decision == "BLOCK":
-        raise UserError(f"{settings.name}: the champion no longer passes the gate; `twinloop rollback` goes back")
+        raise UserError(_failing_champion(registry, version))
     return report.decision
 
 
@@ -149,8 +149,8 @@ def _train(context: Context, settings: Recipe, runtime: Runtime, *, data: Artifa
 
 def _judge(
     context: Context, settings: Recipe, runtime: Runtime, rules: GateRules, *, data: Artifact, exported: Artifact
-) -> tuple[GateReport, list[StageRow]]:
-    """Evaluate the exported model, and the version that it is to beat, and judge."""
+) -> tuple[Artifact, list[StageRow]]:
+    """Evaluate the exported model, and the version that it is to beat, and judge: the gate's artifact, and the rows."""
     found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
@@ -171,29 +171,37 @@ def _judge(
     report = read_gate_report(judged)
     # For Prefect's UI, beside the run
     create_markdown_artifact(f"```\n{report.text()}\n```", key="gate", description=report.decision)
-    return report, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=report.decision)]
+    return judged, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=report.decision)]
 
 
 def _publish(
-    context: Context, report: GateReport, *, checkpoints: list[Artifact], others: list[Artifact], exported: Artifact
+    context: Context, judged: Artifact, *, checkpoints: list[Artifact], others: list[Artifact], exported: Artifact
 ) -> Publication:
     """Register everything; promote the exported model if the gate says SHIP."""
+    report = read_gate_report(judged)
+    registry = Registry(context.mlruns, context.recipe)
+    before = registry.snapshot().alias(CHAMPION)
     started = time.perf_counter()
     version = register(context, checkpoints=checkpoints, others=others, exported=exported)
     registered = time.perf_counter()
     promotion, error = None, None
     try:
-        promotion = promote_if_shipped(context, version=version, report=report)
+        promotion = promote_if_shipped(context, version=version, report=report, judged_now=not judged.reused)
     except UserError as refused:
         error = str(refused)
-    champion = Registry(context.mlruns, context.recipe).snapshot().alias(CHAMPION)
-    if report.decision == "BLOCK" and champion and champion.version == version.version:
-        error = f"{champion} is the champion and no longer passes the gate; `twinloop rollback` goes back"
+    if report.decision == "BLOCK" and before and before.version == version.version:
+        error = _failing_champion(registry, before)
     rows = [StageRow("register", registered - started, note=str(version))]
     if promotion:
         note = f"champion: version {promotion.to_version}"
         rows.append(StageRow("promote", time.perf_counter() - registered, note=note))
-    return Publication(version, promotion, error, tuple(rows))
+    moved = promotion is not None and (before is None or before.version != version.version)
+    return Publication(version, promotion, error, moved, tuple(rows))
+
+
+def _failing_champion(registry: Registry, champion: Version) -> str:
+    way_back = "`twinloop rollback` goes back" if registry.snapshot().alias(PREVIOUS) else "no champion was before it"
+    return f"{champion} is the champion and no longer passes the gate; {way_back}"
 
 
 def _ask_champion(project: Path, model: str) -> tuple[Answer | None, str | None]:

@@ -35,11 +35,13 @@ class StageRow:
 
 @dataclass(frozen=True)
 class Publication:
-    """What became of a candidate in the registry. error: why the registry would not promote what the gate passed."""
+    """What became of a candidate in the registry. error: why the registry would not promote what the gate passed.
+    moved: whether it became champion by this run; False where it was champion already."""
 
     version: Version
     promotion: Promotion | None
     error: str | None
+    moved: bool = False
     rows: tuple[StageRow, ...] = ()
 
 

@@ -23,7 +23,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(outcome.gate.text(), highlight=False, markup=False, soft_wrap=True)
     version, error = outcome.published.version, outcome.published.error
     if outcome.published.promotion:
-        console.print(f"\npromoted: {version}, digest {version.digest}", highlight=False, soft_wrap=True)
+        what = "promoted" if outcome.published.moved else "champion already"
+        console.print(f"\n{what}: {version}, digest {version.digest}", highlight=False, soft_wrap=True)
     else:
         why = error or f"{version} stays candidate, and what is served has not changed"
         console.print(f"\nnot promoted: {why}", highlight=False, markup=False, soft_wrap=True)

@@ -31,6 +31,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import write_whole
 from twinloop.common.strict_yaml import NotYAMLError, parse_yaml
 from twinloop.domains import generate
 
@@ -38,6 +39,9 @@ log = logging.getLogger(__name__)
 
 DATA_DIR = "data"
 ASIDE = "data.aside"
+GENERATED_DIR = "raw"
+IMPORT = b"deps:\n- path: raw\nouts:\n- path: data\n"
+"""data.dvc of generated data before it is first built: data/ becomes a copy of raw/."""
 REPRO = ("repro", "dvc.yaml", "data.dvc")
 """`dvc repro` alone leaves data.dvc out where no stage reads data/."""
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
@@ -81,6 +85,8 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     """
     if is_current(project):
         return _version(project)
+    if _is_unbuilt(project):
+        write_whole(project / "data.dvc", IMPORT)
     own = _is_new(project)
     if not own and not (project / "dvc.yaml").is_file() and not (project / "data.dvc").is_file():
         raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
@@ -160,9 +166,25 @@ def _made_by_stages(project: Path) -> set[str]:
     return {out if isinstance(out, str) else next(iter(out)) for out in outs}
 
 
+def _is_unbuilt(project: Path) -> bool:
+    """Whether a stage makes the data, and nothing was made or put there yet.
+
+    Such a project has no data.dvc: `dvc add` over one without a digest makes a version that DVC restores as a file
+    (3.67).
+    """
+    if (project / "data.dvc").exists() or any(path.is_file() for path in (project / DATA_DIR).rglob("*")):
+        return False
+    try:
+        return GENERATED_DIR in _made_by_stages(project)
+    except UNREADABLE:
+        return False
+
+
 def _is_generated(project: Path) -> bool:
     """Raises UserError where data.dvc does not name it."""
     path = project / "data.dvc"
+    if _is_unbuilt(project):
+        return True
     try:
         return _recorded(project).source is not None
     except FileNotFoundError:

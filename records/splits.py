@@ -53,9 +53,10 @@ class Split:
 
 def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> None:
     """Raise UserError at the first leak, naming both files and lines, and how many more there are."""
-    leaks = list(_leaks(splits, keys))
+    # A row that several records were derived from leaks once.
+    leaks = list({(leak.file, leak.line): leak for leak in reversed(list(_leaks(splits, keys)))}.values())[::-1]
     if leaks:
-        more = f" ({len(leaks) - 1} more rows leak)" if len(leaks) > 1 else ""
+        more = f" ({len(leaks) - 1} more of such rows)" if len(leaks) > 1 else ""
         raise UserError(
             f"{leaks[0]}{more}; remove it from one of the two, or the score means nothing (validate.split_keys in the "
             "recipe sets what is checked)"

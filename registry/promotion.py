@@ -132,7 +132,11 @@ def promote(
         target = registry.version(version)  # now, not before the wait: its gate may have been judged again
         champions = found.contents.champions(registry.name)
         committed = found.contents.committed(registry.name)
-        if champions[-1:] == [version]:  # nor is its report kept: a later check of the champion may say otherwise
+        if champions[-1:] == [version]:
+            # A report by the same rules is not kept: a later check of the champion may say otherwise.
+            recorded = read_gate(registry, target)
+            if gate and (recorded is None or recorded.rules_digest != gate.rules_digest):
+                record_gate(registry, target, gate)
             return Promotion.of(committed[-1])
         if gate:
             record_gate(registry, target, gate)

@@ -52,14 +52,18 @@ def _register(
 
 
 @task(name="promote", persist_result=False)
-def promote_if_shipped(context: Context, *, version: Version, report: GateReport) -> Promotion | None:
+def promote_if_shipped(context: Context, *, version: Version, report: GateReport, judged_now: bool) -> Promotion | None:
     """Keep the gate's report with the version, and make it the champion where that is SHIP.
+
+    judged_now: whether the report was made by this run. One that was found in the store does not replace a later one
+    about the champion by the same rules.
 
     Raises UserError for a version that was champion and was rolled back: that one returns only by `twinloop promote`.
     """
     registry = Registry(context.mlruns, context.recipe)
-    if report.decision == "BLOCK":
+    if judged_now or report.decision == "BLOCK":
         record_gate(registry, version, report)
+    if report.decision == "BLOCK":
         return None
     return promote(registry, version.version, report, who=who())
 

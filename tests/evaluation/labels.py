@@ -23,7 +23,7 @@ class Labels(Domain):
     }
     case_kinds: Mapping[str, CaseKind] = {**STANDARD_KINDS, "twins": CaseKind("near twins", pairs=True)}
     metrics: Mapping[str, Metric] = {
-        "accuracy": Metric("accuracy"),
+        "accuracy": Metric("accuracy", share=True),
         "macro_f1": Metric("macro F1"),
         "pass_at_2": Metric("pass@2"),
         "bias": Metric("bias towards one label", bound="at most"),

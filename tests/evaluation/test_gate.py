@@ -271,6 +271,11 @@ def test_a_rule_that_the_domain_does_not_have_is_named_with_the_nearest_one() ->
         GateRules({"no_unperformed_action_violations": 0}, labels)
 
 
+def test_the_limit_of_a_metric_that_is_a_share_is_one() -> None:
+    with pytest.raises(UserError, match="accuracy: 95 is not a number from 0 to 1"):
+        GateRules({"accuracy": 95}, labels)
+
+
 def test_a_metric_with_the_name_of_another_rule_is_refused() -> None:
     class Clashing(Domain):
         name = "clashing"

@@ -51,7 +51,7 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     )
     assert "?? .dvc/config" in ignored.stdout
     written = {str(each.relative_to(project)) for each in project.rglob("*") if ".git/" not in f"{each}/"}
-    assert {"recipes/gate.yaml", "dvc.yaml", "data.dvc", ".gitignore", ".dvcignore"} <= written
+    assert {"recipes/gate.yaml", "dvc.yaml", ".gitignore", ".dvcignore"} <= written
 
 
 @pytest.mark.parametrize("domain", [name for name, kind in KINDS.items() if kind.file])

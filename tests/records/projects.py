@@ -65,10 +65,6 @@ TICKETS = {
     "params.yaml": """
         generate: {documents: 30}
     """,
-    "data.dvc": """
-        deps: [{path: raw}]
-        outs: [{path: data}]
-    """,
     ".gitignore": """
         /raw
         /data

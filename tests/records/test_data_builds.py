@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import zc.lockfile
-from projects import PACKAGES, PROJECT, contents, git, set_params, tickets
+from projects import PACKAGES, PROJECT, contents, dvc, git, set_params, tickets
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
@@ -154,7 +154,7 @@ def test_a_project_whose_stages_do_not_read_data_is_built(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("with_git", [False, True])
 def test_files_of_a_project_without_a_stage_become_the_version(with_git: bool, tmp_path: Path) -> None:
-    project = tickets(tmp_path, "dvc.yaml", "data.dvc")
+    project = tickets(tmp_path, "dvc.yaml")
     if with_git:
         git(project, "init", "-q")
     (project / "data").mkdir()
@@ -165,6 +165,20 @@ def test_files_of_a_project_without_a_stage_become_the_version(with_git: bool, t
     version = build_data(project)
     assert contents(project) == mine
     assert build_data(project) == check_data(project) == version
+
+
+def test_own_files_of_a_new_project_are_restored_by_dvc_as_a_folder(tmp_path: Path) -> None:
+    project = tickets(tmp_path)  # with a stage that would make data, of which nothing was made
+    git(project, "init", "-q")
+    (project / "data").mkdir()
+    (project / "data/corpus.jsonl").write_text('{"text": "our own words."}\n')
+    dvc(project, "init", "-q")
+    dvc(project, "add", "-q", "data")
+    shutil.rmtree(project / "data")
+    dvc(project, "checkout", "-q", "data")
+    assert (project / "data/corpus.jsonl").read_text() == '{"text": "our own words."}\n'
+    assert build_data(project) == check_data(project)
+    assert (project / "data/corpus.jsonl").read_text() == '{"text": "our own words."}\n'
 
 
 def test_outside_a_project_there_is_nothing_to_build(tmp_path: Path) -> None:

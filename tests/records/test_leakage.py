@@ -93,4 +93,4 @@ def test_a_held_out_pair_in_training_stops_the_run(check, data: Path) -> None:
 def test_every_leak_is_counted(check, data: Path) -> None:
     for number in (1, 2, 3):
         append(data / "corpus.jsonl", row(data / "corpus_heldout.jsonl", number))
-    assert "(2 more rows leak)" in refused(check, ["text"])
+    assert "(2 more of such rows)" in refused(check, ["text"])

@@ -15,7 +15,7 @@ from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry import promotion as promote_module
 from twinloop.registry.ledger import Ledger
-from twinloop.registry.promotion import open_ledger, promote, record_gate, rollback
+from twinloop.registry.promotion import open_ledger, promote, read_gate, record_gate, rollback
 from twinloop.registry.status import status
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Lineage, Registry, Served, Version
@@ -120,6 +120,22 @@ def test_a_gate_that_blocks_while_a_promotion_waits_is_seen_by_it(
     monkeypatch.setattr(promote_module, "_locked_ledger", after_a_wait)
     with pytest.raises(UserError, match="its gate says BLOCK"):
         promote(registry, 1, who="ada", manual=True)
+
+
+def test_a_report_by_other_rules_about_the_champion_replaces_its_last_one(registry: Registry, exported: Export) -> None:
+    version = exported("w1")
+    promote(registry, 1, ship(version), who="ada")
+    stricter = ship(version, "BLOCK").model_copy(update={"rules_digest": "stricter"})
+    record_gate(registry, registry.version(1), stricter)
+    promote(registry, 1, ship(version), who="ada")
+    kept = read_gate(registry, registry.version(1))
+    assert kept is not None
+    assert kept.decision == "SHIP"
+    record_gate(registry, registry.version(1), ship(version, "BLOCK"))  # the hourly check, by the same rules
+    promote(registry, 1, ship(version), who="ada")
+    kept = read_gate(registry, registry.version(1))
+    assert kept is not None
+    assert kept.decision == "BLOCK"
 
 
 def test_a_changed_gate_report_is_refused(registry: Registry, exported: Export) -> None:
