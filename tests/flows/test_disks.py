@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from small_project import make_project, start, twinloop
+from small_project import make_project, start, twinloop, write_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -143,8 +143,7 @@ def test_a_document_that_a_full_disk_does_not_take_is_not_found(project: Path, d
 @pytest.fixture(scope="module")
 def two_champions(project: Path) -> Path:
     """The project with a second champion, so that there is a way back."""
-    rules = project / "recipes" / "small.yaml"
-    rules.write_text(rules.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
+    write_recipe(project, sft={"learning_rate": 0.002})
     done = twinloop(project, "run", "recipes/small.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     return project
