@@ -27,7 +27,7 @@ from twinloop.serving.generation import TextStream
 from twinloop.serving.knowledge.documents import DocumentStore
 
 GREETING: list[Message] = [{"role": "user", "content": "Hello!"}]
-"""What is asked where a domain makes no decisions, and so has no example of its own."""
+"""What is asked where a domain makes no decisions and has no `messages` as its example."""
 GREETING_TOKENS = 16
 
 
@@ -46,7 +46,7 @@ class SmokeTest:
 def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
     """The route and the body with which a server of this domain is asked for an answer."""
     if domain.request is None:
-        return "/v1/chat/completions", {"messages": GREETING, "max_tokens": GREETING_TOKENS}
+        return "/v1/chat/completions", {"messages": _opening(domain), "max_tokens": GREETING_TOKENS}
     return "/v1/decisions", dict(domain.example)
 
 
@@ -60,7 +60,7 @@ def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, 
     scheduler = Scheduler(engine)
     try:
         if domain.request is None:
-            return _chat(scheduler, tokenizer, exported)
+            return _chat(scheduler, tokenizer, _opening(domain), exported)
         return _decide(scheduler, tokenizer, domain, exported)
     finally:
         scheduler.close()
@@ -86,14 +86,20 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
     return SmokeTest(domain.example, response, f"escalated: {reasons}" if response.escalated else passed)
 
 
-def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, exported: Path) -> SmokeTest:
-    prompt = tokenizer.encode_prompt(GREETING)
+def _opening(domain: Domain) -> list[Message]:
+    """The messages that a chat is tried with."""
+    messages: list[Message] = domain.example.get("messages", GREETING)
+    return messages
+
+
+def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message], exported: Path) -> SmokeTest:
+    prompt = tokenizer.encode_prompt(messages)
     available = scheduler.max_length - len(prompt)
     if available < 1:
-        raise UserError(f"{exported}: it loads and answers nothing (a greeting has more tokens than it can read)")
+        raise UserError(f"{exported}: it loads and answers nothing (its example has more tokens than it can read)")
     params = SamplingParams(max_tokens=min(GREETING_TOKENS, available), stop=(tokenizer.stop_id,))
     text = TextStream(scheduler.submit(prompt, params), tokenizer, started=time.perf_counter())
     answer = "".join(text)
     if not text.completion_tokens:
         raise UserError(f"{exported}: it loads and answers nothing")
-    return SmokeTest({"messages": GREETING}, None, json.dumps(answer, ensure_ascii=False))
+    return SmokeTest({"messages": messages}, None, json.dumps(answer, ensure_ascii=False))

@@ -199,6 +199,7 @@ if (domain.request) {
   request = read; $('fields').append(...nodes);
   $('case').addEventListener('submit', decide);
 }
+$('said').value = domain.example.messages?.at(-1)?.content ?? '';
 $('talk').addEventListener('submit', chat);
 if (domain.documents) {
   $('document_id').value = domain.documents.document_id ?? ''; $('document_text').value = domain.documents.text ?? '';

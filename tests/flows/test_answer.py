@@ -84,12 +84,9 @@ def test_a_server_that_does_not_start_tells_why(tmp_path: Path) -> None:
 
 
 def test_a_server_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "flows").mkdir()
-    (tmp_path / "flows" / "__init__.py").write_text("")
-    (tmp_path / "flows" / "cli.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(answer, "START_WITHIN_S", 0.5)
+    monkeypatch.setattr(answer, "START_WITHIN_S", 0.05)  # before Python itself is up
     with pytest.raises(UserError, match="no address within"):
-        answer_over_http(tmp_path, "small")
+        answer_over_http(make_project(tmp_path), "small")
 
 
 def test_a_champion_that_does_not_answer_is_shown_beside_all_that_was_done(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel
@@ -78,6 +79,13 @@ def test_a_domain_without_decisions_is_tested_with_a_chat(exported: Path) -> Non
     answer = smoke_test(exported, Chat())
     assert answer.decision is None
     assert "Hello!" in str(answer)
+
+
+def test_a_chat_begins_with_the_domains_example(exported: Path) -> None:
+    class Museum(Chat):
+        example: Mapping[str, Any] = {"messages": [{"role": "user", "content": "what does a ticket cost?"}]}
+
+    assert "what does a ticket cost?" in str(smoke_test(exported, Museum()))
 
 
 def test_an_exported_model_that_cannot_read_a_greeting_answers_nothing(tmp_path: Path) -> None:
