@@ -14,7 +14,11 @@ _asked = threading.Event()
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Meanwhile, a Ctrl-C is remembered. In the main thread only."""
+    """Meanwhile, a Ctrl-C is remembered. In the main thread only.
+
+    What a library raises after it is the Ctrl-C: Prefect answers one that comes before a task's run is made with an
+    error about that run (3.8.8).
+    """
 
     def handle(number: int, frame: FrameType | None) -> None:
         _asked.set()
@@ -23,6 +27,9 @@ def interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield
+    except Exception:
+        raise_if_interrupted()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
         _asked.clear()

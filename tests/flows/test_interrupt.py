@@ -38,3 +38,16 @@ def test_it_is_forgotten_with_the_run_that_it_stopped() -> None:
     assert signal.getsignal(signal.SIGINT) == before
     with PlainDisplay() as display:
         display.started("pretrain")
+
+
+def test_an_error_that_a_library_raises_for_it_is_the_interrupt() -> None:
+    def answered_with_another_error() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("Task run is not set") from None
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        answered_with_another_error()
+    with pytest.raises(ValueError, match="its own"), interruptible():
+        raise ValueError("its own")

@@ -62,7 +62,9 @@ def test_the_same_bytes_for_another_domain_are_another_version(
 def test_a_version_without_a_domain_says_how_to_give_it_one(registry: Registry, make: Make, lineage: Lineage) -> None:
     version = registry.register(make().path, lineage, servable=True)
     registry.mlruns.client.delete_model_version_tag("returns", str(version.version), "twinloop.domain")
-    with pytest.raises(UserError, match=r"returns version 1: the registry does not name its domain; .* tag twinloop.domain"):
+    with pytest.raises(
+        UserError, match=r"returns version 1: the registry does not name its domain; .* tag twinloop.domain"
+    ):
         assert registry.version(1).domain
 
 
