@@ -43,7 +43,7 @@ def init(
     from twinloop.flows.init import init_project
 
     name = init_project(folder, domain)
-    typer.echo(f"{name}: written; `twinloop run` in {folder} trains, judges and serves it")
+    typer.echo(f"{name}: written; `twinloop run` in '{folder}' trains, judges and serves it")
     return 0
 
 

@@ -201,7 +201,7 @@ def _find(folder: Path, name: str, *, required: bool) -> Path | None:
     if not found and not required:
         return None
     if not found:
-        raise UserError(f"{folder}: no {name}.jsonl or {name}.parquet; put the {name.replace('_', ' ')} there")
+        raise UserError(f"{folder}: no {name}.jsonl or {name}.parquet; put it there (its form is in docs/data.md)")
     if len(found) > 1:
         raise UserError(f"{folder}: both {found[0].name} and {found[1].name}; remove one of the two")
     return found[0]

@@ -237,7 +237,9 @@ class PendingDecision:
         self._prompt_tokens = len(prompt)
         available = service.scheduler.max_length - len(prompt)
         if available < 1:
-            self._failures = {"prompt": f"the case has {len(prompt)} tokens, too many for this model to read"}
+            self._failures = {
+                "prompt": f"the request has {len(prompt)} tokens, too many for this model to read (it has {service.scheduler.max_length})"
+            }
             return
         params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=(service.tokenizer.stop_id,))
         stream = service.scheduler.submit(prompt, params)

@@ -55,7 +55,7 @@ def validate_stage(
         uses_domain=True,
     )
     if count := artifact.metrics["quarantined"]:
-        log.warning("%d rows are quarantined; each, with its reason, is in %s", count, artifact.path / "quarantine")
+        log.warning("quarantined rows: %d; each, with its reason, is in %s", count, artifact.path / "quarantine")
     return artifact
 
 
