@@ -237,9 +237,9 @@ class PendingDecision:
         self._prompt_tokens = len(prompt)
         available = service.scheduler.max_length - len(prompt)
         if available < 1:
-            self._failures = {
-                "prompt": f"the request has {len(prompt)} tokens, too many for this model to read (it has {service.scheduler.max_length})"
-            }
+            limit = service.scheduler.max_length
+            words = f"the request has {len(prompt)} tokens, too many for this model to read (at most {limit - 1})"
+            self._failures = {"prompt": words}
             return
         params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=(service.tokenizer.stop_id,))
         stream = service.scheduler.submit(prompt, params)
