@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Text, Verdict
 from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -43,7 +43,7 @@ class TextRequest(BaseModel):
 
     model_config = _STRICT
 
-    text: str = Field(min_length=1, max_length=MAX_TEXT_CHARACTERS, description="the text, untrusted input")
+    text: Text = Field(min_length=1, max_length=MAX_TEXT_CHARACTERS, description="the text, untrusted input")
 
 
 class Classification(Domain):

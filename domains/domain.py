@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic_core import to_json
 
 from twinloop.common.errors import UserError, one_line
@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     import polars as pl
 
     from twinloop.domains.record_types import RecordType
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_without_nul)]
+"""A field of a request that holds text, by the rule of the data's texts: no NUL character."""
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""

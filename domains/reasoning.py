@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Verdict
+from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Text, Verdict
 from twinloop.domains.metrics import pass_at_k
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -34,7 +34,7 @@ class Question(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    question: str = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS, description="untrusted input")
+    question: Text = Field(min_length=1, max_length=MAX_QUESTION_CHARACTERS, description="untrusted input")
 
 
 class Solution(BaseModel):

@@ -15,12 +15,12 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
 from twinloop.domains.documents import MAX_TEXT_CHARACTERS
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, Text
 from twinloop.serving.access import OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router, closed_route, models_router
 from twinloop.serving.console import CONTENT_SECURITY_POLICY, console_page
@@ -44,18 +44,10 @@ SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("holds a NUL character")
-    return text
-
-
 class DocumentText(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: Annotated[str, AfterValidator(_without_nul)] = Field(
-        max_length=MAX_TEXT_CHARACTERS, description="the document's new text"
-    )
+    text: Text = Field(max_length=MAX_TEXT_CHARACTERS, description="the document's new text")
 
 
 def create_app(manager: ModelManager, *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.domain import (
     GOLDEN,
@@ -19,6 +19,7 @@ from twinloop.domains.domain import (
     Message,
     Predicate,
     SplitKey,
+    Text,
     Verdict,
 )
 from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
@@ -41,21 +42,13 @@ if TYPE_CHECKING:
     from twinloop.domains.record_types import RecordType
 
 
-def _without_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("holds a NUL character")
-    return text
-
-
 class ReturnRequest(BaseModel):
     """The body of a request for a decision."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     order: Order = Field(description="trusted facts, from the shop's own records")
-    message: Annotated[str, AfterValidator(_without_nul)] = Field(
-        "", max_length=MAX_MESSAGE_CHARACTERS, description="the customer's words, untrusted input"
-    )
+    message: Text = Field("", max_length=MAX_MESSAGE_CHARACTERS, description="the customer's words, untrusted input")
 
 
 class Returns(Domain):

@@ -104,7 +104,7 @@ def ledger_document(maker: CaseMaker) -> str:
 def index_document(maker: CaseMaker) -> str:
     """Some policies, listed again and again in other orders: in full, by their window, or as strings of a few words.
 
-    After a line's first word everything is settled by which line it is, while the words before it stand in every
+    After a line's first word everything follows from which line it is, while the words before it stand in every
     line alike: what has to be learned is to stay with the passage, not to go on from the last word. The strings
     teach it for words as the windows do for numbers; without them every word after a window stays a guess for long.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # A policy is one sentence, put together so freely that none can be learned by heart: it has to be copied.
-# Each begins with a word of its own: what follows a tail is then told by the passage, never by habit alone.
+# Each begins with a word of its own: what follows a tail is then read from the passage, never from habit alone.
 VERBS = (
     "are eligible",
     "qualify",

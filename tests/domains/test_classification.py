@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.domains.classification import Classification
@@ -68,6 +69,11 @@ def test_an_answer_that_is_no_label_is_not_counted_as_the_label_other() -> None:
     judged = [Judged("held_out", right, {}, [said], [domain.verify(said, right)]) for said in ("other", "no idea")]
     assert domain.measure(judged)["accuracy"] == 0.5
     assert domain.report(judged)["confusion"]["other"] == {"bug": 0, "other": 1}
+
+
+def test_a_text_that_data_would_refuse_is_no_request() -> None:
+    with pytest.raises(ValidationError, match="holds a NUL character"):
+        EMAILS.request(text="hello\0")
 
 
 def test_the_server_checks_that_it_is_a_label() -> None:
