@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,13 @@ from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Registry
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from twinloop.registry.versions import Served
+    from twinloop.tasks.plan import Plan
+    from twinloop.tasks.recipe import Recipe
+    from twinloop.training.runtime import Runtime
 
 FOLLOW = "running servers follow within seconds"
 
@@ -83,47 +90,69 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
 
 
 def show_plan(project: Path, recipe_path: Path) -> int:
-    from rich.table import Table
-
-    from twinloop.flows.display import make_console
+    """What each stage takes, from a few steps of it; the data and what they need is made, and kept for `run`."""
+    from twinloop.flows.display import make_display
+    from twinloop.flows.gpu import gpu_slot
+    from twinloop.tasks.context import Context
     from twinloop.tasks.plan import make_plan
+    from twinloop.tasks.prepare import data_stage, validate_stage
     from twinloop.tasks.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, project)
     runtime = recipe.runtime()
-    plan = make_plan(recipe, project, runtime)
-    console = make_console()
+    with make_display() as display, gpu_slot(project, runtime, shared=False):
+        context = Context.of(project, recipe_path, recipe, display)
+        raw, _ = data_stage(context)
+        context = context.on_data(raw.md5)
+        data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)
+        plan = make_plan(context, recipe, runtime, data=data)
+        _print_plan(plan, recipe, runtime, display.console)
+    return 0
+
+
+def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, console: Console) -> None:
+    from rich.table import Table
+
     network = plan.config
     console.print(
-        f"{recipe.name}: {network.num_parameters:,} parameters ({network.num_hidden_layers} layers, width "
+        f"\n{recipe.name}: {network.num_parameters:,} parameters ({network.num_hidden_layers} layers, width "
         f"{network.hidden_size}, {network.num_attention_heads} heads over {network.num_key_value_heads}, vocabulary "
         f"{network.vocab_size}), on {runtime.device} with {runtime.threads} threads",
         soft_wrap=True,
     )
-    training = Table(box=None, pad_edge=False, title="training, MiB", title_justify="left")
+    training = Table(box=None, pad_edge=False, title="training", title_justify="left")
     training.add_column("stage")
-    for head in [*(name for name, _ in plan.stages[0].memory.rows()), "tokens", "TFLOP", "time"]:
+    for head in ("steps", "tokens", "TFLOP", "time"):
         training.add_column(head, justify="right")
     for stage in plan.stages:
-        training.add_row(
-            stage.name,
-            *(f"{size / 2**20:,.1f}" for _, size in stage.memory.rows()),
-            "?" if stage.tokens is None else f"{stage.tokens:,}",
-            "?" if stage.flops is None else f"{stage.flops / 1e12:,.1f}",
-            "?" if stage.seconds is None else f"~{stage.seconds:,.0f} s",
-        )
-    serving = Table(box=None, pad_edge=False, title="serving, MiB", title_justify="left")
-    serving.add_column("precision")
-    for name, _ in next(iter(plan.serving.values())).rows():
-        serving.add_column(name, justify="right")
-    for precision, memory in plan.serving.items():
-        serving.add_row(precision, *(f"{size / 2**20:,.1f}" for _, size in memory.rows()))
+        numbers = (f"{stage.steps:,}", f"{stage.tokens:,}", f"{stage.flops / 1e12:,.1f}", f"{stage.seconds:,.0f} s")
+        training.add_row(stage.name, *numbers)
+    memory = {stage.name: stage.memory.rows() for stage in plan.stages}
     console.print(training)
-    console.print(serving)
+    console.print(_memory_table("memory of training, MiB", "stage", memory))
+    serving = {str(precision): memory.rows() for precision, memory in plan.serving.items()}
+    console.print(_memory_table("memory of serving, MiB", "precision", serving))
     console.print(
         f"{recipe.evaluate.slots} slots of {recipe.base.max_length} tokens. Weights, gradients, optimizer state and "
-        f"cache are exact; the rest is estimated, time at {plan.flops_per_second / 1e9:.1f} GFLOP/s. "
-        "The libraries themselves come on top.",
+        "cache are exact, activations and buffers estimated; the libraries themselves come on top. Times are of a few "
+        "steps of each stage on this machine now; export, measurements and gate come on top.",
         soft_wrap=True,
     )
-    return 0
+    if plan.busy:
+        console.print(
+            f"! other processes used {plan.busy_cores:.1f} cores meanwhile: on an idle machine it takes less time",
+            style="yellow",
+            soft_wrap=True,
+        )
+
+
+def _memory_table(title: str, first: str, rows: Mapping[str, list[tuple[str, int]]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left")
+    table.add_column(first)
+    for name, _ in next(iter(rows.values())):
+        table.add_column(name, justify="right")
+    for name, parts in rows.items():
+        table.add_row(name, *(f"{size / 2**20:,.1f}" for _, size in parts))
+    return table

@@ -12,8 +12,7 @@ from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import BaseSettings
 
 
-@task(name="base", persist_result=False)
-def new_base(context: Context, settings: BaseSettings, *, seed: int, tokenizer: Artifact) -> Artifact:
+def base_stage(context: Context, settings: BaseSettings, *, seed: int, tokenizer: Artifact) -> Artifact:
     """A model directory: an untrained network, and the tokenizer."""
     config = settings.decoder_config(tokenizer.metrics["vocab_size"])
 
@@ -34,3 +33,6 @@ def new_base(context: Context, settings: BaseSettings, *, seed: int, tokenizer: 
         inputs={"tokenizer": tokenizer},
         modules=("twinloop.tasks.base",),
     )
+
+
+new_base = task(name="base", persist_result=False)(base_stage)

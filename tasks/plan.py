@@ -1,56 +1,89 @@
-"""What a recipe takes, before it runs: memory by part, arithmetic, and a rough time on this machine."""
+"""What a recipe takes, before it runs: memory by part, tokens, arithmetic and time, by a few real steps of each stage.
+
+The data is built, validated and tokenized as `twinloop run` does it, and kept for it. Each stage of training is then
+built on a sample of its records and trains the untrained base for seconds, so its time includes what no formula has:
+packing, optimizer, sampling, this machine. What a step and a record take is multiplied by how many there are.
+"""
 
 from __future__ import annotations
 
+import copy
+import os
+import random
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.nn.functional as F
+import psutil
 
+from twinloop.domains.domain import Domain, Verdict
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.decoder import Decoder
 from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.base import base_stage
+from twinloop.tasks.context import Context
 from twinloop.tasks.recipe import Recipe, TrainStage
+from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
+from twinloop.training.settings import RolloutSettings, TrainSettings
 
-BYTES_A_TOKEN = 3.0
-"""Of the records of the default domain, under its own tokenizer."""
-TRAINED_SHARE = 0.5
-"""The other half of a record is facts for the verifier."""
-PROBE_FLOPS = 2e10
-"""Of one probe of the machine: a second on a slow core."""
-PROBES = 5
-LEFT_FOR_STEP = 0.8
-"""Share of the time that is left for forward and backward; the rest is the optimizer and the data."""
+if TYPE_CHECKING:
+    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.training.loop import StepReport
+    from twinloop.training.stream import Batches, Step
+
+SAMPLE = 600
+"""Records that a stage is built on, and half as many: two points give the part that does not grow with the data."""
+PROBE_S = 3.0
+MIN_STEPS = 4
+"""Besides the first, which also allocates."""
+ASSUMED_WRONG = 0.05
+"""Share of answers without reward in the probe of RL. How often a group of answers has a gradient depends on it."""
+BUSY_CORES = 0.25
+"""Used by other processes, from which on the times are not those of an idle machine."""
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """tokens and flops of the whole stage; None where the data is not there to be counted."""
+    """Of the whole stage. flops: of forward and backward over `tokens`. seconds: on this machine, as busy as it is."""
 
     name: str
     memory: TrainingMemory
-    tokens: int | None
-    flops: float | None
-    seconds: float | None
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Plan:
+    """busy_cores: what other processes used meanwhile."""
+
     config: DecoderConfig
     stages: list[StagePlan]
     serving: dict[Precision, ServingMemory]
-    flops_per_second: float
+    busy_cores: float
+
+    @property
+    def busy(self) -> bool:
+        """Whether the times are longer than on an idle machine."""
+        return self.busy_cores > BUSY_CORES
 
 
-def make_plan(recipe: Recipe, project: Path, runtime: Runtime) -> Plan:
-    """Plan with the vocabulary as large as the recipe allows."""
-    config, max_length = recipe.base.decoder_config(recipe.base.vocab_size), recipe.base.max_length
-    rate = _flops_per_second(config, runtime, *recipe.train[0].settings.shape(max_length))
+def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artifact) -> Plan:
+    """data: validated. Raises UserError where a stage cannot be built on it."""
+    records = [stage.method.records for stage in recipe.train]
+    tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
+    base = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
+    config, max_length = recipe.base.decoder_config(tokenizer.metrics["vocab_size"]), recipe.base.max_length
+    others = _OtherProcesses()
     stages = []
     for stage in recipe.train:
+        context.progress.started(f"plan {stage.name}")
+        started = time.perf_counter()
         rows, seq_len = stage.settings.shape(max_length)
         memory = training_memory(
             config,
@@ -60,42 +93,176 @@ def make_plan(recipe: Recipe, project: Path, runtime: Runtime) -> Plan:
             device=runtime.device,
             reference=stage.settings.has_reference(),
         )
-        tokens = stage.settings.planned_tokens(_data_tokens(stage, project))
-        flops = None if tokens is None else tokens * flops_per_token(config, context=seq_len / 2, training=True)
-        stages.append(StagePlan(stage.name, memory, tokens, flops, None if flops is None else flops / rate))
+        cost = _Prober(context.domain, stage, runtime, data.path, base.path).measure()
+        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True)
+        stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
+        step = f"{1000 * cost.step_s:,.0f} ms a step"
+        context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
     serving = {
         precision: serving_memory(config, precision=precision, slots=recipe.evaluate.slots, max_length=max_length)
         for precision in recipe.export.on(runtime.device)
     }
-    return Plan(config, stages, serving, rate)
+    return Plan(config, stages, serving, others.cores())
 
 
-def _data_tokens(stage: TrainStage, project: Path) -> int | None:
-    """About how many tokens of a stage's records are trained on; None where the file is not there."""
-    files = [project / "data" / f"{stage.method.records}.{ending}" for ending in ("jsonl", "parquet")]
-    size = next((file.stat().st_size for file in files if file.exists()), None)
-    return None if size is None else round(size * TRAINED_SHARE / BYTES_A_TOKEN)
+@dataclass(frozen=True)
+class _Cost:
+    steps: int
+    tokens: int
+    seconds: float
+    step_s: float
 
 
-def _flops_per_second(config: DecoderConfig, runtime: Runtime, rows: int, seq_len: int) -> float:
-    """What a training step of one such layer reaches on this machine, now."""
-    one_layer = config.model_copy(update={"num_hidden_layers": 1})
-    per_token = flops_per_token(one_layer, context=seq_len / 2, training=True)
-    rows = max(1, min(rows, round(PROBE_FLOPS / per_token) // seq_len))
-    torch.set_num_threads(runtime.threads)
-    network = Decoder(one_layer).to(runtime.device)
-    tokens_BL = torch.randint(config.vocab_size, (rows, seq_len), device=runtime.device)
-    positions_BL = torch.arange(seq_len, device=runtime.device).expand(rows, -1)
+@dataclass(frozen=True)
+class _Built:
+    """A stage on so many records: `steps` in all, and what one took."""
 
-    def step() -> float:
+    steps: int
+    build_s: float
+    step_s: float
+    step_tokens: float
+
+
+class _Prober:
+    """Trains one stage for seconds."""
+
+    def __init__(self, domain: Domain, stage: TrainStage, runtime: Runtime, data: Path, model: Path):
+        self._domain, self._stage, self._runtime = domain, stage, runtime
+        self._data, self._model = data, model
+
+    def measure(self) -> _Cost:
+        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.records.validated import read_records
+
         started = time.perf_counter()
-        with torch.autocast(runtime.device, torch.bfloat16, enabled=runtime.device == "cuda"):
-            logits_BLV = network.logits(network.hidden(tokens_BL, positions_BL)).float()
-        F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten()).backward()
-        if runtime.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
+        records = list(read_records(self._data, self._stage.method.records))
+        read_s = time.perf_counter() - started
+        tokenizer = ChatTokenizer.load(self._model)
+        sizes = [SAMPLE // 2, SAMPLE] if len(records) > SAMPLE else [len(records)]
+        found = [self._probe(_spread(records, size), tokenizer) for size in sizes]
+        last = found[-1]
+        steps = round(_extrapolate(sizes, [each.steps for each in found], len(records)))
+        build_s = _extrapolate(sizes, [each.build_s for each in found], len(records))
+        seconds = read_s + max(0.0, build_s) + steps * last.step_s
+        return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
-    step()  # the first one allocates
-    seconds = min(step() for _ in range(PROBES))
-    return LEFT_FOR_STEP * per_token * rows * seq_len / seconds
+    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
+        import torch
+
+        from twinloop.training.loop import run_training
+        from twinloop.training.weights import load_decoder
+
+        torch.set_num_threads(self._runtime.threads)
+        settings, domain = self._as_trained(records, tokenizer)
+        network = load_decoder(self._model)
+        started = time.perf_counter()
+        objective, batches = self._stage.method.build(records, network, tokenizer, settings, self._runtime, domain)
+        built = time.perf_counter()
+        some = _FirstSteps(batches)
+        run_training(
+            network,
+            objective,
+            some,
+            settings,
+            checkpoint_dir=None,
+            on_step=some.done,
+            device=self._runtime.device,
+        )
+        return _Built(batches.total_steps, built - started, some.step_s, some.step_tokens)
+
+    def _as_trained(self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer) -> tuple[TrainSettings, Domain]:
+        """Settings and domain with which the untrained network costs about what the trained one will: answers as long
+        as the right ones, and most of them rewarded."""
+        settings = self._stage.settings
+        if not isinstance(settings, RolloutSettings):
+            return settings, self._domain
+        answers = [self._domain.gold(self._domain.read_facts(record)) for record in records]
+        longest = max((len(tokenizer.encode_answer(answer)) for answer in answers), default=settings.max_new_tokens)
+        shorter = settings.model_copy(update={"max_new_tokens": min(settings.max_new_tokens, longest)})
+        return shorter, _rewarding(self._domain)
+
+
+class _FirstSteps:
+    """A stream that ends once enough of it was timed."""
+
+    def __init__(self, batches: Batches):
+        self._batches = batches
+        self._steps: list[StepReport] = []
+        self._started = time.perf_counter()
+
+    @property
+    def total_steps(self) -> int:
+        """One more than are done, until it is enough."""
+        done, all_steps = len(self._steps), self._batches.total_steps
+        enough = done > MIN_STEPS and time.perf_counter() - self._started > PROBE_S
+        return done if enough or done == all_steps else min(done + 1, all_steps)
+
+    def next(self) -> Step:
+        return self._batches.next()
+
+    def state(self) -> dict[str, Any]:
+        return self._batches.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._batches.restore(state)
+
+    def done(self, report: StepReport) -> None:
+        self._steps.append(report)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds a step; of a short stage, its first one's as well."""
+        return statistics.median(report.seconds.total for report in self._timed)
+
+    @property
+    def step_tokens(self) -> float:
+        return statistics.fmean(report.tokens for report in self._timed)
+
+    @property
+    def _timed(self) -> list[StepReport]:
+        return self._steps[1:] or self._steps
+
+
+class _OtherProcesses:
+    """How many cores everything but this process uses, since it was made."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def cores(self) -> float:
+        wall, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
+        return max(0.0, busy / wall) if wall else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float]:
+        machine, own = psutil.cpu_times(), os.times()
+        idle = machine.idle + getattr(machine, "iowait", 0.0)
+        # a guest's time is already in `user`, and what the host took is not ours to use either
+        everything = sum(machine) - getattr(machine, "guest", 0.0) - getattr(machine, "guest_nice", 0.0)
+        return time.perf_counter(), everything - idle - own.user - own.system
+
+
+def _rewarding(domain: Domain) -> Domain:
+    """The domain with the verifier's cost and other rewards: the untrained network would get none."""
+    verify: Callable[[str, Any], Verdict] = domain.verify
+    drawn = random.Random(0)
+
+    def assumed(output: str, facts: Any) -> Verdict:
+        return replace(verify(output, facts), reward=float(drawn.random() >= ASSUMED_WRONG))
+
+    probed = copy.copy(domain)
+    probed.verify = assumed  # type: ignore[method-assign]
+    return probed
+
+
+def _spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """So many of them, from all parts of the file."""
+    return [records[index * len(records) // count] for index in range(count)]
+
+
+def _extrapolate(sizes: Sequence[int], values: Sequence[float], size: int) -> float:
+    """The line through the last two points; one point holds for its own size."""
+    if len(sizes) == 1:
+        return values[0]
+    (x0, x1), (y0, y1) = sizes[-2:], values[-2:]
+    return y1 + (y1 - y0) / (x1 - x0) * (size - x1)

@@ -14,8 +14,7 @@ from twinloop.tasks.context import Context, Report
 CORPUS, HELD_OUT = "corpus", "corpus_heldout"
 
 
-@task(name="tokenize", persist_result=False)
-def tokenize(context: Context, vocab_size: int, *, records: Sequence[str], data: Artifact) -> Artifact:
+def tokenize_stage(context: Context, vocab_size: int, *, records: Sequence[str], data: Artifact) -> Artifact:
     """A directory with tokenizer.json and tokenizer_config.json. records: the record types that are trained on."""
     sources = (CORPUS,) if CORPUS in records else tuple(sorted(records))
     measured = HELD_OUT if CORPUS in records else None
@@ -44,3 +43,6 @@ def tokenize(context: Context, vocab_size: int, *, records: Sequence[str], data:
         inputs={"data": data},
         modules=("twinloop.tasks.tokenize",),
     )
+
+
+tokenize = task(name="tokenize", persist_result=False)(tokenize_stage)

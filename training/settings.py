@@ -15,9 +15,6 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
-ROLLOUT_COST = 2 / 3
-"""Of training on a token: sampling it costs one forward pass, a third; and one group in two is informative."""
-
 
 class StrictModel(BaseModel):
     """ "8" is not 8, and an unknown key is a mistake."""
@@ -63,10 +60,6 @@ class TrainSettings(StrictModel):
         """Whether a frozen copy of the network stays in memory while it trains."""
         return False
 
-    def planned_tokens(self, data_tokens: int | None) -> int | None:
-        """Tokens of the whole stage, sampling counted by its cost. data_tokens: of its records; None: not known."""
-        return data_tokens
-
 
 class PackedSettings(TrainSettings):
     """Training on a fixed set of token trees, packed into rows of seq_len tokens."""
@@ -102,9 +95,6 @@ class EpochSettings(PackedSettings):
 
     epochs: Count = 1
 
-    def planned_tokens(self, data_tokens: int | None) -> int | None:
-        return None if data_tokens is None else data_tokens * self.epochs
-
 
 class RolloutSettings(TrainSettings):
     """Training on what the network itself samples: groups of answers to one prompt."""
@@ -133,7 +123,3 @@ class RolloutSettings(TrainSettings):
 
     def answer_tokens(self) -> int:
         return self.max_new_tokens
-
-    def planned_tokens(self, data_tokens: int | None) -> int:
-        sampled = self.steps * self.prompts_per_step * self.group_size * self.max_new_tokens
-        return round(sampled * (1 + ROLLOUT_COST))

@@ -28,9 +28,6 @@ class Settings(PackedSettings):
     def steps(self) -> int:
         return max(1, self.tokens // (self.batch_size * self.seq_len))
 
-    def planned_tokens(self, data_tokens: int | None) -> int:
-        return self.tokens
-
 
 def build(
     records: Iterable[dict[str, Any]],

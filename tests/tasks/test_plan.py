@@ -1,0 +1,101 @@
+"""`twinloop plan`: the steps and tokens of each stage are those of the run, and a busy machine is reported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twinloop.domains.returns import domain
+from twinloop.domains.returns.case_maker import GeneratorParams
+from twinloop.domains.returns.generator import generate
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.records.dataset import DataVersion
+from twinloop.records.validated import read_records
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.context import Context
+from twinloop.tasks.plan import SAMPLE, Plan, _OtherProcesses, make_plan
+from twinloop.tasks.prepare import validate_stage
+from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.training.weights import load_decoder
+
+PROJECT = Path(__file__).parents[2]
+
+
+class Watched:
+    """Notes which stages were finished."""
+
+    def __init__(self) -> None:
+        self.done: list[str] = []
+
+    def started(self, stage: str) -> None: ...
+
+    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
+
+    def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
+        self.done.append(stage)
+
+
+RECIPE = load_recipe(PROJECT / "recipes" / "tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    folder = tmp_path_factory.mktemp("plan")
+    sizes = {name: 20 for name, field in GeneratorParams.model_fields.items() if field.is_required()}
+    generate(GeneratorParams(**sizes | {"chat": 3 * SAMPLE, "preferences": 100}), folder / "data")
+    return Context.of(folder, PROJECT / "recipes" / "tiny.yaml", RECIPE, Watched()).on_data("0" * 32)
+
+
+@pytest.fixture(scope="module")
+def data(context: Context) -> Artifact:
+    version = DataVersion("0" * 32, context.project / "data")
+    return validate_stage(context, RECIPE.validate_, needed=RECIPE.record_types, data=version)
+
+
+@pytest.fixture(scope="module")
+def plan(context: Context, data: Artifact) -> Plan:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("twinloop.tasks.plan.PROBE_S", 0.0)  # steps and tokens are tested, not their seconds
+        return make_plan(context, RECIPE, RECIPE.runtime(), data=data)
+
+
+def real_steps(recipe: Recipe, context: Context, data: Artifact, name: str) -> int:
+    stage = next(stage for stage in recipe.train if stage.name == name)
+    base = next((context.project / "artifacts").glob("base/*/tokenizer.json")).parent
+    tokenizer = ChatTokenizer.load(base)
+    records = list(read_records(data.path, stage.method.records))
+    _, batches = stage.method.build(records, load_decoder(base), tokenizer, stage.settings, recipe.runtime(), domain)
+    return batches.total_steps
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+def test_steps_are_those_of_the_run_also_where_only_a_sample_was_built(
+    context: Context, data: Artifact, plan: Plan, name: str
+) -> None:
+    planned = next(stage for stage in plan.stages if stage.name == name)
+    assert planned.steps == pytest.approx(real_steps(RECIPE, context, data, name), rel=0.03)
+    assert planned.tokens > 0
+    assert planned.seconds > 0
+
+
+def test_rollouts_of_the_untrained_network_are_trained_on(plan: Plan) -> None:
+    """It gets no reward yet; the trained one gets some, and what is trained on that is the larger part of a step."""
+    grpo = next(stage for stage in plan.stages if stage.name == "grpo")
+    assert grpo.tokens > 1000
+
+
+def test_what_the_plan_needs_is_kept_for_the_run(context: Context, plan: Plan) -> None:
+    assert {path.name for path in (context.project / "artifacts").iterdir()} >= {"validate", "tokenize", "base"}
+    assert not (context.project / "artifacts" / "pretrain").exists()
+
+
+def test_other_processes_are_noticed() -> None:
+    quiet = _OtherProcesses()
+    before = quiet.cores()
+    others = _OtherProcesses()
+    burn = "import time; end = time.time() + 1\nwhile time.time() < end: pass"
+    subprocess.run([sys.executable, "-c", burn], check=True)
+    assert others.cores() > max(0.5, before / 2)
