@@ -35,8 +35,8 @@ class Chat(Domain):
     name = "chat"
     expected = Expected
     predicates: Mapping[str, Predicate] = {
-        "parsed": Predicate("answered", FORMAT),
-        "answer": Predicate("expected answer", TRAINING),
+        "parsed": Predicate("answered", FORMAT, meaning="the answer is not empty"),
+        "answer": Predicate("expected answer", TRAINING, meaning="it is the expected one, where the case names one"),
     }
     case_kinds: Mapping[str, CaseKind] = {
         **STANDARD_KINDS,

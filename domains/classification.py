@@ -51,8 +51,8 @@ class Classification(Domain):
 
     name = "classification"
     predicates: Mapping[str, Predicate] = {
-        "parsed": Predicate("one label", FORMAT),
-        "label": Predicate("right label", TRAINING),
+        "parsed": Predicate("one label", FORMAT, meaning="the answer is one of the labels, and nothing else"),
+        "label": Predicate("right label", TRAINING, meaning="it is the label of the text"),
     }
     metrics: Mapping[str, Metric] = {
         "accuracy": Metric("accuracy", share=True),

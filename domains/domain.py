@@ -81,13 +81,14 @@ class Predicate:
 
     critical: a release with a single violation in any case is blocked by the rule `<name>_violations`. It is judged on
     unparsed answers too: one whose verdict does not report that it holds is a violation. reason: the message of that
-    rule when it fails.
+    rule when it fails. meaning: what holds, in a few words, for the legend of tables.
     """
 
     title: str
     owner: Owner = UNKNOWN
     critical: bool = False
     reason: str = "an answer that is never allowed"
+    meaning: str = ""
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ class Reasoning(Domain):
     name = "reasoning"
     facts = Solution
     predicates: Mapping[str, Predicate] = {
-        "parsed": Predicate("one final value", FORMAT),
-        "value": Predicate("right value", TRAINING),
+        "parsed": Predicate("one final value", FORMAT, meaning="the answer ends with one value in the wanted form"),
+        "value": Predicate("right value", TRAINING, meaning="it is the expected value"),
     }
     metrics: Mapping[str, Metric] = {
         f"pass_at_{k}": Metric(f"pass@{k}, of sampled answers", share=True) for k in (1, 4)

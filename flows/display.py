@@ -17,7 +17,7 @@ from rich.text import Text
 from twinloop.flows.interrupt import raise_if_interrupted
 
 PLAIN_EVERY_S = 10.0
-WIDTH_WITHOUT_TERMINAL = 170
+WIDTH_WITHOUT_TERMINAL = 120
 OUR_LOGGER = "twinloop"
 UNITS = {"tokens_per_s": "tokens/s"}
 """What people call a metric, where that is not its name."""

@@ -1,4 +1,4 @@
-"""The last page of a run: a row a stage, the gate's report, what was promoted, what it answers."""
+"""The end of a run's output: stages, quality by stage, the gate's report, what was promoted, what it answers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     """Print it all."""
     console.print()
     console.print(stage_table(outcome.rows, outcome.domain))
+    console.print()
+    console.print(quality_table(outcome.rows, outcome.domain))
+    for line in legend(outcome.rows, outcome.domain):
+        console.print(f"  {line}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    console.print()
     console.print(outcome.gate.text(), highlight=False, markup=False, soft_wrap=True)
     version, error = outcome.published.version, outcome.published.error
     if outcome.published.promotion:
@@ -41,29 +46,51 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
 
 
 def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:
-    """One row a stage; a time in brackets is an earlier run's. Rates are of the cases, with Wilson's interval; a column
-    for each predicate of the domain."""
+    """One row a stage: how long it took, and what came of it. A time in brackets is an earlier run's."""
     titles = {name: predicate.title for name, predicate in domain.predicates.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True)
-    for head in ("time", "tokens/s", "bits/byte", "pass rate (95% CI)", *titles.values()):
-        table.add_column(head, justify="right", no_wrap=head not in titles.values())
-    table.add_column("change", overflow="fold")
+    for head in ("time", "tokens/s"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("result", overflow="fold")
     before: Mapping[str, Any] = {}
     for row in rows:
         measured = row.measured.metrics if row.measured else {}
         made = row.artifact.metrics if row.artifact else {}
-        table.add_row(
-            row.name,
-            _time(row),
-            f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else "",
-            f"{measured['bits_per_byte']:.3f}" if "bits_per_byte" in measured else "",
-            _pass_rate(measured),
-            *(_percent(measured.get("predicates", {}).get(name)) for name in titles),
-            row.note or (change(before, measured, titles) if before and measured else _made(made)),
-        )
+        speed = f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else ""
+        result = row.note or (change(before, measured, titles) if before and measured else _made(made))
+        table.add_row(row.name, _time(row), speed, result)
         before = measured or before
     return table
+
+
+def quality_table(rows: Sequence[StageRow], domain: Domain) -> Table:
+    """One row for each model that was measured: rates of the cases, with a column for each predicate of the domain."""
+    titles = {name: predicate.title for name, predicate in domain.predicates.items()}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("after", no_wrap=True)
+    for head in ("bits/byte", "cases passed (95% CI)", *titles.values()):
+        table.add_column(head, justify="right", no_wrap=head not in titles.values())
+    for row in rows:
+        if row.measured:
+            measured = row.measured.metrics
+            table.add_row(
+                row.name,
+                f"{measured['bits_per_byte']:.3f}" if "bits_per_byte" in measured else "",
+                _pass_rate(measured),
+                *(_percent(measured.get("predicates", {}).get(name)) for name in titles),
+            )
+    return table
+
+
+def legend(rows: Sequence[StageRow], domain: Domain) -> list[str]:
+    """What the columns of `quality_table` mean, a line each."""
+    named = {"cases passed": "every check on the right of it holds; the interval is Wilson's"}
+    if any(row.measured and "bits_per_byte" in row.measured.metrics for row in rows):
+        named = {"bits/byte": "loss on held-out text, in bits a byte"} | named
+    named |= {predicate.title: predicate.meaning for predicate in domain.predicates.values() if predicate.meaning}
+    width = max(map(len, named))
+    return [f"{name:<{width}}  {meaning}" for name, meaning in named.items()]
 
 
 def _time(row: StageRow) -> str:

@@ -126,11 +126,13 @@ class Context:
         modules: tuple[str, ...],
         found: Sequence[FoundModule] = (),
         uses_domain: bool = False,
+        label: str | None = None,
     ) -> Artifact:
         """The stage's artifact: found in the store, or made now under an MLflow run.
 
         work(out, keep, report): as the store's `build`, with a Report to call while it goes. modules: the code whose
-        change makes the artifact anew; so does that of the modules `found`, and with `uses_domain` the domain's.
+        change makes the artifact anew; so does that of the modules `found`, and with `uses_domain` the domain's. label:
+        the stage's name in what is shown.
         """
 
         made_by: list[Tracker] = []
@@ -149,17 +151,18 @@ class Context:
                 code=self.code,
             )
             with Tracker(self.mlruns, execution) as tracker:
-                metrics = work(out, keep, Report(stage, self.progress, tracker))
+                metrics = work(out, keep, Report(label or stage, self.progress, tracker))
                 numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
                 tracker.log(numbers)
             made_by.append(tracker)
             return metrics | {"mlflow_run_id": tracker.run_id}
 
-        self.progress.started(stage)
+        self.progress.started(label or stage)
         artifact = self.store.run(stage, settings=settings, inputs=inputs, code=code, build=build)
         for tracker in made_by:
             tracker.output(artifact.digest)
-        self.progress.finished(stage, seconds=None if artifact.reused else artifact.manifest.seconds, name=artifact.key)
+        seconds = None if artifact.reused else artifact.manifest.seconds
+        self.progress.finished(label or stage, seconds=seconds, name=artifact.key)
         return artifact
 
 

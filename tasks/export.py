@@ -51,6 +51,7 @@ def export_stage(
         settings={"precision": precision, "max_length": max_length, "runtime": runtime.model_dump()},
         inputs={"data": data, "model": model},
         modules=("twinloop.tasks.export",),
+        label=f"export {precision}",
     )
 
 

@@ -15,6 +15,13 @@ from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+NOTHING_LEARNED = {
+    True: "nothing was learned: all answers to each prompt got the same reward. The stages before must first give some "
+    "right answers; train them longer",
+    False: "nothing was learned: no record has a token to train on; look at what validation quarantined",
+}
+"""By whether the method trains on rewards."""
+
 
 @task(name="train", task_run_name="{stage.name}", persist_result=False)
 def train(
@@ -52,7 +59,7 @@ def train(
         )
         save_model(out, network.config, get_weights(network), tokenizer)
         if not result.tokens:
-            log.warning("%s: no batch had anything to learn from; the weights are those before it", stage.name)
+            log.warning("%s: %s", stage.name, NOTHING_LEARNED[method.needs_verifier])
         return result.summary() | {"records": len(records)}
 
     return context.run(

@@ -58,14 +58,18 @@ class Returns(Domain):
     params = GeneratorParams
 
     predicates: Mapping[str, Predicate] = {
-        "parsed": Predicate("JSON", FORMAT),
-        "eligible": Predicate("eligible", UNKNOWN),
-        "policy_id": Predicate("policy", UNKNOWN),
-        "evidence": Predicate("evidence", UNKNOWN),
-        "window_days": Predicate("window", UNKNOWN),
-        "days": Predicate("days", UNKNOWN),
+        "parsed": Predicate("JSON", FORMAT, meaning="the answer is one JSON object with the wanted fields"),
+        "eligible": Predicate("eligible", UNKNOWN, meaning="the decision is the right one"),
+        "policy_id": Predicate("policy", UNKNOWN, meaning="the policy that applies is cited"),
+        "evidence": Predicate("evidence", UNKNOWN, meaning="its sentence is quoted word for word"),
+        "window_days": Predicate("window", UNKNOWN, meaning="the days that it allows are stated"),
+        "days": Predicate("days", UNKNOWN, meaning="the days since delivery are stated"),
         "no_unperformed_action": Predicate(
-            "no unperformed action", SIDE_EFFECT, critical=True, reason="invented side effect"
+            "no unperformed action",
+            SIDE_EFFECT,
+            critical=True,
+            reason="invented side effect",
+            meaning="nothing is claimed that no tool did, such as a label",
         ),
     }
     case_kinds: Mapping[str, CaseKind] = {

@@ -38,7 +38,7 @@ def project(first: tuple[Path, object], tmp_path: Path) -> Path:
 def stages(output: str) -> dict[str, set[str]]:
     """Stages by what happened to them; a stage that ran several times is listed under each."""
     happened: dict[str, set[str]] = {"done in": set(), "already done": set()}
-    for name, how in re.findall(r"^✓ (\S+)\s+(done in|already done)", output, re.MULTILINE):
+    for name, how in re.findall(r"^✓ (\S+)(?: \S+)?\s+(done in|already done)", output, re.MULTILINE):
         happened[how].add(name)
     return happened
 
@@ -61,10 +61,14 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     assert "gate: SHIP" in run.stdout
     for stage in ("data", "validate", "tokenize", "base", "check", *TRAINED, "audit", "export", "evaluate", "gate"):
         assert stage in stages(run.stdout)["done in"]
-    table = run.stdout[run.stdout.index("bits/byte") :]
+    assert max(map(len, run.stdout[run.stdout.index("stage ") : run.stdout.index("gate: SHIP")].splitlines())) <= 120
+    quality = run.stdout[run.stdout.index("bits/byte") :]
     for stage in TRAINED:
-        row = next(line for line in table.splitlines() if line.startswith(f"{stage} "))
-        assert re.search(r"\d+\.\d s +[\d,]+ +\d\.\d{3} +[\d.]+% \([\d.]+-[\d.]+\)( +[\d.]+%){7}", row), row
+        assert re.search(rf"^{stage} +\d+\.\d s +[\d,]+", run.stdout, re.MULTILINE), stage
+        row = next(line for line in quality.splitlines() if line.startswith(f"{stage} "))
+        assert re.search(r"\d\.\d{3} +[\d.]+% \([\d.]+-[\d.]+\)( +[\d.]+%){7}", row), row
+    for predicate in returns.predicates.values():
+        assert re.search(rf"^  {predicate.title} +{predicate.meaning}", quality, re.MULTILINE), predicate
     answer = json.loads(run.stdout[run.stdout.index("over HTTP:") :].splitlines()[1])
     assert (answer["decision"] is None) == answer["escalated"]
     served = status(project)
