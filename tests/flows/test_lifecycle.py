@@ -62,7 +62,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     for stage in ("data", "validate", "tokenize", "base", "check", *TRAINED, "audit", "export", "evaluate", "gate"):
         assert stage in stages(run.stdout)["done in"]
     assert max(map(len, run.stdout[run.stdout.index("stage ") : run.stdout.index("gate: SHIP")].splitlines())) <= 120
-    quality = run.stdout[run.stdout.index("bits/byte") :]
+    quality = run.stdout[run.stdout.index("\nafter ") :]
     for stage in TRAINED:
         assert re.search(rf"^{stage} +\d+\.\d s +[\d,]+", run.stdout, re.MULTILINE), stage
         row = next(line for line in quality.splitlines() if line.startswith(f"{stage} "))
