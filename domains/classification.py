@@ -16,10 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Text, Verdict
+from twinloop.domains.domain import (
+    Derived,
+    Document,
+    Domain,
+    Judged,
+    Message,
+    Metric,
+    Predicate,
+    Text,
+    Verdict,
+    explained,
+)
 from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -82,7 +93,8 @@ class Classification(Domain):
     def record_types(self) -> Mapping[str, RecordType]:
         from twinloop.domains.record_types import classification
 
-        own = replace(classification(self.labels), split=None)  # the leakage check looks at what is made from it
+        # the leakage check looks at what is made from it
+        own = replace(classification(self.labels), split=None, examine=self._examine)
         held_out = replace(own, name="classification_heldout")
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
@@ -93,12 +105,27 @@ class Classification(Domain):
             "cases": Derived("classification_heldout", self._case),
         }
 
+    def _examine(self, row: Mapping[str, Any]) -> str | None:
+        """A text that the server would refuse."""
+        try:
+            self.request_of_row(row)
+        except ValidationError as error:
+            return explained(error)
+        return None
+
+    def request_of_row(self, row: Mapping[str, Any]) -> Any:
+        """The request for a row of the data; override it where yours has other fields."""
+        return self.request(text=row["text"])
+
     def _demonstration(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         answer = {"role": "assistant", "content": row["label"]}
-        return {"messages": [*self._messages(row["text"]), answer], "facts": {"label": row["label"]}}
+        return {
+            "messages": [*self.build_prompt(self.request_of_row(row), ()), answer],
+            "facts": {"label": row["label"]},
+        }
 
     def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
-        return {"prompt": self._messages(row["text"]), "facts": {"label": row["label"]}}
+        return {"prompt": self.build_prompt(self.request_of_row(row), ()), "facts": {"label": row["label"]}}
 
     def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
@@ -163,6 +190,9 @@ class Classification(Domain):
 
     def build_prompt(self, request: TextRequest, passages: Sequence[Document]) -> list[Message]:
         return self._messages(request.text)
+
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[TextRequest, Sequence[Document]]:
+        return TextRequest(text=prompt[-1]["content"]), ()
 
     def check(self, output: str, request: TextRequest, passages: Sequence[Document]) -> Verdict:
         """Whether it is a label: which one is right, the server does not know."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, ValidationError
 from pydantic_core import to_json
 
 from twinloop.common.errors import UserError, one_line
@@ -35,6 +35,9 @@ def _without_nul(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_without_nul)]
 """A field of a request that holds text, by the rule of the data's texts: no NUL character."""
+
+MAX_MESSAGES = 256
+"""Of a chat, in the data and in a request."""
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
@@ -275,6 +278,12 @@ class Domain:
         """The chat messages that ask for the answer: one function for training data, evaluation and serving."""
         raise NotImplementedError(f"{self.name} builds no prompts")
 
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[Any, Sequence[Document]] | None:
+        """The request and the passages that a prompt of the data was made from, so that validation can build it again
+        and compare; None: that cannot be said. facts: of its row, or None. May raise pydantic's ValidationError for
+        what is no request."""
+        return None
+
     def precheck(self, request: Any, passages: Sequence[Document]) -> Mapping[str, str]:
         """Reasons, by check, for which the model need not even be asked; none: it is."""
         return {}
@@ -348,6 +357,13 @@ def validate_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> BaseMo
     Validated as JSON, also in strict models: a list may become a tuple, a text an enum. Raises ValidationError.
     """
     return model.model_validate_json(to_json(_without_defaults(model, fields)))
+
+
+def explained(error: ValidationError, place: str = "") -> str:
+    """The first of a row's problems, by the dotted name of its field. place: what the fields are in, such as facts."""
+    problem = error.errors()[0]
+    name = ".".join([*([place] if place else []), *map(str, problem["loc"])])
+    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _without_defaults(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ import polars as pl
 from pydantic import BaseModel, ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.common.texts import VISIBLE
 from twinloop.domains.documents import refused
-from twinloop.domains.domain import validate_fields
+from twinloop.domains.domain import MAX_MESSAGES, explained, validate_fields
 
 if TYPE_CHECKING:
     from twinloop.domains.domain import Domain
@@ -38,7 +39,7 @@ Rules = dict[str, pl.Expr]
 def text_rules(column: str, limit: int = MAX_TEXT_CHARACTERS) -> Rules:
     text = pl.col(column)
     return {
-        f"{column} is empty": text.str.contains(r"\S"),
+        f"{column} is empty": text.str.contains(VISIBLE),
         f"{column} is longer than {limit} characters": text.str.len_chars() <= limit,
         f"{column} holds a NUL byte": ~text.str.contains("\0", literal=True),
     }
@@ -55,9 +56,10 @@ def message_rules(column: str, *, answered: bool) -> Rules:
     return {
         f"{column} has an unknown role (known: {', '.join(ROLES)})": each(role.is_in(ROLES)),
         f"{column} is without a question": messages.list.len() >= (2 if answered else 1),
+        f"{column} has more than {MAX_MESSAGES} messages": messages.list.len() <= MAX_MESSAGES,
         f"{column} does not end with the {'assistant' if answered else 'user'}": last
         == ("assistant" if answered else "user"),
-        f"{column} has a message that is empty": each(content.str.contains(r"\S")),
+        f"{column} has a message that is empty": each(content.str.contains(VISIBLE)),
         f"{column} has a message longer than {MAX_TEXT_CHARACTERS} characters": each(
             content.str.len_chars() <= MAX_TEXT_CHARACTERS
         ),
@@ -253,9 +255,7 @@ def _column(name: str, model: type[BaseModel] | None) -> tuple[dict[str, pl.Data
         try:
             validate_fields(model, row[name])
         except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join([name, *map(str, problem["loc"])])
-            return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            return explained(error, name)
         return None
 
     return {name: pl.Struct(columns_of(model))}, frozenset(optional_in(model, name)), examine

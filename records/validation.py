@@ -19,11 +19,14 @@ import polars as pl
 from pandera.config import ValidationDepth, config_context
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Derived, Domain, chosen_split_keys
+from twinloop.domains.domain import Derived, Domain, chosen_split_keys, domain_code
 from twinloop.domains.record_types import RecordType
+from twinloop.records.findings import Finding, find_in
+from twinloop.records.misspelt import misspelt_fields
+from twinloop.records.prompts import foreign_prompts
 from twinloop.records.reading import data_files, original_lines, read_rows
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
-from twinloop.records.splits import Split, check_splits
+from twinloop.records.splits import Split, check_splits, unseen_rows
 from twinloop.records.validated import write_records
 
 WORST_REASONS = 3
@@ -63,6 +66,8 @@ class ValidationReport:
     """Record types that have no file: by name, the record type from whose rows they were made."""
     split_keys: tuple[str, ...]
     """What was checked to be disjoint."""
+    findings: tuple[Finding, ...] = ()
+    """What stops nothing and the owner of the data should know."""
 
     @property
     def rows(self) -> int:
@@ -101,19 +106,26 @@ def validate(
     (output_dir / "quarantine").mkdir(parents=True, exist_ok=True)
     splits: list[Split] = []
     reports: dict[str, FileReport] = {}
+    findings: list[Finding] = []
     for name, path in paths.items():
         rows = check_rows(path, records[name])
+        misspelt = misspelt_fields(path, rows, records[name])
+        findings += misspelt
         splits.append(Split(records[name], rows.frame, str(path)))
         reports[name] = _report(path, rows)
         _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", rows.rejected)
-        _refuse_too_many(path, rows, settings.max_quarantined)
+        _refuse_too_many(path, rows, settings.max_quarantined, misspelt)
     sources = {split.record.name: split for split in splits}
-    splits += [_derive(records[name], how, sources[how.source]) for name, how in derived.items()]
+    splits += [_derive(records[name], how, sources[how.source], domain) for name, how in derived.items()]
     check_splits(splits, keys)
+    findings += unseen_rows(splits, keys)
+    for split in splits:
+        findings += find_in(split.frame, split.record, split.file)
+        findings += foreign_prompts(split.frame, split.record, split.file, domain)
     for split in splits:
         write_records(split.frame.drop(LINE), output_dir, split.record.name)
     made_from = {name: how.source for name, how in derived.items()}
-    report = ValidationReport(reports, made_from, tuple(settings.split_keys))
+    report = ValidationReport(reports, made_from, tuple(settings.split_keys), tuple(dict.fromkeys(findings)))
     (output_dir / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -139,14 +151,18 @@ def unusable(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
     return reasons | _duplicates(_without(frame, reasons), record)
 
 
-def _derive(record: RecordType, how: Derived, source: Split) -> Split:
+def _derive(record: RecordType, how: Derived, source: Split, domain: Domain) -> Split:
     """The records that the domain makes from the good rows of another type; their lines are those of the rows.
 
     Raises UserError for one that breaks a rule of its type.
     """
     lines = source.frame[LINE]
     rows = zip(source.frame.drop(LINE).iter_rows(named=True), lines, strict=True)
-    frame = pl.DataFrame([how.make(row, line) for row, line in rows], schema=dict(record.columns)).with_columns(lines)
+    made = []
+    for row, line in rows:
+        with domain_code(domain, "derived", f"{source.file} line {line}"):
+            made.append(how.make(row, line))
+    frame = pl.DataFrame(made, schema=dict(record.columns)).with_columns(lines)
     for line, reason in _broken_rules(frame, record).items():
         raise UserError(f"{source.file} line {line}: the {record.name} record that the domain makes of it: {reason}")
     return Split(record, frame, source.file)
@@ -218,7 +234,7 @@ def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
     return Counter(reason.reason.split(" at column ")[0].split(" of line ")[0] for reason in rejected)
 
 
-def _refuse_too_many(path: Path, rows: Rows, limit: float) -> None:
+def _refuse_too_many(path: Path, rows: Rows, limit: float, misspelt: Sequence[Finding]) -> None:
     bad, total = len(rows.rejected), len(rows.frame) + len(rows.rejected)
     if not total:
         raise UserError(f"{path}: holds no rows; put at least one there")
@@ -226,9 +242,10 @@ def _refuse_too_many(path: Path, rows: Rows, limit: float) -> None:
         counts = _counted(rows.rejected).most_common(WORST_REASONS)
         worst = "; ".join(f"{count} x {reason}" for reason, count in counts)
         first = rows.rejected[0]
+        hint = f" ({misspelt[0].rows} rows {misspelt[0].what})" if misspelt else ""
         raise UserError(
             f"{path}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
-            f"line {first.line}: {first.reason}; fix the file or raise validate.max_quarantined"
+            f"line {first.line}: {first.reason}{hint}; fix the file or raise validate.max_quarantined"
         )
 
 

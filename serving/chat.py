@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError, error_body
@@ -67,7 +67,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)

@@ -33,6 +33,7 @@ from twinloop.domains.returns.prompt import (
     Order,
     build_prompt,
     is_eligible,
+    said_by_customer,
 )
 from twinloop.domains.returns.verifier import Facts
 
@@ -128,6 +129,14 @@ class Returns(Domain):
 
     def build_prompt(self, request: ReturnRequest, passages: Sequence[Document]) -> list[Message]:
         return build_prompt(request.order, request.message, _policies(passages))
+
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[ReturnRequest, Sequence[Document]] | None:
+        """By the facts of its row; what the customer says is only in the prompt."""
+        if facts is None or type(self).build_prompt is not Returns.build_prompt:
+            return None
+        known = Facts.from_record(facts)
+        passages = [Document(passage.policy_id, passage.text) for passage in known.passages]
+        return ReturnRequest(order=known.order, message=said_by_customer(prompt)), passages
 
     def precheck(self, request: ReturnRequest, passages: Sequence[Document]) -> Mapping[str, str]:
         """Cases that no answer could decide: no policy covers the reason, or two that do contradict each other."""
