@@ -1,8 +1,9 @@
-"""What counts as text: at least one character that can be seen, and one Unicode form wherever two texts are compared."""
+"""What counts as text: something that can be seen; and the one Unicode form in which texts are compared."""
 
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 _INVISIBLE = (
     *((0x0, 0x20), (0x7F, 0xA0), (0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x1680, 0x1680)),
@@ -16,7 +17,7 @@ display (Default_Ignorable_Code_Point), and the empty Braille pattern. Marks tha
 VISIBLE = f"[^{''.join(f'{chr(first)}-{chr(last)}' for first, last in _INVISIBLE)}]"
 """A character that can be seen, as a regular expression for `re` and for polars alike."""
 
-FORM = "NFC"
+FORM: Literal["NFC"] = "NFC"
 """The Unicode form in which texts are compared: é is one character, or e with an accent behind it."""
 
 _VISIBLE = re.compile(VISIBLE)

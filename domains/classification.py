@@ -118,11 +118,9 @@ class Classification(Domain):
         return self.request(text=row["text"])
 
     def _demonstration(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        prompt = self._prompt(row, line)
         answer = {"role": "assistant", "content": row["label"]}
-        return {
-            "messages": [*self.build_prompt(self.request_of_row(row), ()), answer],
-            "facts": {"label": row["label"]},
-        }
+        return {"messages": [*prompt["prompt"], answer], "facts": prompt["facts"]}
 
     def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         return {"prompt": self.build_prompt(self.request_of_row(row), ()), "facts": {"label": row["label"]}}

@@ -1,4 +1,4 @@
-"""What stops nothing in a data set and its owner should know: rows that contradict each other, or repeat in disguise."""
+"""What stops nothing in a data set and its owner should know: rows that contradict each other, or nearly repeat."""
 
 from __future__ import annotations
 

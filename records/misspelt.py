@@ -30,22 +30,16 @@ def misspelt_fields(path: Path, rows: Rows, record: RecordType) -> list[Finding]
     for number, line in sorted(original_lines(path, numbers, record).items()):
         for pair in dict.fromkeys(_misspelt(_parsed(line), known)):
             seen.setdefault(pair, []).append(number)
-    for name in rows.ignored - {unknown for unknown, _ in seen}:
+    for name in sorted(rows.ignored - {unknown for unknown, _ in seen}):
         # a column of Parquet, which no row shows: it is in all rows
         near = _near_in(name, known)
-        if (
-            near
-            and "." not in name
-            and path.suffix == ".parquet"
-            and (len(rows.frame) == rows.frame[near].null_count())
-        ):
+        if near in record.columns and path.suffix == ".parquet" and rows.frame[near].null_count() == len(rows.frame):
             seen[name, near] = sorted(numbers)
-    return [
-        Finding(
-            str(path), len(lines), len(numbers), lines[0], f"have the unknown field {name} and no {near}: misspelt?"
-        )
-        for (name, near), lines in seen.items()
-    ]
+    found = []
+    for (name, near), lines in seen.items():
+        what = f"have the unknown field {name} and no {near}: misspelt?"
+        found.append(Finding(str(path), len(lines), len(numbers), lines[0], what))
+    return found
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:

@@ -9,7 +9,6 @@ values changed in turn.
 from __future__ import annotations
 
 import json
-import os
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -88,8 +87,8 @@ def prompt_form(domain: Domain) -> PromptForm:
     fixed = []
     for index, message in enumerate(example):
         contents = [message["content"], *(each[index]["content"] for each in alike)]
-        begin, end = os.path.commonprefix(contents), os.path.commonprefix([text[::-1] for text in contents])[::-1]
-        fixed.append((_before(begin, constant), _before(end[::-1], [value[::-1] for value in constant])[::-1]))
+        begin, end = _common_beginning(contents), _common_beginning([text[::-1] for text in contents])
+        fixed.append((_before(begin, constant), _before(end, [value[::-1] for value in constant])[::-1]))
     return PromptForm(example, frozenset(map(_roles, [example, *variants])), tuple(fixed))
 
 
@@ -113,6 +112,12 @@ def _rebuilt(domain: Domain, prompt: Prompt, facts: Any) -> Prompt | None:
 
 def _roles(prompt: Prompt) -> tuple[str, ...]:
     return tuple(message["role"] for message in prompt)
+
+
+def _common_beginning(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # what these two share, all between them do
+    same = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return first[: next(same, min(len(first), len(last)))]
 
 
 def _before(text: str, values: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
 """The leakage check: nothing that a model is measured on may be in what it is trained on.
 
 Training and held-out rows may not share the split keys that the recipe chooses. The key `text` is built in: a document
-or a prompt, where letter case, white space and Unicode form (NFC) do not matter. All others are the domain's, and which of them a data set
-promises to keep is for the recipe to set: a shop's own cases cite the shop's own documents.
+or a prompt, where letter case, white space and Unicode form (NFC) do not matter. All others are the domain's, and which
+of them a data set promises to keep is for the recipe to set: a shop's own cases cite the shop's own documents.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def unseen_rows(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) ->
     """The rows without a value for a split key, of record types that have it: no leak of theirs by this key is seen."""
     found = []
     for name, key in keys.items():
-        for each in splits if key else ():
-            if each.record.split is None or key.keys(each.record.name, each.record.split == "held_out") is None:
+        if key is None:
+            continue
+        for each in (one for one in splits if one.record.split):
+            if key.keys(each.record.name, each.record.split == "held_out") is None:
                 continue
             lines = each.frame.filter(~pl.col(LINE).is_in(_keys(each, key)[LINE].unique().implode()))[LINE]
             if len(lines):
