@@ -20,6 +20,8 @@ def unusable(document_id: str, text: str) -> str | None:
         return f"its id must have 1 to {MAX_ID_CHARACTERS} characters, and no white space around them"
     if is_blank(document_id):
         return "its id has no character that can be seen"
+    if not {".", ".."}.isdisjoint(document_id.split("/")):
+        return "its id has a part that is . or .., which no address can hold"
     if any(unicodedata.category(character) in UNPRINTABLE for character in document_id):
         return "its id has a character that cannot be seen; remove it"
     if is_blank(text):

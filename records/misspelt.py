@@ -33,7 +33,12 @@ def misspelt_fields(path: Path, rows: Rows, record: RecordType) -> list[Finding]
     for name in sorted(rows.ignored - {unknown for unknown, _ in seen}):
         # a column of Parquet, which no row shows: it is in all rows
         near = _near_in(name, known)
-        if near in record.columns and path.suffix == ".parquet" and rows.frame[near].null_count() == len(rows.frame):
+        if (
+            near is not None
+            and near in record.columns
+            and path.suffix == ".parquet"
+            and rows.frame[near].null_count() == len(rows.frame)
+        ):
             seen[name, near] = sorted(numbers)
     found = []
     for (name, near), lines in seen.items():

@@ -7,10 +7,12 @@ import asyncio
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twinloop.domains.documents import MAX_TEXT_CHARACTERS
 from twinloop.serving.errors import ApiError, error_body
 from twinloop.serving.metrics import Metrics
 
-MAX_BODY_BYTES = 256 * 1024
+MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
+"""The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
 
 
 class LimitBody:
