@@ -33,13 +33,8 @@ def misspelt_fields(path: Path, rows: Rows, record: RecordType) -> list[Finding]
     for name in sorted(rows.ignored - {unknown for unknown, _ in seen}):
         # a column of Parquet, which no row shows: it is in all rows
         near = _near_in(name, known)
-        if (
-            near is not None
-            and near in record.columns
-            and path.suffix == ".parquet"
-            and rows.frame[near].null_count() == len(rows.frame)
-        ):
-            seen[name, near] = sorted(numbers)
+        if near in record.columns and path.suffix == ".parquet" and rows.frame[str(near)].is_null().all():
+            seen[name, str(near)] = sorted(numbers)
     found = []
     for (name, near), lines in seen.items():
         what = f"have the unknown field {name} and no {near}: misspelt?"
