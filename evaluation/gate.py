@@ -316,6 +316,12 @@ def judge(rules: GateRules, measurements: Measurements, *, candidate: str = "") 
     )
 
 
+def passes(rules: GateRules, name: str, measurements: Measurements) -> bool:
+    """Whether the rule of this name holds of what was measured; the others are not asked."""
+    rule = rules.rules[name]
+    return _holds(rule, rule.measure(measurements), float(rules.limits[name]))
+
+
 def _holds(rule: Rule, found: _Measured, limit: float) -> bool:
     if found.value is None or found.worse:
         return False

@@ -27,7 +27,7 @@ from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.export import export
-from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
+from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
@@ -57,6 +57,8 @@ def lifecycle(recipe: str | None = None) -> Outcome:
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
         context, data, data_rows = _prepare(context, settings)
+        outlook = foresee_gate(context, settings.evaluate, rules, data=data)
+        display.console.print(outlook.text(), highlight=False, markup=False, soft_wrap=True)
         trained = _train(context, settings, runtime, data=data)
         exported = [
             export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
