@@ -53,14 +53,11 @@ class Prospect:
         if self.needed is None:
             return f"{self.rule}: no number of {self.unit} reaches {self.limit:g}; lower the limit"
         enough = f"{self.needed} or more are needed: add {self.unit}, or change the rule"
+        of_kind = f"{self.unit} of kind {self.kind}"
         if not self.cases:
-            return (
-                f"{self.rule}: there are no {self.unit} of kind {self.kind}, and what is not measured blocks; {enough}"
-            )
-        return (
-            f"{self.rule}: {self.cases} {self.unit} of kind {self.kind}, all right, reach {self.best:.3f}, and the limit "
-            f"is {self.limit:g}; {enough}"
-        )
+            return f"{self.rule}: there are no {of_kind}, and what is not measured blocks; {enough}"
+        reached = f"{self.cases} {of_kind}, all right, reach {self.best:.3f}"
+        return f"{self.rule}: {reached}, and the limit is {self.limit:g}; {enough}"
 
 
 @dataclass(frozen=True)
