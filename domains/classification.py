@@ -94,8 +94,9 @@ class Classification(Domain):
         from twinloop.domains.record_types import classification
 
         # the leakage check looks at what is made from it
-        own = replace(classification(self.labels), split=None, examine=self._examine)
-        held_out = replace(own, name="classification_heldout")
+        example = {"text": self.example["text"], "label": self.labels[0]}
+        own = replace(classification(self.labels), split=None, examine=self._examine, example=example)
+        held_out = replace(own, name="classification_heldout", about="As classification, held out to measure on.")
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
     def derived(self) -> Mapping[str, Derived]:

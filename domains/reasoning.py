@@ -53,8 +53,8 @@ class Solution(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    question: str
-    answer: str
+    question: str = Field(description="as in the prompt", examples=["2 + 3 = ?"])
+    answer: str = Field(description="the right value", examples=["5"])
 
 
 class Reasoning(Domain):
@@ -91,8 +91,15 @@ class Reasoning(Domain):
             identity=("question",),
             examine=self._examine,
             split=None,  # the leakage check looks at what is made from it
+            about="Questions with their right value, and how it is reached.",
+            meanings={
+                "question": "as it will be sent to the server",
+                "steps": f"what an answer says before `{self.final} VALUE`",
+                "answer": "the right value",
+            },
+            example={"question": "2 + 3 + 4 = ?", "steps": "2 + 3 = 5\n5 + 4 = 9", "answer": "9"},
         )
-        held_out = replace(own, name="reasoning_heldout")
+        held_out = replace(own, name="reasoning_heldout", about="As reasoning, held out to measure on.")
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
     def _examine(self, row: Mapping[str, Any]) -> str | None:

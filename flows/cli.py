@@ -190,6 +190,25 @@ def data_check() -> int:
     return 0
 
 
+@data_app.command("schema")
+def data_schema(
+    kind: Annotated[str | None, typer.Argument(help="a record type such as chat; by default all")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="as in a recipe, such as returns or ./tickets.py; by default the recipe's")
+    ] = None,
+) -> int:
+    """Show what a row of each data file must be: fields, types, meaning, and a whole example row."""
+    from twinloop.flows.schema import data_schema, named_domain
+
+    project = Path.cwd() if domain else _project()
+    if domain is None:
+        from twinloop.tasks.recipe import load_recipe
+
+        domain = load_recipe(_recipe(project, None), project).domain
+    typer.echo(data_schema(named_domain(domain, project), kind))
+    return 0
+
+
 def _project() -> Path:
     from twinloop.tasks.context import find_project
 

@@ -28,7 +28,7 @@ def misspelt_fields(path: Path, rows: Rows, record: RecordType) -> list[Finding]
     seen: dict[tuple[str, str], list[int]] = {}
     numbers = {*rows.frame[LINE], *(one.line for one in rows.rejected)}
     for number, line in sorted(original_lines(path, numbers, record).items()):
-        for pair in dict.fromkeys(_misspelt(_parsed(line), known)):
+        for pair in dict.fromkeys(pair for pair in _misspelt(_parsed(line), known) if pair[0] in rows.ignored):
             seen.setdefault(pair, []).append(number)
     for name in sorted(rows.ignored - {unknown for unknown, _ in seen}):
         # a column of Parquet, which no row shows: it is in all rows
