@@ -19,11 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.errors import ApiError, error_body
+from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
+from twinloop.serving.engine.scheduler import Place
+from twinloop.serving.errors import ApiError, constraint_body, error_body
 from twinloop.serving.generation import TextStream
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.response_format import ResponseFormat, constraint_of
 from twinloop.serving.work import Workers
 
 MAX_STOP_STRINGS = 4
@@ -31,7 +33,7 @@ MAX_STOP_CHARACTERS = 100
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "n": 1,
-    "response_format": {"type": "text"}, "parallel_tool_calls": True, "tool_choice": "none",
+    "parallel_tool_calls": True, "tool_choice": "none",
 }  # fmt: skip
 """Parameters that are accepted only with the value that changes nothing (or null)."""
 
@@ -77,6 +79,7 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop")
     @classmethod
@@ -156,6 +159,8 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
             observe(completion, started)
+        except ConstraintError as error:
+            yield f"data: {json.dumps(constraint_body(error))}\n\n"
         except Exception as error:
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
@@ -200,6 +205,12 @@ def models_router(manager: ModelManager) -> APIRouter:
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     _refuse_unserved(body, service.model)
+    with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
+        return _submit_in(place, service, body, started)
+
+
+def _submit_in(place: Place, service: DecisionService, body: ChatRequest, started: float) -> Completion:
+    constraint = constraint_of(body.response_format, service.grammars)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
         prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
@@ -221,8 +232,9 @@ def _submit(service: DecisionService, body: ChatRequest, started: float) -> Comp
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
         stop=(tokenizer.stop_id,),
+        constraint=constraint,
     )
-    stream = service.scheduler.submit(prompt, params)
+    stream = place.submit(prompt, params)
     text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
     return Completion(text, len(prompt), service.model)
 
