@@ -68,12 +68,12 @@ class GrammarState:
     """How far one answer has come. One thread at a time."""
 
     def __init__(self, grammar: Grammar, matcher: LLMatcher, vocab_size: int):
-        self._grammar, self._matcher, self._vocab_size = grammar, matcher, vocab_size
+        self._grammar, self._matcher = grammar, matcher
         self._tokens: list[int] = []
         self._bits = allocate_token_bitmask(1, vocab_size)
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may be next, bool [vocabulary of the tokenizer]. Raises GrammarError when a limit is reached."""
+        """As `ConstraintState.allowed`. Raises GrammarError when the answer needs more than the limits allow."""
         if not self._fill():
             # What this answer needs decides whether it fails, and not what others have needed before it.
             self._grammar.forget()
@@ -81,7 +81,7 @@ class GrammarState:
             self._matcher.consume_tokens(self._tokens)
             if not self._fill():
                 raise GrammarError(_one_line(self._matcher.get_error()))
-        return np.unpackbits(self._bits.view(np.uint8)[0], count=self._vocab_size, bitorder="little").view(bool)
+        return self._bits.view(np.uint8)[0]
 
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)  # where it fails, `allowed` says so

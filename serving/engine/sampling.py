@@ -31,9 +31,10 @@ class ConstraintState(Protocol):
     """How far one answer has come."""
 
     def allowed(self) -> np.ndarray:
-        """Which tokens may be next, bool [at most V], at least one; ids beyond its end may not. Raises ConstraintError.
+        """Which tokens may be next, at least one: uint8 [about V / 8], of which bit i of byte j is token 8 * j + i.
 
-        A stop token is among them exactly where the answer may end.
+        Tokens beyond its end may not. A stop token may exactly where the answer may end. Valid until the next call.
+        Raises ConstraintError.
         """
 
     def accept(self, token: int) -> None:

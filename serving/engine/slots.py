@@ -26,6 +26,12 @@ from twinloop.serving.engine.sampling import (
 
 FinishReason = Literal["stop", "length"]
 
+# What eight bits of a constraint add to eight logits. Over 150,000 of them a look-up takes 30 us, where choosing by a
+# boolean mask takes 60 to 700.
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -212,7 +218,7 @@ class SlotBatch:
         self._runner.lengths[list(slots)] = length
 
     def _allowed(self, slots: np.ndarray) -> dict[int, np.ndarray]:
-        """What the constraints of slots allow next, by row; rows of other slots are left out."""
+        """What the constraints of slots allow next, bits by row; rows of other slots are left out."""
         allowed: dict[int, np.ndarray] = {}
         for row, slot in enumerate(slots.tolist() if self._constraints else ()):
             if (constraint := self._constraints.get(slot)) is not None:
@@ -249,10 +255,10 @@ class SlotBatch:
 
 
 def _masked(logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
-    """A copy in which the tokens that a row may not draw have no probability."""
+    """A copy in which the tokens that a row may not draw have no probability. allowed: bits, by row."""
     masked_BV = logits_BV.copy()
-    for row, allowed_V in allowed.items():
-        masked_V = masked_BV[row]
-        masked_V[len(allowed_V) :] = -np.inf
-        masked_V[: len(allowed_V)][~allowed_V[: len(masked_V)]] = -np.inf
+    for row, bits in allowed.items():
+        bias_V = _BIAS_OF_BYTE.take(bits, axis=0).reshape(-1)[: masked_BV.shape[1]]
+        masked_BV[row, : len(bias_V)] += bias_V
+        masked_BV[row, len(bias_V) :] = -np.inf
     return masked_BV
