@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.types import Receive, Scope, Send
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
@@ -145,6 +146,21 @@ class Completion:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
 
 
+class _EventStream(StreamingResponse):
+    """Server-sent events. `cancel` is called in the end, also where the client has left before the first of them."""
+
+    def __init__(self, events: AsyncIterator[str], cancel: Callable[[], None]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._cancel = cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()
+
+
 def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
     """`POST /v1/chat/completions`."""
     router = APIRouter()
@@ -164,8 +180,6 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
         except Exception as error:
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
-        finally:  # also reached when the client is gone
-            completion.text.cancel()
 
     @router.post("/v1/chat/completions")
     async def complete(request: Request, body: ChatRequest) -> Response:
@@ -173,11 +187,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(
-                events(completion, include_usage, started),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
+            return _EventStream(events(completion, include_usage, started), completion.text.cancel)
         answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
         observe(completion, started)
         return JSONResponse(answer)

@@ -83,23 +83,33 @@ def test_tokens_that_came_before_an_error_come_first(scheduler, monkeypatch):
         next(bursts)
 
 
-def streamed_to(app, body, pause_s: float) -> list[str]:
-    """The contents of an answer's chunks, to a client that takes so long for each."""
+def call(app, body, send, *more) -> None:
+    """Ask for a chat completion; what the server says goes to `send`, and `more` are messages after the request."""
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
         "path": "/v1/chat/completions", "raw_path": b"/v1/chat/completions", "query_string": b"", "root_path": "",
         "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2),
     }  # fmt: skip
-    asked = asyncio.Queue()
-    asked.put_nowait({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False})
+
+    async def respond() -> None:
+        asked = asyncio.Queue()
+        for message in ({"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}, *more):
+            asked.put_nowait(message)
+        await app(scope, asked.get, send)
+
+    asyncio.run(respond())
+
+
+def streamed_to(app, body, pause_s: float) -> list[str]:
+    """The contents of an answer's chunks, to a client that takes so long for each."""
     events: list[str] = []
 
     async def send(message):
         events.extend(message.get("body", b"").decode().split("\n\n"))
         await asyncio.sleep(pause_s)
 
-    asyncio.run(app(scope, asked.get, send))
+    call(app, body, send)
     chunks = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
     choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
     assert choices[-1]["finish_reason"] == "length"
@@ -112,3 +122,14 @@ def test_a_slow_client_gets_fewer_chunks_than_tokens_and_the_same_text(tmp_path,
     slow = streamed_to(app, body, pause_s=0.1)
     assert 1 <= len(slow) < 50
     assert "".join(slow) == "".join(streamed_to(app, body, pause_s=0))
+
+
+def test_a_client_that_leaves_before_the_first_chunk_frees_its_slot(tmp_path, script, tokenizer):
+    script.delay_s = 0.01
+
+    async def send(message):
+        await asyncio.sleep(0.2)  # the first chunk is never asked for
+
+    body = {"messages": HELLO, "stream": True}
+    call(make_app(tmp_path, script, tokenizer), body, send, {"type": "http.disconnect"})
+    assert script.streams[0].cancelled.is_set()
