@@ -182,6 +182,23 @@ def test_names_and_values_that_look_like_keywords_are_none(grammars, tokenizer):
     assert answer == {"minProperties": {"minProperties": 9}, "not": "uniqueItems"}
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "required": True, "minProperties": "two", "maxLength": 3},
+        {"type": "object", "minProperties": 1, "maxProperties": 1, "additionalProperties": {"type": "null"}},
+        {"type": "array", "items": [{"type": "null"}], "maxItems": 2, "default": {"minProperties": 5}},
+        {"type": "null", "properties": None, "title": "x", "description": "y", "$comment": "z", "examples": [1]},
+    ],
+)
+def test_odd_schemas_are_answered_or_refused(grammars, tokenizer, schema):
+    try:
+        grammar = grammars.json_schema(schema)
+    except GrammarError:
+        return
+    json.loads(tokenizer.decode(drawn(grammar, tokenizer, 2, limit=2000)))
+
+
 def test_blanks_come_to_an_end(grammars, tokenizer):
     state = grammars.json_schema(ORDER).start()
     for token in tokenizer.encode("{"):
