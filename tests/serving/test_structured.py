@@ -8,7 +8,9 @@ from dataclasses import replace
 import jsonschema_rs
 import numpy as np
 import onnxruntime as ort
+import openai
 import pytest
+from pydantic import BaseModel
 from schemas import schema_of
 from served import HELLO, make_app, running, small_tokenizer, wait_until
 from test_chat_api import chunks_of
@@ -284,9 +286,6 @@ def test_text_is_no_constraint(client):
 
 
 def test_the_official_client_parses_answers(client):
-    openai = pytest.importorskip("openai")
-    from pydantic import BaseModel
-
     class Item(BaseModel):
         policy_id: str | None
         days: int
