@@ -146,6 +146,11 @@ class ChatTokenizer:
         return len(self._bytes_of)
 
     @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """What each id means, by id: UTF-8, maybe a part of a character only. Empty for an id of no token."""
+        return self._bytes_of
+
+    @property
     def special_ids(self) -> frozenset[int]:
         """Ids that only the template can produce."""
         return frozenset(self._special_ids.values())

@@ -8,22 +8,25 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.types import Receive, Scope, Send
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.errors import ApiError, error_body
+from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
+from twinloop.serving.engine.scheduler import Place
+from twinloop.serving.errors import ApiError, constraint_body, error_body
 from twinloop.serving.generation import TextStream
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.response_format import ResponseFormat, constraint_of
 from twinloop.serving.work import Workers
 
 MAX_STOP_STRINGS = 4
@@ -31,7 +34,7 @@ MAX_STOP_CHARACTERS = 100
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "n": 1,
-    "response_format": {"type": "text"}, "parallel_tool_calls": True, "tool_choice": "none",
+    "parallel_tool_calls": True, "tool_choice": "none",
 }  # fmt: skip
 """Parameters that are accepted only with the value that changes nothing (or null)."""
 
@@ -77,6 +80,7 @@ class ChatRequest(BaseModel):
     stop: str | list[str] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
 
     @field_validator("stop")
     @classmethod
@@ -142,6 +146,21 @@ class Completion:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
 
 
+class _EventStream(StreamingResponse):
+    """Server-sent events. `cancel` is called in the end, also where the client has left before the first of them."""
+
+    def __init__(self, events: AsyncIterator[str], cancel: Callable[[], None]):
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._cancel = cancel
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._cancel()
+
+
 def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
     """`POST /v1/chat/completions`."""
     router = APIRouter()
@@ -156,11 +175,11 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
             observe(completion, started)
+        except ConstraintError as error:
+            yield f"data: {json.dumps(constraint_body(error))}\n\n"
         except Exception as error:
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
-        finally:  # also reached when the client is gone
-            completion.text.cancel()
 
     @router.post("/v1/chat/completions")
     async def complete(request: Request, body: ChatRequest) -> Response:
@@ -168,11 +187,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return StreamingResponse(
-                events(completion, include_usage, started),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
+            return _EventStream(events(completion, include_usage, started), completion.text.cancel)
         answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
         observe(completion, started)
         return JSONResponse(answer)
@@ -200,6 +215,12 @@ def models_router(manager: ModelManager) -> APIRouter:
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     _refuse_unserved(body, service.model)
+    with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
+        return _submit_in(place, service, body, started)
+
+
+def _submit_in(place: Place, service: DecisionService, body: ChatRequest, started: float) -> Completion:
+    constraint = constraint_of(body.response_format, service.grammars)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
         prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
@@ -221,8 +242,9 @@ def _submit(service: DecisionService, body: ChatRequest, started: float) -> Comp
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
         stop=(tokenizer.stop_id,),
+        constraint=constraint,
     )
-    stream = service.scheduler.submit(prompt, params)
+    stream = place.submit(prompt, params)
     text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
     return Completion(text, len(prompt), service.model)
 

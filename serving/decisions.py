@@ -20,8 +20,9 @@ from pydantic_core import to_json
 from twinloop.domains.domain import Document, Domain, Verdict
 from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.grammar import Grammars
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.scheduler import QueueFullError, Scheduler
+from twinloop.serving.engine.scheduler import Place, QueueFullError, Scheduler
 from twinloop.serving.generation import GivenUpError, TextStream
 from twinloop.serving.knowledge.documents import DocumentStore, DocumentStoreError, SearchResult
 from twinloop.serving.traces import TraceStore
@@ -208,11 +209,15 @@ class PendingDecision:
 
     def begin(self) -> None:
         """Retrieve, and hand the prompt to the scheduler, unless something already speaks against asking."""
+        with self._service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
+            self._prepare(place)
+
+    def _prepare(self, place: Place) -> None:
         try:
             self._retrieve()
             self._failures = self._service.domain.precheck(self._request, self._passages)
             if not self._failures:
-                self._ask()
+                self._ask(place)
         except QueueFullError:
             raise
         except DocumentStoreError as error:
@@ -231,7 +236,7 @@ class PendingDecision:
             finally:
                 self._retrieval_s = time.perf_counter() - self._started
 
-    def _ask(self) -> None:
+    def _ask(self, place: Place) -> None:
         service, domain = self._service, self._service.domain
         prompt = service.tokenizer.encode_prompt(domain.build_prompt(self._request, self._passages))
         self._prompt_tokens = len(prompt)
@@ -242,7 +247,7 @@ class PendingDecision:
             self._failures = {"prompt": words}
             return
         params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=(service.tokenizer.stop_id,))
-        stream = service.scheduler.submit(prompt, params)
+        stream = place.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
 
@@ -260,6 +265,7 @@ class DecisionService:
     ):
         self.scheduler = scheduler
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer)
         self.documents = documents
         self.model = model
         self.domain = domain

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
 
 from twinloop.common.errors import UserError
+from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.scheduler import QueueFullError
 from twinloop.serving.generation import GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
@@ -45,6 +46,11 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
     """The JSON object that describes an error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def constraint_body(error: ConstraintError) -> dict[str, Any]:
+    """The error object for an answer that cannot have the form that was asked for."""
+    return error_body(400, f"response_format: {error}", param="response_format")
 
 
 def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) -> tuple[str, str | None]:
@@ -127,6 +133,10 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     @app.exception_handler(GivenUpError)
     async def given_up(request: Request, error: GivenUpError) -> JSONResponse:
         return JSONResponse(error_body(503, "the answer was given up before its end; ask again"), 503)
+
+    @app.exception_handler(ConstraintError)
+    async def formless(request: Request, error: ConstraintError) -> JSONResponse:
+        return JSONResponse(constraint_body(error), 400)
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:

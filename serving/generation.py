@@ -16,6 +16,7 @@ class GivenUpError(Exception):
 
 class TextStream:
     """The text of one answer, piece by piece; all pieces together are the same whether or not anybody streams them.
+    A piece is what all tokens that are ready make: a reader slower than the engine gets fewer and longer ones.
 
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
@@ -43,27 +44,26 @@ class TextStream:
     def __iter__(self) -> Iterator[str]:
         decoder = self._tokenizer.decoder_stream()
         held = ""
-        for token in self._stream:
+        for tokens in self._stream.bursts():
             if self.ttft_s is None:
                 self.ttft_s = time.perf_counter() - self._started
-            self.completion_tokens += 1
-            if token == self._tokenizer.stop_id:
-                self.finish_reason = "stop"
-                break
-            held += decoder.push(token)
-            if (end := self._stop_at(held)) is not None:
-                self.finish_reason = "stop"
-                self.cancel()
-                held = held[:end]
-                break
+            for token in tokens:
+                self.completion_tokens += 1
+                held += decoder.push(token)
+                end = len(held) if token == self._tokenizer.stop_id else self._stop_at(held)
+                if end is not None:
+                    self.finish_reason = "stop"
+                    self.cancel()
+                    if end:
+                        yield held[:end]
+                    return
             keep = self._possible_stop(held)
             if len(held) > keep:
                 yield held[: len(held) - keep]
                 held = held[len(held) - keep :]
-        else:
-            if self._stream.finish_reason == "cancelled":
-                raise GivenUpError("the answer was given up")
-            held += decoder.finish()
+        if self._stream.finish_reason == "cancelled":
+            raise GivenUpError("the answer was given up")
+        held += decoder.finish()
         if held:
             yield held
 

@@ -3,7 +3,8 @@
 session      ONNX Runtime sessions, over an exported model or over tensors that someone else owns
 kv_cache     the cache of all slots, and the bindings of a step to it
 runner       prefill, decode and scoring over the slots; one forward pass each
-sampling     how the next token is chosen
+sampling     how the next token is chosen, and what a constraint on an answer is
+grammar      constraints: answers that follow a JSON Schema
 slots        the sequences in the slots: admission, prefill, decode steps, their ends. Both drivers below use it
 engine       many prompts at once, for rollouts and evaluation
 scheduler    many callers at once, for serving; `stream` is what each of them gets

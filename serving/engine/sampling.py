@@ -9,10 +9,36 @@ Shapes: letters as in `models.shapes`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from twinloop.common.errors import UserError
+
+
+class ConstraintError(Exception):
+    """An answer cannot be held to its constraint any further; the message says why, in one line."""
+
+
+class Constraint(Protocol):
+    """What an answer must look like. It does not change, and any number of answers may share it."""
+
+    def start(self) -> ConstraintState:
+        """The state of a new answer."""
+
+
+class ConstraintState(Protocol):
+    """How far one answer has come."""
+
+    def allowed(self) -> np.ndarray:
+        """Which tokens may be next, at least one: uint8 [about V / 8], of which bit i of byte j is token 8 * j + i.
+
+        Tokens beyond its end may not. A stop token may exactly where the answer may end. Valid until the next call.
+        Raises ConstraintError.
+        """
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this one of the allowed tokens."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,8 @@ class SamplingParams:
     """How one answer is drawn.
 
     temperature 0 takes the likeliest token. top_p 1 keeps the whole vocabulary. An answer ends with a token of `stop`
-    (which is its last) or after max_tokens. Without a seed every answer is another one.
+    (which is its last) or after max_tokens. Without a seed every answer is another one. A constraint leaves only those
+    tokens to the draw with which the answer keeps its form; `stop` then names the token with which that form ends.
     """
 
     max_tokens: int = 256
@@ -28,6 +55,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop: tuple[int, ...] = ()
     seed: int | None = None
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         bounds = {

@@ -12,10 +12,11 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Self
 
 from twinloop.serving.engine.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch
+from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch, SlotConstraintError
 from twinloop.serving.engine.stream import Stream, StreamEnd
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,32 @@ class SchedulerMetrics:
     totals: Totals
 
 
+class Place:
+    """Room for one request, held from `Scheduler.reserve` until its prompt is submitted or the `with` block ends."""
+
+    def __init__(self, scheduler: Scheduler):
+        self._scheduler = scheduler
+        self._held = True
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        """Queue the prompt in this place, once. Its answer ends at max_tokens or when the slot is full.
+
+        Raises UserError for a prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        """
+        assert self._held, "a place is for one request"
+        stream = self._scheduler._fill_place(prompt, params)
+        self._held = False
+        return stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self._held = False
+            self._scheduler._give_back_place()
+
+
 class Scheduler:
     """Owns the engine from now on. `queue_size` requests may wait beside those in the slots."""
 
@@ -65,6 +92,7 @@ class Scheduler:
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
         self._waiting: deque[Stream] = deque()
+        self._reserved = 0  # places of requests that are still prepared
         self._closing = False
         self._batch = SlotBatch(engine)
         self._streams: list[Stream | None] = [None] * engine.slots
@@ -101,22 +129,41 @@ class Scheduler:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue a prompt. Its answer ends at max_tokens or when the slot is full, whichever comes first.
+    def reserve(self) -> Place:
+        """A place for a request whose prompt is still to be made, so that one that must be refused costs no more.
 
-        Raises UserError for a prompt that does not fit, QueueFullError when too many wait.
+        Use it as a context manager: it gives back a place that nothing was submitted to. Raises QueueFullError.
         """
+        with self._lock:
+            self._check_open()
+            # Free slots count too: the engine's thread fetches who waits for them within a round.
+            if len(self._waiting) + self.active + self._reserved >= self.capacity:
+                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
+            self._reserved += 1
+        return Place(self)
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
+        """Queue a prompt, as `Place.submit` does. Raises like `reserve` and that."""
+        with self.reserve() as place:
+            return place.submit(prompt, params)
+
+    def _check_open(self) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise SchedulerClosedError("the model is shutting down and takes no more requests")
+
+    def _fill_place(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         self._engine.check_prompt(prompt)
         stream = Stream(prompt, params)
         with self._lock:
-            if self._closing or not self._thread.is_alive():
-                raise SchedulerClosedError("the model is shutting down and takes no more requests")
-            # Free slots count too: the engine's thread fetches who waits for them within a round.
-            if len(self._waiting) + self.active >= self.capacity:
-                raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
+            self._check_open()
+            self._reserved -= 1
             self._waiting.append(stream)
             self._lock.notify()
         return stream
+
+    def _give_back_place(self) -> None:
+        with self._lock:
+            self._reserved -= 1
 
     def metrics(self) -> SchedulerMetrics:
         """A snapshot."""
@@ -172,6 +219,9 @@ class Scheduler:
         if slots := self._batch.decoding:
             try:
                 self._deliver(self._batch.step())
+            except SlotConstraintError as error:
+                log.warning("an answer cannot keep its form: %s", error)
+                self._fail([error.slot], error)
             except Exception as error:  # the cause may be any of them: those in the step fail, the others go on
                 log.exception("a decode step failed")
                 self._fail(slots, error)
@@ -208,6 +258,9 @@ class Scheduler:
                 self._prompt_tokens += count
                 if drawn is not None:
                     self._deliver(drawn)
+            except SlotConstraintError as error:
+                log.warning("an answer cannot keep its form: %s", error)
+                self._release(slot, "error", error)
             except Exception as error:  # caused by this prompt or its sampling: the others go on
                 log.exception("a prompt failed")
                 self._release(slot, "error", error)

@@ -9,16 +9,28 @@ Shapes: letters as in `models.shapes`.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from twinloop.serving.engine.runner import ModelRunner
-from twinloop.serving.engine.sampling import SamplingParams, choose, uniform_draws
+from twinloop.serving.engine.sampling import (
+    ConstraintError,
+    ConstraintState,
+    SamplingParams,
+    choose,
+    uniform_draws,
+)
 
 FinishReason = Literal["stop", "length"]
+
+# What eight bits of a constraint add to eight logits. Over 150,000 of them a look-up takes 30 us, where choosing by a
+# boolean mask takes 60 to 700.
+_BIAS_OF_BYTE = np.where(
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
+).astype(np.float32)
 
 
 @dataclass(eq=False)
@@ -46,6 +58,14 @@ class Drawn(NamedTuple):
     ended: np.ndarray
 
 
+class SlotConstraintError(ConstraintError):
+    """The constraint of the sequence in `slot` failed. The step was not taken: the others lose nothing by it."""
+
+    def __init__(self, slot: int, reason: str):
+        super().__init__(reason)
+        self.slot = slot
+
+
 class SlotBatch:
     """The slots of one runner, which it resets and then owns."""
 
@@ -65,6 +85,7 @@ class SlotBatch:
         self._top_p_C = np.ones(slots, np.float64)
         self._uniform_ST = np.zeros((slots, length))
         self._stops_SV = np.zeros((slots, vocabulary), bool)
+        self._constraints: dict[int, ConstraintState] = {}  # by slot, of the sequences that have one
 
     @property
     def free(self) -> int:
@@ -107,6 +128,8 @@ class SlotBatch:
         self._stops_SV[np.ix_(slots, params.stop)] = True
         for slot, sequence in zip(slots, sequences, strict=True):
             self._held[slot] = prompt
+            if params.constraint is not None:
+                self._constraints[slot] = params.constraint.start()
             if params.temperature > 0:
                 self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)
         self._reading.append((prompt, slots.copy()))
@@ -115,7 +138,8 @@ class SlotBatch:
     def read_prompt(self, max_tokens: int | None = None) -> tuple[int, Drawn | None]:
         """Compute the next tokens of the prompt that was admitted first, all or `max_tokens` of them.
 
-        Returns how many it computed, and the first tokens of its sequences once it is whole.
+        Returns how many it computed, and the first tokens of its sequences once it is whole. Raises
+        SlotConstraintError, see there.
         """
         prompt, slots = self._reading[0]
         count = 0
@@ -128,21 +152,28 @@ class SlotBatch:
                 return count, None
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
+        slots_B = np.array(slots)
+        allowed = self._allowed(slots_B)
         self._reading.popleft()
         self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
-        return count, self._draw(np.array(slots), logits_BV)
+        return count, self._draw(slots_B, logits_BV, allowed)
 
     def step(self) -> Drawn:
-        """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all."""
+        """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all.
+
+        Raises SlotConstraintError, see there.
+        """
         slots = np.flatnonzero(self._decoding_C)
+        allowed = self._allowed(slots)
         first, end = int(slots[0]), int(slots[-1]) + 1
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
-        return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first])
+        return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], allowed)
 
     def release(self, slot: int) -> None:
         """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""
         self._occupied_C[slot] = self._decoding_C[slot] = False
+        self._constraints.pop(slot, None)
         for _, slots in self._reading:
             if slot in slots:
                 slots.remove(slot)
@@ -162,6 +193,8 @@ class SlotBatch:
         for target, source in zip(gaps.tolist(), occupied[-len(gaps) :].tolist(), strict=True):
             self._runner.copy_prefix(source, [target], int(self._runner.lengths[source]))
             self._held[target] = self._held[source]
+            if source in self._constraints:
+                self._constraints[target] = self._constraints.pop(source)
             for state in (
                 self._occupied_C,
                 self._decoding_C,
@@ -184,8 +217,21 @@ class SlotBatch:
             self._runner.copy_prefix(source, targets, length)
         self._runner.lengths[list(slots)] = length
 
-    def _draw(self, slots: np.ndarray, logits_BV: np.ndarray) -> Drawn:
+    def _allowed(self, slots: np.ndarray) -> dict[int, np.ndarray]:
+        """What the constraints of slots allow next, bits by row; rows of other slots are left out."""
+        allowed: dict[int, np.ndarray] = {}
+        for row, slot in enumerate(slots.tolist() if self._constraints else ()):
+            if (constraint := self._constraints.get(slot)) is not None:
+                try:
+                    allowed[row] = constraint.allowed()
+                except ConstraintError as error:
+                    raise SlotConstraintError(slot, str(error)) from error
+        return allowed
+
+    def _draw(self, slots: np.ndarray, logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> Drawn:
         """Choose each slot's next token, and free the slots whose sequences end with it."""
+        if allowed:
+            logits_BV = _masked(logits_BV, allowed)
         positions, top_p_B = self._produced_C[slots], self._top_p_C[slots]
         cut = np.count_nonzero(top_p_B < 1)  # `any` takes ten times as long over so few
         tokens, logprobs = choose(
@@ -196,9 +242,23 @@ class SlotBatch:
         )
         self._next_C[slots] = tokens
         self._produced_C[slots] = positions + 1
+        for row in allowed:
+            self._constraints[int(slots[row])].accept(int(tokens[row]))
         stopped = self._stops_SV[slots, tokens]
         ended = stopped | (positions + 1 >= self._limit_C[slots])
         if np.count_nonzero(ended):
             freed = slots[ended]
             self._occupied_C[freed] = self._decoding_C[freed] = False
+            for slot in freed.tolist() if self._constraints else ():
+                self._constraints.pop(slot, None)
         return Drawn(slots, self._sequence_C[slots], positions, tokens, logprobs, stopped, ended)
+
+
+def _masked(logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
+    """A copy in which the tokens that a row may not draw have no probability. allowed: bits, by row."""
+    masked_BV = logits_BV.copy()
+    for row, bits in allowed.items():
+        bias_V = _BIAS_OF_BYTE.take(bits, axis=0).reshape(-1)[: masked_BV.shape[1]]
+        masked_BV[row, : len(bias_V)] += bias_V
+        masked_BV[row, len(bias_V) :] = -np.inf
+    return masked_BV

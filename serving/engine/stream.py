@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +26,8 @@ class Timings:
 
 
 class Stream:
-    """One answer as it comes: iterate over its token ids, once. Raises what went wrong with the request, if it did.
+    """One answer as it comes: iterate over its token ids, or over `bursts` of them, once. Raises what went wrong with
+    the request, if it did.
 
     `cancel` may be called from any thread and frees the slot before the next step. `finish_reason` is set once the
     iteration has ended, `timings` during it.
@@ -46,14 +48,22 @@ class Stream:
         self.cancelled = True
 
     def __iter__(self) -> Iterator[int]:
+        for tokens in self.bursts():
+            yield from tokens
+
+    def bursts(self) -> Iterator[list[int]]:
+        """The token ids, each time all that have come since: one for a reader that is as fast as the engine."""
         while not self._ended:
-            event = self._events.get()
-            if isinstance(event, int):
-                yield event
-                continue
-            self._ended = True
-            if event is not None:
-                raise event
+            events = [self._events.get()]
+            with suppress(queue.Empty):
+                while True:
+                    events.append(self._events.get_nowait())
+            tokens = [event for event in events if isinstance(event, int)]
+            self._ended = len(tokens) < len(events)
+            if tokens:
+                yield tokens
+            if isinstance(error := events[-1], BaseException):
+                raise error
 
     # --- for the scheduler ----------------------------------------------------------------------------------------
 

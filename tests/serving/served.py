@@ -94,6 +94,10 @@ class ScriptedStream:
     def cancel(self) -> None:
         self.cancelled.set()
 
+    def bursts(self) -> Iterator[list[int]]:
+        for token in self:
+            yield [token]
+
     def __iter__(self) -> Iterator[int]:
         self.timings.queue_s = 0.0
         for token in self._tokens:
@@ -123,9 +127,14 @@ class ScriptedScheduler:
     def metrics(self) -> SchedulerMetrics:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals())
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
+    @contextmanager
+    def reserve(self) -> Iterator[ScriptedScheduler]:
+        """A place, which is the scheduler itself."""
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
+        yield self
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         if isinstance(self.script, Exception):
             raise self.script
         self.prompts.append(list(prompt))

@@ -1,0 +1,168 @@
+"""Constraints on an answer's text: which tokens may come next, so that it follows a JSON Schema to its end.
+
+llguidance keeps the state and computes the sets, from the bytes of every token. Only the tokens of plain text are ever
+allowed, and the stop token where the text may end. A grammar of another kind (a regular expression, Lark) is another
+text for `Grammars._compile`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.sampling import ConstraintError
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+"""The schema of any JSON object."""
+
+# To compile an ordinary schema takes less than a millisecond. What costs are the states of a lexer, which stay with its
+# grammar: 0.6 kB each as measured, so at most 30 MB a grammar. A bounded string needs one a character.
+_GRAMMARS_KEPT = 16
+_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# A model that likes blanks must come to an end of them; this many indent seven levels by two.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
+_OWN_OPTIONS = "x-guidance"
+"""A key with which a schema would set llguidance's options: it is not part of JSON Schema."""
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+_NO_SCHEMAS = frozenset({"enum", "const", "default", "examples"})
+_MESSAGE_CHARACTERS = 300
+
+
+class GrammarError(ConstraintError):
+    """A grammar that cannot be compiled, or not be followed any further; the message says why, in one line."""
+
+
+class Grammar:
+    """A compiled grammar: a constraint that any number of answers may share, from any thread."""
+
+    def __init__(self, tokenizer: LLTokenizer, text: str):
+        """text: a grammar in llguidance's own form. Raises GrammarError for one that it cannot compile."""
+        self._tokenizer, self._text = tokenizer, text
+        self._compiled = self._compile()
+        if self._compiled.is_error():
+            raise GrammarError(_one_line(self._compiled.get_error()))
+
+    def start(self) -> GrammarState:
+        return GrammarState(self, self.matcher(), self._tokenizer.vocab_size)
+
+    def matcher(self) -> LLMatcher:
+        """A matcher that has seen no token. It shares the states of its lexer with earlier ones, and the limit on them:
+        so it may fail where one of its own would not."""
+        return self._compiled.deep_copy()
+
+    def forget(self) -> None:
+        """Let later matchers share nothing with earlier ones."""
+        self._compiled = self._compile()
+
+    def _compile(self) -> LLMatcher:
+        return LLMatcher(self._tokenizer, self._text, log_level=0, limits=_LIMITS)
+
+
+class GrammarState:
+    """How far one answer has come. One thread at a time."""
+
+    def __init__(self, grammar: Grammar, matcher: LLMatcher, vocab_size: int):
+        self._grammar, self._matcher = grammar, matcher
+        self._tokens: list[int] = []
+        self._bits = allocate_token_bitmask(1, vocab_size)
+
+    def allowed(self) -> np.ndarray:
+        """As `ConstraintState.allowed`. Raises GrammarError when the answer needs more than the limits allow."""
+        if not self._fill():
+            # What this answer needs decides whether it fails, and not what others have needed before it.
+            self._grammar.forget()
+            self._matcher = self._grammar.matcher()
+            self._matcher.consume_tokens(self._tokens)
+            if not self._fill():
+                raise GrammarError(_one_line(self._matcher.get_error()))
+        return self._bits.view(np.uint8)[0]
+
+    def accept(self, token: int) -> None:
+        self._matcher.consume_token(token)  # where it fails, `allowed` says so
+        self._tokens.append(token)
+
+    def _fill(self) -> bool:
+        fill_next_token_bitmask(self._matcher, self._bits)
+        return not self._matcher.is_error()
+
+
+class Grammars:
+    """Makes the grammars of one tokenizer, and keeps those used last. Safe for many threads."""
+
+    def __init__(self, tokenizer: ChatTokenizer):
+        self._chat_tokenizer = tokenizer
+        self._compile = lru_cache(maxsize=_GRAMMARS_KEPT)(self._compile_text)
+
+    def json_schema(self, schema: Mapping[str, Any]) -> Grammar:
+        """What follows a JSON Schema (draft 2020-12), its properties in the schema's order.
+
+        Raises GrammarError for a schema that cannot be enforced as a whole: no keyword of it is passed over. Keys that
+        it does not name may come twice in an object; readers of JSON keep the last.
+        """
+        own = {key: value for key, value in schema.items() if key != _OWN_OPTIONS}
+        try:
+            text = LLMatcher.grammar_from_json_schema(json.dumps(own), overrides={"whitespace_pattern": _WHITESPACE})
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(_one_line(str(error))) from None
+        grammar = self._compile(text)
+        if any(_counts_keys(each) for each in _subschemas(own)):
+            raise GrammarError('Unimplemented keys: ["minProperties"] above the number of required properties')
+        return grammar
+
+    def _compile_text(self, text: str) -> Grammar:
+        return Grammar(self._tokenizer, text)
+
+    @cached_property
+    def _tokenizer(self) -> LLTokenizer:
+        """Made with the first grammar: a second's work where the vocabulary is large."""
+        return LLTokenizer(TokenizerWrapper(_Tokens(self._chat_tokenizer)), slices=LLTokenizer.json_slices())
+
+
+class _Tokens:
+    """A tokenizer in the form that llguidance reads."""
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.eos_token_id = tokenizer.stop_id
+        self.tokens = list(tokenizer.token_bytes)
+        self.special_token_ids = sorted(tokenizer.special_ids)
+        self._encode = tokenizer.encode
+        self._id_of_byte = {token[0]: id for id, token in enumerate(self.tokens) if len(token) == 1}
+
+    def __call__(self, text: str) -> list[int]:
+        """The usual tokens of a text, which are those that the model knows, where a grammar leaves one text only."""
+        ids, wanted = self._encode(text), text.encode()
+        if b"".join(self.tokens[id] for id in ids) == wanted:
+            return ids
+        return [self._id_of_byte[byte] for byte in wanted]  # some tokenizers normalise what they encode
+
+
+def _one_line(message: str) -> str:
+    return " ".join(message.split())[:_MESSAGE_CHARACTERS]
+
+
+def _counts_keys(schema: Mapping[str, Any]) -> bool:
+    """Whether an object with a key that came twice could have too few, which llguidance does not see."""
+    least, required = schema.get("minProperties"), schema.get("required")
+    named = len(required) if isinstance(required, list) else 0
+    return isinstance(least, int | float) and least > max(1, named)
+
+
+def _subschemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A schema and those within it."""
+    yield schema
+    for key, value in schema.items():
+        if key in _NO_SCHEMAS:
+            continue
+        inside = value.values() if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping) else value
+        for each in [inside] if isinstance(inside, Mapping) else inside if isinstance(inside, Iterable) else ():
+            if isinstance(each, Mapping):
+                yield from _subschemas(each)

@@ -1,0 +1,52 @@
+"""OpenAI's `response_format`: the form that an answer must have, and the constraint that it puts on the engine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twinloop.serving.engine.grammar import ANY_OBJECT, Grammars
+from twinloop.serving.engine.sampling import Constraint
+
+
+class _Form(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextFormat(_Form):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Form):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Form):
+    """A schema and its name. It is always kept to, also where `strict` is false."""
+
+    name: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    definition: dict[str, Any] = Field(dict(ANY_OBJECT), alias="schema", description="JSON Schema, draft 2020-12")
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(_Form):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+def constraint_of(form: ResponseFormat | None, grammars: Grammars) -> Constraint | None:
+    """What holds an answer to its form; None for text. Raises GrammarError for a schema that cannot be enforced."""
+    if isinstance(form, JsonSchemaFormat):
+        return grammars.json_schema(form.json_schema.definition)
+    return grammars.json_schema(ANY_OBJECT) if isinstance(form, JsonObjectFormat) else None
