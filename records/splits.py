@@ -16,6 +16,7 @@ import polars as pl
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import SplitKey
 from twinloop.domains.record_types import RecordType
+from twinloop.records.reading import Source
 from twinloop.records.rows import LINE
 
 CORPUS = "corpus"
@@ -44,11 +45,16 @@ class Leak:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one file. frame: with the LINE column."""
+    """The rows of one record type. frame: with the LINE column, numbers of the rows of `source`."""
 
     record: RecordType
     frame: pl.DataFrame
-    file: str
+    source: Source
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The file of the row of this number, and its line there."""
+        index, line = self.source.place(number)
+        return str(self.source.paths[index]), line
 
 
 def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> None:
@@ -64,6 +70,7 @@ def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -
 
 
 def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iterator[Leak]:
+    by_name = {each.record.name: each for each in splits}
     train, held_out = ([each for each in splits if each.record.split == side] for side in ("train", "held_out"))
     for key in keys.values():
         parts = [_keys(each, key) if key else _texts(each) for each in held_out]
@@ -80,10 +87,12 @@ def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iter
             shared = ours.join(theirs, on="key", how="inner", suffix="_held_out", maintain_order="left")
             for row in shared.unique(LINE, keep="first", maintain_order=True).iter_rows(named=True):
                 what = f"{key.title} {row['key']}" if key else "its text"
-                yield Leak(row["file"], row[LINE], what, row["file_held_out"], row[f"{LINE}_held_out"])
+                ours_at = by_name[row["record"]].place(row[LINE])
+                theirs_at = by_name[row["record_held_out"]].place(row[f"{LINE}_held_out"])
+                yield Leak(*ours_at, what, *theirs_at)
 
 
-# --- the keys of each row: columns key, LINE, file. A row may have several keys, or none.
+# --- the keys of each row: columns key, LINE, record. A row may have several keys, or none.
 
 
 def _keys(split: Split, key: SplitKey) -> pl.DataFrame:
@@ -132,7 +141,7 @@ def _mentions(corpus: Split, ids: pl.Series) -> pl.DataFrame:
 
 
 def _rows(keys: pl.DataFrame, split: Split) -> pl.DataFrame:
-    return keys.drop_nulls("key").with_columns(pl.lit(split.file).alias("file"))
+    return keys.drop_nulls("key").with_columns(pl.lit(split.record.name).alias("record"))
 
 
 def _batched(ids: pl.Series, size: int) -> Iterator[list[str]]:

@@ -19,7 +19,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_json import MAX_DEPTH
 from twinloop.domains.returns import domain
 from twinloop.records import jsonl
-from twinloop.records.reading import original_lines, read_rows
+from twinloop.records.reading import original_lines, read_files, read_rows
 from twinloop.records.rows import LINE, Rows
 
 RECORD_TYPES = domain.record_types()
@@ -220,7 +220,8 @@ def test_deep_nesting_ends_no_process(levels: int, around: bytes, tmp_path: Path
     program = (
         "import sys; from pathlib import Path; from twinloop.records.validation import check_rows;"
         "from twinloop.domains.domain import Domain;"
-        "rejected = check_rows(Path(sys.argv[1]), Domain().record_types()['corpus']).rejected;"
+        "path = Path(sys.argv[1]);"
+        "rejected = check_rows(path.parent, [path], Domain().record_types()['corpus'])[0].rejected;"
         "print([one.reason for one in rejected if 'deep' in one.reason])"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
@@ -342,7 +343,8 @@ def test_a_column_that_nobody_reads_changes_no_row_of_parquet(kind: str, tmp_pat
     assert rows.frame.equals(expected.frame)
     assert rows.rejected == expected.rejected
     assert rows.ignored == {"x"}
-    assert original_lines(path, {1, 3}, CORPUS) == {1: b'{"text": "a"}', 3: b'{"text": "b"}'}
+    _, source = read_files(tmp_path, [path], CORPUS)
+    assert original_lines(source, {1, 3}, CORPUS) == {1: b'{"text": "a"}', 3: b'{"text": "b"}'}
 
 
 def test_columns_of_one_name_matter_only_where_they_are_read(tmp_path: Path) -> None:
