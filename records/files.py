@@ -88,16 +88,16 @@ def _not_a_part(path: Path, record: RecordType) -> str | None:
         return "a folder in the folder of a record type"
     if (stem := stem_of(path)) is None:
         return f"not {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
-    if record.split == "train" and HELD_OUT.search(stem.lower()):
-        return "by its name it is held out, and these rows are trained on"
+    held_out = record.split == "held_out" or HELD_OUT.search(record.name)
+    if not held_out and HELD_OUT.search(stem.lower()):
+        return f"its name says that it is held out, and {record.name} is not"
     return None
 
 
 def _unknown(stem: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(stem, names, n=1) or [name for name in names if stem.startswith(name)]
-    if not near:
-        return "no record type has this name"
-    return f"no record type has this name; a further file of {near[0]} is {near[0]}_2.jsonl"
+    begun = [name for name in names if stem.startswith(name)]
+    near = max(begun, key=len) if begun else next(iter(difflib.get_close_matches(stem, names, n=1)), None)
+    return "no record type has this name" + (f"; a further file of {near} is {near}_2.jsonl" if near else "")
 
 
 def _order(path: Path) -> tuple[int, tuple[tuple[int, str], ...]]:
