@@ -24,6 +24,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.record_types import RecordType
 
 ENDINGS = (".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst")
+UNREAD = f"not {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
 PART = re.compile(r"[-_.](?:(?:part|batch|shard|chunk)[-_.]?)?\d+(?:[-_.](?:of[-_.])?\d+)*")
 """What may follow the name of a record type in the name of a further file."""
 OF_TOTAL = re.compile(r"(.*?)(\d+)[-_.]of[-_.](\d+)")
@@ -48,17 +49,17 @@ def find_data(folder: Path, records: Mapping[str, RecordType]) -> DataFiles:
         if path.is_dir() and path.name in records:
             for part in _entries(path):
                 if why := _not_a_part(part, records[path.name]):
-                    ignored[f"{path.name}/{part.name}"] = why
+                    ignored[f"{path.name}/{_printable(part.name)}"] = why
                 else:
                     found[path.name].append(part)
         elif path.is_dir():
-            ignored[f"{path.name}/"] = _unknown(path.name, records)
+            ignored[f"{_printable(path.name)}/"] = _unknown(path.name, records)
         elif (stem := stem_of(path)) is None:
-            ignored[path.name] = f"not {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+            ignored[_printable(path.name)] = UNREAD
         elif name := _record_of(stem, records):
             found[name].append(path)
         else:
-            ignored[path.name] = _unknown(stem, records)
+            ignored[_printable(path.name)] = _unknown(stem, records)
     for paths in found.values():
         _refuse_two_formats(paths)
         _refuse_missing_parts(paths)
@@ -87,11 +88,18 @@ def _not_a_part(path: Path, record: RecordType) -> str | None:
     if path.is_dir():
         return "a folder in the folder of a record type"
     if (stem := stem_of(path)) is None:
-        return f"not {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}"
+        return UNREAD
+    if not path.name.isprintable():
+        return "its name is not plain text"
     held_out = record.split == "held_out" or HELD_OUT.search(record.name)
     if not held_out and HELD_OUT.search(stem.lower()):
         return f"its name says that it is held out, and {record.name} is not"
     return None
+
+
+def _printable(name: str) -> str:
+    """The name for a message; bytes of it that are no text, and line ends, as question marks."""
+    return "".join(character if character.isprintable() else "?" for character in name)
 
 
 def _unknown(stem: str, names: Collection[str]) -> str:

@@ -175,7 +175,7 @@ def _pair(row: Row) -> Row:
         shared += 1
     begin = chosen[:shared]
     asked = begin if row.get("prompt") is None else _asked(row["prompt"])
-    if not asked:
+    if asked == []:
         raise UnusableError("prompt is missing, and chosen and rejected do not begin with the same messages")
     if isinstance(asked, list) and begin:
         if len(asked) > shared or not all(map(_same, asked, begin[shared - len(asked) :])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def test_a_folder_of_no_record_type_is_ignored_as_one(tmp_path: Path) -> None:
 
 def test_hidden_files_are_nobodys(tmp_path: Path) -> None:
     assert files_of(tmp_path, ".DS_Store", "._chat.jsonl", ".gitignore", "chat/.part-0.parquet.crc") == {}
+
+
+def test_names_that_are_no_text_are_ignored_and_can_be_printed(tmp_path: Path) -> None:
+    names = [os.fsdecode(b"chat\xff.jsonl"), "two\nlines.csv", os.fsdecode(b"chat/\xff.jsonl")]
+    assert files_of(tmp_path, *names) == {"ignored": ["chat/?.jsonl", "chat?.jsonl", "two?lines.csv"]}
 
 
 def test_a_held_out_record_type_is_its_own_and_not_a_further_file(tmp_path: Path) -> None:

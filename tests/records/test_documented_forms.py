@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -68,3 +69,18 @@ def test_the_examples_are_good_rows(tmp_path: Path) -> None:
     report = validate(tmp_path, tmp_path / "out", ValidateSettings(), Tickets(), RECORD_TYPES)
     assert report.quarantined == 0
     assert all(file.ignored_fields == [] for file in report.files.values())
+
+
+def test_the_examples_of_other_forms_are_good_rows(tmp_path: Path) -> None:
+    [section] = re.findall(r"^## Other forms of a row\n(.*?)^## ", TEXT, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| `(\{.*?\})`[^|]* \| `(\w+)`", section, re.MULTILINE)
+    assert len(rows) == 5
+    for number, (row, name) in enumerate(rows):
+        fields = json.loads(row)
+        if set(fields) == {"prompt"}:
+            fields |= {"chosen": "Blue.", "rejected": "Seven."}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"{name}.jsonl").write_text(json.dumps(fields) + "\n")
+        report = validate(folder, folder / "out", ValidateSettings(), Domain(), [name])
+        assert (report.quarantined, report.files[name].ignored_fields) == (0, [])

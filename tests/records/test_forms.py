@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -308,3 +309,20 @@ def test_what_validation_keeps_of_every_form_can_be_trained_on(name: str, method
     built = found.build(records, model, tokenizer, settings, Runtime(seed=0, threads=1), chat_domain)
     result = run_training(model, *built, settings, checkpoint_dir=None)
     assert 0 < result.loss < result.initial_loss
+
+
+def test_fields_of_other_forms_that_hold_anything_at_all_cost_their_row_alone(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    values: list[Any] = [None, 0, 1.5, True, "", "a", "b", [], {}, ["a", "b"], [["q", "a"]], [None], [[]]]
+    values += [ONE_TURN, [human("q"), gpt("a")], [{"role": {}, "content": 1}], [{"from": [], "value": None}], PROMPT]
+    kept, pair = 0, ("prompt", "completion", "chosen", "rejected")
+    for name in ("chat", "preferences"):
+        chat = ("messages", "conversations", "system", "history", "instruction", "input", "target", "output")
+        fields = (*chat, *pair) if name == "chat" else pair
+        rows = [{field: rng.choice(values) for field in fields if rng.random() < 0.5} for _ in range(3000)]
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found, source = check_rows(tmp_path, [path], RECORD_TYPES[name])
+        assert len(found.frame) + len(found.rejected) == sum(source.rows) == 3000
+        kept += len(found.frame)
+    assert kept > 50

@@ -25,6 +25,7 @@ CLEAN = {
     "corpus": b'{"text": "clean"}',
     "chat": b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
     "documents": b'{"document_id": "P-1", "version": 1, "text": "clean"}',
+    "preferences": b'{"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}',
 }
 BROKEN = b'{"text": "broken'
 KEPT = ""
@@ -274,10 +275,22 @@ VALUES = (
     *("{}", "[]", "[1,]", '{"a":1,"a":2}', '{"":1}', "[null]", "[[],{}]", "[NaN]", '{"text":5}', '{"role":"user"}'),
 )
 KEYS = ("x", "text", "messages", "role", "content", "facts", "version", "instruction", "te\\u0078t", "", "\\ud800")
+FORM_KEYS = (
+    "conversations",
+    "from",
+    "value",
+    "system",
+    "history",
+    "output",
+    "completion",
+    "prompt",
+    "chosen",
+    "rejected",
+)
 
 
 def a_key(rng: random.Random) -> str:
-    return f'"{rng.choice(KEYS)}"'
+    return f'"{rng.choice(KEYS + FORM_KEYS)}"'
 
 
 def a_value(rng: random.Random, levels: int = 3) -> str:
