@@ -15,9 +15,8 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 from twinloop.common.errors import UserError
@@ -116,17 +115,11 @@ def _order(path: Path) -> tuple[int, tuple[tuple[int, str], ...]]:
 
 
 def _refuse_two_formats(paths: Sequence[Path]) -> None:
-    for path, other in _same_stem(paths):
-        raise UserError(f"{path.parent}: both {path.name} and {other.name}; remove one of the two")
-
-
-def _same_stem(paths: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
-    def key(path: Path) -> tuple[Path, str]:
-        return path.parent, stem_of(path) or ""
-
-    for _, same in groupby(sorted(paths, key=key), key):
-        first, *others = sorted(same, key=lambda path: [path.name.endswith(ending) for ending in ENDINGS], reverse=True)
-        yield from ((first, other) for other in others[:1])
+    seen: dict[tuple[Path, str | None], Path] = {}
+    for path in sorted(paths, key=lambda path: [path.name.endswith(ending) for ending in ENDINGS], reverse=True):
+        first = seen.setdefault((path.parent, stem_of(path)), path)
+        if first is not path:
+            raise UserError(f"{path.parent}: both {first.name} and {path.name}; remove one of the two")
 
 
 def _refuse_missing_parts(paths: Sequence[Path]) -> None:
