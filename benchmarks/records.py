@@ -18,7 +18,7 @@ import polars as pl
 
 from benchmarks.table import Row, promise, show
 from twinloop.domains.domain import Domain, chosen_split_keys
-from twinloop.records.reading import read_rows
+from twinloop.records.reading import read_files
 from twinloop.records.rows import LINE
 from twinloop.records.splits import Split, check_splits
 from twinloop.records.validated import write_records
@@ -64,9 +64,12 @@ def record_rows(folder: Path, count: int) -> Iterator[Row]:
     records = domain.record_types()
     paths = {name: folder / f"{name}.jsonl" for name in ("chat", "cases")}
     clock = _Clock()
-    splits = [Split(records[name], read_rows(path, records[name]).frame, str(path)) for name, path in paths.items()]
+    splits = []
+    for name, path in paths.items():
+        rows, source = read_files(folder, [path], records[name])
+        splits.append(Split(records[name], rows.frame, source))
     read = clock.lap()
-    bad = sum(len(unusable(split.frame, split.record)) for split in splits)
+    bad = sum(len(unusable(split.frame, split.record, split.source)) for split in splits)
     validated = clock.lap()
     check_splits(splits, chosen_split_keys(domain, ["text"]))
     split = clock.lap()

@@ -69,7 +69,7 @@ def message_rules(column: str, *, answered: bool) -> Rules:
 
 @dataclass(frozen=True)
 class RecordType:
-    """The rows of one file: `<name>.jsonl` or `<name>.parquet`."""
+    """The rows of `<name>.jsonl` or `<name>.parquet`, and of further files of this name."""
 
     name: str
     columns: Mapping[str, pl.DataType]

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from twinloop.common.texts import FORM
 from twinloop.domains.record_types import RecordType
+from twinloop.records.reading import Source
 from twinloop.records.rows import LINE
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about `rows` of the `among` rows of a file that were looked at. line: of the first."""
+    """Something about `rows` of the `among` rows of one record type that were looked at.
 
-    file: str
+    files: where they are. first: the place of the first, such as "line 7".
+    """
+
+    files: str
     rows: int
     among: int
-    line: int
+    first: str
     what: str
 
+    @classmethod
+    def of(cls, source: Source, numbers: Sequence[int], among: int, what: str) -> Finding:
+        """numbers: of the rows, in order."""
+        others = len(source.names) - 1
+        files = f"{source.names[0]}{f' and {others} more' if others else ''}"
+        return cls(files, len(numbers), among, source.line(numbers[0]), what)
+
     def __str__(self) -> str:
-        return f"{Path(self.file).name}: {self.rows} of {self.among} rows (first: line {self.line}) {self.what}"
+        return f"{self.files}: {self.rows} of {self.among} rows (first: {self.first}) {self.what}"
 
 
-def find_in(frame: pl.DataFrame, record: RecordType, file: str) -> list[Finding]:
+def find_in(frame: pl.DataFrame, record: RecordType, source: Source) -> list[Finding]:
     """What is to be said of the good rows of one record type. frame: with the LINE column."""
-    return [*_contradictions(frame, record, file), *_repeated_in_another_form(frame, record, file)]
+    return [*_contradictions(frame, record, source), *_repeated_in_another_form(frame, record, source)]
 
 
-def _contradictions(frame: pl.DataFrame, record: RecordType, file: str) -> list[Finding]:
+def _contradictions(frame: pl.DataFrame, record: RecordType, source: Source) -> list[Finding]:
     """Preference pairs that are there a second time with chosen and rejected swapped."""
     if not {"prompt", "chosen", "rejected"} <= set(record.columns):
         return []
@@ -42,10 +53,10 @@ def _contradictions(frame: pl.DataFrame, record: RecordType, file: str) -> list[
     if found.is_empty():
         return []
     what = "are there again with chosen and rejected swapped, and each undoes the other"
-    return [Finding(file, len(found), len(frame), found[LINE][0], what)]
+    return [Finding.of(source, found[LINE].to_list(), len(frame), what)]
 
 
-def _repeated_in_another_form(frame: pl.DataFrame, record: RecordType, file: str) -> list[Finding]:
+def _repeated_in_another_form(frame: pl.DataFrame, record: RecordType, source: Source) -> list[Finding]:
     """Rows that repeat an earlier one and differ from it only by the Unicode form of a character. frame: of rows that
     are not equal as they are."""
     same = list(record.identity or record.columns)
@@ -58,7 +69,7 @@ def _repeated_in_another_form(frame: pl.DataFrame, record: RecordType, file: str
     if again.is_empty():
         return []
     what = f"repeat an earlier one in another Unicode form (in {FORM} they are equal)"
-    return [Finding(file, len(again), len(frame), again[0], what)]
+    return [Finding.of(source, again.to_list(), len(frame), what)]
 
 
 # --- texts in one Unicode form

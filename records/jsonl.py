@@ -21,10 +21,11 @@ import pyarrow.json
 
 from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.record_types import RecordType
+from twinloop.records.forms import UnusableError
+from twinloop.records.opening import open_lines
 from twinloop.records.rows import (
     LINE,
     Rows,
-    UnusableError,
     complete,
     examined,
     known_fields,
@@ -41,7 +42,7 @@ CAREFUL_LINES = 64
 
 def read_jsonl(path: Path, record: RecordType) -> Iterator[Rows]:
     first = 1
-    with path.open("rb") as file:
+    with open_lines(path) as file:
         while block := file.read(BLOCK_BYTES):
             block += file.readline()
             lines = block.count(b"\n") + (not block.endswith(b"\n"))

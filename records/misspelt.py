@@ -7,39 +7,50 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+import polars as pl
+from pyarrow.parquet import read_schema
 
 from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.record_types import RecordType
 from twinloop.records.findings import Finding
-from twinloop.records.reading import original_lines
+from twinloop.records.reading import Source, original_lines
 from twinloop.records.rows import LINE, Rows, known_fields
 
 LETTERS_A_MISTAKE = 4
 """A name is near another where no more than one letter in so many is wrong, missing, added or swapped."""
 
 
-def misspelt_fields(path: Path, rows: Rows, record: RecordType) -> list[Finding]:
-    """One finding for each unknown field that stands in the place of a known one. rows: the file, as it was read."""
+def misspelt_fields(source: Source, rows: Rows, record: RecordType) -> list[Finding]:
+    """One finding for each unknown field that stands in the place of a known one. rows: of `source`, as it was read."""
     known = known_fields(record)
     if not any(_near_in(name, known) for name in rows.ignored):
         return []
-    seen: dict[tuple[str, str], list[int]] = {}
+    seen: dict[tuple[str, str], set[int]] = {}
     numbers = {*rows.frame[LINE], *(one.line for one in rows.rejected)}
-    for number, line in sorted(original_lines(path, numbers, record).items()):
-        for pair in dict.fromkeys(pair for pair in _misspelt(_parsed(line), known) if pair[0] in rows.ignored):
-            seen.setdefault(pair, []).append(number)
-    for name in sorted(rows.ignored - {unknown for unknown, _ in seen}):
-        # a column of Parquet, which no row shows: it is in all rows
-        near = _near_in(name, known)
-        if near in record.columns and path.suffix == ".parquet" and rows.frame[str(near)].is_null().all():
-            seen[name, str(near)] = sorted(numbers)
-    found = []
-    for (name, near), lines in seen.items():
-        what = f"have the unknown field {name} and no {near}: misspelt?"
-        found.append(Finding(str(path), len(lines), len(numbers), lines[0], what))
-    return found
+    for number, line in original_lines(source, numbers, record).items():
+        for name, near in _misspelt(_parsed(line), known):
+            if name in rows.ignored:
+                seen.setdefault((name, near), set()).add(number)
+    for name, near, some in _columns(source, rows, record):
+        seen.setdefault((name, near), set()).update(some)
+    return [
+        Finding.of(source, sorted(some), len(numbers), f"have the unknown field {name} and no {near}: misspelt?")
+        for (name, near), some in sorted(seen.items())
+    ]
+
+
+def _columns(source: Source, rows: Rows, record: RecordType) -> Iterator[tuple[str, str, range]]:
+    """(unknown, known, rows) of Parquet's columns: those that nobody reads are in no original row."""
+    end = 0
+    for path, count in zip(source.paths, source.rows, strict=True):
+        first, end = end + 1, end + count
+        for name in rows.ignored.intersection(read_schema(path).names if path.suffix == ".parquet" else ()):
+            near = nearest(name, record.columns)
+            of_file = rows.frame.filter(pl.col(LINE).is_between(first, end))
+            if near and of_file[near].is_null().all():
+                yield name, near, range(first, end + 1)
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:

@@ -14,8 +14,8 @@ import pyarrow.parquet
 
 from twinloop.common.errors import UserError
 from twinloop.domains.record_types import RecordType
+from twinloop.records.forms import UnusableError, form_fields
 from twinloop.records.rows import (
-    INSTRUCTION_FORM,
     LINE,
     Rows,
     as_json,
@@ -28,6 +28,12 @@ from twinloop.records.rows import (
     with_repairs,
 )
 
+BROKEN = (
+    *(pa.ArrowException, pl.exceptions.PolarsError, pl.exceptions.PanicException),
+    *(OverflowError, UnicodeDecodeError),
+)
+"""What pyarrow and polars raise for bytes that are no Parquet, or for one of a kind that they cannot hold."""
+
 
 def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:
     """One frame for each row group, so that a large file is never whole in memory twice."""
@@ -37,8 +43,16 @@ def read_parquet(path: Path, record: RecordType) -> Iterator[Rows]:
         for first, table in _row_groups(file, record):
             rows = _table(table, first, record)
             yield replace(rows, ignored=rows.ignored | ignored)
-    except (pa.ArrowException, pl.exceptions.PolarsError, OverflowError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
+    except BROKEN as error:
+        raise _unreadable(path, error) from None
+    except OSError as error:
+        if error.errno is not None:  # Arrow raises it without one, for bytes that it cannot read
+            raise
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})")
 
 
 def original_rows(path: Path, lines: set[int], record: RecordType) -> dict[int, bytes]:
@@ -51,8 +65,9 @@ def original_rows(path: Path, lines: set[int], record: RecordType) -> dict[int, 
 
 
 def _read_columns(file: pyarrow.parquet.ParquetFile, record: RecordType) -> list[str]:
-    form = INSTRUCTION_FORM if "messages" in record.columns else ()
-    return [name for name in file.schema_arrow.names if name in record.columns or name in form]
+    names = file.schema_arrow.names
+    others = frozenset() if "messages" in names else form_fields(record)
+    return [name for name in names if name in record.columns or name in others]
 
 
 def _row_groups(file: pyarrow.parquet.ParquetFile, record: RecordType) -> Iterator[tuple[int, pa.Table]]:
@@ -64,6 +79,7 @@ def _row_groups(file: pyarrow.parquet.ParquetFile, record: RecordType) -> Iterat
     first = 1
     for group in range(file.num_row_groups):
         table = file.read_row_group(group, columns=columns).select(columns)  # "text" also reads a column "text.x"
+        table = pa.Table.from_arrays(table.columns, names=columns)  # without metadata, over which polars panics
         table.validate(full=True)
         yield first, table
         first += table.num_rows
@@ -84,8 +100,30 @@ def _table(table: pa.Table, first: int, record: RecordType) -> Rows:
 
 def _rows(table: pa.Table, numbers: Iterable[int], first: int) -> Iterator[tuple[int, bytes, Callable[[], Any]]]:
     for number in numbers:
-        [row] = table.slice(number - first, 1).to_pylist()
-        yield number, as_json(row).encode(errors="replace"), partial(dict, row)
+        row, problem = _row(table.slice(number - first, 1))
+        yield number, as_json(row).encode(errors="replace"), partial(_value, row, problem)
+
+
+def _row(table: pa.Table) -> tuple[dict[str, Any], str | None]:
+    """The one row of a table, and why a value of it cannot be used."""
+    try:
+        [row] = table.to_pylist()
+        return row, None
+    except (ValueError, OverflowError, KeyError):  # a date beyond Python's, a time zone that is none, a field twice
+        row, problem = {}, None
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            try:
+                row[name] = column[0].as_py()
+            except (ValueError, OverflowError, KeyError):
+                row[name] = None
+                problem = problem or f"{name} is {column.type} with a value that cannot be read"
+        return row, problem
+
+
+def _value(row: dict[str, Any], problem: str | None) -> dict[str, Any]:
+    if problem:
+        raise UnusableError(problem)
+    return dict(row)
 
 
 def _fits(have: pa.DataType, want: Any) -> bool:

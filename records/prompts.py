@@ -21,6 +21,7 @@ from pydantic_core import to_json
 from twinloop.domains.domain import Document, Domain, Message, domain_code
 from twinloop.domains.record_types import RecordType
 from twinloop.records.findings import Finding
+from twinloop.records.reading import Source
 from twinloop.records.rows import LINE
 
 MOST_ROWS = 1000
@@ -52,7 +53,7 @@ class PromptForm:
         )
 
 
-def foreign_prompts(frame: pl.DataFrame, record: RecordType, file: str, domain: Domain) -> list[Finding]:
+def foreign_prompts(frame: pl.DataFrame, record: RecordType, source: Source, domain: Domain) -> list[Finding]:
     """The rows whose prompts `build_prompt` would not make. Raises UserError where it fails on the domain's example."""
     column = next((name for name in ("prompt", "messages") if name in record.columns), None)
     decides = domain.request is not None and domain.has("build_prompt") and domain.example
@@ -73,7 +74,7 @@ def foreign_prompts(frame: pl.DataFrame, record: RecordType, file: str, domain: 
     wanted = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}…"
     sampled = f" (of {len(frame)} rows, evenly spread ones were looked at)" if len(looked_at) < len(frame) else ""
     what = f"have a prompt that the domain's build_prompt does not make, while the server asks no other{sampled}"
-    return [Finding(file, len(foreign), len(looked_at), foreign[0], f"{what}; for its example it makes {wanted}")]
+    return [Finding.of(source, foreign, len(looked_at), f"{what}; for its example it makes {wanted}")]
 
 
 def prompt_form(domain: Domain) -> PromptForm:

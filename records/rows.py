@@ -1,7 +1,4 @@
-"""What a row must be, whatever file it is in: typed columns, or rejected with a reason.
-
-Common forms that are not ours (instruction, input and target; a prompt that is one string) come out as chat messages.
-"""
+"""What a row must be, whatever file it is in: typed columns, or rejected with a reason."""
 
 from __future__ import annotations
 
@@ -16,20 +13,16 @@ import polars as pl
 import pyarrow as pa
 
 from twinloop.domains.record_types import RecordType
+from twinloop.records.forms import UnusableError, to_standard
 
 LINE = "line"
 INT64 = range(-(2**63), 2**63)
 TYPE_NAMES = {str: "text", bool: "boolean", int: "integer", float: "number", list: "list", dict: "object"}
-INSTRUCTION_FORM = ("instruction", "input", "target", "output")
-
-
-class UnusableError(Exception):
-    """Why a row cannot be used."""
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that cannot be used. `line` counts from 1 (rows, in a Parquet file)."""
+    """A row that cannot be used. `line` counts from 1 (rows, in a Parquet file); on through several files."""
 
     line: int
     reason: str
@@ -41,7 +34,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Rows:
-    """A file that was read. `frame` has the record type's columns and LINE; every row is in it or in `rejected`."""
+    """What was read. `frame` has the record type's columns and LINE; every row is in it or in `rejected`."""
 
     frame: pl.DataFrame
     rejected: tuple[Rejected, ...] = ()
@@ -68,37 +61,13 @@ def examined(rows: Iterable[tuple[int, bytes, Callable[[], Any]]], record: Recor
     known = known_fields(record)
     for number, original, value in rows:
         try:
-            row = _from_other_forms(value(), record)
+            row = to_standard(value(), record)
             ignored.update(unread_fields(row, known))
             good.append(_typed(row, record))
             numbers.append(number)
         except UnusableError as problem:
             rejected.append(rejected_line(number, str(problem), original))
     return Rows(frame_of(good, numbers, record), tuple(rejected), frozenset(ignored))
-
-
-def _from_other_forms(row: Any, record: RecordType) -> Any:
-    """Chat messages out of `instruction`, `input`, `target` (or `output`), and out of a prompt that is one string."""
-    if not isinstance(row, dict):
-        return row
-    if "messages" in record.columns and "messages" not in row and "instruction" in row:
-        given = {name: row[name] for name in INSTRUCTION_FORM if name in row}
-        text = {name: value if isinstance(value, str) else _as_text(value, name) for name, value in given.items()}
-        question = "\n".join(text[name] for name in ("instruction", "input") if text.get(name))
-        answer = text.get("target", text.get("output"))
-        if answer is not None:
-            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            return {name: value for name, value in row.items() if name not in given} | {"messages": turns}
-    if "prompt" in record.columns and isinstance(row.get("prompt"), str):
-        return row | {"prompt": [{"role": "user", "content": row["prompt"]}]}
-    return row
-
-
-def _as_text(value: Any, name: str) -> str:
-    try:
-        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
-    except ValueError:
-        raise UnusableError(f"a number in {name} is too large, or NaN") from None
 
 
 def _typed(row: Any, record: RecordType) -> dict[str, Any]:

@@ -73,6 +73,33 @@ def example_row(record: RecordType, domain: Domain) -> dict[str, Any]:
     return {name: value for name, value in row.items() if value is not None}
 
 
+def other_forms(record: RecordType, row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """An example row in the forms of other tools that are read too (`records.forms`), by what the form is called."""
+    if "messages" in record.columns:
+        *prompt, answer = row["messages"]
+        others = {name: value for name, value in row.items() if name != "messages"}
+        said = [(each["role"], each["content"]) for each in row["messages"]]
+        turns = [{"from": _SHAREGPT.get(role, role), "value": content} for role, content in said]
+        alpaca = {_ALPACA[role]: content for role, content in said}
+        return {
+            "ShareGPT": {"conversations": turns, **others},
+            "Alpaca": {**alpaca, **others},
+            "prompt and completion": {"prompt": prompt, "completion": [answer], **others},
+        }
+    if {"prompt", "chosen", "rejected"} <= set(record.columns):
+        others = {name: value for name, value in row.items() if name not in ("prompt", "chosen", "rejected")}
+        answers = {
+            name: [*row["prompt"], {"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")
+        }
+        return {"conversational": {**answers, **others}}
+    return {}
+
+
+_SHAREGPT = {"user": "human", "assistant": "gpt"}
+_ALPACA = {"system": "system", "user": "instruction", "assistant": "output"}
+"""Of a conversation with one question, as the examples are."""
+
+
 def text(record: RecordType, domain: Domain) -> str:
     """For a terminal: what the rows are, a line a field, and the example as a line of JSON."""
     rows = [Field(*HEADS), *fields_of(record)]

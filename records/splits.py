@@ -18,6 +18,7 @@ from twinloop.common.texts import FORM
 from twinloop.domains.domain import SplitKey
 from twinloop.domains.record_types import RecordType
 from twinloop.records.findings import Finding, normalised
+from twinloop.records.reading import Source
 from twinloop.records.rows import LINE
 
 CORPUS = "corpus"
@@ -48,11 +49,16 @@ class Leak:
 
 @dataclass(frozen=True)
 class Split:
-    """The rows of one file. frame: with the LINE column."""
+    """The rows of one record type. frame: with the LINE column, numbers of the rows of `source`."""
 
     record: RecordType
     frame: pl.DataFrame
-    file: str
+    source: Source
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The file of the row of this number, and its line there."""
+        index, line = self.source.place(number)
+        return str(self.source.paths[index]), line
 
 
 def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> None:
@@ -79,11 +85,12 @@ def unseen_rows(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) ->
             lines = each.frame.filter(~pl.col(LINE).is_in(_keys(each, key)[LINE].unique().implode()))[LINE]
             if len(lines):
                 what = f"have no {key.title} (split key {name}), so that the leakage check by it does not see them"
-                found.append(Finding(each.file, len(lines), len(each.frame), lines[0], what))
+                found.append(Finding.of(each.source, lines.to_list(), len(each.frame), what))
     return found
 
 
 def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iterator[Leak]:
+    by_name = {each.record.name: each for each in splits}
     train, held_out = ([each for each in splits if each.record.split == side] for side in ("train", "held_out"))
     for name, key in keys.items():
         parts = [_keys(each, key) if key else _texts(each) for each in held_out]
@@ -100,10 +107,12 @@ def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iter
             shared = ours.join(theirs, on="key", how="inner", suffix="_held_out", maintain_order="left")
             for row in shared.unique(LINE, keep="first", maintain_order=True).iter_rows(named=True):
                 what = f"{key.title} {row['key']}" if key else "its text"
-                yield Leak(name, row["file"], row[LINE], what, row["file_held_out"], row[f"{LINE}_held_out"])
+                ours_at = by_name[row["record"]].place(row[LINE])
+                theirs_at = by_name[row["record_held_out"]].place(row[f"{LINE}_held_out"])
+                yield Leak(name, *ours_at, what, *theirs_at)
 
 
-# --- the keys of each row: columns key, LINE, file. A row may have several keys, or none.
+# --- the keys of each row: columns key, LINE, record. A row may have several keys, or none.
 
 
 def _keys(split: Split, key: SplitKey) -> pl.DataFrame:
@@ -152,7 +161,7 @@ def _mentions(corpus: Split, ids: pl.Series) -> pl.DataFrame:
 
 
 def _rows(keys: pl.DataFrame, split: Split) -> pl.DataFrame:
-    return keys.drop_nulls("key").with_columns(pl.lit(split.file).alias("file"))
+    return keys.drop_nulls("key").with_columns(pl.lit(split.record.name).alias("record"))
 
 
 def _batched(ids: pl.Series, size: int) -> Iterator[list[str]]:

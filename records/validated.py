@@ -37,18 +37,34 @@ def has_records(data: Path, name: str) -> bool:
     return (data / f"{name}.parquet").is_file()
 
 
+def ignored_files(data: Path) -> dict[str, str]:
+    """Why nothing reads a file of the data set, by its path there."""
+    ignored: dict[str, str] = _report(data)["ignored_files"]
+    return ignored
+
+
 def source_line(data: Path, name: str, index: int) -> tuple[str, int]:
     """The user's file that the good row at `index` comes from, and its line there, quarantined rows counted.
 
     A derived record has the line of the row that it was made from.
     """
-    report = json.loads((data / "report.json").read_text(encoding="utf-8"))
+    report = _report(data)
     name = report["derived"].get(name, name)
-    file = report["files"][name]["file"]
     quarantine = data / "quarantine" / f"{name}.jsonl"
-    line = index + 1
-    if quarantine.exists():
-        for row in quarantine.read_text(encoding="utf-8").split("\n")[:-1]:
-            if json.loads(row)["line"] <= line:
-                line += 1
-    return file, line
+    rows = quarantine.read_text(encoding="utf-8").split("\n")[:-1] if quarantine.exists() else []
+    bad = [(row["file"], row["line"]) for row in map(json.loads, rows)]
+    before = index
+    for file, count in report["files"][name]["files"].items():
+        gaps = sorted(line for each, line in bad if each == file)
+        if before < count - len(gaps):
+            line = before + 1
+            for gap in gaps:
+                line += gap <= line
+            return file, line
+        before -= count - len(gaps)
+    raise IndexError(index)
+
+
+def _report(data: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((data / "report.json").read_text(encoding="utf-8"))
+    return report

@@ -8,6 +8,7 @@ report.json. A few bad rows are normal; above the recipe's limit the data are co
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,15 +22,19 @@ from pandera.config import ValidationDepth, config_context
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Derived, Domain, chosen_split_keys, domain_code
 from twinloop.domains.record_types import RecordType
+from twinloop.records.files import DataFiles, find_data
 from twinloop.records.findings import Finding, find_in
+from twinloop.records.forms import wanted_form
 from twinloop.records.misspelt import misspelt_fields
 from twinloop.records.prompts import foreign_prompts
-from twinloop.records.reading import data_files, original_lines, read_rows
+from twinloop.records.reading import Source, original_lines, read_files
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
 from twinloop.records.splits import Split, check_splits, unseen_rows
 from twinloop.records.validated import write_records
 
 WORST_REASONS = 3
+WRONG_FORM = re.compile(r" is missing|, not |^not a JSON object| begin$")
+"""Reasons of rows that are of another form."""
 
 
 class Settings(Protocol):
@@ -46,9 +51,10 @@ class Settings(Protocol):
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file's rows: all of them are kept or quarantined."""
+    """One record type's rows: all of them are kept or quarantined."""
 
-    file: str
+    files: dict[str, int]
+    """Rows of each file, by its path in the data folder, in the order in which they are read."""
     rows: int
     kept: int
     quarantined: int
@@ -66,6 +72,8 @@ class ValidationReport:
     """Record types that have no file: by name, the record type from whose rows they were made."""
     split_keys: tuple[str, ...]
     """What was checked to be disjoint."""
+    ignored_files: dict[str, str]
+    """Why nothing reads a file of the data folder, by its path there."""
     findings: tuple[Finding, ...] = ()
     """What stops nothing and the owner of the data should know."""
 
@@ -90,7 +98,7 @@ class ValidationReport:
 def validate(
     input_dir: Path, output_dir: Path, settings: Settings, domain: Domain, names: Collection[str]
 ) -> ValidationReport:
-    """Check the data files in `input_dir` and write what is good to `output_dir`.
+    """Check the data files in `input_dir` (see `records.files`) and write what is good to `output_dir`.
 
     names: the record types that are wanted. Each must have a file, or one of the record type that the domain derives it
     from. Files of the domain's other types are read where there are any.
@@ -100,55 +108,58 @@ def validate(
     records, keys = domain.record_types(), chosen_split_keys(domain, settings.split_keys)
     if unknown := sorted(set(names) - set(records)):
         raise UserError(f"domain {domain.name} has no record type {unknown[0]}; it has {', '.join(records)}")
-    derived = {name: how for name, how in domain.derived().items() if name in names and not data_files(input_dir, name)}
-    required = {derived[name].source if name in derived else name for name in names}
-    paths = {name: path for name in records if (path := _find(input_dir, name, required=name in required))}
+    data = find_data(input_dir, records)
+    derived = {name: how for name, how in domain.derived().items() if name in names and name not in data.of}
+    _refuse_missing(input_dir, data, [derived[name].source if name in derived else name for name in names])
     (output_dir / "quarantine").mkdir(parents=True, exist_ok=True)
     splits: list[Split] = []
     reports: dict[str, FileReport] = {}
     findings: list[Finding] = []
-    for name, path in paths.items():
-        rows = check_rows(path, records[name])
-        misspelt = misspelt_fields(path, rows, records[name])
+    for name, paths in data.of.items():
+        rows, source = check_rows(input_dir, paths, records[name])
+        misspelt = misspelt_fields(source, rows, records[name])
         findings += misspelt
-        splits.append(Split(records[name], rows.frame, str(path)))
-        reports[name] = _report(path, rows)
-        _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", rows.rejected)
-        _refuse_too_many(path, rows, settings.max_quarantined, misspelt)
+        splits.append(Split(records[name], rows.frame, source))
+        reports[name] = _report(source, rows)
+        _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", source, rows.rejected)
+        _refuse_too_many(source, rows, settings.max_quarantined, records[name], misspelt)
     sources = {split.record.name: split for split in splits}
     splits += [_derive(records[name], how, sources[how.source], domain) for name, how in derived.items()]
     check_splits(splits, keys)
     findings += unseen_rows(splits, keys)
     for split in splits:
-        findings += find_in(split.frame, split.record, split.file)
-        findings += foreign_prompts(split.frame, split.record, split.file, domain)
+        findings += find_in(split.frame, split.record, split.source)
+        findings += foreign_prompts(split.frame, split.record, split.source, domain)
     for split in splits:
         write_records(split.frame.drop(LINE), output_dir, split.record.name)
     made_from = {name: how.source for name, how in derived.items()}
-    report = ValidationReport(reports, made_from, tuple(settings.split_keys), tuple(dict.fromkeys(findings)))
+    keys_checked, found = tuple(settings.split_keys), tuple(dict.fromkeys(findings))
+    report = ValidationReport(reports, made_from, keys_checked, dict(data.ignored), found)
     (output_dir / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
 
-def check_rows(path: Path, record: RecordType) -> Rows:
-    """Read a file and quarantine what breaks a rule or repeats an earlier row. The frame keeps its LINE column."""
-    rows = read_rows(path, record)
-    reasons = unusable(rows.frame, record)
+def check_rows(folder: Path, paths: Sequence[Path], record: RecordType) -> tuple[Rows, Source]:
+    """Read files of `folder` and quarantine what breaks a rule or repeats an earlier row. The frame keeps its LINE
+    column."""
+    rows, source = read_files(folder, paths, record)
+    reasons = unusable(rows.frame, record, source)
     if not reasons:
-        return rows
-    originals = original_lines(path, set(reasons), record)
+        return rows, source
+    originals = original_lines(source, set(reasons), record)
     found = [rejected_line(line, reason, originals[line]) for line, reason in reasons.items()]
     rejected = sorted([*rows.rejected, *found], key=lambda one: one.line)
     kept = _without(rows.frame, reasons)
-    assert len(kept) + len(found) == len(rows.frame), f"{path}: a row was lost"
-    return Rows(kept, tuple(rejected), rows.ignored)
+    assert len(kept) + len(found) == len(rows.frame), f"{source}: a row was lost"
+    return Rows(kept, tuple(rejected), rows.ignored), source
 
 
-def unusable(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
-    """Line and reason of each row that breaks a rule of its record type, or repeats an earlier row."""
+def unusable(frame: pl.DataFrame, record: RecordType, source: Source) -> dict[int, str]:
+    """Number and reason of each row that breaks a rule of its record type, or repeats an earlier row."""
     reasons = _broken_rules(frame, record)
     reasons |= _examined(_without(frame, reasons), record)
-    return reasons | _duplicates(_without(frame, reasons), record)
+    duplicates = _duplicates(_without(frame, reasons), record)
+    return reasons | {number: f"duplicate of {source.line(before)}" for number, before in duplicates.items()}
 
 
 def _derive(record: RecordType, how: Derived, source: Split, domain: Domain) -> Split:
@@ -160,12 +171,13 @@ def _derive(record: RecordType, how: Derived, source: Split, domain: Domain) -> 
     rows = zip(source.frame.drop(LINE).iter_rows(named=True), lines, strict=True)
     made = []
     for row, line in rows:
-        with domain_code(domain, "derived", f"{source.file} line {line}"):
+        with domain_code(domain, "derived", "{} line {}".format(*source.place(line))):
             made.append(how.make(row, line))
     frame = pl.DataFrame(made, schema=dict(record.columns)).with_columns(lines)
     for line, reason in _broken_rules(frame, record).items():
-        raise UserError(f"{source.file} line {line}: the {record.name} record that the domain makes of it: {reason}")
-    return Split(record, frame, source.file)
+        path, line = source.place(line)
+        raise UserError(f"{path} line {line}: the {record.name} record that the domain makes of it: {reason}")
+    return Split(record, frame, source.source)
 
 
 def _without(frame: pl.DataFrame, reasons: Collection[int]) -> pl.DataFrame:
@@ -199,8 +211,8 @@ def _examined(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
     return {line: reason for line, row in rows if (reason := record.examine(row)) is not None}
 
 
-def _duplicates(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
-    """Rows that repeat an earlier one."""
+def _duplicates(frame: pl.DataFrame, record: RecordType) -> dict[int, int]:
+    """Rows that repeat an earlier one, with the number of that one."""
     same = list(record.identity or record.columns)
     # equal hashes are looked for first: to compare a million rows themselves takes four times as long
     frame = frame.filter(pl.struct(same).hash().is_duplicated())
@@ -209,24 +221,23 @@ def _duplicates(frame: pl.DataFrame, record: RecordType) -> dict[int, str]:
         return {}
     first = frame.filter(pl.struct(same).is_first_distinct()).select(*same, pl.col(LINE).alias("first"))
     both = again.join(first, on=same, how="left", nulls_equal=True)
-    return {line: f"duplicate of line {before}" for line, before in both.select(LINE, "first").iter_rows()}
+    return dict(both.select(LINE, "first").iter_rows())
 
 
-def _find(folder: Path, name: str, *, required: bool) -> Path | None:
-    found = data_files(folder, name)
-    if not found and not required:
-        return None
-    if not found:
-        raise UserError(f"{folder}: no {name}.jsonl or {name}.parquet; put it there (its form is in docs/data.md)")
-    if len(found) > 1:
-        raise UserError(f"{folder}: both {found[0].name} and {found[1].name}; remove one of the two")
-    return found[0]
+def _refuse_missing(folder: Path, data: DataFiles, required: Collection[str]) -> None:
+    for name in required:
+        if name not in data.of:
+            there = f"; nothing reads {', '.join(data.ignored)}, which is there" if data.ignored else ""
+            raise UserError(
+                f"{folder}: no {name}.jsonl or {name}.parquet; put it there (its form is in docs/data.md){there}"
+            )
 
 
-def _report(path: Path, rows: Rows) -> FileReport:
+def _report(source: Source, rows: Rows) -> FileReport:
     kept, quarantined = len(rows.frame), len(rows.rejected)
     reasons = dict(_counted(rows.rejected).most_common())
-    return FileReport(path.name, kept + quarantined, kept, quarantined, reasons, sorted(rows.ignored))
+    files = dict(zip(source.names, source.rows, strict=True))
+    return FileReport(files, kept + quarantined, kept, quarantined, reasons, sorted(rows.ignored))
 
 
 def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
@@ -234,27 +245,30 @@ def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
     return Counter(reason.reason.split(" at column ")[0].split(" of line ")[0] for reason in rejected)
 
 
-def _refuse_too_many(path: Path, rows: Rows, limit: float, misspelt: Sequence[Finding]) -> None:
+def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordType, misspelt: Sequence[Finding]) -> None:
     bad, total = len(rows.rejected), len(rows.frame) + len(rows.rejected)
     if not total:
-        raise UserError(f"{path}: holds no rows; put at least one there")
+        raise UserError(f"{source}: holds no rows; put at least one there")
     if bad > limit * total or bad == total:
         counts = _counted(rows.rejected).most_common(WORST_REASONS)
         worst = "; ".join(f"{count} x {reason}" for reason, count in counts)
         first = rows.rejected[0]
+        form = f"; a row is {wanted_form(record)}" if WRONG_FORM.search(counts[0][0]) else ""
         hint = f" ({misspelt[0].rows} rows {misspelt[0].what})" if misspelt else ""
         raise UserError(
-            f"{path}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
-            f"line {first.line}: {first.reason}{hint}; fix the file or raise validate.max_quarantined"
+            f"{source}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
+            f"{source.line(first.line)}: {first.reason}{hint}{form}; fix the file or raise validate.max_quarantined"
         )
 
 
-def _write_quarantine(path: Path, rejected: Sequence[Rejected]) -> None:
+def _write_quarantine(path: Path, source: Source, rejected: Sequence[Rejected]) -> None:
     """One JSON object a row, with `base64` only where it is needed. No file where nothing is quarantined."""
     if not rejected:
         path.unlink(missing_ok=True)
         return
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for row in rejected:
+            index, line = source.place(row.line)
             known = {name: value for name, value in asdict(row).items() if value is not None}
-            file.write(json.dumps(known, ensure_ascii=False) + "\n")
+            fields = {"file": source.names[index], **known, "line": line}
+            file.write(json.dumps(fields, ensure_ascii=False) + "\n")

@@ -56,14 +56,15 @@ def open_documents(project: Path, model: str, domain: Domain) -> DocumentStore:
 
 def _documents_of(data: Path, domain: Domain) -> list[Document]:
     """The good rows of the data set's documents, of each document the newest; none where there is no data set yet."""
-    from twinloop.records.reading import data_files  # pandera and polars take a second: only for an empty store
+    from twinloop.records.files import find_data  # pandera and polars take a second: only for an empty store
     from twinloop.records.validation import check_rows
 
-    if not (paths := data_files(data, "documents")):
+    records = domain.record_types()
+    if not (paths := find_data(data, records).of.get("documents")):
         return []
-    record_type = domain.record_types()["documents"]
+    rows, _ = check_rows(data, paths, records["documents"])
     newest: dict[str, dict[str, Any]] = {}
-    for row in (row for path in paths for row in check_rows(path, record_type).frame.iter_rows(named=True)):
+    for row in rows.frame.iter_rows(named=True):
         before = newest.get(row["document_id"])
         if before is None or (row["version"] or 0) >= (before["version"] or 0):
             newest[row["document_id"]] = row

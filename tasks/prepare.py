@@ -11,11 +11,14 @@ from typing import Any
 from prefect import task
 
 from twinloop.records.dataset import DataVersion, build_data, is_current
+from twinloop.records.validated import ignored_files
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import ValidateSettings
 
 log = logging.getLogger(__name__)
+
+SHOWN_FILES = 5
 
 
 def data_stage(context: Context) -> tuple[DataVersion, float | None]:
@@ -58,6 +61,10 @@ def validate_stage(
         log.warning("%s", finding)
     if count := artifact.metrics["quarantined"]:
         log.warning("quarantined rows: %d; each, with its reason, is in %s", count, artifact.path / "quarantine")
+    if ignored := ignored_files(artifact.path):
+        named = [f"{name} ({why})" for name, why in ignored.items()]
+        more = f", and {len(named) - SHOWN_FILES} more" if len(named) > SHOWN_FILES else ""
+        log.warning("ignored files of %s: %s%s", data.path, ", ".join(named[:SHOWN_FILES]), more)
     return artifact
 
 

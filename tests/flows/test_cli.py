@@ -85,7 +85,8 @@ def test_the_forms_of_the_data_are_shown_with_a_whole_row(project: Path, tmp_pat
     assert own.returncode == 0, own.stderr
     assert own.stdout.startswith("preferences: Two answers to a prompt, of which the first is better.\n")
     assert "facts.policy.window_days" in own.stdout
-    row = json.loads(own.stdout.splitlines()[-1])
+    row = json.loads(next(line for line in own.stdout.splitlines() if line.startswith("{")))
+    assert '\nconversational: {"chosen": [{"role": "user", ' in own.stdout
     assert row["prompt"][0]["content"].startswith("customer: hello")
     outside = twinloop(tmp_path, "data", "schema", "--domain", "classification")
     assert outside.returncode == 0, outside.stderr

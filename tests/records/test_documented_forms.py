@@ -17,7 +17,8 @@ from twinloop.domains.domain import Domain
 from twinloop.domains.reasoning import domain as reasoning
 from twinloop.domains.record_types import RecordType
 from twinloop.domains.returns import domain as returns
-from twinloop.records.schema import example_row, fields_of, markdown, text
+from twinloop.records.schema import example_row, fields_of, markdown, other_forms, text
+from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
 from twinloop.tasks.recipe import ValidateSettings
 
@@ -78,6 +79,18 @@ def test_every_record_type_says_what_it_is_and_what_its_fields_hold(name: str, r
         assert form.meanings[column]
 
 
+@pytest.mark.parametrize(("name", "record"), FORMS.values(), ids=FORMS)
+def test_the_forms_of_other_tools_become_the_same_record(name: str, record: str, tmp_path: Path) -> None:
+    domain = DOMAINS[name]
+    form = domain.record_types()[record]
+    row = example_row(form, domain)
+    assert bool(other_forms(form, row)) == ({"messages", "chosen"} & set(form.columns) != set())
+    for number, (what, other) in enumerate({"our own": row, **other_forms(form, row)}.items()):
+        (folder := tmp_path / str(number)).mkdir()
+        kept(form, [other], domain, folder)
+        assert read_records(folder / "out", record) == read_records(tmp_path / "0" / "out", record), what
+
+
 @pytest.mark.parametrize("name", [*STANDARD, *OF_READY_MADE])
 def test_the_page_has_the_section_of_every_form(name: str) -> None:
     domain = OF_READY_MADE.get(name) or Tickets()
@@ -111,3 +124,18 @@ def test_a_domain_whose_code_fails_on_its_example_still_has_forms() -> None:
 
     domain = Broken()
     assert '"Where is my parcel?"' in text(domain.record_types()["chat"], domain)
+
+
+def test_the_examples_of_other_forms_are_good_rows(tmp_path: Path) -> None:
+    [section] = re.findall(r"^## Other forms of a row\n(.*?)^## ", DOCS, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| [^|]+ \| `(\{.*?\})`[^|]* \| `(\w+)`", section, re.MULTILINE)
+    assert len(rows) == 5
+    for number, (row, name) in enumerate(rows):
+        fields = json.loads(row)
+        if set(fields) == {"prompt"}:
+            fields |= {"chosen": "Blue.", "rejected": "Seven."}
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / f"{name}.jsonl").write_text(json.dumps(fields) + "\n")
+        report = validate(folder, folder / "out", ValidateSettings(), Domain(), [name])
+        assert (report.quarantined, report.files[name].ignored_fields) == (0, [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import decimal
 import json
 import random
 import subprocess
@@ -12,23 +11,21 @@ from typing import Any
 
 import polars as pl
 import pyarrow as pa
-import pyarrow.parquet
 import pytest
 
-from twinloop.common.errors import UserError
 from twinloop.common.strict_json import MAX_DEPTH
 from twinloop.domains.returns import domain
 from twinloop.records import jsonl
-from twinloop.records.reading import original_lines, read_rows
+from twinloop.records.reading import read_rows
 from twinloop.records.rows import LINE, Rows
 
 RECORD_TYPES = domain.record_types()
-CORPUS = RECORD_TYPES["corpus"]
 
 CLEAN = {
     "corpus": b'{"text": "clean"}',
     "chat": b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}',
     "documents": b'{"document_id": "P-1", "version": 1, "text": "clean"}',
+    "preferences": b'{"prompt": [{"role": "user", "content": "q"}], "chosen": "a", "rejected": "b"}',
 }
 BROKEN = b'{"text": "broken'
 KEPT = ""
@@ -220,7 +217,8 @@ def test_deep_nesting_ends_no_process(levels: int, around: bytes, tmp_path: Path
     program = (
         "import sys; from pathlib import Path; from twinloop.records.validation import check_rows;"
         "from twinloop.domains.domain import Domain;"
-        "rejected = check_rows(Path(sys.argv[1]), Domain().record_types()['corpus']).rejected;"
+        "path = Path(sys.argv[1]);"
+        "rejected = check_rows(path.parent, [path], Domain().record_types()['corpus'])[0].rejected;"
         "print([one.reason for one in rejected if 'deep' in one.reason])"
     )
     done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
@@ -277,10 +275,22 @@ VALUES = (
     *("{}", "[]", "[1,]", '{"a":1,"a":2}', '{"":1}', "[null]", "[[],{}]", "[NaN]", '{"text":5}', '{"role":"user"}'),
 )
 KEYS = ("x", "text", "messages", "role", "content", "facts", "version", "instruction", "te\\u0078t", "", "\\ud800")
+FORM_KEYS = (
+    "conversations",
+    "from",
+    "value",
+    "system",
+    "history",
+    "output",
+    "completion",
+    "prompt",
+    "chosen",
+    "rejected",
+)
 
 
 def a_key(rng: random.Random) -> str:
-    return f'"{rng.choice(KEYS)}"'
+    return f'"{rng.choice(KEYS + FORM_KEYS)}"'
 
 
 def a_value(rng: random.Random, levels: int = 3) -> str:
@@ -312,50 +322,3 @@ def test_random_rows_that_pyarrow_accepts_are_what_json_makes_of_them(name: str)
             assert (fast.rejected, fast.ignored) == (careful.rejected, careful.ignored), lines
             accepted += 1
     assert accepted > 200
-
-
-# --- Parquet
-
-ODD_COLUMNS: dict[str, pa.Array] = {
-    "NaN and infinity": pa.array([float("nan"), float("inf"), None]),
-    "beyond int64": pa.array([2**64 - 1] * 3, pa.uint64()),
-    "text that is not UTF-8": pa.array([b"\xff"] * 3, pa.binary()).view(pa.string()),
-    "a date that Python has not": pa.array([2**31 - 1] * 3, pa.date32()),
-    "a time beyond the day": pa.array([5 * 86400 * 10**9] * 3, pa.time64("ns")),
-    "76 digits": pa.array([decimal.Decimal(1)] * 3, pa.decimal256(76, 0)),
-    "a map": pa.array([[("a", 1)]] * 3, pa.map_(pa.string(), pa.int64())),
-    "50 levels": pa.array([json.loads("[" * 50 + "]" * 50)] * 3),
-}
-
-
-def read_parquet(path: Path, name: str, table: pa.Table) -> Rows:
-    pyarrow.parquet.write_table(table, path)
-    return read_rows(path, RECORD_TYPES[name])
-
-
-@pytest.mark.parametrize("kind", ODD_COLUMNS)
-def test_a_column_that_nobody_reads_changes_no_row_of_parquet(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "corpus.parquet"
-    read = pa.table({"text": ["a", None, "b"]})
-    expected = read_parquet(path, "corpus", read)
-    rows = read_parquet(path, "corpus", read.append_column("x", ODD_COLUMNS[kind]))
-    assert rows.frame.equals(expected.frame)
-    assert rows.rejected == expected.rejected
-    assert rows.ignored == {"x"}
-    assert original_lines(path, {1, 3}, CORPUS) == {1: b'{"text": "a"}', 3: b'{"text": "b"}'}
-
-
-def test_columns_of_one_name_matter_only_where_they_are_read(tmp_path: Path) -> None:
-    path, texts = tmp_path / "corpus.parquet", pa.array(["a", "b"])
-    unread = pa.Table.from_arrays([texts] * 3, names=["text", "x", "x"])
-    assert read_parquet(path, "corpus", unread).ignored == {"x"}
-    with pytest.raises(UserError, match=r"corpus\.parquet: .*two columns are named text"):
-        read_parquet(path, "corpus", pa.Table.from_arrays([texts] * 2, names=["text", "text"]))
-
-
-def test_a_number_of_parquet_beyond_int64_is_quarantined_by_its_row(tmp_path: Path) -> None:
-    versions = pa.array([1, 2**64 - 1, 3], pa.uint64())
-    table = pa.table({"document_id": ["P-1", "P-2", "P-3"], "version": versions, "text": ["a", "b", "c"]})
-    rows = read_parquet(tmp_path / "documents.parquet", "documents", table)
-    assert rows.frame["version"].to_list() == [1, 3]
-    assert [(rejected.line, rejected.reason) for rejected in rows.rejected] == [(2, "version is too large a number")]

@@ -215,7 +215,9 @@ def test_duplicate_rows_are_quarantined_and_the_first_is_kept(name: str, check, 
     spaced = json.dumps(json.loads(lines[2]), indent=None, separators=(" , ", " : ")).encode()
     write(path, [*lines, spaced])
     report = check().files[name]
-    assert quarantined(name) == [{"line": len(lines) + 1, "reason": "duplicate of line 3", "row": spaced.decode()}]
+    assert quarantined(name) == [
+        {"file": f"{name}.jsonl", "line": len(lines) + 1, "reason": "duplicate of line 3", "row": spaced.decode()}
+    ]
     assert report.reasons == {"duplicate": 1}
 
 
