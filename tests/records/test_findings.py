@@ -178,3 +178,26 @@ def test_an_answer_of_invisible_characters_is_empty(answer: str, tmp_path: Path)
     report = check(tmp_path, chat=[talk("a"), talk("b", answer)], preferences=[pair("a", answer), pair("a", "b")])
     assert report.files["chat"].reasons == {"messages has a message that is empty": 1}
     assert report.files["preferences"].reasons == {"rejected is empty": 1}
+
+
+# --- data of several files
+
+
+def test_the_first_row_is_named_with_its_file_where_there_are_several(tmp_path: Path) -> None:
+    rows = {"chat": [talk("a"), talk(COMPOSED)], "chat_2": [talk("b"), talk(DECOMPOSED)]}
+    (tmp_path / "data").mkdir()
+    for name, some in rows.items():
+        write(tmp_path / "data" / f"{name}.jsonl", [dump(one) for one in some])
+    report = validate(tmp_path / "data", tmp_path / "out", LENIENT, chat, ["chat"])
+    assert said(report) == [
+        "chat.jsonl and 1 more: 1 of 4 rows (first: line 2 of chat_2.jsonl) repeat an earlier one in another Unicode "
+        "form (in NFC they are equal)"
+    ]
+
+
+def test_a_misspelt_column_of_one_part_is_in_the_rows_of_that_part(check, data: Path) -> None:
+    frame = pl.DataFrame([json.loads(line) for line in lines_of(data / "chat.jsonl")])
+    write(data / "chat.jsonl", lines_of(data / "chat.jsonl")[:30])
+    frame[30:].rename({"facts": "fact"}).write_parquet(data / "chat_2.parquet")
+    first = said(check())[0]
+    assert first.startswith("chat.jsonl and 1 more: 50 of 80 rows (first: line 1 of chat_2.parquet) have the unknown")
