@@ -36,6 +36,7 @@ from twinloop.serving.knowledge.history import (
     Seen,
     catch_up,
     connect,
+    contents_digest,
     has_tables,
     insert,
     make_tables,
@@ -87,6 +88,7 @@ class DocumentStore:
         self._reader: sqlite3.Connection | None = None
         self._stamp: tuple[int, ...] = ()
         self._seen = Seen()
+        self._contents = ("", "")
 
     def put(self, document_id: str, text: str) -> Document:
         """Make a text the document's newest version and return it; it is on the disk when this returns.
@@ -169,6 +171,13 @@ class DocumentStore:
         """Sha256 over every version ever put, in order: equal digests mean equal documents and equal histories."""
         with self._reading() as connection:
             return EMPTY_DIGEST if connection is None else self._seen.digest
+
+    def contents(self) -> str:
+        """`contents_digest` of the documents that are found now."""
+        listed = self.list_with_digest() if self._contents[0] != self.digest() else None
+        if listed is not None:
+            self._contents = (listed.digest, contents_digest(listed.documents))
+        return self._contents[1]
 
     def close(self) -> None:
         """Give the file back, in one piece where nobody else has it open; the next call opens it again."""
