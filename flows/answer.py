@@ -52,7 +52,9 @@ def serve_champion(
 
         def ready(address: str) -> None:
             answers = manager.service.model
-            print(f"{address}  {answers.name} version {answers.version}", flush=True)
+            differs = "documents_differ" in manager.degraded()
+            note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
+            print(f"{address}  {answers.name} version {answers.version}{note}", flush=True)
 
         with following_champion(project, registry, manager, slots=slots):
             run_server(app, host, port, on_ready=ready)

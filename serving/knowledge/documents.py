@@ -45,6 +45,7 @@ from twinloop.serving.knowledge.history import (
     verify,
     writing,
 )
+from twinloop.serving.knowledge.imports import Imported, import_all
 from twinloop.serving.knowledge.query import match_expression
 
 Check = Callable[[str, str], str | None]
@@ -113,15 +114,29 @@ class DocumentStore:
 
         A store that holds anything is left as it is. Raises like `put`.
         """
+        done = self._import(documents, only_if_empty=True)
+        return len(done.put) if done else 0
+
+    def import_documents(self, documents: Iterable[Document]) -> Imported:
+        """Put what has changed in the data since its last import, all or nothing; what an administrator has put since
+        is kept. Raises like `put`."""
+        done = self._import(documents, only_if_empty=False)
+        assert done is not None
+        return done
+
+    def _import(self, documents: Iterable[Document], *, only_if_empty: bool) -> Imported | None:
         new = [Document(*self._checked(each.document_id, each.text)) for each in documents]
         if len({each.document_id for each in new}) != len(new):
-            raise UserError(f"{self.path}: two of the documents to start with have the same id; keep one of each")
+            raise UserError(f"{self.path}: two of the documents to import have the same id; keep one of each")
         with self._writing() as (connection, seen):
-            if seen.versions:
-                return 0
-            for document in new:
+            if only_if_empty and seen.versions:
+                return None
+
+            def put(document: Document) -> int:
                 insert(connection, seen, document)
-            return len(new)
+                return seen.versions
+
+            return import_all(connection, new, put)
 
     def list(self) -> Documents:
         """The newest version of every document, ordered by id, the numbers in it by their value."""

@@ -30,7 +30,8 @@ from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
-from twinloop.registry.champion import follow_champion, open_champion, open_documents
+from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import promote, rollback
 from twinloop.registry.versions import Lineage, Registry, Version

@@ -1,4 +1,4 @@
-"""/openapi.json is what the server does: schemathesis asks every route what the description allows, and what it forbids."""
+"""/openapi.json is what the server does: schemathesis asks what the description allows, and what it forbids."""
 
 import os
 import subprocess
