@@ -38,7 +38,7 @@ class Imported:
         return "; ".join(words)
 
 
-def _names(documents: Sequence[Document], most: int = 5) -> str:
+def _names(documents: Sequence[Document], most: int = 3) -> str:
     names = ", ".join(each.document_id for each in documents[:most])
     return names + (f" and {len(documents) - most} more" if len(documents) > most else "")
 
