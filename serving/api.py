@@ -129,10 +129,11 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
     """
     listener = _bind(host, port)
     server = uvicorn.Server(server_config(app))
-    # uvicorn raises the signal again once it has shut down; a server that was asked to stop has not failed.
+    # uvicorn takes signals only once it runs, and raises them again once it has shut down; a server that was asked to
+    # stop, at whatever moment, stops and has not failed.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handled = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
-    before = {number: signal.signal(number, lambda *_: None) for number in handled}
+    before = {number: signal.signal(number, lambda *_: setattr(server, "should_exit", True)) for number in handled}
     try:
         if on_ready is not None:
             shown = f"[{host}]" if ":" in host else host

@@ -230,3 +230,10 @@ def test_small_answers_are_sent_at_once():
         return found
 
     assert asyncio.run(option())
+
+
+def test_a_server_that_is_stopped_in_the_moment_in_which_it_names_its_address_stops(tmp_path):
+    at_once = SERVER[2].replace("print(url, flush=True)", "signal.raise_signal(signal.SIGTERM)")
+    command = [SERVER[0], "-c", f"import signal\n{at_once}", str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr
