@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twinloop.common.errors import UserError
+from twinloop.models.chat_template import MARK, compile_template, mark
 
 Message = Mapping[str, str]
 
@@ -46,9 +46,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-MARK = re.compile("\ue000(\\d+)(j?)\ue001")
-"""In the place of a text while a template is rendered: its index, and whether the template writes it inside of JSON."""
 
 # Merges of a small vocabulary no longer change long before this; of a larger corpus a sample is taken.
 TRAINING_CHARACTERS = 16_000_000
@@ -109,7 +106,7 @@ class ChatTokenizer:
         by_length = sorted(self._special_ids, key=len, reverse=True)
         self._special_pattern = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
         self._bytes_of = _token_bytes(tokenizer)
-        self._template = _compile(settings.get("chat_template"))
+        self._template = compile_template(settings.get("chat_template"))
         self.stop_id = self._named_id("eos_token")
         # Qwen has no BOS and many have no PAD: both then are the stop token, as those models were trained.
         self.bos_id = self._named_id("bos_token", default=self.stop_id)
@@ -374,30 +371,3 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 def _token_text(value: Any) -> str | None:
     """A token in tokenizer_config.json is text, or an object with `content`."""
     return value.get("content") if isinstance(value, Mapping) else value
-
-
-def mark(index: int) -> str:
-    """What stands for a text while the template is rendered."""
-    return f"\ue000{index}\ue001"
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    """The filter `tojson` as transformers has it: Jinja's own would sort keys and write `<` as HTML needs it."""
-    return MARK.sub("\ue000\\1j\ue001", json.dumps(value, ensure_ascii=False, indent=indent))
-
-
-def _compile(source: Any) -> Any:
-    if not isinstance(source, str):
-        raise UserError("tokenizer_config.json: no chat_template; add the template that the model is trained with")
-    # As transformers does it: sandboxed, since a model directory may come from strangers.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.filters["tojson"] = _to_json
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.models.tokenizer import ChatTokenizer, mark
+from twinloop.models.chat_template import mark
+from twinloop.models.tokenizer import ChatTokenizer
 
 _NAME, _KEY, _VALUE, _RESULT = "function-name", "argument-name", "argument-value", "tool-result"
 _PROBE: list[dict[str, Any]] = [

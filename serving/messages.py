@@ -14,7 +14,7 @@ from twinloop.serving.errors import ApiError
 
 
 class _Fields(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class TextPart(_Fields):
