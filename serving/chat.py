@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
+from twinloop.models.tool_messages import has_tools
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import CHAT_RESPONSES
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
@@ -194,7 +195,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
 
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
-    _refuse_unserved(body, service.model)
+    _refuse_unserved(body, service)
     with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
@@ -241,10 +242,14 @@ def closed_route(path: str, domain: Domain) -> APIRouter:
     return router
 
 
-def _refuse_unserved(body: ChatRequest, model: ModelInfo) -> None:
+def _refuse_unserved(body: ChatRequest, service: DecisionService) -> None:
     if body.model is not None:
-        refuse_other_model(body.model, model)
-    for name, problem in _unserved(body.model_extra or {}):
+        refuse_other_model(body.model, service.model)
+    extra = body.model_extra or {}
+    if extra.get("tools") and not has_tools(service.tokenizer):
+        problem = "tools: the chat template of this model has no tools; say in a message what it may answer with"
+        raise ApiError(400, problem, code="unsupported_parameter", param="tools")
+    for name, problem in _unserved(extra):
         raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
 
 
