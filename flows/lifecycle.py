@@ -31,7 +31,7 @@ from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
-from twinloop.tasks.register import promote_if_shipped, register, who
+from twinloop.tasks.register import import_data_documents, promote_if_shipped, register, who
 from twinloop.tasks.release import check_release, version_to_judge
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
@@ -197,8 +197,16 @@ def _publish(
     if promotion:
         note = f"champion: version {promotion.to_version}"
         rows.append(StageRow("promote", time.perf_counter() - registered, note=note))
+        rows += _import_documents(context)
     moved = promotion is not None and (before is None or before.version != version.version)
     return Publication(version, promotion, error, moved, tuple(rows))
+
+
+def _import_documents(context: Context) -> list[StageRow]:
+    """The documents of the data, put beside the champion that was judged with them: the row, if there are any."""
+    started = time.perf_counter()
+    imported = import_data_documents(context)
+    return [StageRow("documents", time.perf_counter() - started, note=str(imported))] if imported else []
 
 
 def _failing_champion(registry: Registry, champion: Version) -> str:
