@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow
@@ -17,6 +17,7 @@ from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.gpu import gpu_slot
 from twinloop.flows.outcome import Outcome, Publication, StageRow
+from twinloop.flows.story import Tracked, tracked_lifecycle, write_story
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import finish_interrupted
@@ -56,19 +57,8 @@ def lifecycle(recipe: str | None = None) -> Outcome:
         if any(stage.method.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
-        context, data, data_rows = _prepare(context, settings)
-        trained = _train(context, settings, runtime, data=data)
-        exported = [
-            export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
-            for precision in settings.export.on(runtime.device)
-        ]
-        export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
-        candidate, *others = exported
-        judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-        published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate)
-        answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
-    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
-    outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
+        with tracked_lifecycle(context, settings) as tracked:
+            outcome = _release(tracked, settings, runtime, rules)
     show_outcome(outcome, display.console)
     if outcome.failure:
         raise NotShippedError(f"{settings.name}: {outcome.failure}")
@@ -100,6 +90,26 @@ def data_refresh(recipe: str | None = None) -> None:
     project, path, settings = _open(recipe)
     with make_display() as display:
         _prepare(Context.of(project, path, settings, display), settings)
+
+
+def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRules) -> Outcome:
+    """Every stage from the data to the champion's answer, and the story of it."""
+    context, data, data_rows = _prepare(tracked.context, settings)
+    assert context.dataset_digest is not None
+    tracked.tracker.dataset(context.dataset_digest)
+    trained = _train(context, settings, runtime, data=data)
+    exported = [
+        export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
+        for precision in settings.export.on(runtime.device)
+    ]
+    export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
+    candidate, *others = exported
+    judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
+    published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate)
+    answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
+    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
+    outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
+    return replace(outcome, report=write_story(tracked, context, settings, outcome))
 
 
 def _open(recipe: str | None) -> tuple[Path, Path, Recipe]:
