@@ -17,6 +17,7 @@ from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.gpu import gpu_slot
 from twinloop.flows.outcome import Outcome, Publication, StageRow
+from twinloop.flows.progress import ReportedDisplay
 from twinloop.flows.story import Tracked, tracked_lifecycle, write_story
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
@@ -52,7 +53,7 @@ def lifecycle(recipe: str | None = None) -> Outcome:
     project, path, settings = _open(recipe)
     runtime = settings.runtime()
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
-    with make_display() as display, gpu_slot(project, runtime):
+    with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
         context = Context.of(project, path, settings, display)
         if any(stage.method.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
@@ -71,7 +72,7 @@ def release_check(recipe: str | None = None) -> str:
     project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     runtime = settings.runtime()
-    with make_display() as display, gpu_slot(project, runtime):
+    with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
         context = Context.of(project, path, settings, display)
         registry = Registry(context.mlruns, context.recipe)
         finish_interrupted(registry, who())
@@ -88,7 +89,7 @@ def release_check(recipe: str | None = None) -> str:
 def data_refresh(recipe: str | None = None) -> None:
     """Rebuild and validate the data sets. Raises UserError for what is wrong with them."""
     project, path, settings = _open(recipe)
-    with make_display() as display:
+    with ReportedDisplay(make_display()) as display:
         _prepare(Context.of(project, path, settings, display), settings)
 
 

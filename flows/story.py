@@ -81,7 +81,8 @@ def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Out
 
 def _write(tracked: Tracked, context: Context, recipe: Recipe, outcome: Outcome) -> Path:
     from twinloop.report.figures import figures
-    from twinloop.report.files import write_report, write_results
+    from twinloop.report.files import write_report
+    from twinloop.report.results import write_results
     from twinloop.report.tracked import log_story, tables
 
     published = outcome.published

@@ -48,7 +48,11 @@ RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
 PARAMETER_CHARS = 6000
+RESUMES = "twinloop.resumes"
+"""Tag of a run: the one, killed, whose work it goes on with."""
 NO_COMMIT = "no commit"
+RESULTS = "results"
+"""Folder of the project that lifecycles write, and that people commit."""
 
 
 class Mlruns:
@@ -83,6 +87,7 @@ class Mlruns:
 
         _quiet_mlflow()
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # also for a file that lies beside it
         # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
         with self.lock("database"):
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -202,7 +207,7 @@ class Tracker:
             killed = mark_killed(self.mlruns, experiment_id)
             tags = execution.tags()
             if resumed := next((run for run in killed if run.data.tags.get("twinloop.key") == execution.key), None):
-                tags["twinloop.resumes"] = resumed.info.run_id
+                tags[RESUMES] = resumed.info.run_id
             name = execution.name or execution.stage
             self.run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
             self._alive = alive_lock(self.mlruns, self.run_id)
@@ -326,10 +331,11 @@ def flatten(settings: Settings) -> dict[str, str]:
 
 def code_version(project: Path, *needed: Path) -> CodeVersion:
     """The commit that `project` is at. Of the files that git does not know only `needed` make it dirty: outputs lie
-    among the others."""
+    among the others. The results of earlier lifecycles are no code."""
     try:
         commit = _git(project, "rev-parse", "HEAD")
-        changed = _git(project, "status", "--porcelain", "--untracked-files=no")
+        code = ("--", ":(top)", f":(exclude){RESULTS}")
+        changed = _git(project, "status", "--porcelain", "--untracked-files=no", *code)
         if needed:
             changed += _git(project, "status", "--porcelain", "--untracked-files=all", "--", *map(str, needed))
     except (OSError, subprocess.SubprocessError):

@@ -34,10 +34,10 @@ class Panel:
     height: float = HEIGHT
 
 
-def png(panels: Sequence[Panel], *, columns: int = 3) -> bytes:
-    """All panels on one white sheet."""
+def png(panels: Sequence[Panel]) -> bytes:
+    """All panels on one white sheet, two beside each other: as wide as MLflow shows a picture without reducing it."""
     with _style():
-        figure = _sheet(panels, columns)
+        figure = _sheet(panels, columns=2)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=DOTS_PER_INCH, facecolor="white")
     return out.getvalue()
@@ -46,7 +46,7 @@ def png(panels: Sequence[Panel], *, columns: int = 3) -> bytes:
 def svg(panel: Panel) -> str:
     """One panel as an element for a page: transparent, its text in the page's font and colour."""
     with _style():
-        figure = _sheet([panel], 1)
+        figure = _sheet([panel], columns=1)
         out = io.StringIO()
         # Without a date, and with names that follow from the content: the same story gives the same page.
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
@@ -85,7 +85,7 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _sheet(panels: Sequence[Panel], columns: int) -> Figure:
+def _sheet(panels: Sequence[Panel], *, columns: int) -> Figure:
     from matplotlib.figure import Figure
 
     columns = min(columns, len(panels))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 BINS = 10
 """Of confidence."""
+MOST_OPAQUE = 0.6
+"""A cell's colour, so that dark text and light text are read on it."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ def figures(story: Story) -> dict[str, list[Panel]]:
     found["lineage"] = [lineage_panel(story)]
     empty = {"confusion": not story.outcomes, "reliability": not story.confidences}
     return {name: panels for name, panels in found.items() if panels and not empty.get(name)}
+
+
+def axis_of(metric: str) -> tuple[str, str]:
+    """The title and the unit of a metric of training."""
+    return next(((chart.title, chart.unit) for chart in CHARTS if metric in chart.metrics), (metric, metric))
 
 
 def training_panels(stage: Stage) -> list[Panel]:
@@ -137,7 +144,8 @@ def _by_predicate(measured: Sequence[tuple[str, Measured]], names: Sequence[str]
                 _interval(axes, place + offset, each.by_predicate[name], colour=colour, marker=marker)
         axes.plot([], [], marker, color=colour, markersize=4, label=stage)
     _rates_across(axes, [story.task.predicates[name] for name in names])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.14), ncols=min(3, len(measured)))
+    below = 0.45 / (0.5 + 0.45 * len(names))  # the room that the label of the axis takes, as a share of their height
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -below), ncols=min(3, len(measured)))
 
 
 def _interval(axes: Axes, place: float, rate: Rate, *, colour: str, marker: str = "o", upright: bool = False) -> None:
@@ -169,13 +177,16 @@ def _percents() -> Formatter:
 
 
 def _confusion(outcomes: Mapping[str, Mapping[str, int]], axes: Axes) -> None:
+    from matplotlib.colors import ListedColormap
+
     rights, answers = list(outcomes), list(next(iter(outcomes.values())))
     shares = [[row[answer] / max(1, sum(row.values())) for answer in answers] for row in outcomes.values()]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    # The share is how opaque a cell is, so that the page's ground and text colour fit it, whichever they are.
+    opaque = [[MOST_OPAQUE * share for share in row] for row in shares]
+    axes.imshow([[0] * len(answers)] * len(rights), cmap=ListedColormap([COLOURS[0]]), alpha=opaque, aspect="auto")
     for y, row in enumerate(outcomes.values()):
         for x, answer in enumerate(answers):
-            colour = "white" if shares[y][x] > 0.55 else "#101418"
-            axes.text(x, y, f"{row[answer]:,}", ha="center", va="center", color=colour, fontsize=9)
+            axes.text(x, y, f"{row[answer]:,}", ha="center", va="center", fontsize=9)
     axes.set_xticks(range(len(answers)), answers, rotation=30 if len(answers) > 3 else 0)
     axes.set_yticks(range(len(rights)), rights)
     axes.set(xlabel="answered", ylabel="right")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from twinloop.common.errors import one_line
-from twinloop.domains.domain import Domain
+from twinloop.domains.loader import LoadedDomain
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.tracking import Mlruns
+from twinloop.registry.tracking import RESUMES, Mlruns
 from twinloop.registry.versions import Registry, Version
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 from twinloop.tasks.context import SPEED, Context
@@ -79,7 +80,7 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending
         started=run.started,
         recipe_path=str(context.recipe_path or ""),
         recipe=recipe.plain(),
-        task=_task(context.domain),
+        task=_task(context.loaded_domain),
         code=str(context.code),
         dataset_digest=context.dataset_digest,
         data=_data(artifacts["validate"]),
@@ -97,11 +98,12 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending
     )
 
 
-def _task(domain: Domain) -> Task:
-    about = inspect.getdoc(type(domain)) if type(domain) is not Domain else ""
+def _task(loaded: LoadedDomain) -> Task:
+    """What the domain's module says at its top is what the model is for."""
+    domain, about = loaded.domain, inspect.getdoc(loaded.found.module) or ""
     return Task(
         domain=domain.name,
-        about=(about or "").partition("\n\n")[0].replace("\n", " "),
+        about=about.partition("\n\n")[0].replace("\n", " "),
         predicates={name: predicate.title for name, predicate in domain.predicates.items()},
         kinds={name: kind.title for name, kind in domain.case_kinds.items()},
         example=dict(domain.example),
@@ -156,24 +158,32 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def _curves(mlruns: Mlruns, run_id: str) -> dict[str, Curve]:
+    """Of the run, and of those that were killed before and that it resumed."""
     from mlflow.exceptions import MlflowException
 
-    client = mlruns.client
+    client, resumed = mlruns.client, run_id
+    steps: dict[str, dict[int, float]] = {}
     try:
-        names = [name for name in client.get_run(run_id).data.metrics if name != SPEED]
-        histories = {name: client.get_metric_history(run_id, name) for name in names}
+        while resumed:
+            run = client.get_run(resumed)
+            for name in run.data.metrics:
+                # A stage's totals have step 0: they are no curve. What a resumed run did again counts once.
+                values = {
+                    each.step: each.value
+                    for each in client.get_metric_history(resumed, name)
+                    if each.step and math.isfinite(each.value)
+                }
+                steps[name] = values | steps.get(name, {})
+            resumed = run.data.tags.get(RESUMES, "")
     except MlflowException as trouble:
         log.warning("no curves of run %s: %s", run_id, one_line(trouble))
-        return {}
-    # A stage's totals have step 0: they are no curve. After a crash a step may have been logged twice.
-    steps = {name: {each.step: each.value for each in history if each.step} for name, history in histories.items()}
-    return {name: _thinned(sorted(values.items())) for name, values in steps.items() if len(values) > 1}
+    return {
+        name: _thinned(sorted(values.items())) for name, values in steps.items() if len(values) > 1 and name != SPEED
+    }
 
 
 def _thinned(curve: Curve) -> Curve:
-    """At most about POINTS of a curve, its ends among them: the mean of each stretch."""
-    if len(curve) <= POINTS:
-        return curve
+    """At most POINTS of a curve: the mean of each stretch, at its last step. Six digits are more than are seen."""
     size = -(-len(curve) // POINTS)
     stretches = [curve[start : start + size] for start in range(0, len(curve), size)]
-    return [(stretch[-1][0], sum(value for _, value in stretch) / len(stretch)) for stretch in stretches]
+    return [(part[-1][0], float(f"{sum(value for _, value in part) / len(part):.6g}")) for part in stretches]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.metrics import Rate, percentile
@@ -19,14 +21,13 @@ from twinloop.report.story import Stage, Story
 TEMPLATES = Path(__file__).with_name("templates")
 MOST_FAILURES = 20
 """Of each owner, on the page: all are in MLflow's table."""
-TITLES = {
-    "pass_rates": "Pass rates",
-    "training": "Training",
-    "confusion": "Outcomes",
-    "reliability": "Confidence",
-    "serving": "Serving",
-    "lineage": "Lineage",
+SECTIONS = {
+    "rates": ("Pass rates", ("pass_rates",)),
+    "training": ("Training", ("training_",)),
+    "answers": ("Answers and serving", ("confusion", "reliability", "serving")),
+    "lineage": ("Lineage", ("lineage",)),
 }
+"""Of figures: the title, and how the names of the figures begin."""
 SERVED = """\
 twinloop serve --model {model}
 curl -s http://127.0.0.1:8080/{route} -H 'content-type: application/json' \\
@@ -42,11 +43,10 @@ class _Tile:
 
 def html_page(story: Story, panels: Mapping[str, Sequence[Panel]]) -> str:
     """The page; it draws the figures."""
-    groups: dict[str, tuple[str, list[str]]] = {}
-    for name, drawn in panels.items():
-        group = "training" if name.startswith("training_") else name
-        groups.setdefault(group, (TITLES[group], []))[1].extend(svg(panel) for panel in drawn)
-    shown = [(name, *groups[name]) for name in TITLES if name in groups]
+    shown = []
+    for section, (title, begins) in SECTIONS.items():
+        if drawn := [svg(panel) for name, each in panels.items() if name.startswith(begins) for panel in each]:
+            shown.append((section, title, drawn))
     sections = [("stages", "Stages"), *((name, title) for name, title, _ in shown), ("gate", "Gate")]
     sections += [("failures", "Failures"), ("samples", "Samples"), ("data", "Data and recipe"), ("serve", "Serve")]
     return _render("page.html", story, figures=shown, sections=sections)
@@ -68,6 +68,7 @@ def _render(template: str, story: Story, **more: Any) -> str:
         "percent": _percent,
         "prompt": prompt_text,
         "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
+        "words": _words,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     return environment.get_template(template).render(
@@ -133,11 +134,16 @@ def _serving(story: Story) -> dict[str, str]:
         message = {"role": "user", "content": "hello"}
         route, body = "v1/chat/completions", json.dumps({"model": story.model, "messages": [message]})
     about = (
-        "It is the champion since this lifecycle."
+        "This lifecycle promoted it; `twinloop status` says what is served now."
         if story.promoted
         else f"It is not the champion: `twinloop promote {story.version}` makes a version that passed the gate one."
     )
     return {"about": about, "commands": SERVED.format(model=story.model, route=route, body=body.replace("'", "'\\''"))}
+
+
+def _words(text: str) -> Markup:
+    """Text with `code` in it, as HTML."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _short(number: float) -> str:

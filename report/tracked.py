@@ -128,8 +128,10 @@ def tables(story: Story) -> dict[str, dict[str, list[Any]]]:
 
 def description(story: Story) -> str:
     """The run's description, in Markdown: MLflow shows it on the run's page, and the links work there."""
+    links = [f"[{tool}]({url})" for tool, url in story.pages.items() if tool != "MLflow"]
     lines = [
         f"**{story.model} version {story.version}**: gate {story.gate.decision}. {story.outcome}.",
+        " · ".join([*links, "under Artifacts: the report, figures, and failures, samples and stages as tables"]),
         "",
         "| stage | made | run | pass rate |",
         "|---|---|---|---|",
@@ -140,8 +142,7 @@ def description(story: Story) -> str:
         rate = str(stage.measured.overall) if stage.measured and stage.measured.overall.total else ""
         made = "before, verified now" if stage.reused else "by this lifecycle"
         lines.append(f"| {stage.name} | {made} | {run} | {rate} |")
-    links = [f"[{tool}]({url})" for tool, url in story.pages.items() if tool != "MLflow"]
-    return "\n".join([*lines, "", " · ".join([*links, "figures, tables and the report: under Artifacts"])])
+    return "\n".join(lines)
 
 
 def read_story(mlruns: Mlruns, model: str, version: int) -> Story:
@@ -161,8 +162,8 @@ def read_story(mlruns: Mlruns, model: str, version: int) -> Story:
         except (OSError, ValidationError):  # of another version of this program, or cut off
             continue
     raise UserError(
-        f"{model} version {version}: no lifecycle's run in MLflow tells of it, and a report is made from one; "
-        "a checkpoint is in the report of the version that was exported from it, and `twinloop run` makes a new one"
+        f"{model} version {version}: MLflow holds no lifecycle that came to it, and a report is made from one; name a "
+        "version that a lifecycle exported and judged (a checkpoint is in that version's report), or `twinloop run`"
     )
 
 
