@@ -23,6 +23,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#1a1b1c"
 """Of text and axes. In SVG the text colour of the page takes its place, so it is no colour that is used elsewhere."""
 DOTS_PER_INCH = 130
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def svg(panel: Panel) -> str:
     with _style():
         figure = _sheet([panel], columns=1)
         out = io.StringIO()
-        # Without a date, and with names that follow from the content: the same story gives the same page.
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        # Without a date, and with names that follow from the content, the same story gives the same page.
+        figure.savefig(out, format="svg", transparent=True, metadata=NO_METADATA)
     drawn = out.getvalue()
     drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
     for number, colour in enumerate(COLOURS):

@@ -133,7 +133,7 @@ def _stage(row: Row, mlruns: Mlruns, versions: dict[str, int]) -> Stage:
         inputs=tuple(each.stage for each in artifact.manifest.inputs.values() if each.stage) if artifact else (),
         metrics=_numbers(artifact.metrics) if artifact else {},
         settings=artifact.manifest.settings if artifact else {},
-        curves=_curves(mlruns, run_id) if run_id and trained else {},
+        curves=curves_of(mlruns, run_id) if run_id and trained else {},
         measured=_measured(row.measured) if row.measured else None,
     )
 
@@ -157,7 +157,7 @@ def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def _curves(mlruns: Mlruns, run_id: str) -> dict[str, Curve]:
+def curves_of(mlruns: Mlruns, run_id: str) -> dict[str, Curve]:
     """Of the run, and of those that were killed before and that it resumed."""
     from mlflow.exceptions import MlflowException
 

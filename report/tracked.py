@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -14,6 +14,9 @@ from twinloop.registry.tracking import Mlruns, Tracker
 from twinloop.report.drawing import Panel, png
 from twinloop.report.pages import prompt_text
 from twinloop.report.story import Story
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 STORY = "story.json"
 VERSION, GATE = "twinloop.version", "gate"
@@ -148,32 +151,28 @@ def description(story: Story) -> str:
 def read_story(mlruns: Mlruns, model: str, version: int) -> Story:
     """The story of the last lifecycle that came to this version. Raises UserError where MLflow has none."""
     client = mlruns.client
-    experiment = client.get_experiment_by_name(model)
-    found = (
-        client.search_runs(
-            [experiment.experiment_id], f"tags.`{VERSION}` = '{version}'", order_by=["attributes.start_time DESC"]
-        )
-        if experiment
-        else []
-    )
-    for run in found:
-        try:
-            return Story.model_validate_json(Path(_artifact(client, run.info.run_id)).read_bytes())
-        except (OSError, ValidationError):  # of another version of this program, or cut off
-            continue
+    of_version = f"tags.`twinloop.recipe` = '{model}' and tags.`{VERSION}` = '{version}'"
+    experiments = [each.experiment_id for each in client.search_experiments()]  # those of a moved project too
+    for run in client.search_runs(experiments, of_version, order_by=["attributes.start_time DESC"]):
+        if story := _story_of(mlruns, run):
+            return story
     raise UserError(
         f"{model} version {version}: MLflow holds no lifecycle that came to it, and a report is made from one; name a "
         "version that a lifecycle exported and judged (a checkpoint is in that version's report), or `twinloop run`"
     )
 
 
-def _artifact(client: Any, run_id: str) -> str:
+def _story_of(mlruns: Mlruns, run: Run) -> Story | None:
+    """None where its file is gone, or is of another version of this program."""
     from mlflow.exceptions import MlflowException
 
+    run_id, model = run.info.run_id, run.data.tags["twinloop.recipe"]
+    here = mlruns.root / "artifacts" / model / run_id / "artifacts" / STORY  # MLflow's own path is that before a move
     try:
-        return str(client.download_artifacts(run_id, STORY))
-    except MlflowException as error:
-        raise OSError(str(error)) from None
+        path = here if here.exists() else Path(mlruns.client.download_artifacts(run_id, STORY))
+        return Story.model_validate_json(path.read_bytes())
+    except (OSError, MlflowException, ValidationError):
+        return None
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
