@@ -49,6 +49,10 @@ def lifecycle(recipe: str | None = None) -> Outcome:
     """Data to a gated champion that answers over HTTP. What is already done is verified and skipped.
 
     Raises NotShippedError at its end, everything shown, where the gate says BLOCK or no champion answers.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
     """
     project, path, settings = _open(recipe)
     runtime = settings.runtime()
@@ -68,7 +72,12 @@ def lifecycle(recipe: str | None = None) -> Outcome:
 
 @flow(name="release-check", validate_parameters=False)
 def release_check(recipe: str | None = None) -> str:
-    """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias."""
+    """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
+    """
     project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     runtime = settings.runtime()
@@ -87,7 +96,12 @@ def release_check(recipe: str | None = None) -> str:
 
 @flow(name="data-refresh", validate_parameters=False)
 def data_refresh(recipe: str | None = None) -> None:
-    """Rebuild and validate the data sets. Raises UserError for what is wrong with them."""
+    """Rebuild and validate the data sets. Raises UserError for what is wrong with them.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
+    """
     project, path, settings = _open(recipe)
     with ReportedDisplay(make_display()) as display:
         _prepare(Context.of(project, path, settings, display), settings)

@@ -135,7 +135,7 @@ def test_prefect_has_progress_gate_stages_and_a_link_to_mlflow(first: tuple[Path
     project, _ = first
     with closing(sqlite3.connect(project / "state" / "prefect" / "prefect.db")) as database:
         rows = database.execute("SELECT key, type, data, task_run_id FROM artifact").fetchall()
-    artifacts = {key: (kind, json.loads(data), task) for key, kind, data, task in rows}
+    artifacts = {key: (kind, json.loads(str(data)), task) for key, kind, data, task in rows}
     for stage in (*TRAINED, "evaluate"):
         kind, percent, task = artifacts[f"progress-{stage}"]
         assert (kind, percent) == ("progress", 100)
