@@ -141,6 +141,18 @@ def rollback(model: ModelName = None) -> int:
 
 
 @app.command()
+def report(
+    version: Annotated[int | None, typer.Argument(min=1, help="by default the champion, or else the candidate")] = None,
+    model: ModelName = None,
+) -> int:
+    """Write the report of a version: one HTML page, and a model card in Markdown."""
+    from twinloop.flows.status import write_version_report
+
+    project = _project()
+    return write_version_report(project, _model(project, model), version)
+
+
+@app.command()
 def plan(recipe: RecipePath = None) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it."""
     from twinloop.flows.status import show_plan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import socket
 from collections.abc import Sequence
 
@@ -13,7 +12,7 @@ from twinloop.registry.artifact import Artifact
 from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import Promotion, promote, record_gate
-from twinloop.registry.tracking import code_of_run
+from twinloop.registry.tracking import code_of_run, user
 from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
@@ -86,8 +85,4 @@ def import_data_documents(context: Context) -> Imported | None:
 
 def who() -> str:
     """For the ledger: the user and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+    return f"{user()}@{socket.gethostname()}"
