@@ -19,6 +19,7 @@ from twinloop.flows.gpu import gpu_slot
 from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import finish_interrupted
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
 from twinloop.tasks.audit import audit, check_auditable
@@ -31,7 +32,7 @@ from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
-from twinloop.tasks.register import promote_if_shipped, register, who
+from twinloop.tasks.register import promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train

@@ -23,15 +23,18 @@ from twinloop.domains.documents import MAX_TEXT_CHARACTERS
 from twinloop.domains.domain import Domain, Text
 from twinloop.serving.access import OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router, closed_route, models_router
-from twinloop.serving.console import CONTENT_SECURITY_POLICY, console_page
+from twinloop.serving.console import Access, console_page
 from twinloop.serving.decisions import DecisionResponse, Passage
 from twinloop.serving.errors import ApiError, field_descriptions, install
 from twinloop.serving.knowledge.documents import DocumentStore, DocumentStoreError
+from twinloop.serving.load_api import load_router
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
 from twinloop.serving.traces import TraceStore
+from twinloop.serving.traces_api import traces_router
+from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
@@ -50,8 +53,17 @@ class DocumentText(BaseModel):
     text: Text = Field(max_length=MAX_TEXT_CHARACTERS, description="the document's new text")
 
 
-def create_app(manager: ModelManager, *, admin_token: str | None = None, local_admin: bool = True) -> FastAPI:
+def create_app(
+    manager: ModelManager,
+    *,
+    admin_token: str | None = None,
+    local_admin: bool = True,
+    releases: Releases | None = None,
+) -> FastAPI:
     """The application that answers with the frozen model that `manager` holds, for that model's domain.
+
+    releases: the registry that the model comes from, to be shown, and for administrators to promote and roll back in;
+    without one its routes answer 404.
 
     Documents are changed, and traces are read, only with `admin_token` as the bearer token: a document decides answers,
     and a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only,
@@ -77,8 +89,12 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
     )
     app.include_router(models_router(manager))
     app.include_router(_document_router(documents))
-    guarded = [Depends(administrators_only(admin_token, local_admin))]
+    app.include_router(load_router(manager, metrics))
+    administrator = administrators_only(admin_token, local_admin)
+    guarded = [Depends(administrator)]
     app.include_router(_admin_router(documents, traces), dependencies=guarded)
+    app.include_router(traces_router(traces), dependencies=guarded)
+    app.include_router(versions_router(manager, releases, administrator))
 
     @app.get("/health")
     def health() -> Response:
@@ -105,12 +121,13 @@ def create_app(manager: ModelManager, *, admin_token: str | None = None, local_a
         return PlainTextResponse(metrics.render(), media_type="text/plain; version=0.0.4")
 
     _describe_definitions(app, domain)
-    page = console_page(domain)
+    access: Access = "token" if admin_token is not None else "here" if local_admin else "nobody"
+    page = console_page(domain, access=access, releases=releases is not None)
 
     @app.get("/", include_in_schema=False)
     def console() -> Response:
-        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page, headers=headers)
+        headers = {"Content-Security-Policy": page.policy, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(page.html, headers=headers)
 
     return app
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 from collections.abc import Sequence
 
 from prefect import task
@@ -11,6 +9,7 @@ from prefect import task
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.fingerprint import module_fingerprint
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import Promotion, promote, record_gate
 from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry, Version
@@ -66,12 +65,3 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
     if report.decision == "BLOCK":
         return None
     return promote(registry, version.version, report, who=who())
-
-
-def who() -> str:
-    """For the ledger: the user and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
