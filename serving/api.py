@@ -94,7 +94,7 @@ def create_app(
     guarded = [Depends(administrator)]
     app.include_router(_admin_router(documents, traces), dependencies=guarded)
     app.include_router(traces_router(traces), dependencies=guarded)
-    app.include_router(versions_router(manager, releases, administrator))
+    app.include_router(versions_router(manager, releases, administrator, workers))
 
     @app.get("/health")
     def health() -> Response:
