@@ -12,7 +12,7 @@ from typing import Annotated
 
 import anyio.to_thread
 import uvicorn
-from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.types import ASGIApp
 
