@@ -23,7 +23,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import CaseKind, Domain
 from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
-from twinloop.evaluation.cases import CaseReport, Comparison
+from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.metrics import Rate, sign_test
 
 SIGNIFICANCE = 0.05

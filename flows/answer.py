@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ class Answer:
     body: Mapping[str, Any]
 
 
-def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
+def serve_champion(
+    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str] = ()
+) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
     from twinloop.registry.champion import following_champion, open_champion
     from twinloop.registry.tracking import Mlruns
@@ -44,11 +46,15 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
     with open_champion(project, model, slots=slots) as manager:
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
-        app = create_app(manager, admin_token=token, local_admin=is_this_machine(host))
+        app = create_app(
+            manager, admin_token=token, local_admin=is_this_machine(host), cors_origins=cors_origins
+        )  # fmt: skip
 
         def ready(address: str) -> None:
             answers = manager.service.model
-            print(f"{address}  {answers.name} version {answers.version}", flush=True)
+            differs = "documents_differ" in manager.degraded()
+            note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
+            print(f"{address}  {answers.name} version {answers.version}{note}", flush=True)
 
         with following_champion(project, registry, manager, slots=slots):
             run_server(app, host, port, on_ready=ready)

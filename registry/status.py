@@ -105,6 +105,11 @@ def status(registry: Registry) -> Status:
     for alias, version in named.items():
         if version and not version.path.is_dir():
             warnings.append(f"the files of {alias} ({version}) are gone: {version.path}")
+    if champion := named[CHAMPION]:
+        from twinloop.registry.documents import documents_warning  # what it imports takes longer than all of this
+
+        if differ := documents_warning(registry.mlruns.root.parent, champion):
+            warnings.append(differ)
     last_gate = None
     try:
         last_gate = _last_gate(registry, snapshot)

@@ -38,6 +38,8 @@ from twinloop.registry.version_files import install, verified_manifest, version_
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 DOMAIN_FINGERPRINT = "domain_fingerprint"
 """Tag of a version: the code of its domain when it was last measured, as `registry.fingerprint` names it."""
+DOCUMENTS_DIGEST = "documents_digest"
+"""Tag of a version: `contents_digest` of the documents that it was trained and last measured with."""
 _PREFIX = "twinloop."
 UNFINISHED = f"{_PREFIX}unfinished"
 """Tag of a logged model while its version is not made."""
@@ -53,6 +55,7 @@ class Lineage:
     code: CodeVersion
     parent_version: int | None = None
     domain_fingerprint: str | None = None  # of the domain's code that it was measured with
+    documents_digest: str | None = None  # of the documents that it was measured with; None: it has none
 
 
 @dataclass(frozen=True)
@@ -158,8 +161,8 @@ class Registry:
                 if version_error(version.path, version.digest):
                     shutil.rmtree(version.path, ignore_errors=True)
                     install(artifact, version.path, copy=servable)
-                if lineage.domain_fingerprint and version.domain_fingerprint != lineage.domain_fingerprint:
-                    self.tag(version, {DOMAIN_FINGERPRINT: lineage.domain_fingerprint})  # it was measured again
+                if measured_again := {k: v for k, v in _measured(lineage).items() if v and version.tags.get(k) != v}:
+                    self.tag(version, measured_again)
                     version = self.version(version.version)
             if servable and self.snapshot().aliases.get(CHAMPION) != version.version:
                 self.move({CANDIDATE: version.version})
@@ -371,13 +374,21 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, path: Path, mlru
         "commit": lineage.code,
         "recipe": lineage.recipe,
         "domain": lineage.domain,
-        DOMAIN_FINGERPRINT: lineage.domain_fingerprint or "",
+        **_measured(lineage),
         "parent_version": lineage.parent_version or "",
         "metrics": json.dumps(numbers),
         "servable": str(servable).lower(),
         "path": path.relative_to(mlruns.root).as_posix(),  # relative: MLflow's own is absolute, and projects move
     }
     return {key: str(value) for key, value in tags.items()}
+
+
+def _measured(lineage: Lineage) -> dict[str, str]:
+    """The tags that name what a version was measured with."""
+    return {
+        DOMAIN_FINGERPRINT: lineage.domain_fingerprint or "",
+        DOCUMENTS_DIGEST: lineage.documents_digest or "",
+    }
 
 
 def _unprefixed(tags: Mapping[str, str]) -> dict[str, str]:

@@ -262,7 +262,9 @@ class DecisionService:
         model: ModelInfo,
         domain: Domain,
         traces: TraceStore | None = None,
+        measured_documents: str | None = None,
     ):
+        """measured_documents: `contents_digest` of those that the model was evaluated with; None: it is not known."""
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
@@ -270,6 +272,14 @@ class DecisionService:
         self.model = model
         self.domain = domain
         self.traces = traces
+        self.measured_documents = measured_documents
+
+    @property
+    def documents_differ(self) -> bool:
+        """Whether answers are given from other documents than the model was evaluated with. Raises
+        DocumentStoreError."""
+        known = self.measured_documents
+        return known is not None and self.documents.contents() != known
 
     def decide(self, request: BaseModel) -> DecisionResponse:
         """Decide one case, or escalate it. request: of the domain's own model.

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 from twinloop.serving.decisions import DecisionResponse
 from twinloop.serving.knowledge.documents import DocumentStoreError
-from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.model_manager import DEGRADATIONS, ModelManager
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
@@ -96,7 +96,14 @@ class _State(Collector):
         if service.traces is not None:
             lost = "Traces that could not be kept since the server started"
             gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)
+        degraded = GaugeMetricFamily(
+            "twinloop_degraded", "1 for what is not as it should be though requests are answered", labels=["reason"]
+        )
         with suppress(DocumentStoreError):  # /health reports what is wrong with them
+            found = manager.degraded()
+            for reason in DEGRADATIONS:
+                degraded.add_metric([reason], float(reason in found))
+            yield degraded
             gauges["twinloop_documents"] = ("Documents that are found", service.documents.count())
         for name, (meaning, value) in gauges.items():
             yield GaugeMetricFamily(name, meaning, value=float(value))

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
-from twinloop.evaluation.cases import CaseReport, compare
+from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.cases import compare
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import socket
 from collections.abc import Sequence
 
@@ -10,10 +9,12 @@ from prefect import task
 
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import Promotion, promote, record_gate
-from twinloop.registry.tracking import code_of_run
+from twinloop.registry.tracking import code_of_run, user
 from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
 
 
@@ -25,17 +26,24 @@ def register_stage(
     registry = Registry(context.mlruns, context.recipe)
     parent: int | None = None
     for checkpoint in checkpoints:
-        parent = _register(context, registry, checkpoint, parent, servable=False).version
+        parent = _register(context, registry, checkpoint, parent).version
     for other in others:
-        _register(context, registry, other, parent, servable=False)
-    return _register(context, registry, exported, parent, servable=True)
+        _register(context, registry, other, parent)
+    documents = data_digest(context.project, context.domain)
+    return _register(context, registry, exported, parent, documents, servable=True)
 
 
 register = task(name="register", persist_result=False)(register_stage)
 
 
 def _register(
-    context: Context, registry: Registry, artifact: Artifact, parent: int | None, *, servable: bool
+    context: Context,
+    registry: Registry,
+    artifact: Artifact,
+    parent: int | None,
+    documents: str | None = None,
+    *,
+    servable: bool = False,
 ) -> Version:
     run_id = artifact.metrics["mlflow_run_id"]
     # The code that made it: what was skipped today was made at another commit.
@@ -47,6 +55,7 @@ def _register(
         code=made_by or context.code,
         parent_version=parent,
         domain_fingerprint=module_fingerprint(context.loaded_domain.found),
+        documents_digest=documents,
     )
     return registry.register(artifact.path, lineage, run_id=run_id if made_by else None, servable=servable)
 
@@ -68,10 +77,12 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
     return promote(registry, version.version, report, who=who())
 
 
+@task(name="documents", persist_result=False)
+def import_data_documents(context: Context) -> Imported | None:
+    """Put what has changed in the data's documents into the index of the model. None: there are none."""
+    return import_documents(context.project, context.recipe, context.domain)
+
+
 def who() -> str:
     """For the ledger: the user and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+    return f"{user()}@{socket.gethostname()}"

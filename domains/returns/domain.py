@@ -26,7 +26,7 @@ from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
 from twinloop.domains.returns import mutations, verifier
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
-from twinloop.domains.returns.policies import Policy, check_policy, covers, window_days
+from twinloop.domains.returns.policies import POLICY_ID, Policy, check_policy, covers, window_days
 from twinloop.domains.returns.prompt import (
     MAX_MESSAGE_CHARACTERS,
     RETRIEVED_PASSAGES,
@@ -89,6 +89,7 @@ class Returns(Domain):
         Document("P-7", "damaged items reported within 30 days are eligible."),
         Document("P-13", "defective items reported within 45 days are eligible."),
     )
+    document_patterns: Mapping[str, str] = {"document_id": f"^{POLICY_ID}$"}
     passages = RETRIEVED_PASSAGES
     max_answer_tokens = 160
     """The longest decision quotes a policy of full length; the usual one has about 60 tokens."""

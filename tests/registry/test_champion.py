@@ -30,7 +30,8 @@ from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
-from twinloop.registry.champion import follow_champion, open_champion, open_documents
+from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import promote, rollback
 from twinloop.registry.versions import Lineage, Registry, Version
@@ -348,3 +349,44 @@ def test_each_model_of_a_project_has_its_own_documents(project: Path) -> None:
         other.put("P-9", "late items reported within 14 days are eligible.")
         assert [each.document_id for each in one.list()] == ["P-7"]
         assert [each.document_id for each in other.list()] == ["P-9"]
+
+
+def test_a_version_that_is_no_longer_the_champion_says_why_it_answers(
+    project: Path, registry: Registry, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "tickets.py").write_text(TICKETS)
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded() == {}
+        release(2, "./tickets.py")
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded()["champion_refused"] == (
+            "version 2 is the champion, and version 1 answers: it is for another domain, and this server has to be "
+            "started again to serve it"
+        )
+        registry.mlruns.client.delete_registered_model_alias("returns", "champion")
+        follow_champion(project, registry, manager, slots=1)
+        assert list(manager.degraded()) == ["no_champion"]
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "snapshot", lambda: 1 / 0)
+            follow_champion(project, registry, manager, slots=1)
+            assert list(manager.degraded()) == ["registry_unreadable"]
+        registry.move({"champion": 1})
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded() == {}
+
+
+def test_pages_of_the_origins_that_serve_is_given_may_ask(
+    project: Path, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(1)
+    monkeypatch.setenv("TWINLOOP_CORS_ORIGINS", "https://shop.example http://localhost:3000")
+    with serving(project) as (client, _):
+        for origin, allowed in (
+            ("https://shop.example", True),
+            ("http://localhost:3000", True),
+            ("https://a.b", False),
+        ):
+            answer = client.post("/v1/decisions", json=CASE, headers={"Origin": origin})
+            assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (200, allowed)
