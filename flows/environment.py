@@ -27,3 +27,4 @@ def prepare_environment(project: Path | None = None) -> None:
 def quiet_prefect() -> None:
     """Prefect's own lines are for a worker's log; on a terminal the display shows the same. Before it is imported."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # of its background services
