@@ -89,10 +89,16 @@ project = Path(sys.argv[1])
 prepare_environment(project)
 from twinloop.flows.server import embedded_server, wait_until_ready
 with embedded_server(project):
+    from prefect import flow
     from prefect.events import emit_event
     wait_until_ready(project)
-    for number in range(3000):
-        emit_event("x.y", resource={"prefect.resource.id": f"x.{number}"})
+
+    @flow
+    def emit():
+        for number in range(3000):
+            emit_event("x.y", resource={"prefect.resource.id": f"x.{number}"})
+
+    emit()
     if "die" in sys.argv:
         from twinloop.flows import server
         [child] = server._own.values()
