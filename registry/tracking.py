@@ -42,6 +42,9 @@ Settings: TypeAlias = BaseModel | Mapping[str, Any]
 
 FLUSH_EVERY_S = 10.0
 RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+SOON = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""When MLflow's client gives up on a server: after 5 s where nobody answers, a minute where nothing comes. By itself it
+takes 4 minutes and 14 (3.17); what must not fail so soon is tried again by us."""
 # MLflow's own limits for one request (mlflow.utils.validation).
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
@@ -80,6 +83,8 @@ class Mlruns:
         from mlflow.tracking import MlflowClient
 
         _quiet_mlflow()
+        for name, value in SOON.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
         # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
         with self.lock("database"):
@@ -315,6 +320,7 @@ def _quiet_mlflow() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
     # At INFO the same, and at ERROR a traceback of each exception that it also raises.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
 
 
 def _migrate(database: Path) -> None:
