@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shutil
 import sqlite3
 import sys
 import traceback
@@ -54,7 +55,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return str(each)
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            return f"{_full(_file(each), folder)}; {FREE_SPACE}"
+            return f"{_full(_file(each), folder)}; {FREE_SPACE} ({_free(_file(each) or folder)})"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
@@ -75,6 +76,11 @@ def _full(file: Path | None, folder: Path) -> str:
     if file or not has_space(folder):
         return f"{file or folder}: the disk is full"
     return f"a disk is full, and it is not that of {folder}"
+
+
+def _free(place: Path) -> str:
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there"
 
 
 def _unforeseen(error: BaseException, project: Path) -> str:

@@ -33,7 +33,7 @@ from twinloop.common.errors import is_disk_full, one_line
 from twinloop.registry.database import Migrations, prepare_database
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Metric, Run
+    from mlflow.entities import Metric, Run
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -109,15 +109,22 @@ class Mlruns:
         """The experiment of that name, made where there is none.
 
         MLflow stores artifact locations absolute. After the project was moved, the old experiment would write into the
-        old place: it keeps its runs under a name that shows it, and a new one takes over.
+        old place: it keeps its runs under a name that shows it, and a new one takes over. So it does for one that was
+        deleted in MLflow: that stays deleted.
         """
         location = (self.root / "artifacts" / name).as_uri()
         with self.lock("experiment"):
             if found := self.client.get_experiment_by_name(name):
-                if found.artifact_location == location:
-                    return _active(found, self)
+                deleted = found.lifecycle_stage != "active"
+                if found.artifact_location == location and not deleted:
+                    return str(found.experiment_id)
                 old = found.artifact_location.removesuffix(f"/artifacts/{name}")
-                self.client.rename_experiment(_active(found, self), f"{name} (in {old} until {int(time.time())})")
+                why = "deleted" if deleted else f"in {old}"
+                if deleted:  # it holds the name, and only an active one can be renamed
+                    self.client.restore_experiment(found.experiment_id)
+                self.client.rename_experiment(found.experiment_id, f"{name} ({why} until {int(time.time())})")
+                if deleted:
+                    self.client.delete_experiment(found.experiment_id)
             return str(self.client.create_experiment(name, artifact_location=location))
 
 
@@ -386,9 +393,3 @@ def _alive_lock(mlruns: Mlruns, run_id: str) -> FileLock:
 def _git(project: Path, *arguments: str) -> str:
     command = ["git", "-C", str(project), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-
-def _active(experiment: Experiment, mlruns: Mlruns) -> str:
-    if experiment.lifecycle_stage != "active":  # deleted in MLflow's console: its runs come back with it
-        mlruns.client.restore_experiment(experiment.experiment_id)
-    return str(experiment.experiment_id)
