@@ -64,11 +64,11 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return f"{folder}: another process keeps a database locked; wait for its end, or end it, and try again"
         if refused := _refused_credentials(each):
             return f"{refused} (for a server of `make up`: the line in state/prefect.auth)"
-        if gone := _unreachable(each):
-            return gone
     if not isinstance(error, BUGS) and not has_space(folder):  # Prefect's server only reports that it failed
         return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {FREE_SPACE}"
-    return None
+    # After that: a full disk makes Prefect's server and MLflow's answer 500.
+    found = map(_unreachable, _chain(error, contexts=not isinstance(error, BUGS)))
+    return next(filter(None, found), None)
 
 
 def _full(file: Path | None, folder: Path) -> str:
