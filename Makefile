@@ -8,6 +8,15 @@ BIN := .venv/bin
 # RECIPE=recipes/mine.yaml runs another one than params.yaml names
 RECIPE ?=
 
+# The scripts of an environment, and its link to this code, hold the path that it was made at.
+MADE_FOR := $(shell test -L .venv || grep -so '/.*/bin/python[0-9.]*' .venv/bin/twinloop | head -1)
+ifneq ($(MADE_FOR),)
+ifeq ($(shell test "$$(dirname "$(MADE_FOR)")" -ef .venv/bin && echo here),)
+$(info .venv was made in another folder: it is made again)
+$(shell rm -rf .venv)
+endif
+endif
+
 .PHONY: run test lint bench up down clean
 
 run: .venv/.installed

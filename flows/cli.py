@@ -34,6 +34,23 @@ RecipePath = Annotated[
 ModelName = Annotated[str | None, typer.Option("--model", help="registered model; by default that of the recipe")]
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from twinloop.flows.version import version_text
+
+        typer.echo(version_text())
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and leave")
+    ] = False,
+) -> None:
+    """Own a specialised language model from data to served answers, and back."""
+
+
 @app.command()
 def init(
     folder: Annotated[Path, typer.Argument(help="a new or empty folder; its name is the model's", metavar="DIR")],
@@ -248,7 +265,12 @@ def _recipe(project: Path, named: Path | None) -> Path:
 def _model(project: Path, named: str | None) -> str:
     from twinloop.tasks.recipe import default_model
 
-    return named or default_model(project)
+    if named is None:
+        return default_model(project)
+    from twinloop.flows.status import check_model
+
+    check_model(project, named)
+    return named
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import shutil
 import sqlite3
 import sys
 import traceback
@@ -14,10 +15,12 @@ from pathlib import Path
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
 from twinloop.common.files import has_space
+from twinloop.registry.database import is_locked
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
 FREE_SPACE = "free some space and run it again: it goes on from there"
+OTHER_MLFLOW = "see to it, or unset MLFLOW_TRACKING_URI"
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
 BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)
@@ -52,16 +55,20 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return str(each)
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            return f"{_full(_file(each), folder)}; {FREE_SPACE}"
+            return f"{_full(_file(each), folder)}; {FREE_SPACE} ({_free(_file(each) or folder)})"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
             return f"{folder}: a database cannot be used ({one_line(each)}); see to the permissions of its folder"
+        if is_locked(getattr(each, "orig", each)):
+            return f"{folder}: another process keeps a database locked; wait for its end, or end it, and try again"
         if refused := _refused_credentials(each):
             return f"{refused} (for a server of `make up`: the line in state/prefect.auth)"
     if not isinstance(error, BUGS) and not has_space(folder):  # Prefect's server only reports that it failed
         return f"{_full(None, folder)} ({type(error).__name__}: {one_line(error)}); {FREE_SPACE}"
-    return None
+    # After that: a full disk makes Prefect's server and MLflow's answer 500.
+    found = map(_unreachable, _chain(error, contexts=not isinstance(error, BUGS)))
+    return next(filter(None, found), None)
 
 
 def _full(file: Path | None, folder: Path) -> str:
@@ -69,6 +76,11 @@ def _full(file: Path | None, folder: Path) -> str:
     if file or not has_space(folder):
         return f"{file or folder}: the disk is full"
     return f"a disk is full, and it is not that of {folder}"
+
+
+def _free(place: Path) -> str:
+    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+    return f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there"
 
 
 def _unforeseen(error: BaseException, project: Path) -> str:
@@ -116,6 +128,36 @@ def _refused_credentials(error: BaseException) -> str | None:
         variables = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         return f"{os.environ.get('MLFLOW_TRACKING_URI')}: MLflow's server refuses the credentials; set {variables}"
     return None
+
+
+def _unreachable(error: BaseException) -> str | None:
+    """Which server or database is away or broken, and what to do; None for another error. Imports no library."""
+    library, name = type(error).__module__.partition(".")[0], type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None) or 0
+    mlflow, reason = _address("MLFLOW_TRACKING_URI"), _why(error)
+    broken = library == "mlflow" and getattr(error, "error_code", None) in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
+    if library in ("requests", "urllib3") or (broken and mlflow.startswith("http")):
+        return f"{mlflow}: MLflow's server does not answer as it should ({reason}); {OTHER_MLFLOW}"
+    if library == "sqlalchemy" and name == "OperationalError" and not _is_sqlites(error):
+        return f"{mlflow}: the database does not answer ({reason}); {OTHER_MLFLOW}"
+    if library in ("httpx", "httpcore") or (library == "prefect" and status >= 500):
+        url = _address("PREFECT_API_URL")
+        return f"{url}: Prefect's server does not answer as it should ({reason}); start it, or unset PREFECT_API_URL"
+    return None
+
+
+def _why(error: BaseException) -> str:
+    """What a client's long message comes from: the system's own words, or those at its end."""
+    if found := next((each for each in _chain(error, contexts=True) if isinstance(each, OSError) and each.errno), None):
+        return one_line(found)
+    return " ".join(str(error).split()).rpartition("Caused by ")[2].rstrip(")")[:300]
+
+
+def _address(variable: str) -> str:
+    """What the variable names, without the password in it; the variable where it is not set."""
+    named = os.environ.get(variable) or variable
+    before, _, host = named.rpartition("@")
+    return f"{before.partition('://')[0]}://{host}" if before else named
 
 
 def _file(error: BaseException) -> Path | None:

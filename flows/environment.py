@@ -5,6 +5,7 @@ Everything that a run makes lies in the project.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -27,3 +28,5 @@ def prepare_environment(project: Path | None = None) -> None:
 def quiet_prefect() -> None:
     """Prefect's own lines are for a worker's log; on a terminal the display shows the same. Before it is imported."""
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "CRITICAL")
+    os.environ.setdefault("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL")  # of its background services
+    logging.getLogger("EventsWorker").setLevel(logging.CRITICAL)  # it counts what it still has to send

@@ -40,6 +40,7 @@ START_WITHIN_S = 180.0
 """It takes 5 s, 12 s when it makes its database, and longer on a busy machine."""
 ASK_WITHIN_S = 10.0
 STOP_WITHIN_S = 5.0
+DELIVER_WITHIN_S = 30.0
 
 
 _own: dict[str, subprocess.Popen[bytes]] = {}
@@ -81,7 +82,10 @@ def embedded_server(project: Path) -> Iterator[None]:
     _own[url] = child
     try:
         with prefect_client(project, url):
-            yield
+            try:
+                yield
+            finally:
+                _deliver_events(child)
     finally:
         del _own[url]
         assert child.stdin is not None
@@ -128,7 +132,7 @@ def wait_until_ready(project: Path) -> None:
     while True:
         try:
             with urllib.request.urlopen(url, timeout=ASK_WITHIN_S):
-                return
+                break
         except OSError as error:
             dead = own is not None and own.poll() is not None
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -142,6 +146,29 @@ def wait_until_ready(project: Path) -> None:
                 reason = (_last_line(_log(project)) if dead else None) or reason
                 raise UserError(f"{url}: Prefect's server does not answer ({reason}); {see}") from None
             time.sleep(0.2)
+    if own:
+        _give_up_events_soon()
+
+
+def _give_up_events_soon() -> None:
+    """An event is tried ten times otherwise, 7 s in all, and so is each that waits behind it: our own server on this
+    machine does not come back."""
+    from prefect.events.clients import PrefectEventsClient
+    from prefect.events.worker import EventsWorker
+
+    EventsWorker.set_client_override(PrefectEventsClient, reconnection_attempts=1)
+
+
+def _deliver_events(server: subprocess.Popen[bytes]) -> None:
+    """Return when Prefect has sent the events and log lines that wait in this process. By itself it does so when the
+    process ends, which is after the end of our server: an error line for each (3.8)."""
+    worker = sys.modules.get("prefect.events.worker")
+    if worker is None or server.poll() is not None:
+        return
+    from prefect.logging.handlers import APILogWorker
+
+    for service in (worker.EventsWorker, APILogWorker):
+        service.drain_all(timeout=DELIVER_WITHIN_S)
 
 
 def _log(project: Path) -> Path:

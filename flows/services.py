@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from twinloop.tasks.recipe import default_model
 POOL = "twinloop"
 GPU_SLOT = "gpu"
 ROTATION = "rotation"
+DEPLOYED = "twinloop_deployed"
+"""Prefect's variable that names what was last deployed on its server."""
 NAMES = ("prefect", "mlflow", "worker", "api")
 """In the order in which they start."""
 
@@ -147,13 +150,36 @@ def _start_rotation(project: Path) -> None:
 
 
 def _deploy(project: Path) -> None:
-    """The commands of docs/operations.md. One job at a time in the pool: each measures, or trains."""
+    """The commands of docs/operations.md, unless this prefect.yaml was deployed on this server already: they would take
+    back what an operator has changed there since. One job at a time in the pool: each measures, or trains."""
+    from prefect.client.orchestration import get_client
+
+    wanted = _deployment_digest(project)
+    with get_client(sync_client=True) as client:
+        pools = {pool.name: pool for pool in client.read_work_pools()}
+        deployed = client.read_variable_by_name(DEPLOYED)
+    if POOL in pools and deployed and deployed.value == wanted:
+        return
     template = ("--base-job-template", str(Path(__file__).with_name("work_pool.json")))
     _prefect(project, "work-pool", "create", POOL, "--type", "process", *template, "--overwrite")
-    _prefect(project, "work-pool", "set-concurrency-limit", POOL, "1")
+    if POOL not in pools:
+        _prefect(project, "work-pool", "set-concurrency-limit", POOL, "1")
+    else:  # which `create` has set to its defaults
+        if (limit := pools[POOL].concurrency_limit) is not None:
+            _prefect(project, "work-pool", "set-concurrency-limit", POOL, str(limit))
+        if pools[POOL].is_paused:
+            _prefect(project, "work-pool", "pause", POOL)
     if not _prefect(project, "gcl", "inspect", GPU_SLOT, check=False):
         _prefect(project, "gcl", "create", GPU_SLOT, "--limit", "1")
     _prefect(project, "--no-prompt", "deploy", "--all")
+    _prefect(project, "variable", "set", DEPLOYED, wanted, "--overwrite")
+
+
+def _deployment_digest(project: Path) -> str:
+    """Of all that `prefect deploy` reads: a moved project too is deployed anew."""
+    files = (project / "prefect.yaml", Path(__file__).with_name("work_pool.json"))
+    content = b"\0".join([str(project).encode(), *(path.read_bytes() for path in files)])
+    return hashlib.sha256(content).hexdigest()
 
 
 def _start_worker(project: Path, worker: Service) -> None:

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 FOLLOW = "running servers follow within seconds"
 
 
+def check_model(project: Path, model: str) -> None:
+    """Raises UserError for a model that no recipe makes and of which no version is registered."""
+    from twinloop.tasks.recipe import recipe_names
+
+    mlruns, known = Mlruns(project / "mlruns"), recipe_names(project)
+    if model in known or Registry(mlruns, model).snapshot().versions:
+        return
+    if not mlruns.local_database or mlruns.database.exists():
+        known |= {found.name for found in mlruns.client.search_registered_models()}
+    names = ", ".join(sorted(known)) or "none"
+    raise UserError(f"{model}: no such model; there are: {names}")
+
+
 def show_status(project: Path, model: str, *, as_json: bool) -> int:
     from twinloop.registry.status import status
 

@@ -1,19 +1,16 @@
 """The data set and its version: `dvc repro`, and a check that is quick enough to run before every pipeline.
 
-DVC owns the data: dvc.yaml defines how it is made, data.dvc which version belongs to this commit. Asking DVC whether
-anything changed costs 0.6 s, and it trusts times of modification; here each file is hashed, which takes 0.1 s for
-30 MB, and also finds the byte that changed behind DVC's back.
+DVC owns the data: dvc.yaml defines how it is made, data.dvc which version belongs to this commit. What it has recorded
+is read by DVC itself (`records.dvc_project`), in 0.4 s for 30 MB, every byte hashed.
 
-Data is generated where, by data.dvc, data/ is a copy of a folder that a stage makes, and that is built again
-whenever it is not as it should be. Anything else (`dvc add data`, an import) is the user's own: it is checked, and
-never touched. Files that a project without a stage has in data/ become its version at the first build. Nor is a file
-lost that somebody put among generated data: what DVC could not give back is moved to data.aside/.
+Data is generated where, by data.dvc, data/ is a copy of a folder that a stage makes, or where a stage makes data/
+itself; that is built again whenever it is not as it should be. Anything else (`dvc add data`, an import) is the user's
+own: it is checked, and never touched. Files that a project without a stage has in data/ become its version at the first
+build. Nor is a file lost that somebody put among generated data: what DVC could not give back is moved to data.aside/.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import re
@@ -21,31 +18,24 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
-from twinloop.common.strict_yaml import NotYAMLError, parse_yaml
 from twinloop.domains import generate
+from twinloop.records.dvc_project import DATA_DIR, DATA_FILE, PIPELINE, DvcProject, open_project
 
 log = logging.getLogger(__name__)
 
-DATA_DIR = "data"
 ASIDE = "data.aside"
 GENERATED_DIR = "raw"
 IMPORT = b"deps:\n- path: raw\nouts:\n- path: data\n"
 """data.dvc of generated data before it is first built: data/ becomes a copy of raw/."""
-REPRO = ("repro", "dvc.yaml", "data.dvc")
-"""`dvc repro` alone leaves data.dvc out where no stage reads data/."""
 BUSY = re.compile(r"is busy|Unable to acquire lock", re.IGNORECASE)
-UNREADABLE = (NotYAMLError, KeyError, TypeError, IndexError, AttributeError, UnicodeDecodeError)
 BROKEN_LOCK_FILE = re.compile(r"RWLock-file .* (is corrupted|format error)|JSON structure is corrupted", re.IGNORECASE)
 
 
@@ -60,17 +50,35 @@ class DataVersion:
 def check_data(project: Path) -> DataVersion:
     """The version of the data in `project`, every file of it hashed.
 
-    Raises UserError where the data is missing or does not match data.dvc, dvc.lock, params.yaml and the code.
+    Raises UserError where the data is missing or does not match data.dvc, dvc.lock, the parameters and the code.
     """
-    if problem := staleness(project):
-        remedy = "`twinloop data build` makes it anew" if _is_generated(project) else _own_remedy(problem)
-        raise UserError(f"{project / DATA_DIR}: {problem}; {remedy}")
-    return _version(project)
+    with open_project(project) as dvc:
+        if (problem := dvc.problem()) is None:
+            return _version(dvc)
+        remedy = "`twinloop data build` makes it anew" if _is_generated(dvc) else _own_remedy(dvc, problem)
+    raise UserError(f"{project / DATA_DIR}: {problem}; {remedy}")
 
 
 def is_current(project: Path) -> bool:
-    """Whether `build_data` would find nothing to do. 0.1 s for 30 MB; DVC is not started."""
-    return staleness(project) is None
+    """Whether `build_data` would find nothing to do. No DVC command is started."""
+    return _current(project) is not None
+
+
+def _current(project: Path) -> DataVersion | None:
+    try:
+        with open_project(project) as dvc:
+            return _version(dvc) if dvc.problem() is None else None
+    except UserError:
+        return None
+
+
+def staleness(project: Path) -> str | None:
+    """Why the data is not the project's version, in a few words; None when it is."""
+    try:
+        with open_project(project) as dvc:
+            return dvc.problem()
+    except UserError as error:
+        return str(error)
 
 
 def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
@@ -83,191 +91,106 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     What a killed build left behind is cleared away. Raises UserError when it cannot be built, and for a user's own data
     that does not match data.dvc: that is left as it is.
     """
-    if is_current(project):
-        return _version(project)
-    if _is_unbuilt(project):
-        write_whole(project / "data.dvc", IMPORT)
-    own = _is_new(project)
-    if not own and not (project / "dvc.yaml").is_file() and not (project / "data.dvc").is_file():
+    if version := _current(project):
+        return version
+    if not (project / PIPELINE).is_file() and not (project / DATA_FILE).is_file() and not _files_of(project):
         raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
-    if not own and not _is_generated(project):
-        return check_data(project)
-    if not own:
-        _check_params(project)
+    with open_project(project) as dvc:
+        own = _is_new(dvc)
+        if not own and not _is_generated(dvc):
+            return check_data(project)
+        if not own:
+            _check_params(dvc)
+        unbuilt = _is_unbuilt(dvc)
+    if unbuilt:
+        write_whole(project / DATA_FILE, IMPORT)
     _make_repository(project)
     tmp = project / ".dvc" / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
     try:
         with FileLock(tmp / "twinloop-data.lock", timeout=wait_s):
-            if is_current(project):
-                return _version(project)
+            if version := _current(project):
+                return version
             if own:
                 _run(project, deadline, "add", DATA_DIR)
-                return _version(project)
-            cache = _cache_dir(project)
-            _move_foreign_files(project, cache)
-            _run(project, deadline, *REPRO)
+                return check_data(project)
+            # `dvc repro` alone leaves data.dvc out where no stage reads data/
+            repro = ("repro", *(name for name in (PIPELINE, DATA_FILE) if (project / name).is_file()))
+            with open_project(project) as dvc:
+                _move_foreign_files(dvc)
+            _run(project, deadline, *repro)
             if staleness(project):
                 # DVC believes in its cache; where a cached file is spoilt, only making it again helps
-                _drop_spoilt(project, cache)
-                _run(project, deadline, *REPRO, "--force")
+                with open_project(project) as dvc:
+                    _drop_spoilt(dvc)
+                _run(project, deadline, *repro, "--force")
                 if problem := staleness(project):
                     raise UserError(f"{project / DATA_DIR}: still {problem}; does its code change meanwhile?")
     except Timeout:
         raise UserError(f"{project / DATA_DIR}: another build holds it; try again when it has ended") from None
-    return _version(project)
+    return check_data(project)
 
 
-def staleness(project: Path) -> str | None:
-    """Why the data is not the project's version, in a few words; None when it is."""
-    try:
-        recorded, digests = _recorded(project), _Digests(project)
-        if recorded.source and (problem := _outdated(project, recorded, digests)):
-            return problem
-        if recorded.md5 is None or digests.of(DATA_DIR) != recorded.md5:
-            return "missing" if not (project / DATA_DIR).is_dir() else "changed since it was made"
-        if not recorded.source:
-            return None
-        for stage in _yaml(project / "dvc.lock")["stages"].values():
-            for out in stage["outs"]:
-                if out["path"] != recorded.source and digests.of(out["path"]) != out["md5"]:
-                    return f"without its {out['path']}"
-    except FileNotFoundError as error:
-        return f"without {Path(error.filename).name}"
-    except UNREADABLE:
-        return "described by a dvc.yaml, dvc.lock, data.dvc or params.yaml that cannot be read"
-    return None
+def _version(dvc: DvcProject) -> DataVersion:
+    assert dvc.version is not None, "only data that was built has a version"
+    return DataVersion(dvc.version, dvc.project / DATA_DIR)
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """What data.dvc records. `source` is the generated folder that data/ is a copy of; None for a user's own data.
-
-    Generated data that was never built has no md5.
-    """
-
-    md5: str | None
-    source: str | None
+def _files_of(project: Path) -> bool:
+    return any(path.is_file() for path in (project / DATA_DIR).rglob("*"))
 
 
-def _recorded(project: Path) -> _Recorded:
-    content = _yaml(project / "data.dvc")
-    source: dict[str, Any] = (content.get("deps") or [{}])[0]
-    # `dvc add` over an import leaves its `deps` where they were (3.67): a copy has the digest of what it copies
-    copied = source.get("path") in _made_by_stages(project) and source.get("md5") == content["outs"][0].get("md5")
-    return _Recorded(source.get("md5"), source["path"]) if copied else _Recorded(content["outs"][0]["md5"], None)
-
-
-def _made_by_stages(project: Path) -> set[str]:
-    if not (project / "dvc.yaml").is_file():
-        return set()
-    outs = [out for stage in _yaml(project / "dvc.yaml")["stages"].values() for out in stage.get("outs", [])]
-    return {out if isinstance(out, str) else next(iter(out)) for out in outs}
-
-
-def _is_unbuilt(project: Path) -> bool:
+def _is_unbuilt(dvc: DvcProject) -> bool:
     """Whether a stage makes the data, and nothing was made or put there yet.
 
     Such a project has no data.dvc: `dvc add` over one without a digest makes a version that DVC restores as a file
     (3.67).
     """
-    if (project / "data.dvc").exists() or any(path.is_file() for path in (project / DATA_DIR).rglob("*")):
-        return False
-    try:
-        return GENERATED_DIR in _made_by_stages(project)
-    except UNREADABLE:
-        return False
+    generates = str(dvc.project / GENERATED_DIR) in dvc.outputs
+    return dvc.data is None and not (dvc.project / DATA_FILE).exists() and generates and not _files_of(dvc.project)
 
 
-def _is_generated(project: Path) -> bool:
-    """Raises UserError where data.dvc does not name it."""
-    path = project / "data.dvc"
-    if _is_unbuilt(project):
+def _is_new(dvc: DvcProject) -> bool:
+    """Whether data/ holds a user's own files, of which no version was made yet."""
+    return not (dvc.project / DATA_FILE).exists() and not dvc.outputs and _files_of(dvc.project)
+
+
+def _is_generated(dvc: DvcProject) -> bool:
+    """Raises UserError where neither data.dvc nor a stage names data/."""
+    if dvc.data is not None:
+        return dvc.source is not None
+    if _is_unbuilt(dvc):
         return True
-    try:
-        return _recorded(project).source is not None
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; `git checkout data.dvc` gives the generated data, and `dvc add data` makes what "
-            f"lies in {DATA_DIR}/ your own"
-        ) from None
-    except UNREADABLE:
-        raise UserError(f"{path}: not a DVC file with one output; `git checkout data.dvc`, or `dvc add data`") from None
+    path = dvc.project / DATA_FILE
+    if path.is_file():
+        raise UserError(f"{path}: has no output {DATA_DIR}; `git checkout data.dvc`, or `dvc add data`")
+    raise UserError(
+        f"{path}: no such file; `git checkout data.dvc` gives the generated data, and `dvc add data` makes what "
+        f"lies in {DATA_DIR}/ your own"
+    )
 
 
-def _own_remedy(problem: str) -> str:
+def _own_remedy(dvc: DvcProject, problem: str) -> str:
     if problem == "missing":
         return "it is your own: `dvc checkout data` gives it back from DVC's cache, `dvc pull data` from your remote"
+    if spoilt := dvc.spoilt_through_links():
+        names = ", ".join(sorted(path.name for path in spoilt))
+        return (
+            f"it is your own, and {names} was edited through a link into DVC's cache, which no longer has what it was: "
+            "`dvc add data` makes the edit the version; only your remote or a backup has the other"
+        )
     # DVC trusts times of modification: over a byte that a disk changed, `checkout` alone would do nothing
     return "it is your own: `dvc add data` makes it the version, `rm -r data && dvc checkout data` goes back"
 
 
-def _outdated(project: Path, recorded: _Recorded, digests: _Digests) -> str | None:
-    """Which setting, code or stage has changed since generated data was made, in a few words."""
-    locked_stages = _yaml(project / "dvc.lock")["stages"]
-    made: dict[str, str] = {}
-    for name, stage in _yaml(project / "dvc.yaml")["stages"].items():
-        locked = locked_stages.get(name)
-        if locked is None or locked["cmd"] != stage["cmd"]:
-            return f"older than stage {name} of dvc.yaml"
-        deps = {dep["path"]: dep["md5"] for dep in locked.get("deps", [])}
-        if set(deps) != set(stage.get("deps", [])):
-            return f"older than stage {name} of dvc.yaml"
-        for path, md5 in deps.items():
-            if path != DATA_DIR and digests.of(path) != md5:
-                return f"older than {path}"
-        for key in stage.get("params", []):
-            if _yaml(project / "params.yaml").get(key) != locked["params"]["params.yaml"].get(key):
-                return f"older than `{key}` in params.yaml"
-        made |= {out["path"]: out["md5"] for out in locked["outs"]}
-    return None if made.get(recorded.source or "") == recorded.md5 else "older than dvc.lock"
-
-
-class _Digests:
-    """md5 of files and folders as DVC 3 writes them."""
-
-    def __init__(self, project: Path):
-        self.project = project
-
-    def of(self, path: str) -> str | None:
-        """None where there is nothing."""
-        place = self.project / path
-        if place.is_dir():
-            return f"{hashlib.md5(_listing(place), usedforsecurity=False).hexdigest()}.dir"
-        return _md5(place) if place.is_file() else None
-
-
-def _listing(folder: Path) -> bytes:
-    """What DVC hashes for a folder: the md5 of each file, in the order of their paths."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    with ThreadPoolExecutor(4) as pool:
-        hashed = dict(zip(files, pool.map(_md5, files.values()), strict=True))
-    return json.dumps([{"md5": hashed[name], "relpath": name} for name in sorted(hashed)], sort_keys=True).encode()
-
-
-def _md5(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = parse_yaml(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _version(project: Path) -> DataVersion:
-    md5 = _recorded(project).md5
-    assert md5 is not None, "only data that was built has a version"
-    return DataVersion(md5, project / DATA_DIR)
-
-
-def _check_params(project: Path) -> None:
+def _check_params(dvc: DvcProject) -> None:
     """Report a mistake in the domain or in params.yaml in one line, before DVC wraps it in fifty."""
-    for stage in _yaml(project / "dvc.yaml")["stages"].values():
-        # any other command is the user's own program, with settings of its own
-        if isinstance(stage["cmd"], str) and (arguments := generate.arguments_of(stage["cmd"])):
-            generate.check(arguments, project)
+    for stage in dvc.stages:
+        for command in [stage.cmd] if isinstance(stage.cmd, str) else stage.cmd:
+            # any other command is the user's own program, with settings of its own
+            if arguments := generate.arguments_of(command):
+                generate.check(arguments, dvc.project)
 
 
 def _make_repository(project: Path) -> None:
@@ -283,16 +206,6 @@ def _make_repository(project: Path) -> None:
     done = _dvc(project, *command)
     if done.returncode:
         raise UserError(f"{project}: no DVC repository, and `dvc init` fails: {' '.join(done.stdout.split())}")
-
-
-def _is_new(project: Path) -> bool:
-    """Whether data/ holds a user's own files, of which no version was made yet."""
-    if (project / "data.dvc").exists() or not any(path.is_file() for path in (project / DATA_DIR).rglob("*")):
-        return False
-    try:
-        return not _made_by_stages(project)
-    except UNREADABLE:
-        return False
 
 
 def _run(project: Path, deadline: float, *command: str) -> None:
@@ -340,48 +253,36 @@ def _explain(project: Path, output: str) -> str:
     return f"the data cannot be built: {why or 'DVC failed'}; its whole output is in {log}"
 
 
-def _cache_dir(project: Path) -> Path:
-    """Where DVC keeps files by their md5: a team may share one cache."""
-    found = _dvc(project, "cache", "dir")
-    folder = found.stdout.strip() if found.returncode == 0 else ""
-    return (project / (folder or ".dvc/cache")) / "files" / "md5"
-
-
-def _move_foreign_files(project: Path, cache: Path) -> None:
+def _move_foreign_files(dvc: DvcProject) -> None:
     """Move each file of data/ that DVC could not give back to a folder of its own: it may be somebody's work."""
-    data, digests = project / DATA_DIR, _Digests(project)
-    if digests.of(DATA_DIR) in (None, _recorded(project).md5):
-        return
-    foreign = [path for path in data.rglob("*") if path.is_file() and not _is_kept(_md5(path), cache)]
+    spoilt, foreign = dvc.spoilt_through_links(), dvc.foreign_files()
     if not foreign:
         return
-    kept = project / ASIDE / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}"
+    data = dvc.project / DATA_DIR
+    aside = dvc.project / ASIDE / f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%S.%f}"
     for path in foreign:
-        place = kept / path.relative_to(data)
+        place = aside / path.relative_to(data)
         place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(path, place)
+        if path.is_symlink() or path.stat().st_nlink > 1:  # a link would show what DVC puts in its place
+            shutil.copyfile(path, place)
+            path.unlink()
+        else:
+            shutil.move(path, place)
     names = ", ".join(sorted(path.relative_to(data).as_posix() for path in foreign))
     log.warning(
         "%s/ is generated, and %s differed from what was made: moved to %s; if it is your own data, put it back and "
         "run `dvc add data`",
-        *(DATA_DIR, names, kept.relative_to(project)),
+        *(DATA_DIR, names, aside.relative_to(dvc.project)),
     )
+    for path, kept in spoilt.items():
+        log.warning("%s was edited through a link, and so in DVC's cache too: it is made anew there", path.name)
+        kept.unlink(missing_ok=True)
 
 
-def _is_kept(md5: str, cache: Path) -> bool:
-    kept = cache / md5[:2] / md5[2:]
-    return kept.is_file() and _md5(kept) == md5
-
-
-def _drop_spoilt(project: Path, cache: Path) -> None:
-    """Take away data/, raw/ and each cached file whose content does not match its name."""
-    for name in (DATA_DIR, "raw"):
-        shutil.rmtree(project / name, ignore_errors=True)
-    for path in _cached(cache):
-        if _md5(path) != path.parent.name + path.name.removesuffix(".dir"):
-            path.unlink()
-
-
-def _cached(root: Path) -> Iterator[Path]:
-    for folder in root.glob("??"):
-        yield from (path for path in folder.iterdir() if path.is_file())
+def _drop_spoilt(dvc: DvcProject) -> None:
+    """Take away data/, what it is a copy of, and each cached file whose content does not match its name."""
+    for name in (str(dvc.project / DATA_DIR), dvc.source):
+        if name:
+            shutil.rmtree(name, ignore_errors=True)
+    for path in dvc.spoilt_cache_files():
+        path.unlink()

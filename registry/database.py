@@ -24,7 +24,10 @@ from twinloop.common.files import fsync
 
 log = logging.getLogger(__name__)
 
-BUSY_FOR_S = 30.0
+BUSY_FOR_S = 10.0
+"""How long a lock of another process is waited for. A write of MLflow's takes milliseconds, a backup of SQLite's own
+holds its lock page by page."""
+LOCKED = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 SIDE_FILES = ("-journal", "-wal", "-shm")
 """What SQLite keeps beside a database, and would apply to another one that takes its place."""
 FILLED_BY_MIGRATIONS = {"alembic_version", "workspaces"}
@@ -59,6 +62,8 @@ def prepare_database(database: Path, migrations: Migrations) -> None:
     try:
         revision, used = _revision(database), holds_records(database)
     except sqlite3.OperationalError as error:  # it may be as good as ever
+        if is_locked(error):
+            raise locked_error(database) from error
         remedy = "see to its permissions, or try again when no other process writes to it"
         raise UserError(f"{database}: cannot be opened ({error}); {remedy}") from error
     except sqlite3.DatabaseError as error:
@@ -81,6 +86,16 @@ def holds_records(database: Path) -> bool:
     with closing(_open(database)) as connection:
         tables = _tables(connection) - FILLED_BY_MIGRATIONS
         return any(connection.execute(f'SELECT 1 FROM "{table}" LIMIT 1').fetchone() for table in tables)
+
+
+def is_locked(error: BaseException) -> bool:
+    """Whether SQLite has waited in vain for a lock of another process."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in LOCKED
+
+
+def locked_error(database: Path) -> UserError:
+    reason = f"another process has held its lock for {BUSY_FOR_S:.0f} s"
+    return UserError(f"{database}: {reason}; wait for its end, or end it, and try again")
 
 
 def _make(database: Path, migrations: Migrations) -> None:

@@ -35,7 +35,7 @@ from twinloop.registry.database import Migrations, prepare_database
 from twinloop.registry.liveness import HOST, alive_lock, mark_killed, release, seen_alive
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Metric
+    from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,9 @@ Settings: TypeAlias = BaseModel | Mapping[str, Any]
 
 FLUSH_EVERY_S = 10.0
 RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
+SOON = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+"""When MLflow's client gives up on a server: after 5 s where nobody answers, a minute where nothing comes. By itself it
+takes 4 minutes and 14 (3.17); what must not fail so soon is tried again by us."""
 # MLflow's own limits for one request (mlflow.utils.validation).
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
@@ -86,6 +89,8 @@ class Mlruns:
         from mlflow.tracking import MlflowClient
 
         _quiet_mlflow()
+        for name, value in SOON.items():
+            os.environ.setdefault(name, value)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # also for a file that lies beside it
         # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
@@ -111,15 +116,22 @@ class Mlruns:
         """The experiment of that name, made where there is none.
 
         MLflow stores artifact locations absolute. After the project was moved, the old experiment would write into the
-        old place: it keeps its runs under a name that shows it, and a new one takes over.
+        old place: it keeps its runs under a name that shows it, and a new one takes over. So it does for one that was
+        deleted in MLflow: that stays deleted.
         """
         location = (self.root / "artifacts" / name).as_uri()
         with self.lock("experiment"):
             if found := self.client.get_experiment_by_name(name):
-                if found.artifact_location == location:
-                    return _active(found, self)
+                deleted = found.lifecycle_stage != "active"
+                if found.artifact_location == location and not deleted:
+                    return str(found.experiment_id)
                 old = found.artifact_location.removesuffix(f"/artifacts/{name}")
-                self.client.rename_experiment(_active(found, self), f"{name} (in {old} until {int(time.time())})")
+                why = "deleted" if deleted else f"in {old}"
+                if deleted:  # it holds the name, and only an active one can be renamed
+                    self.client.restore_experiment(found.experiment_id)
+                self.client.rename_experiment(found.experiment_id, f"{name} ({why} until {int(time.time())})")
+                if deleted:
+                    self.client.delete_experiment(found.experiment_id)
             return str(self.client.create_experiment(name, artifact_location=location))
 
 
@@ -347,6 +359,7 @@ def _quiet_mlflow() -> None:
     logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
     # At INFO the same, and at ERROR a traceback of each exception that it also raises.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
 
 
 def _migrate(database: Path) -> None:
@@ -386,9 +399,3 @@ def _patiently(write: Callable[[], object]) -> None:
 def _git(project: Path, *arguments: str) -> str:
     command = ["git", "-C", str(project), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
-
-
-def _active(experiment: Experiment, mlruns: Mlruns) -> str:
-    if experiment.lifecycle_stage != "active":  # deleted in MLflow's console: its runs come back with it
-        mlruns.client.restore_experiment(experiment.experiment_id)
-    return str(experiment.experiment_id)

@@ -24,14 +24,14 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Manifest
-from twinloop.registry.database import holds_records
+from twinloop.registry.database import BUSY_FOR_S, holds_records, is_locked, locked_error
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.version_files import install, verified_manifest, version_error
 
@@ -174,9 +174,12 @@ class Registry:
             if not self.mlruns.database.exists():
                 return Snapshot({}, {}, {})
             # Another MLflow may have another schema, and an empty one may be half-made: the client handles both.
-            with suppress(sqlite3.Error):
+            try:
                 if holds_records(self.mlruns.database):
                     return self._read_database()
+            except sqlite3.Error as error:
+                if is_locked(error):
+                    raise locked_error(self.mlruns.database) from error
         return self._ask_client()
 
     def version(self, number: int) -> Version:
@@ -302,7 +305,7 @@ class Registry:
 
     def _read_database(self) -> Snapshot:
         uri = f"{self.mlruns.database.as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=30)) as database:
+        with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_FOR_S)) as database:
             database.execute("BEGIN")  # one moment for all four
             rows = database.execute(
                 "SELECT version, run_id FROM model_versions WHERE name = ? AND current_stage != 'Deleted_Internal'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from twinloop.training.loop import StepReport
 
 SPEED = "tokens_per_s"
+
+log = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
@@ -157,6 +160,11 @@ class Context:
                 dataset_digest=self.dataset_digest,
                 code=self.code,
             )
+            if kept := sorted((keep / "checkpoints").glob("step-*.safetensors")):
+                step = int(kept[-1].stem.removeprefix("step-"))
+                log.warning(
+                    "%s: an earlier run of it was stopped; it goes on from its checkpoint at step %d", stage, step
+                )
             with Tracker(self.mlruns, execution) as tracker:
                 metrics = work(out, keep, Report(label or stage, self.progress, tracker))
                 numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}

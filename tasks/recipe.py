@@ -213,6 +213,12 @@ def recipe_of(model: str, project: Path) -> Recipe:
     raise UserError(f"{model}: no recipe in {project / 'recipes'} has this name; name a model that one makes")
 
 
+def recipe_names(project: Path) -> set[str]:
+    """The models that the project's recipes make."""
+    paths = [path for path in (project / "recipes").glob("*.yaml") if _is_recipe(path)]
+    return {str(name) for path in paths if (name := read_yaml(path, SUCH_AS).get("name"))}
+
+
 def _named_recipe(project: Path) -> Path | None:
     """The recipe that params.yaml names."""
     params = read_yaml(project / "params.yaml", "it is the project's own")
@@ -233,6 +239,12 @@ def load_recipe(path: Path, project: Path | None = None) -> Recipe:
     fields = read_yaml(path, SUCH_AS)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a recipe is a mapping, such as `name: my-model` and `train: [{{method: sft, ...}}]`")
+    for key in ("base", "model"):
+        if isinstance(value := fields.get(key), dict) and value.keys() & {"path", "version"}:
+            raise UserError(
+                f"{path}: {key}: to start from a model that is there (`path`, `version`) is not supported yet; "
+                "`base: {depth: 4}` makes a new network"
+            )
     problems: list[str] = []
     stages = _read_stages(fields.get("train"), project or Path.cwd(), problems)
     if stages is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["rollback"], "nothing to roll back to"),
         (["documents", "put", "seven", "within 7 days", "--model", "small"], "document 'seven': the id must be P-"),
         (["documents", "put", "P-7", "whenever you like", "--model", "small"], "within N days"),
-        (["documents", "put", "P-7", "within 7 days", "--model", "nothing"], "nothing: no recipe in"),
+        (
+            ["documents", "put", "P-7", "within 7 days", "--model", "nothing"],
+            "nothing: no such model; there are: small",
+        ),
+        (["status", "--model", "nope"], "nope: no such model; there are: small"),
+        (["rollback", "--model", "nope"], "nope: no such model; there are: small"),
         (["documents", "history", "P-9", "--model", "small"], "document 'P-9': is not there"),
         (["data", "check"], "twinloop data build"),
         (["data", "schema", "chats"], "chats: domain returns has no such record type; did you mean chat?"),
@@ -109,3 +115,24 @@ def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(project:
     assert done.returncode == 2
     assert "no candidate and no champion to judge" in done.stderr
     assert not (project / "data").exists()
+
+
+def test_the_version_is_that_of_the_package_and_of_its_checkout(project: Path) -> None:
+    from importlib.metadata import version
+
+    done = twinloop(project, "--version")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"twinloop {version('twinloop')}")
+
+
+def test_the_commit_of_a_checkout_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from twinloop.flows import version
+
+    project = make_project(tmp_path)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    monkeypatch.setattr(version, "__file__", str(project / "flows" / "version.py"))
+    assert version.version_text().endswith(f"(commit {commit})")
+    (project / "params.yaml").write_text("{}")
+    assert version.version_text().endswith(f"(commit {commit}, with uncommitted changes)")

@@ -80,6 +80,15 @@ def test_what_fails_for_want_of_room_without_saying_so_is_a_full_disk_too(
     assert explain(KeyError("a bug"), tmp_path) is None
 
 
+def test_a_server_that_fails_on_a_full_disk_is_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+
+    error = httpx.ReadError("the server has gone")
+    assert "Prefect's server does not answer" in str(explain(error, tmp_path))
+    monkeypatch.setattr("twinloop.flows.edge.has_space", lambda path: False)
+    assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full")
+
+
 def test_a_users_mistake_within_other_errors_is_what_is_said(tmp_path: Path) -> None:
     assert explain(caused(RuntimeError("Task failed"), UserError("say it better")), tmp_path) == "say it better"
 

@@ -77,3 +77,49 @@ def test_only_a_server_of_others_is_shared(tmp_path: Path, monkeypatch: pytest.M
     with embedded_server(tmp_path), temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]}):
         assert not has_shared_server()
     assert not has_shared_server()
+
+
+# More than Prefect has sent by the time that the flow ends.
+EMIT = """
+import sys
+from pathlib import Path
+from twinloop.flows.environment import prepare_environment, quiet_prefect
+quiet_prefect()
+project = Path(sys.argv[1])
+prepare_environment(project)
+from twinloop.flows.server import embedded_server, wait_until_ready
+with embedded_server(project):
+    from prefect import flow
+    from prefect.events import emit_event
+    wait_until_ready(project)
+
+    @flow
+    def emit():
+        for number in range(3000):
+            emit_event("x.y", resource={"prefect.resource.id": f"x.{number}"})
+
+    emit()
+    if "die" in sys.argv:
+        from twinloop.flows import server
+        [child] = server._own.values()
+        child.kill()
+        child.wait()
+"""
+
+
+def emit(project: Path, *more: str) -> str:
+    (project / "params.yaml").touch()
+    shell = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    command = [sys.executable, "-c", EMIT, str(project), *more]
+    done = subprocess.run(command, cwd=project, env=shell, capture_output=True, text=True, timeout=180, check=True)
+    return done.stderr
+
+
+@pytest.mark.slow
+def test_what_waits_to_be_sent_is_sent_before_the_server_ends(tmp_path: Path) -> None:
+    assert emit(tmp_path) == ""
+
+
+@pytest.mark.slow
+def test_what_cannot_be_sent_any_more_costs_no_line(tmp_path: Path) -> None:
+    assert emit(tmp_path, "die") == ""

@@ -113,6 +113,36 @@ def test_every_deployment_is_scheduled_one_at_a_time(running: Services) -> None:
 
 
 @pytest.mark.slow
+def test_what_an_operator_has_set_in_prefect_stays(running: Services) -> None:
+    deployments = running.deployments()
+    paused, changed = deployments["data-refresh"], deployments["release-check"]
+    running.patch(f"/api/deployments/{paused['id']}/schedules/{paused['schedules'][0]['id']}", {"active": False})
+    running.patch(
+        f"/api/deployments/{changed['id']}/schedules/{changed['schedules'][0]['id']}",
+        {"schedule": {"cron": "15 * * * *", "timezone": "UTC"}},
+    )
+    running.patch("/api/work_pools/twinloop", {"concurrency_limit": 2, "is_paused": True})
+
+    def settings() -> tuple[object, ...]:
+        found = running.deployments()
+        pool = running.ask("prefect", "/api/work_pools/twinloop")
+        schedules = [found[name]["schedules"][0] for name in ("data-refresh", "release-check")]
+        return schedules[0]["active"], schedules[1]["schedule"]["cron"], pool["concurrency_limit"], pool["is_paused"]
+
+    again = running.say("up")
+    assert again.returncode == 0, again.stderr
+    assert settings() == (False, "15 * * * *", 2, True)
+
+    path = running.project / "prefect.yaml"
+    path.write_text(path.read_text().replace('"0 2 * * *"', '"10 2 * * *"'))
+    again = running.say("up")
+    assert again.returncode == 0, again.stderr
+    assert settings() == (False, "30 * * * *", 2, True)  # the file has changed: its crons hold again
+    assert running.deployments()["data-refresh"]["schedules"][0]["schedule"]["cron"] == "10 2 * * *"
+    running.patch("/api/work_pools/twinloop", {"concurrency_limit": 1, "is_paused": False})
+
+
+@pytest.mark.slow
 def test_the_worker_runs_what_is_triggered_and_the_api_serves_it(running: Services) -> None:
     runs = [running.trigger(name) for name in ("data-refresh", "lifecycle", "release-check")]
     wait_for(lambda: all(running.state(run) in ("COMPLETED", "FAILED", "CRASHED") for run in runs), seconds=400)

@@ -228,13 +228,18 @@ def test_a_moved_project_keeps_its_runs_and_goes_on_in_its_new_place(mlruns: Mlr
     assert not mlruns.root.exists()
 
 
-def test_a_deleted_experiment_comes_back(mlruns: Mlruns) -> None:
+def test_a_deleted_experiment_stays_deleted_and_a_new_one_takes_over(mlruns: Mlruns) -> None:
+    with Tracker(mlruns, EXECUTION) as before:
+        pass
     experiment = mlruns.experiment_id("returns")
     mlruns.client.delete_experiment(experiment)
-    assert mlruns.experiment_id("returns") == experiment
-    with Tracker(mlruns, EXECUTION) as tracker:
+    with Tracker(mlruns, EXECUTION) as after:
         pass
-    assert tracker.run_id
+    assert mlruns.experiment_id("returns") != experiment
+    assert mlruns.client.get_experiment(experiment).lifecycle_stage == "deleted"
+    assert mlruns.client.get_experiment(experiment).name.startswith("returns (deleted until ")
+    assert read(mlruns, before.run_id).info.lifecycle_stage == "deleted"
+    assert read(mlruns, after.run_id).info.lifecycle_stage == "active"
 
 
 def test_settings_are_flattened() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from twinloop.common.errors import UserError
-from twinloop.tasks.context import Context
+from twinloop.domains.loader import load_domain
+from twinloop.registry.tracking import CodeVersion
+from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import load_recipe
+from twinloop.training.checkpoint import Checkpoint, save
 
 PROJECT = Path(__file__).parents[2]
 
@@ -27,3 +31,31 @@ def test_a_split_key_that_the_domain_has_not_is_refused_by_its_name(tmp_path: Pa
     with pytest.raises(UserError) as raised:
         Context.of(tmp_path, recipe, load_recipe(recipe), Unwatched())
     assert str(raised.value) == f"{recipe}: validate.split_keys: 'ordr_id' is no split key; did you mean order_id?"
+
+
+def test_a_stage_that_goes_on_from_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "mlruns").mkdir()
+    context = Context(
+        project=tmp_path,
+        recipe="small",
+        recipe_path=None,
+        loaded_domain=load_domain("returns", tmp_path),
+        dataset_digest=None,
+        progress=Unwatched(),
+        code=CodeVersion("a" * 40),
+        checkpoint_every_s=1.0,
+    )
+
+    def stopped(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        save(keep / "checkpoints", Checkpoint(step=7, tensors={}, state={}))
+        raise KeyboardInterrupt
+
+    def goes_on(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        return {}
+
+    arguments: dict[str, Any] = {"settings": {}, "inputs": {}, "modules": ("twinloop.common.errors",)}
+    with pytest.raises(KeyboardInterrupt):
+        context.run("sft", stopped, **arguments)
+    assert caplog.messages == []
+    context.run("sft", goes_on, **arguments)
+    assert caplog.messages == ["sft: an earlier run of it was stopped; it goes on from its checkpoint at step 7"]
