@@ -34,6 +34,7 @@ _WORDS = {
     401: "The administrator's token is missing or wrong",
     403: "Not open to who asks: another machine, another host name, or a web page of another origin",
     404: "There is no such thing",
+    409: "It cannot be done as things are; the message says why",
     413: "The body is too large",
     415: "The body's Content-Type is not JSON's",
     422: "The request is JSON, and not what is asked for here; `param` names the field. Integers are written without a "

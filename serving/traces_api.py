@@ -11,8 +11,8 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twinloop.serving.decisions import ModelInfo, Reason, Timings
+from twinloop.serving.described import errors
 from twinloop.serving.traces import TraceStore
-from twinloop.serving.versions_api import GUARDED
 
 SEARCHED_TRACES = 10_000
 """So many of the newest ones are looked at: a question for rare answers must not read every file."""
@@ -48,7 +48,7 @@ def traces_router(traces: TraceStore | None) -> APIRouter:
     """`GET /v1/traces`. Who includes it lets administrators only in: a trace holds a customer's words."""
     router = APIRouter()
 
-    @router.get("/v1/traces", responses=GUARDED)
+    @router.get("/v1/traces", responses=errors(401, 422))
     def recent(
         limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="how many are listed at most")] = 50,
         escalated: Annotated[bool | None, Query(description="only those that are, or are not, escalated")] = None,

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request
 from pydantic import BaseModel, ConfigDict
 
+from twinloop.serving.described import errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.work import Workers
@@ -149,14 +150,10 @@ class Releases(Protocol):
 NO_REGISTRY = "this server was started without a registry: `twinloop status`, `promote` and `rollback` are there"
 UNREADABLE = "the registry cannot be read now; the server's log gives the reason"
 UNMOVED = "the champion was not moved; the server's log gives the reason, and `twinloop status` what is so now"
-ABSENT: dict[int | str, dict[str, Any]] = {404: {"description": "No such version, or a server without a registry"}}
-UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "The registry cannot be read or moved now"}}
-GUARDED: dict[int | str, dict[str, Any]] = {
-    401: {"description": "The administrator's token is missing or wrong"},
-    403: {"description": "Only the server's own machine may do this"},
-}
-REFUSED: dict[int | str, dict[str, Any]] = {
-    409: {"description": "The registry refuses it, such as a version that its gate blocks; the message says why"}
+WORDS = {
+    404: "No such version, or a server without a registry",
+    409: "The registry refuses it, such as a version that its gate blocks; the message says why",
+    503: "The server cannot answer now: it is stopping, or the registry cannot be read or moved",
 }
 
 
@@ -195,7 +192,7 @@ def versions_router(
         finally:
             moving.release()
 
-    @router.get("/v1/versions", responses={**ABSENT, **UNAVAILABLE})
+    @router.get("/v1/versions", responses=errors(404, words=WORDS))
     def every_version() -> Versions:
         found = sorted(_read(registry().versions), key=lambda each: -each.version)
         model = manager.service.model
@@ -203,11 +200,11 @@ def versions_router(
         served = int(model.version)
         return Versions(model=model.name, served=served, served_is_champion=served == champion, versions=found)
 
-    @router.get("/v1/versions/{version}", responses={**ABSENT, **UNAVAILABLE})
+    @router.get("/v1/versions/{version}", responses=errors(404, 422, words=WORDS))
     def one_version(version: Number) -> VersionDetail:
         return known(version)
 
-    @router.get("/v1/moves", responses={**GUARDED, **ABSENT, **UNAVAILABLE}, dependencies=guarded)
+    @router.get("/v1/moves", responses=errors(401, 404, words=WORDS), dependencies=guarded)
     def every_move() -> Moves:
         return Moves(moves=[*reversed(_read(registry().moves))])
 
@@ -221,13 +218,13 @@ def versions_router(
     # A server that is stopped does not wait for a move: its process ends it.
     @router.post(
         "/v1/versions/{version}/promote",
-        responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE},
+        responses=errors(401, 404, 409, 422, words=WORDS),
         dependencies=guarded,
     )
     async def promote_version(version: Number, request: Request) -> Moved:
         return await workers.run(promote, version, _asked_by(request))
 
-    @router.post("/v1/rollback", responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE}, dependencies=guarded)
+    @router.post("/v1/rollback", responses=errors(401, 404, 409, words=WORDS), dependencies=guarded)
     async def roll_back_champion(request: Request) -> Moved:
         return await workers.run(roll_back, _asked_by(request))
 

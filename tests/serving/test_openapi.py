@@ -26,7 +26,7 @@ def assert_described(client, folder, *options, headers=()):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("domain", [Returns(), Chat()], ids=["returns", "chat"])
+@pytest.mark.parametrize("domain", [Returns(), pytest.param(Chat(), marks=pytest.mark.slow)], ids=["returns", "chat"])
 def test_examples_and_edges_of_the_description_are_answered_as_it_says(tmp_path, tokenizer, domain):
     with running(make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, domain=domain)) as client:
         assert_described(client, tmp_path, "--phases", "examples,coverage", "--max-examples", "5")
