@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
@@ -25,6 +25,11 @@ from twinloop.tasks.recipe import Recipe
 
 if TYPE_CHECKING:
     from prefect.client.schemas import FlowRun
+
+    from twinloop.report.drawing import Panel
+    from twinloop.report.story import Story
+
+    Figures: TypeAlias = Mapping[str, Sequence[Panel]]
 
 log = logging.getLogger(__name__)
 
@@ -68,38 +73,45 @@ def tracked_lifecycle(context: Context, recipe: Recipe) -> Iterator[Tracked]:
 
 
 def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Outcome) -> Path | None:
-    """Draw and write the story everywhere; the report's page. None, and a warning, where that failed: what was made and
-    promoted does not hang on a picture."""
+    """Draw and write the story everywhere; the report's page. What fails is a warning: what was made and promoted does
+    not hang on a picture."""
+    from twinloop.report.figures import figures
+    from twinloop.report.files import write_report
+
+    published, pages = outcome.published, []
+    ending = Ending(outcome.gate, published.version, published.promotion is not None, _in_a_line(outcome))
     try:
-        return _write(tracked, context, recipe, outcome)
+        story = gather(context, recipe, outcome.rows, ending, tracked.run)
+        panels = figures(story)
+        pages = write_report(context.project, story, panels)
+        _publish(tracked.tracker, context, outcome, story, panels, pages)
     except Exception as trouble:
         if is_disk_full(trouble):  # that ends the run, and is reported once
             raise
-        log.warning("the report could not be written: %s: %s", type(trouble).__name__, one_line(trouble))
-        return None
+        log.warning("the report is not complete: %s: %s", type(trouble).__name__, one_line(trouble))
+    return pages[0] if pages else None
 
 
-def _write(tracked: Tracked, context: Context, recipe: Recipe, outcome: Outcome) -> Path:
-    from twinloop.report.figures import figures
-    from twinloop.report.files import write_report
+def _publish(
+    tracker: Tracker, context: Context, outcome: Outcome, story: Story, panels: Figures, pages: Sequence[Path]
+) -> None:
+    """To MLflow, DVC's results and Prefect."""
+    from twinloop.report.evaluation_set import log_evaluation_set
     from twinloop.report.results import write_results
     from twinloop.report.tracked import log_story, tables
 
-    published = outcome.published
-    ending = Ending(outcome.gate, published.version, published.promotion is not None, _in_a_line(outcome))
-    story = gather(context, recipe, outcome.rows, ending, tracked.run)
-    panels = figures(story)
-    page, *others = write_report(context.project, story, panels)
+    log_story(tracker, story, panels, pages)
     write_results(context.project, story)
-    log_story(tracked.tracker, story, panels, [page, *others])
+    if story.dataset_digest:
+        validated = next(row.artifact for row in outcome.rows if row.artifact and row.name == "validate")
+        log_evaluation_set(tracker, validated.path, story.dataset_digest)
+    key = re.sub(r"[^a-z0-9-]+", "-", story.model.lower())  # as Prefect allows them
     for name in ("stages", "gate"):
         columns = tables(story)[name]
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        create_table_artifact(rows, key=f"{_key(context.recipe)}-{name}", description=f"{story.title}: {name}")
-    create_markdown_artifact(
-        others[0].read_text(), key=f"{_key(context.recipe)}-model-card", description=f"{story.title}: {story.outcome}"
-    )
-    return page
+        create_table_artifact(rows, key=f"{key}-{name}", description=f"{story.title}: {name}")
+    card = next(path for path in pages if path.suffix == ".md").read_text()
+    create_markdown_artifact(card, key=f"{key}-model-card", description=f"{story.title}: {story.outcome}")
 
 
 def _in_a_line(outcome: Outcome) -> str:
@@ -123,8 +135,3 @@ def _flow_page(flow_run: FlowRun, ports: Ports) -> str:
     if has_shared_server() and (url := url_for("flow-run", obj_id=flow_run.id)):
         return url
     return f"http://127.0.0.1:{ports.prefect}/runs/flow-run/{flow_run.id}"
-
-
-def _key(name: str) -> str:
-    """As Prefect allows keys of artifacts."""
-    return re.sub(r"[^a-z0-9-]+", "-", name.lower())
