@@ -71,11 +71,11 @@ class Classification(Domain):
     }
     request = TextRequest
 
-    def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str = "hello") -> None:
+    def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str | None = None) -> None:
         """labels: what the model may answer. instruction: the system message; by default it lists the labels.
 
-        example: a text that the model must be able to label before it is served. Raises UserError for labels that
-        cannot be distinguished.
+        example: a text that shows what one looks like, and that the model must be able to label before it is served.
+        Raises UserError for labels that cannot be distinguished.
         """
         self.labels = tuple(labels)
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
@@ -83,7 +83,7 @@ class Classification(Domain):
         if wrong := [label for label in self.labels if not label or label != label.strip()]:
             raise UserError(f"classification: label {wrong[0]!r} is empty or has spaces around it")
         self.instruction = instruction or f"answer with one label: {', '.join(self.labels)}"
-        self.example = {"text": example}
+        self.example = {} if example is None else {"text": example}
         label: Any = Literal[self.labels]
         self.facts = create_model("LabelFacts", __config__=_STRICT, label=(label, ...))
         self.max_answer_tokens = 16 + max(len(label.encode()) for label in self.labels)

@@ -34,6 +34,7 @@ def serve_champion(
     project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str] = ()
 ) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
+    from twinloop.flows.releases import ProjectReleases
     from twinloop.registry.champion import following_champion, open_champion
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import Registry
@@ -47,8 +48,12 @@ def serve_champion(
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
         app = create_app(
-            manager, admin_token=token, local_admin=is_this_machine(host), cors_origins=cors_origins
-        )  # fmt: skip
+            manager,
+            admin_token=token,
+            local_admin=is_this_machine(host),
+            cors_origins=cors_origins,
+            releases=ProjectReleases(project, model),
+        )
 
         def ready(address: str) -> None:
             answers = manager.service.model
@@ -66,6 +71,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from pydantic import ValidationError
 
     from twinloop.registry.champion import load_served_domain, open_champion
+    from twinloop.registry.smoke_test import example_request
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
@@ -73,7 +79,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project).domain
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
-    example = f"such as '{json.dumps(dict(domain.example))}'"
+    example = f"such as '{json.dumps(example_request(domain))}'"
     if text is None:
         raise UserError(f"--json: is required: the request, or - for what comes on stdin; {example}")
     try:

@@ -22,6 +22,7 @@ from twinloop.flows.progress import ReportedDisplay
 from twinloop.flows.story import Tracked, tracked_lifecycle, write_story
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import finish_interrupted
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
 from twinloop.tasks.audit import audit, check_auditable
@@ -34,7 +35,7 @@ from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
-from twinloop.tasks.register import import_data_documents, promote_if_shipped, register, who
+from twinloop.tasks.register import import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train

@@ -11,8 +11,10 @@ out again from the line before.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -189,6 +191,15 @@ class Ledger:
             f"{self.path}: line {number} {what}; keep the file as evidence, move it away, "
             "and the next promotion or rollback starts a new ledger from the current aliases"
         )
+
+
+def who() -> str:
+    """Who moves the champion, for an entry: the user and the machine."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
 
 
 def champion_stack(committed: Iterable[Entry]) -> list[int]:

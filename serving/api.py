@@ -19,15 +19,18 @@ from starlette.types import ASGIApp
 from twinloop.common.errors import UserError
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router, closed_route
-from twinloop.serving.console import CONTENT_SECURITY_POLICY, console_page
-from twinloop.serving.described import WITH_BODY, decision_response, describe, errors
+from twinloop.serving.console import Access, console_page
+from twinloop.serving.described import WITH_BODY, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.errors import field_descriptions, install
 from twinloop.serving.health import CHAT, DECISIONS, state_router
+from twinloop.serving.load_api import load_router
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, AnswerHead, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
+from twinloop.serving.traces_api import traces_router
+from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
 
 SHUTDOWN_S = 10
@@ -40,8 +43,12 @@ def create_app(
     admin_token: str | None = None,
     local_admin: bool = True,
     cors_origins: Sequence[str] = (),
+    releases: Releases | None = None,
 ) -> FastAPI:
     """The application that answers with the frozen model that `manager` holds, for that model's domain.
+
+    releases: the registry that the model comes from, to be shown, and for administrators to promote and roll back in;
+    without one its routes answer 404.
 
     Documents are changed, and traces are read, only with `admin_token` as the bearer token: a document decides answers,
     and a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only,
@@ -69,17 +76,21 @@ def create_app(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
     )
     app.include_router(state_router(manager, metrics))
+    app.include_router(load_router(manager, metrics))
     app.include_router(document_router(documents))
-    check = administrators_only(admin_token, local_admin)
-    app.include_router(admin_router(domain, documents, traces, check, by_token=admin_token is not None))
+    administrators = guard(administrators_only(admin_token, local_admin), by_token=admin_token is not None)
+    app.include_router(admin_router(domain, documents, traces, administrators))
+    app.include_router(traces_router(traces, administrators))
+    app.include_router(versions_router(manager, releases, administrators, workers))
 
     describe(app, domain)
-    page = console_page(domain)
+    access: Access = "token" if admin_token is not None else "here" if local_admin else "nobody"
+    page = console_page(domain, access=access, releases=releases is not None)
 
     @app.get("/", include_in_schema=False)
     def console() -> Response:
-        headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(page, headers=headers)
+        headers = {"Content-Security-Policy": page.policy, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(page.html, headers=headers)
 
     return app
 

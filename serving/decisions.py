@@ -79,11 +79,15 @@ class Timings(_Frozen):
 
 
 class DecisionResponse(_Frozen):
-    """The answer to `POST /v1/decisions`. Either there is a decision, in the domain's own form, or it is escalated."""
+    """The answer to `POST /v1/decisions`. Either there is a decision, in the domain's own form, or it is escalated.
+
+    checks: the domain's own, of what the model wrote, and whether each holds; none where the model was not asked.
+    """
 
     decision: Any
     escalated: bool
     reasons: list[Reason]
+    checks: dict[str, bool]
     passages: list[Passage]
     model: ModelInfo
     timings: Timings
@@ -104,7 +108,7 @@ class DecisionTrace(_Frozen):
     prompt_tokens: int
     completion_tokens: int
     output_text: str | None
-    predicates: dict[str, bool]
+    checks: dict[str, bool]
     decision: Any
     escalated: bool
     reasons: list[Reason]
@@ -160,6 +164,7 @@ class PendingDecision:
             decision=decision,
             escalated=decision is None,
             reasons=reasons,
+            checks=dict(review.verdict.checks) if review.verdict is not None else {},
             passages=[Passage.of(document) for document in self._passages],
             model=service.model,
             timings=timings,
@@ -203,7 +208,6 @@ class PendingDecision:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._text.completion_tokens if self._text is not None else 0,
             output_text=review.output_text,
-            predicates=dict(review.verdict.checks) if review.verdict is not None else {},
             **{name: getattr(response, name) for name in DecisionResponse.model_fields},
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 from prefect import task
@@ -11,6 +10,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import Promotion, promote, record_gate
 from twinloop.registry.tracking import code_of_run, user
 from twinloop.registry.versions import Lineage, Registry, Version
@@ -81,8 +81,3 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
 def import_data_documents(context: Context) -> Imported | None:
     """Put what has changed in the data's documents into the index of the model. None: there are none."""
     return import_documents(context.project, context.recipe, context.domain)
-
-
-def who() -> str:
-    """For the ledger: the user and the machine."""
-    return f"{user()}@{socket.gethostname()}"
