@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from fastapi import APIRouter, Depends, Path, Request
@@ -216,11 +217,11 @@ def versions_router(
     )
     def promote(version: Number, request: Request) -> Moved:
         known(version)
-        return move(lambda: registry().promote(version, _asked_by(request)))
+        return move(partial(registry().promote, version, _asked_by(request)))
 
     @router.post("/v1/rollback", responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE}, dependencies=guarded)
     def roll_back(request: Request) -> Moved:
-        return move(lambda: registry().roll_back(_asked_by(request)))
+        return move(partial(registry().roll_back, _asked_by(request)))
 
     return router
 

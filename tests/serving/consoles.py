@@ -136,7 +136,7 @@ class Registered:
         return Moved(**fields, smoke_test=answer, finished_later=False)
 
     def _summary(self, number: int) -> VersionSummary:
-        named = {self.champions[-1]: "champion", self.champions[-2]: "previous", 4: "candidate"}
+        named = {4: "candidate", self.champions[-2]: "previous", self.champions[-1]: "champion"}
         aliases = [named[number]] if number in named else []
         servable = number > 1
         gate = ("BLOCK" if number == 5 else "SHIP") if servable else None
