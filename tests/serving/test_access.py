@@ -224,7 +224,9 @@ def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
         assert set(public) <= set(routes)
         for path, methods in routes.items():
             for method in set(methods) - public.get(path, set()):
-                refused = client.request(method, path.format(document_id="P-7", trace_id="0" * 32, version=1), json=SEVEN)
+                refused = client.request(
+                    method, path.format(document_id="P-7", trace_id="0" * 32, version=1), json=SEVEN
+                )
                 assert refused.status_code == 401, f"{method} {path}"
 
 

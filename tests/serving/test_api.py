@@ -27,7 +27,7 @@ def test_a_decision_has_exactly_the_documented_form(scripted):
     assert response.status_code == 200
     body = response.json()
     assert set(body) == {
-        "decision", "escalated", "reasons", "passages", "model", "timings", "trace_id",
+        "decision", "escalated", "reasons", "checks", "passages", "model", "timings", "trace_id",
     }  # fmt: skip
     assert body["decision"] == json.loads(GOOD)
     assert body["escalated"] is False

@@ -1,4 +1,4 @@
-"""Asking from the console, in a real browser: its form is the domain's request, and what comes back is shown as text."""
+"""Asking from the console, in a real browser: its form is the domain's request, and answers are shown as text."""
 
 from __future__ import annotations
 

@@ -139,7 +139,9 @@ def test_a_rollback_shows_what_the_version_answered(browser, tmp_path, tokenizer
         page.wait_for_selector("#in_service:has-text('Version 3 answers. It is the champion.')")
 
 
-@pytest.mark.parametrize(("domain", "parts"), [(Tickets(), [PARTS[0], PARTS[3], PARTS[4]]), (Chat(), [PARTS[0], PARTS[4]])])
+@pytest.mark.parametrize(
+    ("domain", "parts"), [(Tickets(), [PARTS[0], PARTS[3], PARTS[4]]), (Chat(), [PARTS[0], PARTS[4]])]
+)
 def test_parts_that_a_server_lacks_are_not_shown(browser, tmp_path, tokenizer, domain: Domain, parts: list[str]):
     with console(browser, tmp_path, tokenizer, domain, "<i>") as (page, _):
         assert page.locator("[role=tab]:visible").all_inner_texts() == parts
@@ -243,7 +245,9 @@ def test_every_part_fits_a_narrow_screen_with_labels_and_contrast(browser, tmp_p
             page.click(f"#tab_{part}")
             if part in ("documents", "versions", "answers"):
                 page.click(f"#{part} .list button")
-                page.wait_for_selector({"documents": "#history li", "versions": "#version_detail dl"}.get(part, "#trace dl"))
+                page.wait_for_selector(
+                    {"documents": "#history li", "versions": "#version_detail dl"}.get(part, "#trace dl")
+                )
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, part
             assert page.evaluate(UNREADABLE) == [], part
             assert page.evaluate(UNNAMED) == [], part
