@@ -84,7 +84,13 @@ class ProjectReleases:
         command = [sys.executable, "-m", "twinloop.flows.releases", "--project", str(self._project)]
         command += ["--model", self._registry.name, "--who", f"{who()} {by}", *what]
         done = subprocess.run(
-            command, cwd=self._project, capture_output=True, text=True, timeout=MOVED_WITHIN_S, stdin=subprocess.DEVNULL
+            command,
+            cwd=self._project,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=MOVED_WITHIN_S,
+            start_new_session=True,  # Ctrl-C is for the server: a move that has begun comes to its end
         )
         if done.returncode == 0:
             return Moved.model_validate_json(done.stdout)

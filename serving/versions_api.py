@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +98,11 @@ class VersionDetail(VersionSummary):
 
 
 class Move(_Frozen):
-    """One finished move of the champion, as the ledger has it."""
+    """One finished move of the champion, as the ledger has it: to a version, or None where it was taken away."""
 
     action: Literal["promote", "rollback", "adopt"]
     from_version: int | None
-    to_version: int
+    to_version: int | None
     who: str
     when: datetime
     gate_digest: str | None
@@ -160,7 +161,7 @@ REFUSED: dict[int | str, dict[str, Any]] = {
 
 
 def versions_router(
-    manager: ModelManager, releases: Releases | None, administrator: Callable[[Request], None]
+    manager: ModelManager, releases: Releases | None, administrator: Callable[[Request], None], workers: Workers
 ) -> APIRouter:
     """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
 
@@ -210,18 +211,25 @@ def versions_router(
     def every_move() -> Moves:
         return Moves(moves=[*reversed(_read(registry().moves))])
 
+    def promote(version: int, by: str) -> Moved:
+        known(version)
+        return move(partial(registry().promote, version, by))
+
+    def roll_back(by: str) -> Moved:
+        return move(partial(registry().roll_back, by))
+
+    # A server that is stopped does not wait for a move: its process ends it.
     @router.post(
         "/v1/versions/{version}/promote",
         responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE},
         dependencies=guarded,
     )
-    def promote(version: Number, request: Request) -> Moved:
-        known(version)
-        return move(partial(registry().promote, version, _asked_by(request)))
+    async def promote_version(version: Number, request: Request) -> Moved:
+        return await workers.run(promote, version, _asked_by(request))
 
     @router.post("/v1/rollback", responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE}, dependencies=guarded)
-    def roll_back(request: Request) -> Moved:
-        return move(partial(registry().roll_back, _asked_by(request)))
+    async def roll_back_champion(request: Request) -> Moved:
+        return await workers.run(roll_back, _asked_by(request))
 
     return router
 

@@ -1,5 +1,6 @@
 // The registry: which version answers, what the gates said, and the moves of the champion.
 
+const MOVES = { promote: 'Promoted to', rollback: 'Rolled back to', adopt: 'Moved outside of the registry to' };
 const FOLLOWED_S = 30;  // so long a promoted version may take until it answers
 let registry = null, chosenVersion = null, moving = false;
 
@@ -96,9 +97,9 @@ async function showMoves() {
   try {
     const { moves } = await call('/v1/moves');
     $('moves').replaceChildren(...moves.map(each => {
+      const to = each.to_version === null ? 'no champion' : `version ${each.to_version}`;
       const from = each.from_version === null ? '' : ` from version ${each.from_version}`;
-      return within('li', make('strong', `${each.action} to version ${each.to_version}`),
-                    `${from}, by ${each.who}, ${when(each.when)}`);
+      return within('li', make('strong', `${MOVES[each.action]} ${to}`), `${from}, by ${each.who}, ${when(each.when)}`);
     }));
   } catch (error) { $('moves').replaceChildren(make('li', error.message, 'bad')); }
 }

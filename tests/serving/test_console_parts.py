@@ -123,7 +123,7 @@ def test_versions_show_their_gates_and_are_promoted_and_rolled_back_once_confirm
         page.wait_for_selector("#in_service:has-text('Version 3 answers. The champion is version 4.')")
         registered.champions = [2, 3]
         page.wait_for_selector("#in_service:has-text('It is the champion.')")  # it is looked at until it answers
-        page.wait_for_selector("#moves:has-text('promote to version 4 from version 3, by ada@box over HTTP from 127')")
+        page.wait_for_selector("#moves:has-text('Promoted to version 4 from version 3, by ada@box over HTTP from 127')")
 
 
 def test_a_rollback_shows_what_the_version_answered(browser, tmp_path, tokenizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 
+import httpx
 import pytest
 from consoles import Registered
 from served import ScriptedScheduler, make_app, running, wait_until
@@ -116,6 +117,25 @@ def test_one_move_at_a_time(client, registered, monkeypatch):
     wait_until(lambda: bool(answers))
     assert answers == [200]
     assert client.post("/v1/rollback", headers=TOKEN).status_code == 200
+
+
+def test_a_server_that_is_stopped_does_not_wait_for_a_move(tmp_path, tokenizer, registered, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(by):
+        begun.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr(registered, "roll_back", slow)
+    answers = []
+    with running(make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, releases=registered)) as client:
+        url = client.base_url.join("/v1/rollback")
+        ask = threading.Thread(target=lambda: answers.append(httpx.post(url, timeout=60, trust_env=False).status_code))
+        ask.start()
+        assert begun.wait(20)
+    ask.join(20)  # `running` has seen the server end
+    go_on.set()
+    assert answers == [503]
 
 
 def test_a_server_without_a_registry_says_so(tmp_path, tokenizer):
