@@ -123,11 +123,10 @@ function confirmed(title, explanation, yes) {
   $('confirm_title').textContent = title; $('confirm_words').textContent = explanation;
   $('confirm_yes').textContent = yes;
   return new Promise(resolve => {
-    const dialog = $('confirm');
-    const answer = value => () => { dialog.returnValue = value; dialog.close(); };
-    $('confirm_no').onclick = answer(''); $('confirm_yes').onclick = answer('yes');
-    dialog.returnValue = '';
-    dialog.addEventListener('close', () => resolve(dialog.returnValue === 'yes'), { once: true });
+    const dialog = $('confirm'), end = answer => () => { resolve(answer); dialog.close(); };
+    $('confirm_no').onclick = end(false); $('confirm_yes').onclick = end(true);
+    // By Escape. The event comes a moment later, and may find the next question open.
+    dialog.onclose = () => { if (!dialog.open) resolve(false); };
     dialog.showModal(); $('confirm_no').focus();
   });
 }
