@@ -11,7 +11,6 @@ out again from the line before.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import socket
@@ -25,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import fsync, write_all
+from twinloop.registry.tracking import user
 
 GENESIS = "0" * 64
 
@@ -195,11 +195,7 @@ class Ledger:
 
 def who() -> str:
     """Who moves the champion, for an entry: the user and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+    return f"{user()}@{socket.gethostname()}"
 
 
 def champion_stack(committed: Iterable[Entry]) -> list[int]:

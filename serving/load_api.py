@@ -8,6 +8,7 @@ import time
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
+from twinloop.serving.described import errors
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.model_manager import ModelManager
 
@@ -41,7 +42,7 @@ def load_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
     """`GET /v1/load`."""
     router = APIRouter()
 
-    @router.get("/v1/load")
+    @router.get("/v1/load", responses=errors())
     def load() -> Load:
         scheduler = manager.service.scheduler
         now, totals, counted = scheduler.metrics(), manager.totals(), metrics.counted()

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, Protocol, TypeVar
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict
 
+from twinloop.serving.described import Guard, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.work import Workers
@@ -149,26 +150,21 @@ class Releases(Protocol):
 NO_REGISTRY = "this server was started without a registry: `twinloop status`, `promote` and `rollback` are there"
 UNREADABLE = "the registry cannot be read now; the server's log gives the reason"
 UNMOVED = "the champion was not moved; the server's log gives the reason, and `twinloop status` what is so now"
-ABSENT: dict[int | str, dict[str, Any]] = {404: {"description": "No such version, or a server without a registry"}}
-UNAVAILABLE: dict[int | str, dict[str, Any]] = {503: {"description": "The registry cannot be read or moved now"}}
-GUARDED: dict[int | str, dict[str, Any]] = {
-    401: {"description": "The administrator's token is missing or wrong"},
-    403: {"description": "Only the server's own machine may do this"},
-}
-REFUSED: dict[int | str, dict[str, Any]] = {
-    409: {"description": "The registry refuses it, such as a version that its gate blocks; the message says why"}
+WORDS = {
+    404: "No such version, or a server without a registry",
+    409: "The registry refuses it, such as a version that its gate blocks; the message says why",
+    422: "This is no number of a version",
+    503: "The registry cannot be read or moved now, or the server is stopping",
 }
 
 
-def versions_router(
-    manager: ModelManager, releases: Releases | None, administrator: Callable[[Request], None], workers: Workers
-) -> APIRouter:
+def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard, workers: Workers) -> APIRouter:
     """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
 
-    administrator: the dependency that refuses everybody else. Without `releases` every route answers 404.
+    guard: of the last three. Without `releases` every route answers 404.
     """
     router = APIRouter()
-    guarded = [Depends(administrator)]
+    refusals = guard.statuses
     moving = threading.Lock()
 
     def registry() -> Releases:
@@ -195,7 +191,7 @@ def versions_router(
         finally:
             moving.release()
 
-    @router.get("/v1/versions", responses={**ABSENT, **UNAVAILABLE})
+    @router.get("/v1/versions", responses=errors(404, words=WORDS))
     def every_version() -> Versions:
         found = sorted(_read(registry().versions), key=lambda each: -each.version)
         model = manager.service.model
@@ -203,11 +199,11 @@ def versions_router(
         served = int(model.version)
         return Versions(model=model.name, served=served, served_is_champion=served == champion, versions=found)
 
-    @router.get("/v1/versions/{version}", responses={**ABSENT, **UNAVAILABLE})
+    @router.get("/v1/versions/{version}", responses=errors(404, 422, words=WORDS))
     def one_version(version: Number) -> VersionDetail:
         return known(version)
 
-    @router.get("/v1/moves", responses={**GUARDED, **ABSENT, **UNAVAILABLE}, dependencies=guarded)
+    @router.get("/v1/moves", responses=errors(404, *refusals, words=WORDS), dependencies=guard.dependencies)
     def every_move() -> Moves:
         return Moves(moves=[*reversed(_read(registry().moves))])
 
@@ -221,13 +217,13 @@ def versions_router(
     # A server that is stopped does not wait for a move: its process ends it.
     @router.post(
         "/v1/versions/{version}/promote",
-        responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE},
-        dependencies=guarded,
+        responses=errors(404, 409, 422, *refusals, words=WORDS),
+        dependencies=guard.dependencies,
     )
     async def promote_version(version: Number, request: Request) -> Moved:
         return await workers.run(promote, version, _asked_by(request))
 
-    @router.post("/v1/rollback", responses={**GUARDED, **ABSENT, **REFUSED, **UNAVAILABLE}, dependencies=guarded)
+    @router.post("/v1/rollback", responses=errors(404, 409, *refusals, words=WORDS), dependencies=guard.dependencies)
     async def roll_back_champion(request: Request) -> Moved:
         return await workers.run(roll_back, _asked_by(request))
 
