@@ -12,7 +12,7 @@ from typing import Annotated
 
 import anyio.to_thread
 import uvicorn
-from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from starlette.types import ASGIApp
 
@@ -20,7 +20,7 @@ from twinloop.common.errors import UserError
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.chat import chat_router, closed_route
 from twinloop.serving.console import Access, console_page
-from twinloop.serving.described import WITH_BODY, decision_response, describe, errors
+from twinloop.serving.described import WITH_BODY, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.errors import field_descriptions, install
 from twinloop.serving.health import CHAT, DECISIONS, state_router
@@ -76,12 +76,12 @@ def create_app(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
     )
     app.include_router(state_router(manager, metrics))
-    app.include_router(document_router(documents))
     app.include_router(load_router(manager, metrics))
-    administrator = administrators_only(admin_token, local_admin)
-    app.include_router(admin_router(domain, documents, traces, administrator, by_token=admin_token is not None))
-    app.include_router(traces_router(traces), dependencies=[Depends(administrator)])
-    app.include_router(versions_router(manager, releases, administrator, workers))
+    app.include_router(document_router(documents))
+    administrators = guard(administrators_only(admin_token, local_admin), by_token=admin_token is not None)
+    app.include_router(admin_router(domain, documents, traces, administrators))
+    app.include_router(traces_router(traces, administrators))
+    app.include_router(versions_router(manager, releases, administrators, workers))
 
     describe(app, domain)
     access: Access = "token" if admin_token is not None else "here" if local_admin else "nobody"

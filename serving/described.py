@@ -5,10 +5,12 @@ The description is tested against the server (`tests/serving/test_openapi.py`): 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI, Request
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, WithJsonSchema, create_model
 
 from twinloop.domains.domain import Domain
@@ -56,6 +58,22 @@ def errors(*more: int, words: Mapping[int, str] | None = None) -> dict[int | str
         | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
         for status in sorted({*EVERYWHERE, *more})
     }
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What makes a route one for administrators: its dependencies, and the statuses that it may be refused with beside
+    those of every route."""
+
+    dependencies: Sequence[Any]
+    statuses: tuple[int, ...]
+
+
+def guard(check: Callable[[Request], None], *, by_token: bool) -> Guard:
+    """check: refuses everybody but an administrator; by_token: that is who has the token."""
+    if not by_token:
+        return Guard([Depends(check)], ())
+    return Guard([Depends(check), Depends(HTTPBearer(auto_error=False, description="TWINLOOP_ADMIN_TOKEN"))], (401,))
 
 
 class Usage(BaseModel):

@@ -3,17 +3,15 @@
 # No `from __future__ import annotations`: what a document's id must be is the domain's own, and FastAPI must be handed
 # the type itself.
 
-from collections.abc import Callable
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Path, Request
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, Body, Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.documents import MAX_ID_CHARACTERS, MAX_TEXT_CHARACTERS
 from twinloop.domains.domain import Domain, Text
 from twinloop.serving.decisions import DecisionTrace, Passage
-from twinloop.serving.described import WITH_BODY, errors
+from twinloop.serving.described import WITH_BODY, Guard, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.traces import TRACE_ID, TraceStore
@@ -73,14 +71,10 @@ def admin_router(
     domain: Domain,
     documents: DocumentStore,
     traces: TraceStore | None,
-    check: Callable[[Request], None],
-    *,
-    by_token: bool,
+    guard: Guard,
 ) -> APIRouter:
-    """Every route that only an administrator may use. check: refuses everybody else; by_token: who has no token."""
-    described = [Depends(HTTPBearer(auto_error=False, description="TWINLOOP_ADMIN_TOKEN"))] if by_token else []
-    router = APIRouter(dependencies=[Depends(check), *described])
-    unknown = (401,) if by_token else ()
+    """What administrators do with documents, and one trace."""
+    router = APIRouter(dependencies=guard.dependencies)
     # What the domain asks of documents is only described here: the store asks its check.
     patterns = {name: {"pattern": pattern} for name, pattern in domain.document_patterns.items()}
     shown = domain.example_documents[0] if domain.example_documents else None
@@ -91,7 +85,9 @@ def admin_router(
     )
     body_of = Body(examples=[{"text": shown.text}] if shown else None)
 
-    @router.put("/v1/documents/{document_id:path}", responses=errors(*WITH_BODY, *unknown, words=REFUSED_DOCUMENT))
+    @router.put(
+        "/v1/documents/{document_id:path}", responses=errors(*WITH_BODY, *guard.statuses, words=REFUSED_DOCUMENT)
+    )
     def put(document_id: Annotated[str, name], body: Annotated[DocumentText, body_of]) -> Passage:
         return Passage.of(documents.put(document_id, body.text))
 
@@ -100,7 +96,7 @@ def admin_router(
     @router.get(
         "/v1/traces/{trace_id}",
         response_model=None,
-        responses={**errors(404, *unknown), 200: {"model": DecisionTrace}},
+        responses={**errors(404, *guard.statuses), 200: {"model": DecisionTrace}},
     )
     def trace(trace_id: Annotated[str, hexadecimal]) -> dict[str, Any]:
         found = traces.get(trace_id) if traces is not None else None

@@ -11,12 +11,13 @@ from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twinloop.serving.decisions import ModelInfo, Reason, Timings
-from twinloop.serving.described import errors
+from twinloop.serving.described import Guard, errors
 from twinloop.serving.traces import TraceStore
 
 SEARCHED_TRACES = 10_000
 """So many of the newest ones are looked at: a question for rare answers must not read every file."""
 MAX_LISTED = 200
+NOT_A_FILTER = {422: "A filter is none that is known here; `param` names it"}
 
 
 class RecentAnswer(BaseModel):
@@ -44,11 +45,11 @@ class RecentAnswers(BaseModel):
     complete: bool
 
 
-def traces_router(traces: TraceStore | None) -> APIRouter:
-    """`GET /v1/traces`. Who includes it lets administrators only in: a trace holds a customer's words."""
-    router = APIRouter()
+def traces_router(traces: TraceStore | None, guard: Guard) -> APIRouter:
+    """`GET /v1/traces`, for administrators only: a trace holds a customer's words."""
+    router = APIRouter(dependencies=guard.dependencies)
 
-    @router.get("/v1/traces", responses=errors(401, 422))
+    @router.get("/v1/traces", responses=errors(422, *guard.statuses, words=NOT_A_FILTER))
     def recent(
         limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="how many are listed at most")] = 50,
         escalated: Annotated[bool | None, Query(description="only those that are, or are not, escalated")] = None,

@@ -13,10 +13,10 @@ from datetime import datetime
 from functools import partial
 from typing import Annotated, Literal, Protocol, TypeVar
 
-from fastapi import APIRouter, Depends, Path, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.serving.described import errors
+from twinloop.serving.described import Guard, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.work import Workers
@@ -153,19 +153,18 @@ UNMOVED = "the champion was not moved; the server's log gives the reason, and `t
 WORDS = {
     404: "No such version, or a server without a registry",
     409: "The registry refuses it, such as a version that its gate blocks; the message says why",
-    503: "The server cannot answer now: it is stopping, or the registry cannot be read or moved",
+    422: "This is no number of a version",
+    503: "The registry cannot be read or moved now, or the server is stopping",
 }
 
 
-def versions_router(
-    manager: ModelManager, releases: Releases | None, administrator: Callable[[Request], None], workers: Workers
-) -> APIRouter:
+def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard, workers: Workers) -> APIRouter:
     """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
 
-    administrator: the dependency that refuses everybody else. Without `releases` every route answers 404.
+    guard: of the last three. Without `releases` every route answers 404.
     """
     router = APIRouter()
-    guarded = [Depends(administrator)]
+    refusals = guard.statuses
     moving = threading.Lock()
 
     def registry() -> Releases:
@@ -204,7 +203,7 @@ def versions_router(
     def one_version(version: Number) -> VersionDetail:
         return known(version)
 
-    @router.get("/v1/moves", responses=errors(401, 404, words=WORDS), dependencies=guarded)
+    @router.get("/v1/moves", responses=errors(404, *refusals, words=WORDS), dependencies=guard.dependencies)
     def every_move() -> Moves:
         return Moves(moves=[*reversed(_read(registry().moves))])
 
@@ -218,13 +217,13 @@ def versions_router(
     # A server that is stopped does not wait for a move: its process ends it.
     @router.post(
         "/v1/versions/{version}/promote",
-        responses=errors(401, 404, 409, 422, words=WORDS),
-        dependencies=guarded,
+        responses=errors(404, 409, 422, *refusals, words=WORDS),
+        dependencies=guard.dependencies,
     )
     async def promote_version(version: Number, request: Request) -> Moved:
         return await workers.run(promote, version, _asked_by(request))
 
-    @router.post("/v1/rollback", responses=errors(401, 404, 409, words=WORDS), dependencies=guarded)
+    @router.post("/v1/rollback", responses=errors(404, 409, *refusals, words=WORDS), dependencies=guard.dependencies)
     async def roll_back_champion(request: Request) -> Moved:
         return await workers.run(roll_back, _asked_by(request))
 

@@ -70,7 +70,7 @@ async function ask(path, options = {}) {
   if (response.ok) return response;
   const body = await response.json().catch(() => ({}));
   if (response.status === 401) useToken('');
-  throw new Refused(response.status, body.error?.message ?? body.reason ?? `the server answers ${response.status}`);
+  throw new Refused(response.status, body.error?.message ?? `the server answers ${response.status}`);
 }
 const call = async (path, options) => (await ask(path, options)).json();
 const post = body => ({ method: 'POST', body: JSON.stringify(body) });

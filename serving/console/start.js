@@ -4,10 +4,10 @@ const HEALTH_EVERY_MS = 10000;
 
 async function health() {
   try {
-    const now = await call('/health'), refused = now.refused_champion;
+    const now = await call('/health');
     const { name, version, digest } = now.model;
     $('model').textContent = `${name} version ${version}, digest ${digest.slice(0, SHORT)}`;
-    const alarm = refused ? `Version ${refused.version} was promoted and is not served: ${refused.reason}` : '';
+    const alarm = Object.values(now.degraded).join('; ');
     if ($('alarm').textContent !== alarm) $('alarm').textContent = alarm;
     if (documentsDigest !== null && now.index.digest !== documentsDigest) loadDocuments();
   } catch (error) { $('alarm').textContent = `Not healthy: ${error.message}`; }

@@ -94,7 +94,7 @@ class Registered:
     """A registry in memory: version 3, which serves, the candidate 4, and 5, which its gate blocks."""
 
     def __init__(self) -> None:
-        self.champions = [2, 3]
+        self.champions = [1, 2, 3]
         self.done: list[Move] = []
         self.refusal: str | None = None
 
@@ -126,6 +126,8 @@ class Registered:
         return self._moved("promote", self.champions[-2], by, None)
 
     def roll_back(self, by: str) -> Moved:
+        if len(self.champions) < 3:  # the next way back must be there too
+            raise MoveRefusedError("there was no champion before this one")
         left = self.champions.pop()
         return self._moved("rollback", left, by, "it answers <b>7</b>")
 

@@ -27,7 +27,7 @@ def refused_only_as_documented(ctx, response, case):
         return
     error = response.json()["error"]
     named = (
-        response.status_code in (401, 404)
+        response.status_code in (401, 404, 409)
         or (case.operation.label.startswith("PUT /v1/documents/") and error["message"].startswith("document "))
         or (case.operation.label == "POST /v1/chat/completions" and error["code"] in NAMED)
     )

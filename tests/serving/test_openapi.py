@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from consoles import Registered
 from served import ScriptedScheduler, make_app, running
 
 from twinloop.domains.chat import Chat
@@ -28,7 +29,8 @@ def assert_described(client, folder, *options, headers=()):
 
 @pytest.mark.parametrize("domain", [Returns(), pytest.param(Chat(), marks=pytest.mark.slow)], ids=["returns", "chat"])
 def test_examples_and_edges_of_the_description_are_answered_as_it_says(tmp_path, tokenizer, domain):
-    with running(make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, domain=domain)) as client:
+    app = make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, domain=domain, releases=Registered())
+    with running(app) as client:
         assert_described(client, tmp_path, "--phases", "examples,coverage", "--max-examples", "5")
 
 
@@ -41,7 +43,8 @@ def test_the_description_is_true_of_a_real_model(tmp_path, engine_scheduler, tok
 
 @pytest.mark.slow
 def test_the_description_is_true_of_a_server_with_an_administrators_token(tmp_path, tokenizer):
-    app = make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, domain=Returns(), admin_token="s3cret")
+    settings = {"admin_token": "s3cret", "releases": Registered()}
+    app = make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, domain=Returns(), **settings)
     with running(app) as client:
         assert_described(client, tmp_path, "--max-examples", "20", headers=["Authorization: Bearer s3cret"])
         assert_described(client, tmp_path, "--phases", "examples,coverage", "--max-examples", "5")
