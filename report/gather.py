@@ -106,6 +106,7 @@ def _task(loaded: LoadedDomain) -> Task:
         about=about.partition("\n\n")[0].replace("\n", " "),
         predicates={name: predicate.title for name, predicate in domain.predicates.items()},
         kinds={name: kind.title for name, kind in domain.case_kinds.items()},
+        route="v1/decisions" if domain.request else "v1/chat/completions",
         example=dict(domain.example),
     )
 
@@ -132,7 +133,6 @@ def _stage(row: Row, mlruns: Mlruns, versions: dict[str, int]) -> Stage:
         digest=artifact.digest if artifact else None,
         inputs=tuple(each.stage for each in artifact.manifest.inputs.values() if each.stage) if artifact else (),
         metrics=_numbers(artifact.metrics) if artifact else {},
-        settings=artifact.manifest.settings if artifact else {},
         curves=curves_of(mlruns, run_id) if run_id and trained else {},
         measured=_measured(row.measured) if row.measured else None,
     )

@@ -128,17 +128,16 @@ def _samples(story: Story) -> list[tuple[CaseSample, list[tuple[str, CaseSample]
 
 
 def _serving(story: Story) -> dict[str, str]:
-    if story.task.example:
-        route, body = "v1/decisions", json.dumps(story.task.example)
-    else:
-        message = {"role": "user", "content": "hello"}
-        route, body = "v1/chat/completions", json.dumps({"model": story.model, "messages": [message]})
+    body = story.task.example or {"messages": [{"role": "user", "content": "hello"}]}
+    if story.task.route.endswith("completions"):
+        body = {"model": story.model, **body}
     about = (
         "This lifecycle promoted it; `twinloop status` says what is served now."
         if story.promoted
         else f"It is not the champion: `twinloop promote {story.version}` makes a version that passed the gate one."
     )
-    return {"about": about, "commands": SERVED.format(model=story.model, route=route, body=body.replace("'", "'\\''"))}
+    quoted = json.dumps(body).replace("'", "'\\''")
+    return {"about": about, "commands": SERVED.format(model=story.model, route=story.task.route, body=quoted)}
 
 
 def _words(text: str) -> Markup:

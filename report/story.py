@@ -48,7 +48,6 @@ class Stage(_Record):
     inputs: tuple[str, ...]
     """The stages whose artifacts it read."""
     metrics: dict[str, float]
-    settings: dict[str, Any]
     curves: dict[str, Curve]
     """Metrics of training by step; at most some hundred points each."""
     measured: Measured | None
@@ -77,6 +76,8 @@ class Task(_Record):
     predicates: dict[str, str]
     """Titles by name, as are kinds."""
     kinds: dict[str, str]
+    route: str
+    """Of the API, that answers `example`."""
     example: dict[str, Any]
 
 

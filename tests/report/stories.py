@@ -36,7 +36,6 @@ def stage(name: str, *inputs: str, **fields: Any) -> Stage:
         "key": f"key-{name}",
         "digest": f"{name:0<64}",
         "metrics": {},
-        "settings": {},
         "curves": {},
         "measured": None,
     }
@@ -85,6 +84,7 @@ def story(**changes: Any) -> Story:
             about="Return decisions.",
             predicates={"parsed": "JSON", "eligible": "eligible"},
             kinds={"held_out": "held-out cases", "golden": "regression cases"},
+            route="v1/decisions",
             example={"message": "it's broken"},
         ),
         "code": "c0ffee",

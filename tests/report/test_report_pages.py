@@ -82,6 +82,14 @@ def test_the_card_is_a_table_that_no_cell_breaks() -> None:
     assert "Gate: **BLOCK**" in card
 
 
+def test_a_model_that_chats_is_asked_for_chat() -> None:
+    asked = {"messages": [{"role": "user", "content": "hello"}]}
+    chat = story().task.model_copy(update={"route": "v1/chat/completions", "example": asked})
+    commands = model_card(story(task=chat)).partition("## How to serve it")[2]
+    assert "http://127.0.0.1:8080/v1/chat/completions" in commands
+    assert '{"model": "returns", "messages": [' in commands
+
+
 def test_a_domain_without_a_verifier_has_a_report_too(tmp_path: Path) -> None:
     told = story(stages=story().stages[:1], failures=(), outcomes={}, confidences=())
     [html, card] = write_report(tmp_path, told, figures(told))
