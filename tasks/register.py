@@ -12,7 +12,7 @@ from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.ledger import who
 from twinloop.registry.promotion import Promotion, promote, record_gate
-from twinloop.registry.tracking import code_of_run, user
+from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry, Version
 from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
