@@ -11,6 +11,11 @@ function resolved(schema) {
   }
   return schema;
 }
+/** Whether a text may stand in a field; a pattern that is none in JavaScript is left to the server. */
+function fits(schema, text) {
+  if (!schema.pattern) return true;
+  try { return new RegExp(schema.pattern, 'u').test(text); } catch { return true; }
+}
 function control(schema, value, needed) {
   if (schema.enum) {
     const list = make('select');
@@ -30,7 +35,7 @@ function control(schema, value, needed) {
     box.value = value ?? '';
     return [box, () => Number(box.value)];
   }
-  const text = schema.type === 'string', short = text && (schema.pattern || schema.format || schema.maxLength <= 60);
+  const text = schema.type === 'string', short = text && (schema.format || schema.maxLength <= 60 || !fits(schema, 'a\nb'));
   const box = make(short ? 'input' : 'textarea');
   if (short) box.type = 'text'; else box.rows = 4;
   if (text && schema.maxLength) box.maxLength = schema.maxLength;
@@ -52,7 +57,7 @@ function field(name, schema, value, required) {
     return [group, read];
   }
   const needed = required && !schema.nullable, label = make('label'), [box, read] = control(schema, value, needed);
-  const nonempty = schema.type !== 'string' || schema.minLength > 0 || Boolean(schema.pattern);
+  const nonempty = schema.type !== 'string' || schema.minLength > 0 || !fits(schema, '');
   box.name = name; box.required = needed && nonempty && box.type !== 'checkbox';
   if (box.type === 'checkbox') label.append(box, title, ...hint);
   else label.append(required ? title : `${title} (optional)`, ...hint, box);
