@@ -65,7 +65,9 @@ def lifecycle(recipe: str | None = None) -> Outcome:
         export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
         candidate, *others = exported
         judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-        published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate)
+        published = _publish(
+            context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate, data=data
+        )
         answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
     rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
     outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
@@ -175,14 +177,20 @@ def _judge(
 
 
 def _publish(
-    context: Context, judged: Artifact, *, checkpoints: list[Artifact], others: list[Artifact], exported: Artifact
+    context: Context,
+    judged: Artifact,
+    *,
+    checkpoints: list[Artifact],
+    others: list[Artifact],
+    exported: Artifact,
+    data: Artifact,
 ) -> Publication:
     """Register everything; promote the exported model if the gate says SHIP."""
     report = read_gate_report(judged)
     registry = Registry(context.mlruns, context.recipe)
     before = registry.snapshot().alias(CHAMPION)
     started = time.perf_counter()
-    version = register(context, checkpoints=checkpoints, others=others, exported=exported)
+    version = register(context, checkpoints=checkpoints, others=others, exported=exported, data=data)
     registered = time.perf_counter()
     promotion, error = None, None
     try:

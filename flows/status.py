@@ -35,7 +35,8 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.tasks.register import who
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
-    print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
+    report = f" (gate report {done.gate_digest})" if done.gate_digest else ""
+    print(f"{model} version {done.to_version} is the champion{report}; {FOLLOW}")
     return 0
 
 

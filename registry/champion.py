@@ -16,8 +16,9 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
+from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import CHAMPION, Registry, Served, Version
+from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
@@ -119,7 +120,8 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     except Exception as error:  # whatever it is: the model that answers goes on
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
-    if champion is None or str(champion.version) == current.model.version:
+    # By its content too: a model that was deleted in MLflow and made again counts from 1.
+    if champion is None or (str(champion.version), champion.digest) == (current.model.version, current.model.digest):
         manager.failure = None
         return
     version = str(champion.version)

@@ -52,6 +52,7 @@ def consistent(registry: Registry) -> None:
     assert not contents.torn
     known = contents.champions(registry.name)
     aliases = champions(registry)
-    assert known[-1:] == [aliases["champion"]]
-    assert known[-2:-1] == ([aliases["previous"]] if "previous" in aliases else [])
+    assert known.current
+    assert known.current.version == aliases["champion"]
+    assert [each.version for each in known.earlier[-1:]] == ([aliases["previous"]] if "previous" in aliases else [])
     assert registry.resolve("champion")
