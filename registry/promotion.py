@@ -170,13 +170,24 @@ def _target_of_rollback(registry: Registry, contents: Contents) -> Version:
     if back := ways_back(snapshot, champions):
         return back[0]
     gone = [str(each.version) for each in champions.earlier if not existing(snapshot, each)]
-    if gone:
-        reason = f"the champions before this one are gone from MLflow (version {', '.join(gone)})"
-    elif not snapshot.exists:
+    if not snapshot.exists:
         reason = f"MLflow has no registered model {registry.name}"
+    elif gone:
+        reason = f"the champions before this one are gone from MLflow (version {', '.join(gone)})"
     else:
         reason = "there was no champion before this one"
     raise UserError(f"{registry.name}: nothing to roll back to, {reason}")
+
+
+def _follow_with_previous(registry: Registry, before: Champions, champion: Champion | None) -> None:
+    """After the champion was moved in MLflow, a rollback goes to the one that it was moved from, unless somebody has
+    moved `previous` too."""
+    snapshot = registry.snapshot()
+    left = next((version.version for version in ways_back(snapshot, before)), None)
+    if champion is None or before.current is None or snapshot.aliases.get(PREVIOUS) != left:
+        return
+    moves = alias_moves(Champions(champion, (*before.earlier, before.current)), snapshot)
+    registry.move({alias: version for alias, version in moves.items() if alias == PREVIOUS})
 
 
 def _is(champion: Champion | None, version: Version) -> bool:
@@ -313,6 +324,7 @@ def _reconcile(registry: Registry, ledger: Ledger, who: str) -> None:
     previous = snapshot.alias(PREVIOUS)
     if actual and previous and not contents.committed(registry.name):
         found = [Champion(previous.version, previous.digest), actual]
+    _follow_with_previous(registry, contents.champions(registry.name), actual)
     for champion in found:
         _, head = ledger.append(
             "adopt",

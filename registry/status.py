@@ -111,7 +111,10 @@ def status(registry: Registry) -> Status:
     if contents:
         warnings += _disagreements(registry.name, snapshot, contents)
     named = {alias: snapshot.alias(alias) for alias in (CHAMPION, CANDIDATE, PREVIOUS)}
-    warnings += [warning for alias, version in named.items() if version for warning in _about_files(alias, version)]
+    versions = {version.version: version for version in named.values() if version}
+    for number, version in versions.items():
+        aliases = " and ".join(alias for alias, each in named.items() if each and each.version == number)
+        warnings += _about_files(aliases, version)
     last_gate = None
     try:
         last_gate = _last_gate(registry, snapshot)
@@ -167,13 +170,13 @@ def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[s
     return found
 
 
-def _about_files(alias: str, version: Version) -> list[str]:
+def _about_files(aliases: str, version: Version) -> list[str]:
     if not version.path.is_dir():
-        return [f"the files of {alias} ({version}) are gone: {version.path}; `twinloop run` puts them back"]
+        return [f"the files of {aliases} ({version}) are gone: {version.path}; `twinloop run` puts them back"]
     place = version.path.parent if version.path.name == MODEL_FOLDER else version.path
     if version.source.startswith("file:") and version.source != place.as_uri():  # MLflow stores it absolute
         return [
-            f"the project was moved: MLflow's own clients look for {alias} ({version}) in {version.source}; "
+            f"the project was moved: MLflow's own clients look for {aliases} ({version}) in {version.source}; "
             f"`mlflow.pyfunc.load_model` takes {place} instead"
         ]
     return []
