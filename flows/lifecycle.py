@@ -26,6 +26,7 @@ from twinloop.tasks.base import new_base
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
+from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
 from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
 from twinloop.tasks.measure import measure
@@ -154,6 +155,7 @@ def _judge(
 ) -> tuple[Artifact, list[StageRow]]:
     """Evaluate the exported model, and the version that it is to beat, and judge: the gate's artifact, and the rows."""
     found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
+    publish_cases(context, data=data, evaluation=found)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
     baseline = version_to_beat(Registry(context.mlruns, context.recipe), exported.digest)

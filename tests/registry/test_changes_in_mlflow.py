@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.exceptions import MlflowException
-from releases import Export, Make, champions, consistent, history, loads, ship
+from releases import Export, Make, agrees, champions, consistent, history, loads, ship
 
 from twinloop.common.errors import UserError
 from twinloop.registry import ledger as ledger_module
@@ -355,7 +355,7 @@ class World:
     def _moved(self, to_version: int | None) -> None:
         assert self._champion() == to_version
         assert self.registry.resolve("champion").version == to_version
-        consistent(self.registry)
+        agrees(self.registry)
 
     def _champion(self) -> int | None:
         try:
