@@ -65,6 +65,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.flows.display import make_display
     from twinloop.flows.gpu import gpu_slot
     from twinloop.registry.promotion import finish_interrupted
+    from twinloop.registry.reconcile import what_it_is
     from twinloop.registry.versions import CANDIDATE, CHAMPION
     from twinloop.tasks.context import Context
     from twinloop.tasks.prepare import data_stage, validate_stage
@@ -81,7 +82,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         finish_interrupted(registry, who())
         version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
         if not version.servable:
-            raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; see `twinloop status`")
+            raise UserError(f"{version}: {what_it_is(version)} is not judged; see `twinloop status`")
         raw, _ = data_stage(context)
         context = context.on_data(raw.md5)
         data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)

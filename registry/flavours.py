@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinloop.domains.domain import Domain
-from twinloop.models.directory import CONFIG, WEIGHTS
-from twinloop.models.exported import EXPORT_FILE
 from twinloop.registry.artifact import Manifest
 from twinloop.registry.logged_models import MODEL_FOLDER
 
 if TYPE_CHECKING:
     from mlflow.models import ModelSignature
+
+    from twinloop.domains.domain import Domain
 
 MLMODEL = "MLmodel"
 LOADER = "twinloop.registry.pyfunc"
@@ -37,6 +36,9 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     """
     from mlflow.models import Model
     from mlflow.models.utils import _save_example
+
+    from twinloop.models.directory import CONFIG, WEIGHTS
+    from twinloop.models.exported import EXPORT_FILE  # onnx takes half a second
 
     if EXPORT_FILE in manifest.files:
         model = Model(signature=_signature(domain) if domain else None)
@@ -123,7 +125,7 @@ def _transformers(folder: Path) -> dict[str, Any]:
     for name in _TOKENIZER_FILES:
         if (source := folder / MODEL_FOLDER / name).exists():
             shutil.copyfile(source, tokenizer / name)
-    config = json.loads((folder / MODEL_FOLDER / CONFIG).read_bytes())
+    config = json.loads((folder / MODEL_FOLDER / "config.json").read_bytes())
     return {
         "task": "text-generation",
         "instance_type": "TextGenerationPipeline",

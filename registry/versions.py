@@ -18,15 +18,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
 from twinloop.registry.artifact import Manifest
 from twinloop.registry.flavours import MLMODEL, write_flavour
 from twinloop.registry.logged_models import MODEL_FOLDER, NewModel, finished, new_model
 from twinloop.registry.snapshot import DOMAIN_FINGERPRINT, PREFIX, Served, Snapshot, Version, VersionName, read_snapshot
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.version_files import install, verified_manifest, version_error
+
+if TYPE_CHECKING:
+    from twinloop.domains.domain import Domain
 
 CANDIDATE, CHAMPION, PREVIOUS = "candidate", "champion", "previous"
 CHECKPOINTS = "-checkpoints"

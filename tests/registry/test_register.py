@@ -11,7 +11,8 @@ import pytest
 from twinloop.domains.loader import load_domain
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion, Mlruns
-from twinloop.tasks.context import Context, Report
+from twinloop.registry.versions import Registry
+from twinloop.tasks.context import Context, Report, Work
 from twinloop.tasks.register import register_stage
 
 
@@ -73,3 +74,38 @@ def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_regis
     version = register_stage(later, checkpoints=[], others=[], exported=lost, data=validated)
     assert version.tags["commit"] == "b" * 40
     assert version.run_id is None
+
+
+def test_checkpoints_and_precisions_that_are_not_served_are_versions_of_a_model_of_their_own(
+    context: Context, validated: Artifact
+) -> None:
+    def writing(weights: str, **metrics: str) -> Work:
+        def write(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+            (out / "model.onnx").write_text(weights)
+            return dict(metrics)
+
+        return write
+
+    def made(stage: str, weights: str, **metrics: str) -> Artifact:
+        modules = ("twinloop.records.validated",)
+        return context.run(
+            stage, writing(weights, **metrics), settings={"weights": weights}, inputs={}, modules=modules
+        )
+
+    version = register_stage(
+        context,
+        checkpoints=[made("sft", "s"), made("dpo", "d")],
+        others=[made("export", "o", precision="int8")],
+        exported=made("export", "e", precision="fp32"),
+        data=validated,
+    )
+    assert str(version) == "returns version 1"
+    registry = Registry(context.mlruns, "returns")
+    assert list(registry.snapshot().versions) == [1]
+    found = registry.checkpoints.snapshot()
+    assert found.aliases == {"sft": 1, "dpo": 2, "export-int8": 3}
+    assert not any(each.servable for each in found.versions.values())
+    assert [str(each) for each in registry.lineage(version)[1:]] == [
+        "returns-checkpoints version 2", "returns-checkpoints version 1",
+    ]  # fmt: skip
+    assert version.tags["rows"] == "1,200 rows"
