@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,14 @@ def publish_cases(context: Context, *, data: Artifact, evaluation: Artifact) -> 
     For reading only: what MLflow refuses is logged, and stops nothing.
     """
     try:
-        dataset = _dataset(context, data)
+        experiment = context.mlruns.experiment_id(context.recipe)
+        dataset = _dataset(context, data, experiment)
         _link(context, dataset, evaluation.metrics["mlflow_run_id"])
     except Exception as error:  # whatever it is: the gate does not depend on it
         log.warning("the cases are not an evaluation dataset in MLflow: %s", one_line(error))
 
 
-def _dataset(context: Context, data: Artifact) -> EvaluationDataset:
+def _dataset(context: Context, data: Artifact, experiment: str) -> EvaluationDataset:
     from mlflow.tracking._tracking_service.utils import _get_store
 
     from twinloop.records.validated import read_records
@@ -41,12 +43,12 @@ def _dataset(context: Context, data: Artifact) -> EvaluationDataset:
     client = context.mlruns.client
     digest = data.manifest.files[CASES_FILE]
     name = f"{context.recipe} cases {digest[:12]}"
-    experiment = context.mlruns.experiment_id(context.recipe)
-    found = client.search_datasets(filter_string=f"name = '{name}'", max_results=1)
+    found = client.search_datasets([experiment], f"name = '{name}'", max_results=1)
+    if not found and (found := client.search_datasets(filter_string=f"name = '{name}'", max_results=1)):
+        # The project was moved, and has another experiment.
+        client.add_dataset_to_experiments(found[0].dataset_id, [experiment])
     dataset = found[0] if found else None
-    if dataset is not None and dataset.tags.get("twinloop.complete") == "true":
-        if experiment not in dataset.experiment_ids:  # the project was moved, and with it the experiment
-            client.add_dataset_to_experiments(dataset.dataset_id, [experiment])
+    if dataset is not None and (dataset.tags or {}).get("twinloop.complete") == "true":
         return dataset
     if dataset is None:
         tags = {"twinloop.cases_digest": digest, "twinloop.dataset_digest": context.dataset_digest or ""}
@@ -71,11 +73,20 @@ def _record(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _link(context: Context, dataset: EvaluationDataset, run_id: str) -> None:
-    from mlflow.entities import DatasetInput, InputTag
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     client = context.mlruns.client
     inputs = client.get_run(run_id).inputs
     if inputs and any(each.dataset.name == dataset.name for each in inputs.dataset_inputs):
         return
     tag = InputTag("mlflow.data.context", "evaluation")
-    client.log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), [tag])])
+    # What dataset._to_mlflow_entity() makes, which would read every record from the global store (3.17.2).
+    entity = Dataset(
+        name=dataset.name,
+        digest=dataset.digest,
+        source_type="mlflow_evaluation_dataset",
+        source=json.dumps({"dataset_id": dataset.dataset_id}),
+        schema=dataset.schema,
+        profile=dataset.profile,
+    )
+    client.log_inputs(run_id, [DatasetInput(entity, [tag])])

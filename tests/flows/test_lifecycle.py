@@ -79,6 +79,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
         "export", "dpo", "sft", "pretrain", "dataset", "recipe", "code",
     ]  # fmt: skip
     assert served["warnings"] == []
+    assert not (project / "mlflow.db").exists()  # what MLflow makes where it is asked for its global store
 
 
 def prefect_states(project: Path) -> list[str]:

@@ -59,10 +59,14 @@ def stage(context: Context, name: str) -> Artifact:
     return context.run(name, work, settings={}, inputs={}, modules=("twinloop.records.validated",))
 
 
-def test_cases_become_a_dataset_once_and_the_evaluation_names_it(context: Context) -> None:
+def test_cases_become_a_dataset_once_and_the_evaluation_names_it(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     data, evaluation = stage(context, "validate"), stage(context, "evaluate")
     publish_cases(context, data=data, evaluation=evaluation)
     publish_cases(context, data=data, evaluation=evaluation)
+    assert not (tmp_path / "mlflow.db").exists()  # of MLflow's own default
     client = context.mlruns.client
     (found,) = client.search_datasets(experiment_ids=[context.mlruns.experiment_id("returns")])
     assert found.name == f"returns cases {data.manifest.files['cases.parquet'][:12]}"
