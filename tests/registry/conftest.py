@@ -11,8 +11,9 @@ from releases import ship
 
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.promotion import promote
+from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import CodeVersion, Mlruns
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.versions import Lineage, Registry
 
 
 @pytest.fixture(scope="session")

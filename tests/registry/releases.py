@@ -10,7 +10,8 @@ from twinloop.registry import promotion as promote_module
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
 from twinloop.registry.reconcile import ways_back
-from twinloop.registry.versions import Registry, Served, Version
+from twinloop.registry.snapshot import Served, Version
+from twinloop.registry.versions import Registry
 
 Export = Callable[[str], Version]
 Make = Callable[..., Artifact]

@@ -33,7 +33,8 @@ from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import follow_champion, open_champion, open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import promote, rollback
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.knowledge.documents import DocumentStore
 
 PROJECT = Path(__file__).parents[2]
@@ -197,6 +198,20 @@ def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, relea
         assert manager.service.model.version == str(second.version)
         gc.collect()
         assert first() is None
+
+
+def test_a_champion_of_the_same_number_and_other_bytes_is_another_one(
+    project: Path, registry: Registry, release: Callable[..., Version]
+) -> None:
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        registry.mlruns.client.delete_registered_model("returns")
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.failure is None
+        second = release(2)
+        assert second.version == 1
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.service.model.digest == second.digest
 
 
 def test_a_registry_that_cannot_be_read_is_no_failure_and_the_champion_goes_on(

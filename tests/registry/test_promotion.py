@@ -17,9 +17,10 @@ from twinloop.registry import promotion as promote_module
 from twinloop.registry.gates import read_gate, record_gate
 from twinloop.registry.ledger import Ledger
 from twinloop.registry.promotion import open_ledger, promote, rollback
+from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.status import status
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import Lineage, Registry, Served, Version
+from twinloop.registry.versions import Lineage, Registry
 
 
 def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, exported: Export) -> None:
