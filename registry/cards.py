@@ -41,7 +41,7 @@ def describe_model(registry: Registry, version: Version | None) -> str:
     if registry.name != registry.experiment:
         return "\n\n".join(
             [
-                f"What [{registry.experiment}](#/models/{registry.experiment}) is made from{for_what}",
+                f"What [{registry.experiment}](#/models/{registry.experiment}) is made from{for_what and f",{for_what}"}",
                 "Checkpoints of each stage of training, for lineage and for going on from; none of them is served. "
                 "An alias names the newest of each stage. Exports in precisions that are not served are here too.",
                 _code(f'mlflow.transformers.load_model("models:/{registry.name}/VERSION")'),
