@@ -20,7 +20,8 @@ from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import finish_interrupted
-from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.check import check_records

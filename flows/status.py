@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from twinloop.registry.versions import Served
+    from twinloop.registry.snapshot import Served
     from twinloop.tasks.plan import Plan
     from twinloop.tasks.recipe import Recipe
     from twinloop.training.runtime import Runtime

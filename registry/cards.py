@@ -39,9 +39,10 @@ def describe_model(registry: Registry, version: Version | None) -> str:
     about = version.tags.get("about", "") if version else ""
     for_what = f" for the domain `{version.tags.get('domain', '')}`: {about}" if version and about else ""
     if registry.name != registry.experiment:
+        comma = "," if for_what else ""
         return "\n\n".join(
             [
-                f"What [{registry.experiment}](#/models/{registry.experiment}) is made from{for_what and f",{for_what}"}",
+                f"What [{registry.experiment}](#/models/{registry.experiment}) is made from{comma}{for_what}",
                 "Checkpoints of each stage of training, for lineage and for going on from; none of them is served. "
                 "An alias names the newest of each stage. Exports in precisions that are not served are here too.",
                 _code(f'mlflow.transformers.load_model("models:/{registry.name}/VERSION")'),
