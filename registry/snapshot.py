@@ -78,9 +78,8 @@ class Version:
     def parent(self) -> VersionName | None:
         """What it was made from; None for the first. (`parent_version`: as it was tagged while checkpoints were
         versions of the same model.)"""
-        if number := self.tags.get("parent_version", ""):
-            return VersionName.parse(f"{self.name}/{number}")
-        return VersionName.parse(self.tags.get("parent", ""))
+        before = self.tags.get("parent_version", "")
+        return VersionName.parse(self.tags.get("parent", "")) or VersionName.parse(f"{self.name}/{before}")
 
     def __str__(self) -> str:
         return f"{self.name} version {self.version}"

@@ -146,6 +146,8 @@ def origins(chain: list[Version]) -> list[Origin]:
         )
         for version in chain
     ]
+    if gone := chain[-1].parent:
+        steps.append(Origin("deleted", f"{gone} (not in MLflow any more)", ""))
     subject = chain[0].tags
     steps.append(Origin("dataset", "data.dvc", subject.get("dataset_digest", "")))
     steps.append(Origin("recipe", subject.get("recipe", ""), ""))

@@ -86,8 +86,13 @@ class Registry:
                 version = self._create(artifact, manifest, lineage, run_id, servable, domain)
             else:
                 self._repair(version, artifact, domain)
+                changed = {}
                 if lineage.domain_fingerprint and version.domain_fingerprint != lineage.domain_fingerprint:
-                    self.tag(version, {DOMAIN_FINGERPRINT: lineage.domain_fingerprint})  # it was measured again
+                    changed[DOMAIN_FINGERPRINT] = lineage.domain_fingerprint  # it was measured again
+                if lineage.parent and len(self.lineage(version)) == 1:  # the parent was deleted in MLflow
+                    changed["parent"] = str(lineage.parent)
+                if changed:
+                    self.tag(version, changed)
                     version = self.version(version.version)
             if servable and self.snapshot().aliases.get(CHAMPION) != version.version:
                 self.move({CANDIDATE: version.version})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 from releases import Export, Make, champions, consistent, history, loads, ship
@@ -10,7 +11,7 @@ from releases import Export, Make, champions, consistent, history, loads, ship
 from twinloop.common.errors import UserError
 from twinloop.registry.gates import record_gate
 from twinloop.registry.promotion import finish_interrupted, open_ledger, promote, rollback
-from twinloop.registry.snapshot import Version
+from twinloop.registry.snapshot import Version, VersionName
 from twinloop.registry.status import status
 from twinloop.registry.versions import Lineage, Registry
 from twinloop.tasks.gate import version_to_beat
@@ -177,6 +178,22 @@ def test_what_was_rolled_back_does_not_return_under_a_new_number(
     assert again.version == 4
     with pytest.raises(UserError, match="version 4: not promoted, bob took it back on"):
         promote(registry, 4, ship(again), who="the schedule")
+
+
+def test_checkpoints_that_were_deleted_are_named_and_registered_again(
+    registry: Registry, make: Make, lineage: Lineage
+) -> None:
+    def register() -> Version:
+        tuned = registry.checkpoints.register(make("sft", "s1").path, lineage)
+        about = replace(lineage, parent=VersionName(tuned.name, tuned.version))
+        return registry.register(make("export", "w1").path, about, servable=True)
+
+    register()
+    registry.mlruns.client.delete_model_version("returns-checkpoints", "1")
+    assert "returns-checkpoints/1 (not in MLflow any more)" in status(registry).to_text()
+    version = register()
+    assert (version.version, str(version.parent)) == (1, "returns-checkpoints/2")
+    assert [origin.kind for origin in status(registry).origins][:2] == ["export", "sft"]
 
 
 # --- in the middle of a move ------------------------------------------------------------------------------------------
