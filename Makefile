@@ -33,7 +33,7 @@ down:
 
 # What a run made, and the environment. DVC's cache and the data stay: `git clean -fdX` removes those too.
 clean: down
-	rm -rf artifacts mlruns state .venv build *.egg-info
+	rm -rf artifacts mlruns reports state .venv build *.egg-info
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \

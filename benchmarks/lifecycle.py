@@ -30,7 +30,8 @@ import torch
 from benchmarks.decode import SLOTS, time_steps
 from benchmarks.workload import Workload, arguments, machine, make_data, prepare
 from twinloop.common.errors import UserError
-from twinloop.evaluation.cases import Answering, CaseReport, read_cases, run_cases
+from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.cases import Answering, read_cases, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import Precision

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Derived, Domain, Predicate, Verdict
 from twinloop.domains.owners import FORMAT, TRAINING
@@ -25,8 +25,8 @@ class Expected(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    answer: str | None = None
-    reference: str | None = None
+    answer: str | None = Field(None, description="word for word", examples=["A ticket costs 12 euros."])
+    reference: str | None = Field(None, description="one good answer of many, for perplexity alone")
 
 
 class Chat(Domain):
@@ -46,7 +46,8 @@ class Chat(Domain):
 
     def record_types(self) -> Mapping[str, RecordType]:
         types = super().record_types()
-        return {**types, "chat_heldout": replace(types["chat"], name="chat_heldout", split=None)}
+        about = "Conversations held out to measure on: each answer is the reference of a case."
+        return {**types, "chat_heldout": replace(types["chat"], name="chat_heldout", split=None, about=about)}
 
     def derived(self) -> Mapping[str, Derived]:
         return {"cases": Derived("chat_heldout", self._case)}

@@ -16,10 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Text, Verdict
+from twinloop.domains.domain import (
+    Derived,
+    Document,
+    Domain,
+    Judged,
+    Message,
+    Metric,
+    Predicate,
+    Text,
+    Verdict,
+    explained,
+)
 from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -60,11 +71,11 @@ class Classification(Domain):
     }
     request = TextRequest
 
-    def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str = "hello") -> None:
+    def __init__(self, labels: Sequence[str], *, instruction: str | None = None, example: str | None = None) -> None:
         """labels: what the model may answer. instruction: the system message; by default it lists the labels.
 
-        example: a text that the model must be able to label before it is served. Raises UserError for labels that
-        cannot be distinguished.
+        example: a text that shows what one looks like, and that the model must be able to label before it is served.
+        Raises UserError for labels that cannot be distinguished.
         """
         self.labels = tuple(labels)
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
@@ -72,7 +83,7 @@ class Classification(Domain):
         if wrong := [label for label in self.labels if not label or label != label.strip()]:
             raise UserError(f"classification: label {wrong[0]!r} is empty or has spaces around it")
         self.instruction = instruction or f"answer with one label: {', '.join(self.labels)}"
-        self.example = {"text": example}
+        self.example = {} if example is None else {"text": example}
         label: Any = Literal[self.labels]
         self.facts = create_model("LabelFacts", __config__=_STRICT, label=(label, ...))
         self.max_answer_tokens = 16 + max(len(label.encode()) for label in self.labels)
@@ -82,8 +93,10 @@ class Classification(Domain):
     def record_types(self) -> Mapping[str, RecordType]:
         from twinloop.domains.record_types import classification
 
-        own = replace(classification(self.labels), split=None)  # the leakage check looks at what is made from it
-        held_out = replace(own, name="classification_heldout")
+        # the leakage check looks at what is made from it
+        example = {"text": self.example["text"], "label": self.labels[0]}
+        own = replace(classification(self.labels), split=None, examine=self._examine, example=example)
+        held_out = replace(own, name="classification_heldout", about="As classification, held out to measure on.")
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
     def derived(self) -> Mapping[str, Derived]:
@@ -93,12 +106,25 @@ class Classification(Domain):
             "cases": Derived("classification_heldout", self._case),
         }
 
+    def _examine(self, row: Mapping[str, Any]) -> str | None:
+        """A text that the server would refuse."""
+        try:
+            self.request_of_row(row)
+        except ValidationError as error:
+            return explained(error)
+        return None
+
+    def request_of_row(self, row: Mapping[str, Any]) -> Any:
+        """The request for a row of the data; override it where yours has other fields."""
+        return self.request(text=row["text"])
+
     def _demonstration(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
+        prompt = self._prompt(row, line)
         answer = {"role": "assistant", "content": row["label"]}
-        return {"messages": [*self._messages(row["text"]), answer], "facts": {"label": row["label"]}}
+        return {"messages": [*prompt["prompt"], answer], "facts": prompt["facts"]}
 
     def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
-        return {"prompt": self._messages(row["text"]), "facts": {"label": row["label"]}}
+        return {"prompt": self.build_prompt(self.request_of_row(row), ()), "facts": {"label": row["label"]}}
 
     def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
@@ -163,6 +189,9 @@ class Classification(Domain):
 
     def build_prompt(self, request: TextRequest, passages: Sequence[Document]) -> list[Message]:
         return self._messages(request.text)
+
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[TextRequest, Sequence[Document]]:
+        return TextRequest(text=prompt[-1]["content"]), ()
 
     def check(self, output: str, request: TextRequest, passages: Sequence[Document]) -> Verdict:
         """Whether it is a label: which one is right, the server does not know."""

@@ -9,13 +9,14 @@ of a task than what is defined here. Importing a domain must be quick, and needs
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import to_json
 
 from twinloop.common.errors import UserError, one_line
@@ -33,8 +34,11 @@ def _without_nul(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_without_nul)]
+Text = Annotated[str, AfterValidator(_without_nul), Field(json_schema_extra={"pattern": r"^[^\u0000]*$"})]
 """A field of a request that holds text, by the rule of the data's texts: no NUL character."""
+
+MAX_MESSAGES = 256
+"""Of a chat, in the data and in a request."""
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
@@ -185,6 +189,14 @@ class Domain:
 
     name: str = "domain"
 
+    @property
+    def description(self) -> str:
+        """What a model of it is for, shown to whoever asks a server: the first paragraph of the class's docstring, or
+        the text that the class sets in its place."""
+        own = [each for each in type(self).__mro__ if issubclass(each, Domain) and each is not Domain]
+        text = next((each.__doc__ for each in own if each.__doc__), "")
+        return " ".join(inspect.cleandoc(text).partition("\n\n")[0].split())
+
     # --- data -----------------------------------------------------------------------------------------------------
 
     facts: type[BaseModel] | None = None
@@ -275,6 +287,12 @@ class Domain:
         """The chat messages that ask for the answer: one function for training data, evaluation and serving."""
         raise NotImplementedError(f"{self.name} builds no prompts")
 
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[Any, Sequence[Document]] | None:
+        """The request and the passages that a prompt of the data was made from, so that validation can build it again
+        and compare; None: that cannot be said. facts: of its row, or None. May raise pydantic's ValidationError for
+        what is no request."""
+        return None
+
     def precheck(self, request: Any, passages: Sequence[Document]) -> Mapping[str, str]:
         """Reasons, by check, for which the model need not even be asked; none: it is."""
         return {}
@@ -290,6 +308,9 @@ class Domain:
     def outcome(self, output: Any) -> str:
         """The short name under which an answer is counted in the metrics."""
         return "answered"
+
+    document_patterns: Mapping[str, str] = {}
+    """What `check_document` asks of a `document_id`, as a regular expression, for the API's description."""
 
     def check_document(self, document_id: str, text: str) -> str | None:
         """Why a document may not enter, in words for whoever sent it; None: it may. One rule for data and server."""
@@ -348,6 +369,13 @@ def validate_fields(model: type[BaseModel], fields: Mapping[str, Any]) -> BaseMo
     Validated as JSON, also in strict models: a list may become a tuple, a text an enum. Raises ValidationError.
     """
     return model.model_validate_json(to_json(_without_defaults(model, fields)))
+
+
+def explained(error: ValidationError, place: str = "") -> str:
+    """The first of a row's problems, by the dotted name of its field. place: what the fields are in, such as facts."""
+    problem = error.errors()[0]
+    name = ".".join([*([place] if place else []), *map(str, problem["loc"])])
+    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
 
 
 def _without_defaults(model: type[BaseModel], fields: Mapping[str, Any]) -> dict[str, Any]:

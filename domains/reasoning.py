@@ -16,9 +16,20 @@ from dataclasses import replace
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from twinloop.domains.domain import Derived, Document, Domain, Judged, Message, Metric, Predicate, Text, Verdict
+from twinloop.domains.domain import (
+    Derived,
+    Document,
+    Domain,
+    Judged,
+    Message,
+    Metric,
+    Predicate,
+    Text,
+    Verdict,
+    explained,
+)
 from twinloop.domains.metrics import pass_at_k
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -42,8 +53,8 @@ class Solution(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    question: str
-    answer: str
+    question: str = Field(description="as in the prompt", examples=["2 + 3 = ?"])
+    answer: str = Field(description="the right value", examples=["5"])
 
 
 class Reasoning(Domain):
@@ -80,12 +91,24 @@ class Reasoning(Domain):
             identity=("question",),
             examine=self._examine,
             split=None,  # the leakage check looks at what is made from it
+            about="Questions with their right value, and how it is reached.",
+            meanings={
+                "question": "as it will be sent to the server",
+                "steps": f"what an answer says before `{self.final} VALUE`",
+                "answer": "the right value",
+            },
+            example={"question": "2 + 3 + 4 = ?", "steps": "2 + 3 = 5\n5 + 4 = 9", "answer": "9"},
         )
-        held_out = replace(own, name="reasoning_heldout")
+        held_out = replace(own, name="reasoning_heldout", about="As reasoning, held out to measure on.")
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
     def _examine(self, row: Mapping[str, Any]) -> str | None:
-        """A demonstration that the verifier would not pay teaches the wrong thing."""
+        """A question that the server would refuse; a demonstration that the verifier would not pay, which teaches the
+        wrong thing."""
+        try:
+            self.request_of_row(row)
+        except ValidationError as error:
+            return explained(error)
         answer = self._worked(row)
         verdict = self.verify(answer, Solution(question=row["question"], answer=row["answer"]))
         return None if verdict.passed else f"steps and answer: {'; '.join(verdict.reasons.values())}"
@@ -107,7 +130,11 @@ class Reasoning(Domain):
 
     def _prompt(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         facts = {"question": row["question"], "answer": row["answer"]}
-        return {"prompt": self._messages(row["question"]), "facts": facts}
+        return {"prompt": self.build_prompt(self.request_of_row(row), ()), "facts": facts}
+
+    def request_of_row(self, row: Mapping[str, Any]) -> Any:
+        """The request for a row of the data; override it where yours has other fields."""
+        return self.request(question=row["question"])
 
     def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
         case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
@@ -185,6 +212,9 @@ class Reasoning(Domain):
 
     def build_prompt(self, request: Question, passages: Sequence[Document]) -> list[Message]:
         return self._messages(request.question)
+
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[Question, Sequence[Document]]:
+        return Question(question=prompt[-1]["content"]), ()
 
     def check(self, output: str, request: Question, passages: Sequence[Document]) -> Verdict:
         """Whether it ends in one value: which one is right, the server does not know."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -17,8 +17,9 @@ import polars as pl
 from pydantic import BaseModel, ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.common.texts import VISIBLE
 from twinloop.domains.documents import refused
-from twinloop.domains.domain import validate_fields
+from twinloop.domains.domain import MAX_MESSAGES, explained, validate_fields
 
 if TYPE_CHECKING:
     from twinloop.domains.domain import Domain
@@ -38,7 +39,7 @@ Rules = dict[str, pl.Expr]
 def text_rules(column: str, limit: int = MAX_TEXT_CHARACTERS) -> Rules:
     text = pl.col(column)
     return {
-        f"{column} is empty": text.str.contains(r"\S"),
+        f"{column} is empty": text.str.contains(VISIBLE),
         f"{column} is longer than {limit} characters": text.str.len_chars() <= limit,
         f"{column} holds a NUL byte": ~text.str.contains("\0", literal=True),
     }
@@ -55,9 +56,10 @@ def message_rules(column: str, *, answered: bool) -> Rules:
     return {
         f"{column} has an unknown role (known: {', '.join(ROLES)})": each(role.is_in(ROLES)),
         f"{column} is without a question": messages.list.len() >= (2 if answered else 1),
+        f"{column} has more than {MAX_MESSAGES} messages": messages.list.len() <= MAX_MESSAGES,
         f"{column} does not end with the {'assistant' if answered else 'user'}": last
         == ("assistant" if answered else "user"),
-        f"{column} has a message that is empty": each(content.str.contains(r"\S")),
+        f"{column} has a message that is empty": each(content.str.contains(VISIBLE)),
         f"{column} has a message longer than {MAX_TEXT_CHARACTERS} characters": each(
             content.str.len_chars() <= MAX_TEXT_CHARACTERS
         ),
@@ -82,6 +84,12 @@ class RecordType:
     """What no expression can state: why a row cannot be used, or None. Asked of rows that keep every rule."""
     split: Literal["train", "held_out"] | None = "train"
     """Rows to train on may share no text and no split key with rows that are held out. None: neither of the two."""
+    about: str = ""
+    """What the rows are, in a sentence for people."""
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    """What a column holds, by its name."""
+    example: Mapping[str, Any] = field(default_factory=dict)
+    """Values of an example row; the others are made from the domain's own example (`records.schema`)."""
 
     def nullable(self, path: str) -> bool:
         """Whether the field at a dotted path, such as facts.policy.window_days, may be null."""
@@ -91,10 +99,14 @@ class RecordType:
     def model(self) -> pa.DataFrameSchema:
         """The pandera schema. Validate DataFrames with it: of a LazyFrame only the types would be looked at."""
         return pa.DataFrameSchema(
-            {name: pa.Column(dtype, nullable=name in self.optional) for name, dtype in self.columns.items()},
+            {
+                name: pa.Column(dtype, nullable=name in self.optional, description=self.meanings.get(name))
+                for name, dtype in self.columns.items()
+            },
             checks=[_check(reason, rule) for reason, rule in self.rules.items()],
             strict=True,
             name=self.name,
+            description=self.about,
         )
 
 
@@ -124,6 +136,20 @@ def optional_in(model: type[BaseModel], prefix: str) -> Iterable[str]:
             inner = _plain(get_args(inner)[0])
         if isinstance(inner, type) and issubclass(inner, BaseModel):
             yield from optional_in(inner, path)
+
+
+def described_in(model: type[BaseModel] | None, prefix: str) -> dict[str, str]:
+    """What the fields of a model hold, by dotted path below `prefix`, where `Field(description=…)` says it."""
+    found: dict[str, str] = {}
+    for name, info in model.model_fields.items() if model else ():
+        path, inner = f"{prefix}.{name}", _plain(info.annotation)
+        if info.description:
+            found[path] = info.description
+        while get_origin(inner) in (list, tuple):
+            inner = _plain(get_args(inner)[0])
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            found |= described_in(inner, path)
+    return found
 
 
 _SCALARS: Mapping[Any, pl.DataType] = {str: pl.String(), int: pl.Int64(), float: pl.Float64(), bool: pl.Boolean()}
@@ -161,6 +187,9 @@ def _plain(annotation: Any) -> Any:
 
 # --- the standard forms
 
+PROMPT_MEANING = "what is asked, up to the user's turn that is to be answered"
+FACTS_MEANING = "what is trusted about the row, by which an answer is judged"
+
 
 def standard_record_types(domain: Domain) -> dict[str, RecordType]:
     """The forms that people already have, with the facts of a domain: by name, one for each file."""
@@ -168,10 +197,22 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
     facts, fact_fields, facts_hold = _column("facts", domain.facts)
     expected, expected_fields, expectation_holds = _column("expected", domain.expected)
     kinds = tuple(domain.case_kinds)
+    about_facts = {"facts": FACTS_MEANING, **described_in(domain.facts, "facts")}
     records = (
-        RecordType("corpus", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS)),
         RecordType(
-            "corpus_heldout", {"text": pl.String()}, text_rules("text", MAX_CORPUS_CHARACTERS), split="held_out"
+            "corpus",
+            {"text": pl.String()},
+            text_rules("text", MAX_CORPUS_CHARACTERS),
+            about="Documents to pretrain on.",
+            meanings={"text": "one document"},
+        ),
+        RecordType(
+            "corpus_heldout",
+            {"text": pl.String()},
+            text_rules("text", MAX_CORPUS_CHARACTERS),
+            split="held_out",
+            about="Documents that the loss is measured on, never trained on.",
+            meanings={"text": "one document"},
         ),
         RecordType(
             "chat",
@@ -180,6 +221,8 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional=frozenset(facts),
             optional_fields=fact_fields,
             examine=facts_hold,
+            about="Conversations to fine-tune on; the last message is the assistant's, and only that is trained.",
+            meanings={"messages": f"who says what; a role is one of {', '.join(ROLES)}", **about_facts},
         ),
         RecordType(
             "preferences",
@@ -192,6 +235,14 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             identity=("prompt", "chosen", "rejected"),
             optional_fields=fact_fields,
             examine=facts_hold,
+            about="Two answers to a prompt, of which the first is better.",
+            meanings={
+                "prompt": PROMPT_MEANING,
+                "chosen": "the better answer",
+                "rejected": "the worse answer",
+                "reason": "why, for people: nothing reads it",
+                **about_facts,
+            },
         ),
         RecordType(
             "prompts",
@@ -199,6 +250,8 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             message_rules("prompt", answered=False),
             optional_fields=fact_fields,
             examine=facts_hold,
+            about="Prompts whose answers the domain's verifier judges, for reinforcement learning.",
+            meanings={"prompt": PROMPT_MEANING, **about_facts},
         ),
         RecordType(
             "cases",
@@ -218,6 +271,16 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional_fields=fact_fields | expected_fields,
             examine=_first_of(facts_hold, expectation_holds),
             split="held_out",
+            about="Cases to evaluate with, never trained on.",
+            meanings={
+                "case_id": "the name of the case, no other case's",
+                "kind": f"one of {', '.join(kinds)}",
+                "pair_id": "the same for the two cases of a pair",
+                "prompt": PROMPT_MEANING,
+                **about_facts,
+                "expected": "what a right answer must be",
+                **described_in(domain.expected, "expected"),
+            },
         ),
         RecordType(
             "documents",
@@ -226,6 +289,12 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional=frozenset({"version"}),
             examine=lambda row: refused(domain, row["document_id"], row["text"]),
             split=None,
+            about="Evidence that the server starts with; the rule for one is the server's.",
+            meanings={
+                "document_id": "the name of the document in answers",
+                "text": "all of it",
+                "version": "of several rows with one id the highest counts, or else the last",
+            },
         ),
     )
     return {record.name: record for record in records}
@@ -235,7 +304,11 @@ def classification(labels: Sequence[str] = ()) -> RecordType:
     """Texts with one label each, for a domain that makes prompts of them. labels: those allowed; empty: any."""
     known = {f"label is none of {', '.join(labels)}": pl.col("label").is_in(labels)} if labels else {}
     return RecordType(
-        "classification", {"text": pl.String(), "label": pl.String()}, text_rules("text") | text_rules("label") | known
+        "classification",
+        {"text": pl.String(), "label": pl.String()},
+        text_rules("text") | text_rules("label") | known,
+        about="Texts with the right label of each.",
+        meanings={"text": "as it will be sent to the server", "label": f"one of {', '.join(labels)}" if labels else ""},
     )
 
 
@@ -253,9 +326,7 @@ def _column(name: str, model: type[BaseModel] | None) -> tuple[dict[str, pl.Data
         try:
             validate_fields(model, row[name])
         except ValidationError as error:
-            problem = error.errors()[0]
-            place = ".".join([name, *map(str, problem["loc"])])
-            return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+            return explained(error, name)
         return None
 
     return {name: pl.Struct(columns_of(model))}, frozenset(optional_in(model, name)), examine

@@ -9,13 +9,14 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict
 from pydantic_core import to_json
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Judged, Message, Verdict, domain_code
+from twinloop.evaluation.case_report import CaseFailure, CaseReport, CaseResult, CaseSample, Comparison
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
@@ -23,6 +24,12 @@ from twinloop.serving.engine.sampling import SamplingParams
 
 BATCH = 128
 """Prompts handed to the engine at once: enough to keep its slots busy, few enough to show progress."""
+SAMPLES = 10
+"""Answers that a report keeps whole, right or wrong, of the same cases for every model."""
+MOST_OUTCOMES = 20
+"""More of them are no classes, and no matrix that a person reads."""
+NO_OUTCOME = "no answer"
+"""Of an answer that does not parse."""
 SAMPLING_SEED = 0
 """Of sampled answers: all models draw alike, so that two of them differ by their weights alone."""
 
@@ -30,6 +37,8 @@ SAMPLING_SEED = 0
 class Completion(Protocol):
     @property
     def tokens(self) -> Sequence[int]: ...
+    @property
+    def logprobs(self) -> Sequence[float]: ...
     @property
     def finish_reason(self) -> str: ...
 
@@ -69,76 +78,6 @@ class Answering:
     temperature: float = 1.0
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CaseResult(_Record):
-    case_id: str
-    kind: str
-    pair_id: str | None
-    passed: bool
-
-
-class CaseFailure(_Record):
-    """A wrong answer, whole. `failed` names the predicates that do not hold; `owner` is the layer that looks at it."""
-
-    case_id: str
-    kind: str
-    pair_id: str | None
-    output: str
-    finish_reason: str
-    failed: tuple[str, ...]
-    reasons: tuple[str, ...]
-    expected: dict[str, Any]
-    owner: str
-    next_action: str
-
-
-class CaseReport(_Record):
-    """What the cases showed. An unparsed answer fails every predicate, except critical ones that its verdict holds."""
-
-    cases_digest: str
-    """Equal for two reports on the same cases: only then are they comparable case by case."""
-    overall: Rate
-    by_kind: dict[str, Rate]
-    pairs: dict[str, Rate]
-    """Pairs by kind, of kinds that have them; a pair passes when both its sides do."""
-    by_predicate: dict[str, Rate]
-    violations: dict[str, int]
-    """Answers, sampled ones too, by the critical predicate that they violate."""
-    measured: dict[str, float]
-    """The domain's own metrics, by name."""
-    details: dict[str, Any] = {}
-    """What else the domain reports, such as a confusion matrix."""
-    unparsed: int
-    truncated: int
-    """Answers that ran into max_tokens."""
-    results: tuple[CaseResult, ...]
-    failures: tuple[CaseFailure, ...]
-
-    def metrics(self) -> dict[str, float]:
-        """Flat numbers for a tracker."""
-        rates = {"pass_rate": self.overall}
-        rates |= {f"pairs/{kind}": rate for kind, rate in self.pairs.items()}
-        rates |= {f"kind/{kind}": rate for kind, rate in self.by_kind.items()}
-        rates |= {f"predicate/{name}": rate for name, rate in self.by_predicate.items()}
-        numbers = {name: rate.rate for name, rate in rates.items() if rate.total}
-        numbers |= {f"{name}_low": rate.interval[0] for name, rate in rates.items() if rate.total}
-        numbers |= {f"violations/{name}": count for name, count in self.violations.items()}
-        counts = {"cases": self.overall.total, "unparsed": self.unparsed, "truncated": self.truncated}
-        return numbers | self.measured | counts
-
-
-class Comparison(_Record):
-    """Two models on the same cases: how many only the champion passes (lost), how many only the candidate (won)."""
-
-    champion: str
-    lost: int
-    won: int
-    total: int
-
-
 def read_cases(records: Iterable[Mapping[str, Any]], domain: Domain) -> list[Case]:
     """Cases from their records.
 
@@ -176,14 +115,20 @@ def run_cases(
 ) -> CaseReport:
     """Answer every case and judge the answers. `on_progress` is called with (done, total) after each batch.
 
-    The cases of a domain without a verifier are not answered, and the report is empty. Raises UserError when there are
-    no cases, and where a method of the domain raises or returns what it must not.
+    Of the cases of a domain without a verifier only the samples are answered, and none is judged. Raises UserError when
+    there are no cases, and where a method of the domain raises or returns what it must not.
     """
     if not cases:
         raise UserError("cases: there are none to run; a model cannot be judged without them")
-    if not domain.has("verify"):
-        return _report([], domain)
     greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))
+    if not domain.has("verify"):
+        shown = _sampled(cases)
+        completions = engine.generate([tokenizer.encode_prompt(case.prompt) for case in shown], greedy)
+        samples = [
+            _sample(case, tokenizer.decode(completion.tokens), None)
+            for case, completion in zip(shown, completions, strict=True)
+        ]
+        return _report([], domain).model_copy(update={"samples": tuple(samples)})
     drawn = replace(greedy, temperature=answering.temperature, seed=SAMPLING_SEED)
     several = answering.samples if answering.samples > 1 else 0
     answered: list[_Answered] = []
@@ -198,7 +143,8 @@ def run_cases(
             outputs = [tokenizer.decode(completion.tokens)]
             outputs += [tokenizer.decode(one.tokens) for one in sampled[index * several : (index + 1) * several]]
             verdicts = [_verdict(domain, output, case) for output in outputs]
-            answered.append(_Answered(case, outputs, verdicts, completion.finish_reason))
+            confidence = math.exp(math.fsum(completion.logprobs))
+            answered.append(_Answered(case, outputs, verdicts, completion.finish_reason, confidence))
         if on_progress:
             on_progress(len(answered), len(cases))
     return _report(answered, domain)
@@ -249,7 +195,8 @@ class _Answered:
     outputs: Sequence[str]
     verdicts: Sequence[Verdict]
     finish_reason: str
-    """Of the greedy answer."""
+    """Of the greedy answer, as is the confidence."""
+    confidence: float
 
     @property
     def verdict(self) -> Verdict:
@@ -264,9 +211,16 @@ class _Answered:
 
 def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
     results = tuple(
-        CaseResult(case_id=one.case.case_id, kind=one.case.kind, pair_id=one.case.pair_id, passed=one.verdict.passed)
+        CaseResult(
+            case_id=one.case.case_id,
+            kind=one.case.kind,
+            pair_id=one.case.pair_id,
+            passed=one.verdict.passed,
+            confidence=one.confidence,
+        )
         for one in answered
     )
+    shown = {case.case_id for case in _sampled([one.case for one in answered])}
     verdicts = [one.verdict for one in answered]
     kinds = [kind for kind in domain.case_kinds if any(result.kind == kind for result in results)]
     judged = [one.judged for one in answered]
@@ -285,10 +239,14 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
         },
         measured=_measured(domain, judged),
         details=_details(domain, judged),
+        outcomes=_outcomes(domain, answered),
         unparsed=sum(not verdict.parsed for verdict in verdicts),
         truncated=sum(one.finish_reason == "length" for one in answered),
         results=results,
         failures=tuple(_failure(one, domain) for one in answered if not one.verdict.passed),
+        samples=tuple(
+            _sample(one.case, one.outputs[0], one.verdict.passed) for one in answered if one.case.case_id in shown
+        ),
     )
 
 
@@ -309,6 +267,47 @@ def _details(domain: Domain, judged: Sequence[Judged]) -> dict[str, Any]:
         details = dict(domain.report(judged))
         to_json(details)  # raises for what JSON cannot hold
         return details
+
+
+def _sampled(cases: Sequence[Case]) -> list[Case]:
+    """The same few of any selection of the cases: of every kind in turn, in an order that no file's order decides."""
+    kinds: dict[str, list[Case]] = {}
+    for case in sorted(cases, key=lambda case: hashlib.sha256(case.case_id.encode()).hexdigest()):
+        kinds.setdefault(case.kind, []).append(case)
+    turns = zip_longest(*(kinds[kind] for kind in sorted(kinds)))
+    return [case for turn in turns for case in turn if case is not None][:SAMPLES]
+
+
+def _sample(case: Case, output: str, passed: bool | None) -> CaseSample:
+    return CaseSample(
+        case_id=case.case_id,
+        kind=case.kind,
+        prompt=case.prompt,
+        output=output,
+        passed=passed,
+        expected=case.expected,
+    )
+
+
+def _outcomes(domain: Domain, answered: Sequence[_Answered]) -> dict[str, dict[str, int]]:
+    """Nothing where the domain names no outcomes, has no gold answers, or has too many outcomes for a matrix."""
+    if not (domain.has("outcome") and domain.has("gold")):
+        return {}
+    counts: dict[str, Counter[str]] = {}
+    for one in answered:
+        about = f"case {one.case.case_id}"
+        with domain_code(domain, "gold", about):
+            gold = domain.verify(domain.gold(one.case.facts), one.case.facts)
+        with domain_code(domain, "outcome", about):
+            right, found = (
+                domain.outcome(verdict.output) if verdict.parsed else NO_OUTCOME for verdict in (gold, one.verdict)
+            )
+        counts.setdefault(right, Counter())[found] += 1
+    named = sorted({*counts, *(found for row in counts.values() for found in row)} - {NO_OUTCOME})
+    if len(named) > MOST_OUTCOMES:
+        return {}
+    answers = [*named, NO_OUTCOME]
+    return {right: {found: counts[right][found] for found in answers} for right in named if right in counts}
 
 
 def _pairs(results: Sequence[CaseResult], kind: str) -> Rate:
@@ -335,6 +334,7 @@ def _failure(one: _Answered, domain: Domain) -> CaseFailure:
         case_id=case.case_id,
         kind=case.kind,
         pair_id=case.pair_id,
+        prompt=case.prompt,
         output=one.outputs[0],
         finish_reason=one.finish_reason,
         failed=verdict.failed,

@@ -23,7 +23,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import CaseKind, Domain
 from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
-from twinloop.evaluation.cases import CaseReport, Comparison
+from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.metrics import Rate, sign_test
 
 SIGNIFICANCE = 0.05
@@ -314,6 +314,12 @@ def judge(rules: GateRules, measurements: Measurements, *, candidate: str = "") 
         candidate=candidate,
         rules_digest=rules.digest,
     )
+
+
+def passes(rules: GateRules, name: str, measurements: Measurements) -> bool:
+    """Whether the rule of this name holds of what was measured; the others are not asked."""
+    rule = rules.rules[name]
+    return _holds(rule, rule.measure(measurements), float(rules.limits[name]))
 
 
 def _holds(rule: Rule, found: _Measured, limit: float) -> bool:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,11 @@ class Answer:
     body: Mapping[str, Any]
 
 
-def serve_champion(project: Path, model: str, *, host: str, port: int, slots: int) -> int:
+def serve_champion(
+    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str] = ()
+) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
+    from twinloop.flows.releases import ProjectReleases
     from twinloop.registry.champion import following_champion, open_champion
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import Registry
@@ -44,11 +47,19 @@ def serve_champion(project: Path, model: str, *, host: str, port: int, slots: in
     with open_champion(project, model, slots=slots) as manager:
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
-        app = create_app(manager, admin_token=token, local_admin=is_this_machine(host))
+        app = create_app(
+            manager,
+            admin_token=token,
+            local_admin=is_this_machine(host),
+            cors_origins=cors_origins,
+            releases=ProjectReleases(project, model),
+        )
 
         def ready(address: str) -> None:
             answers = manager.service.model
-            print(f"{address}  {answers.name} version {answers.version}", flush=True)
+            differs = "documents_differ" in manager.degraded()
+            note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
+            print(f"{address}  {answers.name} version {answers.version}{note}", flush=True)
 
         with following_champion(project, registry, manager, slots=slots):
             run_server(app, host, port, on_ready=ready)
@@ -60,6 +71,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from pydantic import ValidationError
 
     from twinloop.registry.champion import load_served_domain, open_champion
+    from twinloop.registry.smoke_test import example_request
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
@@ -67,7 +79,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project).domain
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
-    example = f"such as '{json.dumps(dict(domain.example))}'"
+    example = f"such as '{json.dumps(example_request(domain))}'"
     if text is None:
         raise UserError(f"--json: is required: the request, or - for what comes on stdin; {example}")
     try:

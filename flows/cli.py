@@ -78,12 +78,22 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="TWINLOOP_CORS_ORIGINS",
+            metavar="ORIGIN",
+            help="let web pages of this origin ask, such as https://shop.example; may be repeated",
+        ),
+    ] = None,
 ) -> int:
     """Serve the champion over HTTP."""
     from twinloop.flows.answer import serve_champion
+    from twinloop.serving.access import origin
 
+    origins = [origin(each) for each in cors_origin or ()]
     project = _project()
-    return serve_champion(project, _model(project, model), host=host, port=port, slots=slots)
+    return serve_champion(project, _model(project, model), host=host, port=port, slots=slots, cors_origins=origins)
 
 
 @app.command()
@@ -128,6 +138,18 @@ def rollback(model: ModelName = None) -> int:
 
     project = _project()
     return roll_back(project, _model(project, model))
+
+
+@app.command()
+def report(
+    version: Annotated[int | None, typer.Argument(min=1, help="by default the champion, or else the candidate")] = None,
+    model: ModelName = None,
+) -> int:
+    """Write the report of a version: one HTML page, and a model card in Markdown."""
+    from twinloop.flows.status import write_version_report
+
+    project = _project()
+    return write_version_report(project, _model(project, model), version)
 
 
 @app.command()
@@ -187,6 +209,25 @@ def data_check() -> int:
 
     version = check_data(_project())
     typer.echo(f"{version.path}: {version.md5}, as in data.dvc")
+    return 0
+
+
+@data_app.command("schema")
+def data_schema(
+    kind: Annotated[str | None, typer.Argument(help="a record type such as chat; by default all")] = None,
+    domain: Annotated[
+        str | None, typer.Option(help="as in a recipe, such as returns or ./tickets.py; by default the recipe's")
+    ] = None,
+) -> int:
+    """Show what a row of each data file must be: fields, types, meaning, and a whole example row."""
+    from twinloop.flows.schema import data_schema, named_domain
+
+    project = Path.cwd() if domain else _project()
+    if domain is None:
+        from twinloop.tasks.recipe import load_recipe
+
+        domain = load_recipe(_recipe(project, None), project).domain
+    typer.echo(data_schema(named_domain(domain, project), kind))
     return 0
 
 

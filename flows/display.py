@@ -94,7 +94,7 @@ class PlainDisplay:
             return
         self._printed = now
         left_s = (now - since) / (done - behind) * (total - done)
-        self._say(f"  {stage:<16} step {done:g}/{total:g}  {_describe(metrics)}  {left_s:.0f} s left")
+        self._say(f"  {stage:<16} step {done:g}/{total:g}  {describe(metrics)}  {left_s:.0f} s left")
 
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
         self._say(_finished(stage, seconds, name))
@@ -106,7 +106,7 @@ class PlainDisplay:
 
 class _Latest(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(_describe(task.fields["metrics"]), style="cyan")
+        return Text(describe(task.fields["metrics"]), style="cyan")
 
 
 class LiveDisplay:
@@ -170,7 +170,8 @@ def _detach(handler: logging.Handler) -> None:
     logger.propagate = True
 
 
-def _describe(metrics: Mapping[str, float]) -> str:
+def describe(metrics: Mapping[str, float]) -> str:
+    """The latest values in a line."""
     named = {UNITS.get(name, name): value for name, value in metrics.items()}
     return "  ".join(f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.3f}" for name, value in named.items())
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
-from twinloop.registry.champion import load_served_domain, open_documents
+from twinloop.registry.champion import load_served_domain
+from twinloop.registry.documents import open_documents
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.knowledge.documents import DocumentStore

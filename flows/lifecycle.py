@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
+from rich.console import Console
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
@@ -17,8 +18,11 @@ from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.gpu import gpu_slot
 from twinloop.flows.outcome import Outcome, Publication, StageRow
+from twinloop.flows.progress import ReportedDisplay
+from twinloop.flows.story import Tracked, tracked_lifecycle, write_story
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import finish_interrupted
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
@@ -29,11 +33,11 @@ from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
-from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
+from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
-from twinloop.tasks.register import promote_if_shipped, register, who
+from twinloop.tasks.register import import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
@@ -49,30 +53,21 @@ def lifecycle(recipe: str | None = None) -> Outcome:
     """Data to a gated champion that answers over HTTP. What is already done is verified and skipped.
 
     Raises NotShippedError at its end, everything shown, where the gate says BLOCK or no champion answers.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
     """
     project, path, settings = _open(recipe)
     runtime = settings.runtime()
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
-    with make_display() as display, gpu_slot(project, runtime):
+    with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
         context = Context.of(project, path, settings, display)
         if any(stage.method.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
-        context, data, data_rows = _prepare(context, settings)
-        trained = _train(context, settings, runtime, data=data)
-        exported = [
-            export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
-            for precision in settings.export.on(runtime.device)
-        ]
-        export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
-        candidate, *others = exported
-        judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-        published = _publish(
-            context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate, data=data
-        )
-        answer, serve_error = _ask_champion(project, settings.name) if published.promotion else (None, None)
-    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
-    outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
+        with tracked_lifecycle(context, settings) as tracked:
+            outcome = _release(tracked, settings, runtime, rules, display.console)
     show_outcome(outcome, display.console)
     if outcome.failure:
         raise NotShippedError(f"{settings.name}: {outcome.failure}")
@@ -81,11 +76,16 @@ def lifecycle(recipe: str | None = None) -> Outcome:
 
 @flow(name="release-check", validate_parameters=False)
 def release_check(recipe: str | None = None) -> str:
-    """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias."""
+    """Measure the champion again, on this machine and by today's rules. Fails on BLOCK; moves no alias.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
+    """
     project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     runtime = settings.runtime()
-    with make_display() as display, gpu_slot(project, runtime):
+    with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
         context = Context.of(project, path, settings, display)
         registry = Registry(context.mlruns, context.recipe)
         finish_interrupted(registry, who())
@@ -100,10 +100,37 @@ def release_check(recipe: str | None = None) -> str:
 
 @flow(name="data-refresh", validate_parameters=False)
 def data_refresh(recipe: str | None = None) -> None:
-    """Rebuild and validate the data sets. Raises UserError for what is wrong with them."""
+    """Rebuild and validate the data sets. Raises UserError for what is wrong with them.
+
+    Args:
+        recipe: a recipe file, relative to the project, such as recipes/returns.yaml. Empty: the one that `recipe` in
+            params.yaml names.
+    """
     project, path, settings = _open(recipe)
-    with make_display() as display:
+    with ReportedDisplay(make_display()) as display:
         _prepare(Context.of(project, path, settings, display), settings)
+
+
+def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRules, console: Console) -> Outcome:
+    """Every stage from the data to the champion's answer, and the story of it."""
+    context, data, data_rows = _prepare(tracked.context, settings)
+    assert context.dataset_digest is not None
+    tracked.tracker.dataset(context.dataset_digest)
+    outlook = foresee_gate(context, settings.evaluate, rules, data=data)
+    console.print(outlook.text(), highlight=False, markup=False, soft_wrap=True)
+    trained = _train(context, settings, runtime, data=data)
+    exported = [
+        export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
+        for precision in settings.export.on(runtime.device)
+    ]
+    export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
+    candidate, *others = exported
+    judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
+    published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate, data=data)
+    answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
+    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
+    outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
+    return replace(outcome, report=write_story(tracked, context, settings, outcome))
 
 
 def _open(recipe: str | None) -> tuple[Path, Path, Recipe]:
@@ -206,8 +233,16 @@ def _publish(
     if promotion:
         note = f"champion: version {promotion.to_version}"
         rows.append(StageRow("promote", time.perf_counter() - registered, note=note))
+        rows += _import_documents(context)
     moved = promotion is not None and (before is None or before.version != version.version)
     return Publication(version, promotion, error, moved, tuple(rows))
+
+
+def _import_documents(context: Context) -> list[StageRow]:
+    """The documents of the data, put beside the champion that was judged with them: the row, if there are any."""
+    started = time.perf_counter()
+    imported = import_data_documents(context)
+    return [StageRow("documents", time.perf_counter() - started, note=str(imported))] if imported else []
 
 
 def _failing_champion(registry: Registry, champion: Version) -> str:

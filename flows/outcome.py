@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
@@ -55,6 +56,8 @@ class Outcome:
     published: Publication
     answer: Answer | None = None
     serve_error: str | None = None
+    report: Path | None = None
+    """The page that shows it all."""
 
     @property
     def failure(self) -> str | None:

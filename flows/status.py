@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from twinloop.registry.snapshot import Served
     from twinloop.tasks.plan import Plan
     from twinloop.tasks.recipe import Recipe
     from twinloop.training.runtime import Runtime
@@ -30,9 +29,25 @@ def show_status(project: Path, model: str, *, as_json: bool) -> int:
     return 0
 
 
+def write_version_report(project: Path, model: str, number: int | None) -> int:
+    """The report of a version, again. number: None for the champion, or else the candidate."""
+    from twinloop.registry.versions import CANDIDATE, CHAMPION
+    from twinloop.report.figures import figures
+    from twinloop.report.files import write_report
+    from twinloop.report.tracked import read_story
+    from twinloop.tasks.release import version_to_judge
+
+    registry = Registry(Mlruns(project / "mlruns"), model)
+    version = registry.version(number) if number else version_to_judge(registry, CHAMPION, CANDIDATE)
+    story = read_story(registry.mlruns, model, version.version)
+    for path in write_report(project, story, figures(story)):
+        print(path)
+    return 0
+
+
 def promote_version(project: Path, model: str, version: int) -> int:
+    from twinloop.registry.ledger import who
     from twinloop.registry.promotion import promote
-    from twinloop.tasks.register import who
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
     report = f" (gate report {done.gate_digest})" if done.gate_digest else ""
@@ -41,14 +56,11 @@ def promote_version(project: Path, model: str, version: int) -> int:
 
 
 def roll_back(project: Path, model: str) -> int:
-    from twinloop.registry.champion import load_served_domain
+    from twinloop.flows.releases import smoke_test_for_rollback
+    from twinloop.registry.ledger import who
     from twinloop.registry.promotion import rollback
-    from twinloop.registry.smoke_test import smoke_test
-    from twinloop.tasks.register import who
 
-    def test(version: Served) -> None:
-        print(f"smoke test: {smoke_test(version.path, load_served_domain(version, project).domain)}")
-
+    test = smoke_test_for_rollback(project, lambda answer: print(f"smoke test: {answer}"))
     done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), test)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
     if done.finished_later:
@@ -64,13 +76,13 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.evaluation.gate import load_rules
     from twinloop.flows.display import make_display
     from twinloop.flows.gpu import gpu_slot
+    from twinloop.registry.ledger import who
     from twinloop.registry.promotion import finish_interrupted
     from twinloop.registry.reconcile import what_it_is
     from twinloop.registry.versions import CANDIDATE, CHAMPION
     from twinloop.tasks.context import Context
     from twinloop.tasks.prepare import data_stage, validate_stage
     from twinloop.tasks.recipe import load_recipe
-    from twinloop.tasks.register import who
     from twinloop.tasks.release import judge_version, version_to_judge
 
     recipe = load_recipe(recipe_path, project)

@@ -43,6 +43,8 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
         else:
             shown = {"answer": body["choices"][0]["message"]["content"], "model": body["model"]}
         console.print(json.dumps(shown), highlight=False, markup=False, soft_wrap=True)
+    if outcome.report:
+        console.print(f"report: {outcome.report}", highlight=False, markup=False, soft_wrap=True)
 
 
 def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:

@@ -25,7 +25,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class SavesItself(Protocol):
-    def save(self, directory: Path, /) -> object: ...
+    def save(self, directory: Path, /, *, max_length: int) -> object: ...
 
 
 def save_model(
@@ -42,7 +42,7 @@ def save_model(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})  # transformers asks for the format
     if tokenizer is not None:
-        tokenizer.save(directory)
+        tokenizer.save(directory, max_length=config.max_position_embeddings)
 
 
 def load_config(directory: Path) -> DecoderConfig:

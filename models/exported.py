@@ -1,13 +1,14 @@
 """An exported model (ONNX): the directory that the engine serves, and nothing beside it.
 
 model.onnx, model.onnx.data   graph and weights
-config.json, tokenizer files  as in the model directory it was made from
+config.json, tokenizer files  as in the model directory it was made from, with max_length as the tokenizer's limit
 bundle.json                   precision, max_length, size and digest of the two model files
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -25,7 +26,8 @@ from twinloop.models.shapes import weight_shapes
 EXPORT_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-_COPIED = ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+_COPIED = ("config.json", "tokenizer.json", "generation_config.json")
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _FORMAT = 1
 
 
@@ -78,6 +80,8 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         for name in _COPIED:
             if (model_dir / name).exists():
                 shutil.copyfile(model_dir / name, staging / name)
+        if (model_dir / TOKENIZER_CONFIG).exists():
+            limit_tokenizer(model_dir / TOKENIZER_CONFIG, staging / TOKENIZER_CONFIG, max_length)
         exported = ExportedModel(
             format=_FORMAT,
             precision=precision,
@@ -88,6 +92,13 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         (staging / EXPORT_FILE).write_text(exported.model_dump_json(indent=2) + "\n")
         os.replace(staging, out_dir)
     return exported
+
+
+def limit_tokenizer(source: Path, target: Path, max_length: int) -> None:
+    """Copy a tokenizer_config.json whose `model_max_length`, which clients cut their texts at, is what is served."""
+    settings = json.loads(source.read_text(encoding="utf-8"))
+    settings["model_max_length"] = min(max_length, settings.get("model_max_length") or max_length)
+    target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfig]:

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twinloop.common.errors import UserError
+from twinloop.models.chat_template import MARK, compile_template, mark
 
 Message = Mapping[str, str]
 
@@ -106,7 +106,7 @@ class ChatTokenizer:
         by_length = sorted(self._special_ids, key=len, reverse=True)
         self._special_pattern = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
         self._bytes_of = _token_bytes(tokenizer)
-        self._template = _compile(settings.get("chat_template"))
+        self._template = compile_template(settings.get("chat_template"))
         self.stop_id = self._named_id("eos_token")
         # Qwen has no BOS and many have no PAD: both then are the stop token, as those models were trained.
         self.bos_id = self._named_id("bos_token", default=self.stop_id)
@@ -132,12 +132,16 @@ class ChatTokenizer:
             raise UserError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from error
         return cls(tokenizer, settings)
 
-    def save(self, directory: Path | str) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
+    def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
+
+        max_length: of the model beside it, in tokens, where the settings do not say so already.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
+        limit = {} if max_length is None else {"model_max_length": max_length}
+        text = json.dumps(limit | self._settings, indent=2, ensure_ascii=False) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     @property
@@ -201,12 +205,26 @@ class ChatTokenizer:
                 raise UserError(f'messages[{index}]: a message needs "role" and "content", both text')
         return self._render([dict(message) for message in messages], add_generation_prompt)
 
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         tokens = {name: _token_text(self._settings.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token")}
         try:
             return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
         except TemplateError as error:
             raise UserError(f"chat template: {error}") from error
+
+    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """A prompt of messages in the template's own form, not looked at here. Raises UserError, see `render`."""
+        return self._render([dict(message) for message in messages], add_generation_prompt=True)
+
+    def encode_marked(self, messages: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[int]:
+        """A prompt of messages, as `render_marked` takes them, in which `mark(i)` is the place of texts[i]."""
+        pieces = MARK.split(self.render_marked(messages))
+        ids = self._encode_template(pieces[0])
+        for index, in_json, template in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+            text = texts[int(index)]
+            ids += self.encode(json.dumps(text, ensure_ascii=False)[1:-1] if in_json else text)
+            ids += self._encode_template(template)
+        return ids
 
     def _encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         try:
@@ -224,11 +242,12 @@ class ChatTokenizer:
     def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[tuple[int, ...] | int]:
         """The template for these roles: ids of its own text, and the index of each message between them."""
         # Content is not in the string that is split, so nothing in it can look like one of these marks.
-        marked = [{"role": role, "content": f"\ue000{index}\ue001"} for index, role in enumerate(roles)]
-        pieces = re.split("\ue000(\\d+)\ue001", self._render(marked, add_generation_prompt))
-        return [
-            int(piece) if position % 2 else tuple(self._encode_template(piece)) for position, piece in enumerate(pieces)
-        ]
+        marked = [{"role": role, "content": mark(index)} for index, role in enumerate(roles)]
+        pieces = MARK.split(self._render(marked, add_generation_prompt))
+        skeleton: list[tuple[int, ...] | int] = [tuple(self._encode_template(pieces[0]))]
+        for index, template in zip(pieces[1::3], pieces[3::3], strict=True):
+            skeleton += [int(index), tuple(self._encode_template(template))]
+        return skeleton
 
     def _encode_template(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -352,19 +371,3 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 def _token_text(value: Any) -> str | None:
     """A token in tokenizer_config.json is text, or an object with `content`."""
     return value.get("content") if isinstance(value, Mapping) else value
-
-
-def _compile(source: Any) -> Any:
-    if not isinstance(source, str):
-        raise UserError("tokenizer_config.json: no chat_template; add the template that the model is trained with")
-    # As transformers does it: sandboxed, since a model directory may come from strangers.
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise_template_error
-    try:
-        return environment.from_string(source)
-    except TemplateError as error:
-        raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)

@@ -1,8 +1,8 @@
 """The leakage check: nothing that a model is measured on may be in what it is trained on.
 
 Training and held-out rows may not share the split keys that the recipe chooses. The key `text` is built in: a document
-or a prompt, where letter case and white space do not matter. All others are the domain's, and which of them a data set
-promises to keep is for the recipe to set: a shop's own cases cite the shop's own documents.
+or a prompt, where letter case, white space and Unicode form (NFC) do not matter. All others are the domain's, and which
+of them a data set promises to keep is for the recipe to set: a shop's own cases cite the shop's own documents.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import polars as pl
 
 from twinloop.common.errors import UserError
+from twinloop.common.texts import FORM
 from twinloop.domains.domain import SplitKey
 from twinloop.domains.record_types import RecordType
+from twinloop.records.findings import Finding, normalised
 from twinloop.records.reading import Source
 from twinloop.records.rows import LINE
 
@@ -32,6 +34,8 @@ UNEVEN = r"\s\s|[^\S ]"
 class Leak:
     """A row to train on that shares something with a held-out row."""
 
+    key: str
+    """The split key, by name."""
     file: str
     line: int
     what: str
@@ -64,15 +68,31 @@ def check_splits(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -
     if leaks:
         more = f" ({len(leaks) - 1} more of such rows)" if len(leaks) > 1 else ""
         raise UserError(
-            f"{leaks[0]}{more}; remove it from one of the two, or the score means nothing (validate.split_keys in the "
-            "recipe sets what is checked)"
+            f"{leaks[0]}{more}; remove it from one of the two, or the score means nothing; where both may have it, "
+            f"take {leaks[0].key} out of `validate: {{split_keys: [{', '.join(keys)}]}}` in the recipe"
         )
+
+
+def unseen_rows(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> list[Finding]:
+    """The rows without a value for a split key, of record types that have it: no leak of theirs by this key is seen."""
+    found = []
+    for name, key in keys.items():
+        if key is None:
+            continue
+        for each in (one for one in splits if one.record.split):
+            if key.keys(each.record.name, each.record.split == "held_out") is None:
+                continue
+            lines = each.frame.filter(~pl.col(LINE).is_in(_keys(each, key)[LINE].unique().implode()))[LINE]
+            if len(lines):
+                what = f"have no {key.title} (split key {name}), so that the leakage check by it does not see them"
+                found.append(Finding.of(each.source, lines.to_list(), len(each.frame), what))
+    return found
 
 
 def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iterator[Leak]:
     by_name = {each.record.name: each for each in splits}
     train, held_out = ([each for each in splits if each.record.split == side] for side in ("train", "held_out"))
-    for key in keys.values():
+    for name, key in keys.items():
         parts = [_keys(each, key) if key else _texts(each) for each in held_out]
         theirs = pl.concat(parts).unique("key", keep="first", maintain_order=True) if parts else pl.DataFrame()
         if theirs.is_empty():
@@ -89,7 +109,7 @@ def _leaks(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) -> Iter
                 what = f"{key.title} {row['key']}" if key else "its text"
                 ours_at = by_name[row["record"]].place(row[LINE])
                 theirs_at = by_name[row["record_held_out"]].place(row[f"{LINE}_held_out"])
-                yield Leak(*ours_at, what, *theirs_at)
+                yield Leak(name, *ours_at, what, *theirs_at)
 
 
 # --- the keys of each row: columns key, LINE, record. A row may have several keys, or none.
@@ -102,13 +122,13 @@ def _keys(split: Split, key: SplitKey) -> pl.DataFrame:
     keys = split.frame.select(expression.alias("key"), LINE)
     if isinstance(keys.schema["key"], pl.List):
         keys = keys.explode("key")
-    return _rows(keys.with_columns(pl.col("key").cast(pl.String)), split)
+    return _rows(keys.with_columns(pl.col("key").cast(pl.String).str.normalize(FORM)), split)
 
 
 def _texts(split: Split, among: pl.Series | None = None) -> pl.DataFrame:
-    """The text of each row in lower case and with single spaces. among: all others may be left out."""
-    text = _text_of(split.record)
-    texts = split.frame.select(text.str.to_lowercase().str.strip_chars().alias("key"), LINE)
+    """The text of each row in NFC, in lower case and with single spaces. among: all others may be left out."""
+    texts = normalised(split.frame.select(_text_of(split.record).alias("key"), LINE))
+    texts = texts.with_columns(pl.col("key").str.to_lowercase().str.strip_chars())
     if among is not None:  # to replace white space in a million texts would take a second
         texts = texts.filter(pl.col("key").str.contains(UNEVEN) | pl.col("key").is_in(among.implode()))
     return _rows(texts.with_columns(pl.col("key").str.replace_all(r"\s+", " ")), split)
@@ -132,7 +152,7 @@ def _turns(messages: pl.Expr) -> pl.Expr:
 
 def _mentions(corpus: Split, ids: pl.Series) -> pl.DataFrame:
     """Documents that name one of `ids` as a word of its own (P-7 is not in P-71)."""
-    nearly = corpus.frame.filter(pl.col("text").str.contains_any(ids.to_list()))
+    nearly = normalised(corpus.frame.select("text", LINE)).filter(pl.col("text").str.contains_any(ids.to_list()))
     found = []
     for some in _batched(ids, IDS_A_PATTERN):
         word = rf"(?:^|[^\w-])({'|'.join(map(re.escape, some))})(?:$|[^\w-])"

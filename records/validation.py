@@ -20,13 +20,16 @@ import polars as pl
 from pandera.config import ValidationDepth, config_context
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Derived, Domain, chosen_split_keys
+from twinloop.domains.domain import Derived, Domain, chosen_split_keys, domain_code
 from twinloop.domains.record_types import RecordType
 from twinloop.records.files import DataFiles, find_data
+from twinloop.records.findings import Finding, find_in
 from twinloop.records.forms import wanted_form
+from twinloop.records.misspelt import misspelt_fields
+from twinloop.records.prompts import foreign_prompts
 from twinloop.records.reading import Source, original_lines, read_files
 from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
-from twinloop.records.splits import Split, check_splits
+from twinloop.records.splits import Split, check_splits, unseen_rows
 from twinloop.records.validated import write_records
 
 WORST_REASONS = 3
@@ -71,6 +74,8 @@ class ValidationReport:
     """What was checked to be disjoint."""
     ignored_files: dict[str, str]
     """Why nothing reads a file of the data folder, by its path there."""
+    findings: tuple[Finding, ...] = ()
+    """What stops nothing and the owner of the data should know."""
 
     @property
     def rows(self) -> int:
@@ -109,19 +114,27 @@ def validate(
     (output_dir / "quarantine").mkdir(parents=True, exist_ok=True)
     splits: list[Split] = []
     reports: dict[str, FileReport] = {}
+    findings: list[Finding] = []
     for name, paths in data.of.items():
         rows, source = check_rows(input_dir, paths, records[name])
+        misspelt = misspelt_fields(source, rows, records[name])
+        findings += misspelt
         splits.append(Split(records[name], rows.frame, source))
         reports[name] = _report(source, rows)
         _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", source, rows.rejected)
-        _refuse_too_many(source, rows, settings.max_quarantined, records[name])
+        _refuse_too_many(source, rows, settings.max_quarantined, records[name], misspelt)
     sources = {split.record.name: split for split in splits}
-    splits += [_derive(records[name], how, sources[how.source]) for name, how in derived.items()]
+    splits += [_derive(records[name], how, sources[how.source], domain) for name, how in derived.items()]
     check_splits(splits, keys)
+    findings += unseen_rows(splits, keys)
+    for split in splits:
+        findings += find_in(split.frame, split.record, split.source)
+        findings += foreign_prompts(split.frame, split.record, split.source, domain)
     for split in splits:
         write_records(split.frame.drop(LINE), output_dir, split.record.name)
     made_from = {name: how.source for name, how in derived.items()}
-    report = ValidationReport(reports, made_from, tuple(settings.split_keys), dict(data.ignored))
+    keys_checked, found = tuple(settings.split_keys), tuple(dict.fromkeys(findings))
+    report = ValidationReport(reports, made_from, keys_checked, dict(data.ignored), found)
     (output_dir / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -149,14 +162,18 @@ def unusable(frame: pl.DataFrame, record: RecordType, source: Source) -> dict[in
     return reasons | {number: f"duplicate of {source.line(before)}" for number, before in duplicates.items()}
 
 
-def _derive(record: RecordType, how: Derived, source: Split) -> Split:
+def _derive(record: RecordType, how: Derived, source: Split, domain: Domain) -> Split:
     """The records that the domain makes from the good rows of another type; their lines are those of the rows.
 
     Raises UserError for one that breaks a rule of its type.
     """
     lines = source.frame[LINE]
     rows = zip(source.frame.drop(LINE).iter_rows(named=True), lines, strict=True)
-    frame = pl.DataFrame([how.make(row, line) for row, line in rows], schema=dict(record.columns)).with_columns(lines)
+    made = []
+    for row, line in rows:
+        with domain_code(domain, "derived", "{} line {}".format(*source.place(line))):
+            made.append(how.make(row, line))
+    frame = pl.DataFrame(made, schema=dict(record.columns)).with_columns(lines)
     for line, reason in _broken_rules(frame, record).items():
         path, line = source.place(line)
         raise UserError(f"{path} line {line}: the {record.name} record that the domain makes of it: {reason}")
@@ -228,7 +245,7 @@ def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
     return Counter(reason.reason.split(" at column ")[0].split(" of line ")[0] for reason in rejected)
 
 
-def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordType) -> None:
+def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordType, misspelt: Sequence[Finding]) -> None:
     bad, total = len(rows.rejected), len(rows.frame) + len(rows.rejected)
     if not total:
         raise UserError(f"{source}: holds no rows; put at least one there")
@@ -237,9 +254,10 @@ def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordTyp
         worst = "; ".join(f"{count} x {reason}" for reason, count in counts)
         first = rows.rejected[0]
         form = f"; a row is {wanted_form(record)}" if WRONG_FORM.search(counts[0][0]) else ""
+        hint = f" ({misspelt[0].rows} rows {misspelt[0].what})" if misspelt else ""
         raise UserError(
             f"{source}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
-            f"{source.line(first.line)}: {first.reason}{form}; fix the file or raise validate.max_quarantined"
+            f"{source.line(first.line)}: {first.reason}{hint}{form}; fix the file or raise validate.max_quarantined"
         )
 
 

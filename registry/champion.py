@@ -7,23 +7,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Document, Domain
+from twinloop.domains.domain import Domain
 from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
-from twinloop.registry.snapshot import Served, Version
+from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Served, Version
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
-from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore
-from twinloop.serving.model_manager import ModelManager, ServeFailure
+from twinloop.serving.knowledge.documents import DocumentStore
+from twinloop.serving.model_manager import REFUSED, ModelManager, ServeFailure
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -44,32 +44,6 @@ def load_served_domain(version: Version | Served, project: Path) -> LoadedDomain
         return load_domain(name, project)
     except UserError as error:
         raise UserError(f"{version}: its domain cannot be loaded ({error})") from None
-
-
-def open_documents(project: Path, model: str, domain: Domain) -> DocumentStore:
-    """The documents that the answers of a registered model are based on, in a file of its own: another model of the
-    project may be for another domain. A store that is still empty starts with those of the data set."""
-    store = DocumentStore(project / "state" / "documents" / f"{model}.db", domain.check_document)
-    if domain.passages and store.digest() == EMPTY_DIGEST and (documents := _documents_of(project / "data", domain)):
-        store.seed(documents)
-    return store
-
-
-def _documents_of(data: Path, domain: Domain) -> list[Document]:
-    """The good rows of the data set's documents, of each document the newest; none where there is no data set yet."""
-    from twinloop.records.files import find_data  # pandera and polars take a second: only for an empty store
-    from twinloop.records.validation import check_rows
-
-    records = domain.record_types()
-    if not (paths := find_data(data, records).of.get("documents")):
-        return []
-    rows, _ = check_rows(data, paths, records["documents"])
-    newest: dict[str, dict[str, Any]] = {}
-    for row in rows.frame.iter_rows(named=True):
-        before = newest.get(row["document_id"])
-        if before is None or (row["version"] or 0) >= (before["version"] or 0):
-            newest[row["document_id"]] = row
-    return [Document(row["document_id"], row["text"]) for row in newest.values()]
 
 
 @contextmanager
@@ -118,8 +92,10 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     try:
         champion = registry.snapshot().alias(CHAMPION)
     except Exception as error:  # whatever it is: the model that answers goes on
+        manager.unknown_champion = "registry_unreadable"
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
+    manager.unknown_champion = None if champion else "no_champion"
     # By its content too: a model that was deleted in MLflow and made again counts from 1.
     if champion is None or (str(champion.version), champion.digest) == (current.model.version, current.model.digest):
         manager.failure = None
@@ -128,14 +104,17 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     try:
         loaded = load_served_domain(champion, project)
         if loaded.domain is not current.domain:  # another one may have other routes and fields
-            raise UserError(
-                f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it"
+            raise _RestartNeededError(
+                f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it",
+                "it is for another domain, and this server has to be started again to serve it",
             )
         if _measured_with_other_code(champion, loaded):
             if not _is_rolled_back_to(registry, champion.version):
-                raise UserError(
+                raise _RestartNeededError(
                     f"{champion}: it was measured with other code of its domain than this server has loaded from "
-                    f"{loaded.file}; restart the server to serve it"
+                    f"{loaded.file}; restart the server to serve it",
+                    "it was measured with other code of its domain, and this server has to be started again to serve "
+                    "it",
                 )
             log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
@@ -143,11 +122,20 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        failure = ServeFailure(version, " ".join(reason.split()))
+        public = error.public if isinstance(error, _RestartNeededError) else REFUSED
+        failure = ServeFailure(version, " ".join(reason.split()), public)
         if failure != manager.failure:
             words = "version %s is not served, version %s goes on: %s"
             log.warning(words, version, current.model.version, failure.reason)
         manager.failure = failure
+
+
+class _RestartNeededError(UserError):
+    """A champion that a server which runs already cannot take. public: why, in words for clients."""
+
+    def __init__(self, message: str, public: str):
+        super().__init__(message)
+        self.public = public
 
 
 def _measured_with_other_code(version: Version | Served, loaded: LoadedDomain) -> bool:
@@ -169,4 +157,5 @@ def _load(
     tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
     smoke_test_engine(engine, tokenizer, domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
-    return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces)
+    measured = served.tags.get(DOCUMENTS_DIGEST) or None
+    return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces, measured)

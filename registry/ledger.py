@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import fsync, write_all
+from twinloop.registry.tracking import user
 
 GENESIS = "0" * 64
 
@@ -205,6 +207,11 @@ class Ledger:
             f"{self.path}: line {number} {what}; keep the file as evidence, move it away, "
             "and the next promotion or rollback starts a new ledger from the current aliases"
         )
+
+
+def who() -> str:
+    """Who moves the champion, for an entry: the user and the machine."""
+    return f"{user()}@{socket.gethostname()}"
 
 
 def champions_after(committed: Iterable[Entry]) -> Champions:

@@ -25,7 +25,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.loader import load_domain
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.registry.champion import open_documents
+from twinloop.registry.documents import open_documents
 from twinloop.registry.flavours import MAX_TOKENS
 from twinloop.registry.logged_models import MODEL_FOLDER
 from twinloop.registry.snapshot import Version, read_snapshot

@@ -29,6 +29,8 @@ from twinloop.serving.knowledge.documents import DocumentStore
 GREETING: list[Message] = [{"role": "user", "content": "Hello!"}]
 """What is asked where a domain makes no decisions and has no `messages` as its example."""
 GREETING_TOKENS = 16
+ANY_TEXT = "hello"
+"""The required fields of a request where its domain has no example: enough for a request of texts."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,15 @@ def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
     """The route and the body with which a server of this domain is asked for an answer."""
     if domain.request is None:
         return "/v1/chat/completions", {"messages": _opening(domain), "max_tokens": GREETING_TOKENS}
-    return "/v1/decisions", dict(domain.example)
+    return "/v1/decisions", example_request(domain)
+
+
+def example_request(domain: Domain) -> dict[str, Any]:
+    """The domain's example, or a request in its place; whether that one is valid is seen when it is asked."""
+    if domain.example or domain.request is None:
+        return dict(domain.example)
+    required = (name for name, field in domain.request.model_fields.items() if field.is_required())
+    return dict.fromkeys(required, ANY_TEXT)
 
 
 def smoke_test(exported: Path, domain: Domain) -> SmokeTest:
@@ -68,8 +78,9 @@ def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, 
 
 def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, exported: Path) -> SmokeTest:
     assert domain.request is not None
+    example = example_request(domain)
     try:
-        request = domain.request.model_validate_json(json.dumps(dict(domain.example)))
+        request = domain.request.model_validate_json(json.dumps(example))
     except ValidationError as error:
         problem, _ = describe_validation(error.errors(), field_descriptions(domain.request))
         raise UserError(f"domain {domain.name}: its example is no request ({problem}); set `example`") from None
@@ -83,7 +94,7 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
     if response.timings.ttft_ms is None or any(reason.predicate == "generation" for reason in response.reasons):
         raise UserError(f"{exported}: it loads and answers nothing ({reasons})")
     passed = f"{json.dumps(response.decision, ensure_ascii=False)}, all checks passed"
-    return SmokeTest(domain.example, response, f"escalated: {reasons}" if response.escalated else passed)
+    return SmokeTest(example, response, f"escalated: {reasons}" if response.escalated else passed)
 
 
 def _opening(domain: Domain) -> list[Message]:

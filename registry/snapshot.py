@@ -20,6 +20,8 @@ from twinloop.registry.tracking import Mlruns
 PREFIX = "twinloop."
 DOMAIN_FINGERPRINT = "domain_fingerprint"
 """Tag of a version: the code of its domain when it was last measured, as `registry.fingerprint` names it."""
+DOCUMENTS_DIGEST = "documents_digest"
+"""Tag of a version: `contents_digest` of the documents that it was trained and last measured with."""
 
 
 class VersionName(NamedTuple):

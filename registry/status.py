@@ -115,6 +115,11 @@ def status(registry: Registry) -> Status:
     for number, version in versions.items():
         aliases = " and ".join(alias for alias, each in named.items() if each and each.version == number)
         warnings += _about_files(aliases, version)
+    if champion := named[CHAMPION]:
+        from twinloop.registry.documents import documents_warning  # what it imports takes longer than all of this
+
+        if differ := documents_warning(registry.mlruns.root.parent, champion):
+            warnings.append(differ)
     last_gate = None
     try:
         last_gate = _last_gate(registry, snapshot)

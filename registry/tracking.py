@@ -1,17 +1,18 @@
-"""MLflow runs: one run for each execution of a stage, in one experiment for each recipe.
+"""MLflow runs: one a lifecycle, and nested under it one for each stage that it executed; one experiment a recipe.
 
 MLflow's database and artifacts live together in the project's `mlruns/`. A run records what was executed (stage, key,
 settings), on what (dataset digest, parent keys), by which code (commit, and whether it had uncommitted changes) and how
-it went. A skipped stage opens no run: its artifact names the one that made it.
+it went. A skipped stage opens no run: its artifact names the one that made it, and so does the lifecycle's story.
 
 Left out on purpose: MLflow's fluent API (`mlflow.start_run` and its globals), so that stages may run in threads;
-autologging; artifacts of runs, because the artifact store has them.
+autologging; artifacts of stages, because the artifact store has them.
 
 `mlflow` is imported by `Mlruns.client`, not here: it costs 1.3 s and 190 MB, and 0.9 s more at its first use.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 import logging
 import os
@@ -21,19 +22,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import BaseModel
 
 from twinloop.common.errors import is_disk_full, one_line
 from twinloop.registry.database import Migrations, prepare_database
+from twinloop.registry.liveness import HOST, alive_lock, mark_killed, release, seen_alive
 
 if TYPE_CHECKING:
-    from mlflow.entities import Experiment, Metric, Run
+    from mlflow.entities import Experiment, Metric
     from mlflow.tracking import MlflowClient
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,11 @@ RETRY_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0)
 METRICS_PER_BATCH = 1000
 PARAMETERS_PER_BATCH = 100
 PARAMETER_CHARS = 6000
+RESUMES = "twinloop.resumes"
+"""Tag of a run: the one, killed, whose work it goes on with."""
 NO_COMMIT = "no commit"
+RESULTS = "results"
+"""Folder of the project that lifecycles write, and that people commit."""
 
 
 class Mlruns:
@@ -81,6 +87,7 @@ class Mlruns:
 
         _quiet_mlflow()
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
+        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # also for a file that lies beside it
         # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
         with self.lock("database"):
             return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
@@ -135,12 +142,17 @@ class CodeVersion:
 
 @dataclass(frozen=True)
 class Execution:
-    """What one run of a stage is, known before it starts."""
+    """What one run of a stage, or of a whole lifecycle, is, known before it starts.
+
+    name: of the run; by default the stage's. lifecycle: the run that it is a part of.
+    """
 
     recipe: str
     stage: str
     key: str
     settings: Settings
+    name: str | None = None
+    lifecycle: str | None = None
     recipe_path: Path | None = None
     parents: Mapping[str, str] = field(default_factory=dict)  # stage -> key of each input artifact
     dataset_digest: str | None = None
@@ -149,14 +161,19 @@ class Execution:
     def tags(self) -> dict[str, str]:
         parents = {f"twinloop.parent.{stage}": key for stage, key in self.parents.items()}
         commit = {"mlflow.source.git.commit": self.code.commit} if self.code.commit else {}
+        nested = {"mlflow.parentRunId": self.lifecycle} if self.lifecycle else {}
         return {
+            "mlflow.user": user(),
+            "mlflow.source.name": str(self.recipe_path or self.recipe),
+            "mlflow.source.type": "LOCAL",
             "twinloop.stage": self.stage,
             "twinloop.key": self.key,
             "twinloop.recipe": self.recipe,
             "twinloop.recipe_path": str(self.recipe_path or ""),
             "twinloop.commit": str(self.code),
-            "twinloop.host": socket.gethostname(),
+            HOST: socket.gethostname(),
             **commit,
+            **nested,
             **parents,
         }
 
@@ -187,16 +204,18 @@ class Tracker:
         client, execution = self.mlruns.client, self.execution
         experiment_id = self.mlruns.experiment_id(execution.recipe)
         with self.mlruns.lock("runs"):  # so that nobody sees this run before it is marked alive
-            killed = _mark_killed(self.mlruns, experiment_id)
+            killed = mark_killed(self.mlruns, experiment_id)
             tags = execution.tags()
             if resumed := next((run for run in killed if run.data.tags.get("twinloop.key") == execution.key), None):
-                tags["twinloop.resumes"] = resumed.info.run_id
-            self.run_id = client.create_run(experiment_id, tags=tags, run_name=execution.stage).info.run_id
-            self._alive = _alive_lock(self.mlruns, self.run_id)
+                tags[RESUMES] = resumed.info.run_id
+            name = execution.name or execution.stage
+            self.run_id = client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
+            self._alive = alive_lock(self.mlruns, self.run_id)
             self._alive.acquire()
         try:
             self._log_parameters()
-            self._log_dataset()
+            if execution.dataset_digest:
+                self.dataset(execution.dataset_digest)
         except BaseException:
             self._end("FAILED")
             raise
@@ -247,11 +266,26 @@ class Tracker:
             batch = self._buffer[:METRICS_PER_BATCH]
             self.mlruns.client.log_batch(self.run_id, metrics=batch)
             del self._buffer[: len(batch)]
-        os.utime(self._alive.lock_file)  # when the run was last known to be alive
+        for run_id in filter(None, (self.run_id, self.execution.lifecycle)):
+            seen_alive(self.mlruns, run_id)
 
     def output(self, manifest_digest: str) -> None:
         """Record which artifact this run made."""
-        _patiently(lambda: self.mlruns.client.set_tag(self.run_id, "twinloop.manifest_digest", manifest_digest))
+        self.tag({"twinloop.manifest_digest": manifest_digest})
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run, which may have ended."""
+        for name, value in tags.items():
+            _patiently(partial(self.mlruns.client.set_tag, self.run_id, name, value))
+
+    def dataset(self, digest: str) -> None:
+        """Record which version of the data the run reads, as MLflow's own dataset input."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        # What a MetaDataset becomes in the database, without the download source that it asks for.
+        dataset = Dataset(name="data.dvc", digest=digest, source_type="dvc", source=json.dumps({"path": "data.dvc"}))
+        tag = InputTag("mlflow.data.context", self.execution.stage)
+        self.mlruns.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 
     def _log_parameters(self) -> None:
         from mlflow.entities import Param
@@ -261,22 +295,11 @@ class Tracker:
         for start in range(0, len(parameters), PARAMETERS_PER_BATCH):
             self.mlruns.client.log_batch(self.run_id, params=parameters[start : start + PARAMETERS_PER_BATCH])
 
-    def _log_dataset(self) -> None:
-        if not (digest := self.execution.dataset_digest):
-            return
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        # What a MetaDataset becomes in the database, without the download source that it asks for.
-        dataset = Dataset(name="data.dvc", digest=digest, source_type="dvc", source=json.dumps({"path": "data.dvc"}))
-        tag = InputTag("mlflow.data.context", self.execution.stage)
-        self.mlruns.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
-
     def _end(self, status: str) -> None:
         try:
             _patiently(lambda: self.mlruns.client.set_terminated(self.run_id, status))
         finally:
-            self._alive.release()
-            Path(self._alive.lock_file).unlink(missing_ok=True)
+            release(self._alive)
 
 
 def code_of_run(mlruns: Mlruns, run_id: str) -> CodeVersion | None:
@@ -292,6 +315,14 @@ def code_of_run(mlruns: Mlruns, run_id: str) -> CodeVersion | None:
     return CodeVersion.parse(commit) if commit else None
 
 
+def user() -> str:
+    """The name of whoever runs this process."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return "unknown"
+
+
 def flatten(settings: Settings) -> dict[str, str]:
     """Settings as MLflow's parameters: nested names joined by dots, values as text."""
     plain = settings.model_dump(mode="json") if isinstance(settings, BaseModel) else settings
@@ -300,10 +331,11 @@ def flatten(settings: Settings) -> dict[str, str]:
 
 def code_version(project: Path, *needed: Path) -> CodeVersion:
     """The commit that `project` is at. Of the files that git does not know only `needed` make it dirty: outputs lie
-    among the others."""
+    among the others. The results of earlier lifecycles are no code."""
     try:
         commit = _git(project, "rev-parse", "HEAD")
-        changed = _git(project, "status", "--porcelain", "--untracked-files=no")
+        code = ("--", ":(top)", f":(exclude){RESULTS}")
+        changed = _git(project, "status", "--porcelain", "--untracked-files=no", *code)
         if needed:
             changed += _git(project, "status", "--porcelain", "--untracked-files=all", "--", *map(str, needed))
     except (OSError, subprocess.SubprocessError):
@@ -337,27 +369,6 @@ def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]
             yield f"{prefix}{name}", str(value)
 
 
-def _mark_killed(mlruns: Mlruns, experiment_id: str) -> list[Run]:
-    """End the runs whose process died without a word, as of when they were last seen alive. Latest first."""
-    killed = []
-    here = f"attributes.status = 'RUNNING' and tags.`twinloop.host` = '{socket.gethostname()}'"
-    for run in mlruns.client.search_runs([experiment_id], here):
-        run_id, alive = run.info.run_id, _alive_lock(mlruns, run.info.run_id)
-        last_seen = Path(alive.lock_file).stat().st_mtime if Path(alive.lock_file).exists() else None
-        try:
-            alive.acquire(blocking=False)
-        except Timeout:
-            continue  # another process is at it
-        try:
-            if mlruns.client.get_run(run_id).info.status == "RUNNING":  # not ended since the search
-                mlruns.client.set_terminated(run_id, "KILLED", int(last_seen * 1000) if last_seen else None)
-                killed.append(run)
-        finally:
-            alive.release()
-            Path(alive.lock_file).unlink(missing_ok=True)
-    return killed
-
-
 def _patiently(write: Callable[[], object]) -> None:
     """Try for half a minute: hours of training are not to fail because a database was busy at their end."""
     for pause_s in RETRY_PAUSES_S:
@@ -370,11 +381,6 @@ def _patiently(write: Callable[[], object]) -> None:
             log.warning("MLflow is not reachable, trying again in %s s: %s", pause_s, one_line(trouble))
             time.sleep(pause_s)
     write()
-
-
-def _alive_lock(mlruns: Mlruns, run_id: str) -> FileLock:
-    """Held by the process of a run for as long as it lives."""
-    return mlruns.lock(f"run-{run_id}")
 
 
 def _git(project: Path, *arguments: str) -> str:

@@ -24,7 +24,16 @@ from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Manifest
 from twinloop.registry.flavours import MLMODEL, write_flavour
 from twinloop.registry.logged_models import MODEL_FOLDER, NewModel, finished, new_model
-from twinloop.registry.snapshot import DOMAIN_FINGERPRINT, PREFIX, Served, Snapshot, Version, VersionName, read_snapshot
+from twinloop.registry.snapshot import (
+    DOCUMENTS_DIGEST,
+    DOMAIN_FINGERPRINT,
+    PREFIX,
+    Served,
+    Snapshot,
+    Version,
+    VersionName,
+    read_snapshot,
+)
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.version_files import install, verified_manifest, version_error
 
@@ -47,6 +56,7 @@ class Lineage:
     domain_fingerprint: str | None = None  # of the domain's code that it was measured with
     about: Mapping[str, str] = field(default_factory=dict)
     """What people want to read of it in MLflow, short: further tags."""
+    documents_digest: str | None = None  # of the documents that it was measured with; None: it has none
 
 
 class Registry:
@@ -86,9 +96,7 @@ class Registry:
                 version = self._create(artifact, manifest, lineage, run_id, servable, domain)
             else:
                 self._repair(version, artifact, domain)
-                changed = {}
-                if lineage.domain_fingerprint and version.domain_fingerprint != lineage.domain_fingerprint:
-                    changed[DOMAIN_FINGERPRINT] = lineage.domain_fingerprint  # it was measured again
+                changed = {k: v for k, v in _measured(lineage).items() if v and version.tags.get(k) != v}
                 if lineage.parent and len(self.lineage(version)) == 1:  # the parent was deleted in MLflow
                     changed["parent"] = str(lineage.parent)
                 if changed:
@@ -291,10 +299,18 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, model: NewModel,
         "commit": lineage.code,
         "recipe": lineage.recipe,
         "domain": lineage.domain,
-        DOMAIN_FINGERPRINT: lineage.domain_fingerprint or "",
+        **_measured(lineage),
         "parent": lineage.parent or "",
         "servable": str(servable).lower(),
         "path": path.relative_to(mlruns.root).as_posix(),  # relative: MLflow's own is absolute, and projects move
         **lineage.about,
     }
     return {key: str(value) for key, value in tags.items()}
+
+
+def _measured(lineage: Lineage) -> dict[str, str]:
+    """The tags that name what a version was measured with."""
+    return {
+        DOMAIN_FINGERPRINT: lineage.domain_fingerprint or "",
+        DOCUMENTS_DIGEST: lineage.documents_digest or "",
+    }

@@ -11,10 +11,13 @@ import re
 import secrets
 from collections.abc import Callable, Sequence
 
-from fastapi import Request
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers as StarletteHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from twinloop.common.errors import UserError
 from twinloop.serving.errors import ApiError, error_body
 
 Headers = Sequence[tuple[bytes, bytes]]
@@ -78,6 +81,47 @@ _FOREIGN_HOST = (
 )
 
 
+class OtherOrigins(CORSMiddleware):
+    """Let pages of these origins ask, as browsers want it said (CORS). Without it no page but the console can.
+
+    It opens nothing that a program could not reach: who may change documents and read traces is asked as everywhere.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]):
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=("GET", "POST", "PUT"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After",),
+            allow_private_network=True,
+        )
+
+    def preflight_response(self, request_headers: StarletteHeaders) -> Response:
+        response = super().preflight_response(request_headers)
+        headers = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        if response.status_code == 200:
+            return Response(status_code=204, headers=headers)
+        words = "pages of this origin may not ask so here; `twinloop serve --cors-origin` opens it to an origin"
+        return JSONResponse(error_body(403, words), 403, headers=headers)
+
+
+_WEB_ORIGIN = re.compile(r"(https?)://([0-9a-z.-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+
+
+def origin(text: str) -> str:
+    """The origin of a web page, as browsers name it. Raises UserError for what is none."""
+    match = _WEB_ORIGIN.fullmatch(text.strip().lower())
+    if match is None:
+        raise UserError(
+            f"--cors-origin {text}: not an origin, which is a scheme, a host and a port if it is not the usual one, "
+            "such as https://shop.example or http://localhost:3000"
+        )
+    scheme, host, port = match.groups()
+    usual = {"http": "80", "https": "443"}[scheme]
+    return f"{scheme}://{host}" + (f":{port}" if port not in (None, usual) else "")
+
+
 def administrators_only(token: str | None, local_admin: bool) -> Callable[[Request], None]:
     """A dependency that refuses everybody but an administrator. See `create_app` for who that is."""
 
@@ -85,7 +129,8 @@ def administrators_only(token: str | None, local_admin: bool) -> Callable[[Reque
         headers = request.scope["headers"]
         if token is not None:
             if not _has_token(headers, token):
-                raise ApiError(401, "this needs the administrator's token: Authorization: Bearer <token>")
+                words = "this needs the administrator's token: Authorization: Bearer <token>"
+                raise ApiError(401, words, headers={"WWW-Authenticate": "Bearer"})
         elif not (local_admin and _comes_from_here(request)):
             raise ApiError(
                 403,

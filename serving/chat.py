@@ -8,22 +8,26 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Annotated, Any
 
 import anyio.to_thread
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import MAX_MESSAGES, Domain
+from twinloop.models.tool_messages import has_tools
 from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.described import CHAT_RESPONSES
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
 from twinloop.serving.engine.scheduler import Place
-from twinloop.serving.errors import ApiError, constraint_body, error_body
+from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
 from twinloop.serving.generation import TextStream
+from twinloop.serving.health import CHAT, refuse_other_model, routes_of
+from twinloop.serving.messages import ChatMessage, encode_messages
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.response_format import ResponseFormat, constraint_of
@@ -34,61 +38,55 @@ MAX_STOP_CHARACTERS = 100
 
 NEUTRAL: dict[str, Any] = {
     "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "n": 1,
-    "parallel_tool_calls": True, "tool_choice": "none",
 }  # fmt: skip
 """Parameters that are accepted only with the value that changes nothing (or null)."""
+
+OF_TOOLS: dict[str, tuple[Any, ...]] = {"tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+"""Parameters of a request with tools, and the values that change nothing in one without."""
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Parameters that do not concern the answer."""
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True)
+EXAMPLE = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class TextPart(_Body):
-    type: Literal["text"]
-    text: str
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-
-class ChatMessage(_Body):
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-
-    def as_message(self) -> dict[str, str]:
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": self.role, "content": text}
-
-
-class StreamOptions(_Body):
     include_usage: bool = False
+
+
+def _describe_others(schema: dict[str, Any]) -> None:
+    """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
+    values = {name: [value] for name, value in NEUTRAL.items()} | {name: [*each] for name, each in OF_TOOLS.items()}
+    schema["properties"] |= {name: {"enum": [*allowed, None]} for name, allowed in values.items()}
+    schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
+    schema["additionalProperties"] = False
 
 
 class ChatRequest(BaseModel):
     """The part of OpenAI's request that is served. Temperature 0 is greedy."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    seed: int | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
 
-    @field_validator("stop")
-    @classmethod
-    def _stop_is_usable(cls, stop: str | list[str] | None) -> list[str]:
-        strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > MAX_STOP_STRINGS or not all(0 < len(text) <= MAX_STOP_CHARACTERS for text in strings):
-            raise ValueError(f"must be at most {MAX_STOP_STRINGS} texts of 1 to {MAX_STOP_CHARACTERS} characters")
-        return strings
+    @property
+    def stop_texts(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
 class Completion:
@@ -181,8 +179,8 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
 
-    @router.post("/v1/chat/completions")
-    async def complete(request: Request, body: ChatRequest) -> Response:
+    @router.post(CHAT, response_model=None, responses=CHAT_RESPONSES)
+    async def complete(request: Request, body: Annotated[ChatRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
         if body.stream:
@@ -195,26 +193,9 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
     return router
 
 
-def models_router(manager: ModelManager) -> APIRouter:
-    """`GET /v1/models`: which model is served, what it is for, and where it is asked."""
-    router = APIRouter()
-    created = int(time.time())
-
-    @router.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model_object(manager.service, created)]}
-
-    @router.get("/v1/models/{name}")
-    def one_model(name: str) -> dict[str, Any]:
-        _refuse_other_model(name, manager.service.model)
-        return _model_object(manager.service, created)
-
-    return router
-
-
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
-    _refuse_unserved(body, service.model)
+    _refuse_unserved(body, service)
     with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
@@ -223,7 +204,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
     constraint = constraint_of(body.response_format, service.grammars)
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
-        prompt = tokenizer.encode_prompt([message.as_message() for message in body.messages])
+        prompt = encode_messages(body.messages, tokenizer)
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
     available = longest - len(prompt)
@@ -245,28 +226,8 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         constraint=constraint,
     )
     stream = place.submit(prompt, params)
-    text = TextStream(stream, tokenizer, started=started, stop=body.stop or ())
+    text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
     return Completion(text, len(prompt), service.model)
-
-
-def _model_object(service: DecisionService, created: int) -> dict[str, Any]:
-    model, domain = service.model, service.domain
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "twinloop",
-        "version": model.version,
-        "digest": model.digest,
-        "domain": domain.name,
-        "routes": routes_of(domain),
-    }
-
-
-def routes_of(domain: Domain) -> list[str]:
-    """Where a model of this domain is asked."""
-    decides, chats = domain.request is not None, domain.serves_chat
-    return ["/v1/decisions"] * decides + ["/v1/chat/completions"] * chats
 
 
 def closed_route(path: str, domain: Domain) -> APIRouter:
@@ -274,25 +235,35 @@ def closed_route(path: str, domain: Domain) -> APIRouter:
     router = APIRouter()
     there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
 
-    @router.post(path, include_in_schema=False)
+    @router.api_route(path, methods=[*METHODS], include_in_schema=False)
     def closed() -> None:
         raise ApiError(404, f"{path}: not served, since the model's domain is {domain.name}; it answers {there}")
 
     return router
 
 
-def _refuse_other_model(name: str, model: ModelInfo) -> None:
-    if name != model.name:
-        raise ApiError(
-            404, f"model: {name!r} is not served here; {model.name!r} is", code="model_not_found", param="model"
-        )
-
-
-def _refuse_unserved(body: ChatRequest, model: ModelInfo) -> None:
+def _refuse_unserved(body: ChatRequest, service: DecisionService) -> None:
     if body.model is not None:
-        _refuse_other_model(body.model, model)
-    for name, value in (body.model_extra or {}).items():
-        if name in IGNORED or value is None or (name in NEUTRAL and value == NEUTRAL[name]):
-            continue
-        problem = f"only {json.dumps(NEUTRAL[name])} is served" if name in NEUTRAL else "is not a known parameter"
+        refuse_other_model(body.model, service.model)
+    extra = body.model_extra or {}
+    if extra.get("tools") and not has_tools(service.tokenizer):
+        problem = "tools: the chat template of this model has no tools; say in a message what it may answer with"
+        raise ApiError(400, problem, code="unsupported_parameter", param="tools")
+    for name, problem in _unserved(extra):
         raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
+
+
+def _unserved(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Parameters that cannot be served, and why. Those of tools come last: the tools themselves are what is amiss."""
+    for name, value in extra.items():
+        if name in IGNORED or name in OF_TOOLS or value is None or (name in NEUTRAL and _same(value, NEUTRAL[name])):
+            continue
+        yield name, f"only {json.dumps(NEUTRAL[name])} is served" if name in NEUTRAL else "is not a known parameter"
+    for name, neutral in OF_TOOLS.items():
+        if (value := extra.get(name)) is not None and not any(_same(value, each) for each in neutral):
+            yield name, f"only {' or '.join(map(json.dumps, neutral))} is served without tools"
+
+
+def _same(value: Any, other: Any) -> bool:
+    """As JSON, which knows true from 1."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)

@@ -79,11 +79,15 @@ class Timings(_Frozen):
 
 
 class DecisionResponse(_Frozen):
-    """The answer to `POST /v1/decisions`. Either there is a decision, in the domain's own form, or it is escalated."""
+    """The answer to `POST /v1/decisions`. Either there is a decision, in the domain's own form, or it is escalated.
+
+    checks: the domain's own, of what the model wrote, and whether each holds; none where the model was not asked.
+    """
 
     decision: Any
     escalated: bool
     reasons: list[Reason]
+    checks: dict[str, bool]
     passages: list[Passage]
     model: ModelInfo
     timings: Timings
@@ -104,7 +108,7 @@ class DecisionTrace(_Frozen):
     prompt_tokens: int
     completion_tokens: int
     output_text: str | None
-    predicates: dict[str, bool]
+    checks: dict[str, bool]
     decision: Any
     escalated: bool
     reasons: list[Reason]
@@ -160,6 +164,7 @@ class PendingDecision:
             decision=decision,
             escalated=decision is None,
             reasons=reasons,
+            checks=dict(review.verdict.checks) if review.verdict is not None else {},
             passages=[Passage.of(document) for document in self._passages],
             model=service.model,
             timings=timings,
@@ -203,7 +208,6 @@ class PendingDecision:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=self._text.completion_tokens if self._text is not None else 0,
             output_text=review.output_text,
-            predicates=dict(review.verdict.checks) if review.verdict is not None else {},
             **{name: getattr(response, name) for name in DecisionResponse.model_fields},
         )
 
@@ -262,7 +266,9 @@ class DecisionService:
         model: ModelInfo,
         domain: Domain,
         traces: TraceStore | None = None,
+        measured_documents: str | None = None,
     ):
+        """measured_documents: `contents_digest` of those that the model was evaluated with; None: it is not known."""
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
@@ -270,6 +276,14 @@ class DecisionService:
         self.model = model
         self.domain = domain
         self.traces = traces
+        self.measured_documents = measured_documents
+
+    @property
+    def documents_differ(self) -> bool:
+        """Whether answers are given from other documents than the model was evaluated with. Raises
+        DocumentStoreError."""
+        known = self.measured_documents
+        return known is not None and self.documents.contents() != known
 
     def decide(self, request: BaseModel) -> DecisionResponse:
         """Decide one case, or escalate it. request: of the domain's own model.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.sampling import ConstraintError
@@ -23,21 +24,53 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "invalid_request_error", 503: "server_error"}
+METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 
+_TYPES = {401: "authentication_error", 403: "permission_error"}
 
 _WORDS = {
     "missing": "is required",
     "extra_forbidden": "is not a field of this request",
     "string_unicode": "holds characters that are not valid Unicode",
+    "none_required": "is not supported; leave it out",
+    "model_attributes_type": "should be a JSON object",
+    "model_type": "should be a JSON object",
+    "dict_type": "should be a JSON object",
 }
+
+Code = Literal[
+    "context_length_exceeded", "model_not_found", "queue_full", "unsupported_message", "unsupported_parameter"
+]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong. `param` is the path of a field of the request, such as `messages.0.content`."""
+
+    message: str
+    type: Literal["invalid_request_error", "authentication_error", "permission_error", "server_error"]
+    param: str | None
+    code: Code | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer with a status of 400 or more, as OpenAI's clients read it."""
+
+    error: ErrorDetail
 
 
 class ApiError(HTTPException):
     """An error with a status, a message in plain words, and OpenAI's `code` and `param`."""
 
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None):
-        super().__init__(status, message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: Code | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(status, message, headers)
         self.code = code
         self.param = param
 
@@ -50,32 +83,63 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 def constraint_body(error: ConstraintError) -> dict[str, Any]:
     """The error object for an answer that cannot have the form that was asked for."""
-    return error_body(400, f"response_format: {error}", param="response_format")
+    return error_body(400, f"response_format: {error}", code="unsupported_parameter", param="response_format")
 
 
-def describe_validation(errors: Sequence[Any], descriptions: Mapping[str, str]) -> tuple[str, str | None]:
-    """What is wrong with a request, in one line, and the first field that is.
+def describe_validation(
+    errors: Sequence[Any], descriptions: Mapping[str, str], sent: Any = None
+) -> tuple[str, str | None]:
+    """What is wrong with a request, in one line, and the path of the first field that is.
 
-    `errors` are pydantic's; `descriptions` explain a field, by its path (`field_descriptions`). What the caller
-    sent is not repeated, since it may hold a customer's words.
+    `errors` are pydantic's; `descriptions` explain a field, by its path (`field_descriptions`); `sent` is the request
+    as it was read from JSON. What the caller sent is not repeated, since it may hold a customer's words.
     """
-    lines, first = [], None
-    for error in errors[:5]:
-        location = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
-        place = ".".join(map(str, location))
-        first = first or place or None
+    said: dict[tuple[Any, ...], list[str]] = {}
+    for error in errors:
         if error["type"] == "json_invalid":
-            lines.append("the body is not JSON")
-            continue
-        description = descriptions.get(".".join(part for part in location if isinstance(part, str)))
-        words = _WORDS.get(error["type"])
-        if words is None and error["type"] == "string_pattern_mismatch" and description:
-            words = f"must be {description}"  # nobody reads a regular expression
-        elif words is None:
-            said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
-            words = said[:1].lower() + said[1:] + (f" ({description})" if description else "")
-        lines.append(f"{place or 'body'}: {words}")
-    return "; ".join(lines), first
+            return "the body is not JSON" + _position(error), None
+        location = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
+        place = location if sent is None else _place(location, sent, absent=error["type"] == "missing")
+        if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+            place = (*place, error["ctx"]["discriminator"].strip("'"))
+        words = _words(error, descriptions.get(".".join(part for part in place if isinstance(part, str))))
+        if words not in said.setdefault(place, []):
+            said[place].append(words)
+    # Of the alternatives of a field, those that the request came further in say more.
+    deepest = [place for place in said if not any(other[: len(place)] == place != other for other in said)]
+    lines = [f"{'.'.join(map(str, place)) or 'body'}: {', or '.join(said[place])}" for place in deepest]
+    return "; ".join(lines[:5]), ".".join(map(str, deepest[0])) or None
+
+
+def _position(error: Any) -> str:
+    place = error["loc"][-1] if error["loc"] else None
+    return f" (at character {place + 1})" if isinstance(place, int) else ""
+
+
+def _place(location: Sequence[Any], sent: Any, *, absent: bool) -> tuple[Any, ...]:
+    """The path in what was sent, without the names that pydantic gives to the alternatives of a field.
+
+    absent: the last part of the location is a field that was not sent.
+    """
+    place: list[Any] = []
+    for position, part in enumerate(location):
+        is_in = part in sent if isinstance(sent, dict) else isinstance(sent, list) and part in range(len(sent))
+        if is_in or (absent and position == len(location) - 1):
+            place.append(part)
+            sent = sent[part] if is_in else None
+    return tuple(place)
+
+
+def _words(error: Any, description: str | None) -> str:
+    """What is wrong with a field, after its name and a colon."""
+    if error["type"] == "string_pattern_mismatch" and description:
+        return f"must be {description}"  # nobody reads a regular expression
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"must be one of {error['ctx']['expected_tags']}" if "expected_tags" in error["ctx"] else "is required"
+    if words := _WORDS.get(error["type"]):
+        return words
+    said = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return str(said[:1].lower() + said[1:] + (f" ({description})" if description else ""))
 
 
 def field_descriptions(model: type[BaseModel]) -> dict[str, str]:
@@ -99,6 +163,21 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
+def allowed_methods(request: Request) -> str:
+    """The methods of all routes of a request's path, as the header Allow lists them."""
+    found = {method for method in METHODS if any(_takes(route, request, method) for route in request.app.routes)}
+    return ", ".join(sorted(found | ({"HEAD"} if "GET" in found else set())))
+
+
+def _takes(route: BaseRoute, request: Request, method: str) -> bool:
+    return route.matches({**request.scope, "method": method})[0] is Match.FULL
+
+
+def _not_json(content_type: str | None) -> str:
+    sent = f"Content-Type {content_type[:80]!r} is not read" if content_type else "the body has no Content-Type"
+    return f"{sent}; send JSON, with the header 'Content-Type: application/json' (curl: -H, before -d)"
+
+
 def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     """Answer every exception in the one form. `descriptions`: of the fields of requests, see `describe_validation`.
 
@@ -108,8 +187,11 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = describe_validation(error.errors(), descriptions)
-        status = 400 if request.url.path.startswith("/v1/chat/") else 422
+        kinds = {each["type"] for each in error.errors()}
+        if isinstance(error.body, bytes) and "missing" not in kinds:  # it was not read as JSON
+            return JSONResponse(error_body(415, _not_json(request.headers.get("content-type"))), 415)
+        message, param = describe_validation(error.errors(), descriptions, error.body)
+        status = 400 if "json_invalid" in kinds or request.url.path.startswith("/v1/chat/") else 422
         return JSONResponse(error_body(status, message, param=param), status)
 
     @app.exception_handler(DocumentError)
@@ -145,12 +227,17 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:
-        code, param = getattr(error, "code", None), getattr(error, "param", None)
-        return JSONResponse(
-            error_body(error.status_code, str(error.detail), code=code, param=param),
-            error.status_code,
-            headers=error.headers,
-        )
+        status, headers = error.status_code, error.headers
+        if isinstance(error, ApiError):
+            body = error_body(status, str(error.detail), code=error.code, param=error.param)
+            return JSONResponse(body, status, headers=headers)
+        if status == 405:
+            allowed = allowed_methods(request)
+            words = f"{request.method} is not a method of this path; it has {allowed}"
+            return JSONResponse(error_body(status, words), status, headers={"Allow": allowed})
+        # FastAPI's own words for a body that no JSON parser gets through
+        known = {400: "the body is not JSON", 404: "there is nothing at this path; /openapi.json lists what there is"}
+        return JSONResponse(error_body(status, known.get(status, str(error.detail))), status, headers=headers)
 
     @app.exception_handler(Exception)
     async def broken(request: Request, error: Exception) -> JSONResponse:

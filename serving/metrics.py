@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from twinloop.serving.decisions import DecisionResponse
 from twinloop.serving.knowledge.documents import DocumentStoreError
-from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.model_manager import DEGRADATIONS, ModelManager
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
+ASKED = ("/v1/decisions", "/v1/chat/completions")
+"""The routes at which the model is asked."""
+
 disable_created_metrics()  # a time beside every counter, which no dashboard of ours reads
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Requests to the model since the start, those of them that got an error, and the first tokens: how many, and the
+    seconds that they took, summed."""
+
+    requests: int
+    refused: int
+    first_tokens: int
+    first_token_s: float
 
 
 class Metrics:
@@ -51,6 +67,16 @@ class Metrics:
         for reason in response.reasons:
             self._escalations.labels(reason.predicate).inc()
 
+    def counted(self) -> Counted:
+        """The sums over all routes at which the model is asked."""
+        asked = [each for each in _samples(self.requests, "_total") if each.labels["route"] in ASKED]
+        return Counted(
+            requests=int(sum(each.value for each in asked)),
+            refused=int(sum(each.value for each in asked if int(each.labels["status"]) >= 400)),
+            first_tokens=int(sum(each.value for each in _samples(self._first_token, "_count"))),
+            first_token_s=sum(each.value for each in _samples(self._first_token, "_sum")),
+        )
+
     def render(self) -> bytes:
         """Everything, in version 0.0.4 of the text form."""
         return generate_latest(self._registry)
@@ -60,6 +86,12 @@ class Metrics:
 
     def _histogram(self, name: str, meaning: str) -> Histogram:
         return Histogram(name, meaning, ["route"], buckets=LATENCY_BUCKETS_S, registry=self._registry)
+
+
+def _samples(metric: Collector, end: str) -> Iterator[Sample]:
+    """The values of a metric whose names end so, by their labels."""
+    for family in metric.collect():
+        yield from (sample for sample in family.samples if sample.name.endswith(end))
 
 
 class _State(Collector):
@@ -96,7 +128,14 @@ class _State(Collector):
         if service.traces is not None:
             lost = "Traces that could not be kept since the server started"
             gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)
+        degraded = GaugeMetricFamily(
+            "twinloop_degraded", "1 for what is not as it should be though requests are answered", labels=["reason"]
+        )
         with suppress(DocumentStoreError):  # /health reports what is wrong with them
+            found = manager.degraded()
+            for reason in DEGRADATIONS:
+                degraded.add_metric([reason], float(reason in found))
+            yield degraded
             gauges["twinloop_documents"] = ("Documents that are found", service.documents.count())
         for name, (meaning, value) in gauges.items():
             yield GaugeMetricFamily(name, meaning, value=float(value))

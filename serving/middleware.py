@@ -7,10 +7,12 @@ import asyncio
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from twinloop.domains.documents import MAX_TEXT_CHARACTERS
 from twinloop.serving.errors import ApiError, error_body
 from twinloop.serving.metrics import Metrics
 
-MAX_BODY_BYTES = 256 * 1024
+MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
+"""The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
 
 
 class LimitBody:
@@ -58,7 +60,7 @@ class CountRequests:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        gone = complete = False
+        gone = started = complete = False
 
         def route() -> str:
             return getattr(scope.get("route"), "path", "none")
@@ -72,13 +74,31 @@ class CountRequests:
             return message
 
         async def counted(message: Message) -> None:
-            nonlocal complete
+            nonlocal started, complete
+            started = True
             if message["type"] == "http.response.start" and not gone:
                 self.metrics.requests.labels(route(), str(message["status"])).inc()
             complete = complete or (message["type"] == "http.response.body" and not message.get("more_body", False))
             await send(message)
 
-        await self.app(scope, received, counted)
+        try:
+            await self.app(scope, received, counted)
+        except Exception:  # whoever is around this one answers it with a 500
+            if not (gone or started):
+                self.metrics.requests.labels(route(), "500").inc()
+            raise
+
+
+class AnswerHead:
+    """HEAD as GET: the server itself sends no body then."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}  # a copy: the server looks at its own
+        await self.app(scope, receive, send)
 
 
 class AnswerAtTheEnd:

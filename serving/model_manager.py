@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar, get_args
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, Totals
@@ -13,12 +13,20 @@ from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, T
 T = TypeVar("T")
 
 
+REFUSED = "it is corrupt, or does not load and answer, and it is not used; the server's log gives the reason"
+
+Degradation = Literal["champion_refused", "no_champion", "registry_unreadable", "documents_differ"]
+DEGRADATIONS: tuple[Degradation, ...] = get_args(Degradation)
+
+
 @dataclass(frozen=True)
 class ServeFailure:
-    """A version that was to be served, and why the one before it goes on. The reason may name files: it is for logs."""
+    """A version that was to be served, and why the one before it goes on. The reason may name files: it is for logs;
+    `public` is for clients."""
 
     version: str
     reason: str
+    public: str = REFUSED
 
 
 class ModelManager:
@@ -27,6 +35,8 @@ class ModelManager:
     def __init__(self, service: DecisionService):
         self.service = service
         self.failure: ServeFailure | None = None
+        self.unknown_champion: Literal["no_champion", "registry_unreadable"] | None = None
+        """Why the registry names no champion at the moment, if it does not."""
         self._lock = threading.Lock()
         self._working: list[Scheduler] = [service.scheduler]
         self._ended = Totals()
@@ -47,7 +57,7 @@ class ModelManager:
     def replace(self, service: DecisionService) -> None:
         """Answer every later request with `service`; return when the last answer of the one before is complete."""
         with self._lock:
-            old, self.service, self.failure = self.service, service, None
+            old, self.service, self.failure, self.unknown_champion = self.service, service, None, None
             self._working.append(service.scheduler)
         old.scheduler.close()
         with self._lock:
@@ -58,3 +68,26 @@ class ModelManager:
         """What all models have done since the start."""
         with self._lock:
             return sum((scheduler.metrics().totals for scheduler in self._working), self._ended)
+
+    def degraded(self) -> dict[Degradation, str]:
+        """What is not as it should be though requests are answered, in words for clients.
+
+        Raises DocumentStoreError where the documents cannot be read.
+        """
+        service, failure = self.service, self.failure
+        version, found = service.model.version, dict[Degradation, str]()
+        if failure is not None:
+            found["champion_refused"] = (
+                f"version {failure.version} is the champion, and version {version} answers: {failure.public}"
+            )
+        elif self.unknown_champion == "no_champion":
+            found["no_champion"] = f"no version is the champion any more; version {version} goes on"
+        elif self.unknown_champion == "registry_unreadable":
+            found["registry_unreadable"] = (
+                f"the registry cannot be read, so version {version} goes on whether or not it is still the champion"
+            )
+        if service.documents_differ:
+            found["documents_differ"] = (
+                f"the documents are not those that version {version} was trained and evaluated with"
+            )
+        return found

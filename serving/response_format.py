@@ -11,7 +11,7 @@ from twinloop.serving.engine.sampling import Constraint
 
 
 class _Form(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class TextFormat(_Form):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
 import queue
@@ -9,6 +10,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ RECENT_TRACES = 256
 FILE_BYTES = 16 * 2**20
 FILES = 8
 """A folder keeps this many files of about this size, the newest ones."""
+BLOCK_BYTES = 64 * 2**10
 
 
 class TraceStore:
@@ -94,6 +97,22 @@ class TraceStore:
                 continue
         return None
 
+    def newest(self) -> Iterator[dict[str, Any]]:
+        """Every trace that is kept, also by other processes, the newest first; lines that are torn are left out.
+
+        Read as it is iterated, so that the first ones cost little.
+        """
+        with self._lock:
+            recent = [*self._recent.values()]
+        sources = [map(_parsed, reversed(recent)), *(map(_parsed, _backwards(file)) for file in self._all_files())]
+        whole = [(trace for trace in source if trace is not None) for source in sources]
+        seen: set[str] = set()
+        # Each source is in order by itself, within the moment that two answers took to get into the queue.
+        for trace in heapq.merge(*whole, key=lambda trace: trace["time"], reverse=True):
+            if trace["trace_id"] not in seen:  # what is recent is in a file too
+                seen.add(trace["trace_id"])
+                yield trace
+
     def close(self) -> None:
         """Write what is queued and stop. Later traces are counted as dropped."""
         with self._lock:
@@ -137,6 +156,30 @@ class TraceStore:
         name = f"traces-{time.time_ns():020d}-{os.getpid()}.jsonl"
         # Customers' words are in a trace: only the server's own user may read it.
         return os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def _parsed(line: str | bytes) -> dict[str, Any] | None:
+    """A trace; None for a line that is none."""
+    try:
+        trace = json.loads(line)
+    except ValueError:
+        return None
+    known = isinstance(trace, dict) and isinstance(trace.get("trace_id"), str) and isinstance(trace.get("time"), str)
+    return trace if known else None
+
+
+def _backwards(file: Path) -> Iterator[bytes]:
+    """The lines of a file, the last one first; none of a file that is deleted meanwhile."""
+    with suppress(OSError), open(file, "rb") as lines:
+        place = lines.seek(0, os.SEEK_END)
+        rest = b""
+        while place:
+            step = min(place, BLOCK_BYTES)
+            place -= step
+            lines.seek(place)
+            rest, *whole = (lines.read(step) + rest).split(b"\n")
+            yield from reversed(whole)
+        yield rest
 
 
 def _append(descriptor: int, length: int, line: bytes) -> None:

@@ -7,7 +7,8 @@ tokenizer and compared with the recipe's limits each time, so a changed limit me
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,8 +102,19 @@ def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: P
             tokens = [getattr(each, kind) if each else 0 for each in lengths]
             if any(tokens):
                 found.setdefault(method.found.name, {})[kind] = _longest(data, method.records, tokens)
-    prompts = [len(tokenizer.encode_prompt(case["prompt"])) for case in read_records(data, CASES)]
+    prompts = [_prompt_length(data, row, case, tokenizer) for row, case in enumerate(read_records(data, CASES))]
     return found | {CASES: {"path": _longest(data, CASES, prompts)}}
+
+
+def _prompt_length(data: Path, row: int, case: Mapping[str, Any], tokenizer: ChatTokenizer) -> int:
+    """Raises UserError where the chat template refuses the prompt: the server would too."""
+    from twinloop.records.validated import source_line
+
+    try:
+        return len(tokenizer.encode_prompt(case["prompt"]))
+    except UserError as error:
+        file, line = source_line(data, CASES, row)
+        raise UserError(f"data/{file} line {line}: {error}") from None
 
 
 def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:
@@ -114,26 +126,40 @@ def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:
 
 
 def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UserError for the first kind of record that does not fit. longest: as `measure_lengths` returns it."""
-    max_length = recipe.base.max_length
+    """Raises UserError for the longest record that does not fit. longest: as `measure_lengths` returns it."""
+    too_long = [each for each in _limits(recipe, longest) if each.record.tokens > each.tokens]
+    if too_long:
+        worst = max(too_long, key=lambda each: each.record.tokens)
+        record = worst.record
+        raise UserError(
+            f"data/{record.file} line {record.line}: a record of {record.tokens} tokens, the longest that does not "
+            f"fit: {worst.settings}; shorten it, or raise the setting that is too small"
+        )
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """The longest record of one kind, how many tokens it may have, and the settings that say so."""
+
+    record: Longest
+    tokens: int
+    settings: str
+
+
+def _limits(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> Iterator[_Limit]:
+    positions = recipe.base.max_length
+    base = f"base.max_length is {positions}"
     for stage in recipe.train:
         measured, settings = longest.get(stage.method.found.name, {}), stage.settings
         seq_len: int | None = getattr(settings, "seq_len", None)
+        row = f"{stage.place}.seq_len of {stage.name} is {seq_len}"
         if "packed" in measured and seq_len is not None:
-            _check(measured["packed"], seq_len, f"{stage.place}.seq_len")
+            yield _Limit(Longest.model_validate(measured["packed"]), seq_len, f"{row}, and {base}")
         if "path" in measured:
-            _check_path(measured["path"], max_length, settings.answer_tokens(), f"{stage.place}.max_new_tokens")
-    _check_path(longest[CASES]["path"], max_length, recipe.evaluate.max_new_tokens, "evaluate.max_new_tokens")
-
-
-def _check_path(found: Mapping[str, Any], max_length: int, sampled: int, sampled_by: str) -> None:
-    _check(found, max_length - sampled, f"base.max_length less {sampled_by}" if sampled else "base.max_length")
-
-
-def _check(found: Mapping[str, Any], limit: int, setting: str) -> None:
-    longest = Longest.model_validate(found)
-    if longest.tokens > limit:
-        raise UserError(
-            f"data/{longest.file} line {longest.line}: a record of {longest.tokens} tokens, and {setting} allows "
-            f"{limit}; shorten the record, or raise the limit"
-        )
+            record, sampled = Longest.model_validate(measured["path"]), settings.answer_tokens()
+            other = f", and {row}" if seq_len is not None else ""
+            takes = f", of which {stage.place}.max_new_tokens of {stage.name} takes {sampled}" if sampled else other
+            yield _Limit(record, positions - sampled, base + takes)
+    sampled = recipe.evaluate.max_new_tokens
+    takes = f"{base}, of which evaluate.max_new_tokens takes {sampled}"
+    yield _Limit(Longest.model_validate(longest[CASES]["path"]), positions - sampled, takes)

@@ -77,6 +77,8 @@ class Context:
     progress: Progress
     code: CodeVersion
     checkpoint_every_s: float
+    lifecycle: str | None = None
+    """The MLflow run that the stages are nested under."""
 
     @classmethod
     def of(cls, project: Path, path: Path, recipe: Recipe, progress: Progress) -> Context:
@@ -103,6 +105,10 @@ class Context:
     def on_data(self, digest: str) -> Context:
         """The same, once it is known which data it reads."""
         return replace(self, dataset_digest=digest)
+
+    def within(self, lifecycle: str) -> Context:
+        """The same, as a part of this MLflow run."""
+        return replace(self, lifecycle=lifecycle)
 
     @property
     def domain(self) -> Domain:
@@ -146,6 +152,7 @@ class Context:
                 stage=stage,
                 key=out.name,
                 settings=settings,
+                lifecycle=self.lifecycle,
                 parents={name: value.key for name, value in inputs.items() if isinstance(value, Artifact)},
                 dataset_digest=self.dataset_digest,
                 code=self.code,

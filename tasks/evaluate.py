@@ -14,7 +14,7 @@ from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
-    from twinloop.evaluation.cases import CaseReport
+    from twinloop.evaluation.case_report import CaseReport
 
 SERVED_PROMPTS = 64
 

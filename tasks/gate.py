@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 
-from twinloop.evaluation.cases import CaseReport, compare
+from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.cases import compare
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.snapshot import Version
@@ -17,6 +18,12 @@ from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
+from twinloop.tasks.recipe import EvaluateSettings
+
+if TYPE_CHECKING:
+    from twinloop.evaluation.outlook import Outlook
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +56,23 @@ def gate_stage(
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
+
+
+def foresee_gate(context: Context, settings: EvaluateSettings, rules: GateRules, *, data: Artifact) -> Outlook:
+    """What the rules need of the cases, before anything is trained. Raises UserError where no model can pass them."""
+    from twinloop.evaluation.cases import read_cases
+    from twinloop.evaluation.outlook import foresee
+    from twinloop.records.validated import has_records, read_records
+
+    outlook = foresee(
+        rules,
+        read_cases(read_records(data.path, "cases"), context.domain),
+        has_texts=has_records(data.path, "corpus_heldout"),
+        samples=settings.samples,
+    )
+    for warning in outlook.warnings:
+        log.warning("%s", warning)
+    return outlook
 
 
 gate = task(name="gate", persist_result=False)(gate_stage)

@@ -33,6 +33,9 @@ class LoadTestResult(BaseModel):
 
     p50_ttft_ms: float
     p95_ttft_ms: float
+    ttft_ms: tuple[float, ...]
+    """Of every request, rising; and the time to its last token."""
+    answer_ms: tuple[float, ...]
     tokens_per_s: float
     """Of all answers together."""
     memory_gib: float
@@ -60,11 +63,12 @@ def _serve(
 ) -> LoadTestResult:
     scheduler = Scheduler(Engine.load(exported_dir, slots=slots, threads=threads))
 
-    def ask(prompt: list[int]) -> tuple[float, int]:
+    def ask(prompt: list[int]) -> tuple[float, float, int]:
+        asked = time.perf_counter()
         stream = scheduler.submit(prompt, params)
         tokens = sum(1 for _ in stream)
         assert stream.timings.ttft_s is not None, "an answer without a first token"
-        return stream.timings.ttft_s, tokens
+        return stream.timings.ttft_s, time.perf_counter() - asked, tokens
 
     with ThreadPoolExecutor(CLIENTS) as clients:
         list(clients.map(ask, prompts[:CLIENTS]))  # the first steps bind buffers, as in a server that has just started
@@ -72,11 +76,13 @@ def _serve(
         answers = list(clients.map(ask, prompts))
         seconds = time.perf_counter() - started
     scheduler.close()
-    first_tokens_ms = [1000 * ttft_s for ttft_s, _ in answers]
+    first_tokens_ms, answers_ms = (sorted(round(1000 * answer[n], 3) for answer in answers) for n in (0, 1))
     return LoadTestResult(
         p50_ttft_ms=percentile(first_tokens_ms, 0.5),
         p95_ttft_ms=percentile(first_tokens_ms, 0.95),
-        tokens_per_s=sum(tokens for _, tokens in answers) / seconds,
+        ttft_ms=tuple(first_tokens_ms),
+        answer_ms=tuple(answers_ms),
+        tokens_per_s=sum(tokens for *_, tokens in answers) / seconds,
         memory_gib=_peak_bytes() / 2**30,
     )
 

@@ -20,7 +20,8 @@ from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
-    from twinloop.evaluation.cases import Case, CaseReport
+    from twinloop.evaluation.case_report import CaseReport
+    from twinloop.evaluation.cases import Case
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.serving.engine import Engine
 
@@ -142,6 +143,6 @@ def write_cases(out: Path, report: CaseReport) -> None:
 
 
 def read_case_report(artifact: Artifact) -> CaseReport:
-    from twinloop.evaluation.cases import CaseReport
+    from twinloop.evaluation.case_report import CaseReport
 
     return CaseReport.model_validate_json((artifact.path / REPORT).read_bytes())

@@ -47,7 +47,7 @@ def validate_stage(
         from twinloop.records.validation import validate
 
         found = validate(data.path, out, settings, context.domain, needed)
-        return dict(found.metrics())
+        return {**found.metrics(), "findings": [str(finding) for finding in found.findings]}
 
     artifact = context.run(
         "validate",
@@ -57,6 +57,8 @@ def validate_stage(
         modules=("twinloop.records.validation", "twinloop.records.validated"),
         uses_domain=True,
     )
+    for finding in artifact.metrics["findings"]:
+        log.warning("%s", finding)
     if count := artifact.metrics["quarantined"]:
         log.warning("quarantined rows: %d; each, with its reason, is in %s", count, artifact.path / "quarantine")
     if ignored := ignored_files(artifact.path):

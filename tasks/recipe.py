@@ -163,6 +163,13 @@ class Recipe(StrictModel):
         held_out = ("corpus_heldout", "cases") if "corpus" in trained else ("cases",)
         return (*trained, *held_out)
 
+    def plain(self) -> dict[str, Any]:
+        """Every setting, also those at their default, as JSON; a stage of training by its name."""
+        stages = {
+            each.name: {"method": each.method.name, **each.settings.model_dump(mode="json")} for each in self.train
+        }
+        return self.model_dump(mode="json", by_alias=True, exclude={"train"}) | {"train": stages}
+
     def runtime(self) -> Runtime:
         """Raises UserError where the recipe wants CUDA, or a precision that only CUDA runs, and there is none."""
         here = cuda_is_here()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
-import socket
 from collections.abc import Mapping, Sequence
 
 from prefect import task
@@ -11,12 +9,15 @@ from prefect import task
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.cards import describe
+from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.gates import record_gate
+from twinloop.registry.ledger import who
 from twinloop.registry.promotion import Promotion, open_ledger, promote
 from twinloop.registry.snapshot import Version, VersionName
 from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry
+from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
 
 
@@ -37,7 +38,9 @@ def register_stage(
         alias = f"export-{precision}"
         _register(context, registry.checkpoints, other, parent, about=about | {"precision": precision}, alias=alias)
     precision = exported.metrics.get("precision", "")
-    return _register(context, registry, exported, parent, about=about | {"precision": precision}, servable=True)
+    documents = data_digest(context.project, context.domain)
+    about |= {"precision": precision}
+    return _register(context, registry, exported, parent, about=about, documents=documents, servable=True)
 
 
 register = task(name="register", persist_result=False)(register_stage)
@@ -51,6 +54,7 @@ def _register(
     *,
     about: Mapping[str, str],
     alias: str | None = None,
+    documents: str | None = None,
     servable: bool = False,
 ) -> Version:
     run_id = artifact.metrics["mlflow_run_id"]
@@ -64,6 +68,7 @@ def _register(
         parent=parent,
         domain_fingerprint=module_fingerprint(context.loaded_domain.found),
         about=about,
+        documents_digest=documents,
     )
     version = registry.register(
         artifact.path, lineage, run_id=run_id if made_by else None, servable=servable, domain=context.domain
@@ -103,10 +108,7 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
     return promote(registry, version.version, report, who=who())
 
 
-def who() -> str:
-    """For the ledger: the user and the machine."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user id without a name
-        user = "unknown"
-    return f"{user}@{socket.gethostname()}"
+@task(name="documents", persist_result=False)
+def import_data_documents(context: Context) -> Imported | None:
+    """Put what has changed in the data's documents into the index of the model. None: there are none."""
+    return import_documents(context.project, context.recipe, context.domain)

@@ -26,13 +26,14 @@ from twinloop.domains.owners import FORMAT, SIDE_EFFECT, UNKNOWN
 from twinloop.domains.returns import mutations, verifier
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
-from twinloop.domains.returns.policies import Policy, check_policy, covers, window_days
+from twinloop.domains.returns.policies import POLICY_ID, Policy, check_policy, covers, window_days
 from twinloop.domains.returns.prompt import (
     MAX_MESSAGE_CHARACTERS,
     RETRIEVED_PASSAGES,
     Order,
     build_prompt,
     is_eligible,
+    said_by_customer,
 )
 from twinloop.domains.returns.verifier import Facts
 
@@ -88,6 +89,7 @@ class Returns(Domain):
         Document("P-7", "damaged items reported within 30 days are eligible."),
         Document("P-13", "defective items reported within 45 days are eligible."),
     )
+    document_patterns: Mapping[str, str] = {"document_id": f"^{POLICY_ID}$"}
     passages = RETRIEVED_PASSAGES
     max_answer_tokens = 160
     """The longest decision quotes a policy of full length; the usual one has about 60 tokens."""
@@ -128,6 +130,14 @@ class Returns(Domain):
 
     def build_prompt(self, request: ReturnRequest, passages: Sequence[Document]) -> list[Message]:
         return build_prompt(request.order, request.message, _policies(passages))
+
+    def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[ReturnRequest, Sequence[Document]] | None:
+        """By the facts of its row; what the customer says is only in the prompt."""
+        if facts is None or type(self).build_prompt is not Returns.build_prompt:
+            return None
+        known = Facts.from_record(facts)
+        passages = [Document(passage.policy_id, passage.text) for passage in known.passages]
+        return ReturnRequest(order=known.order, message=said_by_customer(prompt)), passages
 
     def precheck(self, request: ReturnRequest, passages: Sequence[Document]) -> Mapping[str, str]:
         """Cases that no answer could decide: no policy covers the reason, or two that do contradict each other."""

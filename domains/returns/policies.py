@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 WINDOW = r"(?i)\bwithin ([0-9]{1,4}) days\b"
 """How a text names a window; the group is its number of days. For `re` and for polars alike."""
+POLICY_ID = "P-(0|[1-9][0-9]{0,8})"
 MAX_TEXT_CHARACTERS = 300
 
 _WINDOW = re.compile(WINDOW)
-_POLICY_ID = re.compile(r"P-(0|[1-9][0-9]{0,8})")
+_POLICY_ID = re.compile(POLICY_ID)
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that have no place in a policy: control, invisible and line-breaking characters, surrogates."""
 

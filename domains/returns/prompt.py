@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,8 @@ RETRIEVED_PASSAGES = 2
 """How many policies a prompt carries; the data and the server agree on it."""
 
 MAX_MESSAGE_CHARACTERS = 400
+
+CUSTOMER = "customer: "
 
 
 class Order(BaseModel):
@@ -39,13 +41,18 @@ def build_prompt(order: Order, message: str, passages: Sequence[Policy]) -> list
     """
     said = " ".join(message.split())[:MAX_MESSAGE_CHARACTERS]
     confirmed = "yes" if order.damage_confirmed else "no"
-    lines = [f"customer: {said}"]
+    lines = [f"{CUSTOMER}{said}"]
     lines += [f"policy: {passage.text.lower()} ({passage.policy_id})" for passage in passages]
     lines.append(
         f"order: {order.order_id} | reason: {order.reason} | damage confirmed: {confirmed} "
         f"| days: {order.days_since_delivery}"
     )
     return [{"role": "user", "content": "\n".join(lines)}]
+
+
+def said_by_customer(prompt: Sequence[Mapping[str, str]]) -> str:
+    """The customer's words in a prompt that `build_prompt` made."""
+    return prompt[-1]["content"].split("\n", 1)[0].removeprefix(CUSTOMER)
 
 
 def is_eligible(order: Order, window: int) -> bool:

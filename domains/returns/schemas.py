@@ -15,7 +15,7 @@ import polars as pl
 from twinloop.common.strict_json import NotJSONError, parse_json
 from twinloop.domains.domain import Domain
 from twinloop.domains.record_types import RecordType, Rules, standard_record_types
-from twinloop.domains.returns.policies import WINDOW
+from twinloop.domains.returns.policies import WINDOW, window_days
 from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, Order
 from twinloop.domains.returns.verifier import FIELDS
 
@@ -138,9 +138,14 @@ def record_types(domain: Domain) -> dict[str, RecordType]:
 
     def with_facts(record: RecordType, rules: Rules) -> RecordType:
         return replace(
-            record, columns={**record.columns, "facts": FACTS}, rules=record.rules | rules, optional_fields=OPTIONAL
+            record,
+            columns={**record.columns, "facts": FACTS},
+            rules=record.rules | rules,
+            optional_fields=OPTIONAL,
+            example={"facts": facts},
         )
 
+    facts = _example_facts(domain)
     standard = standard_record_types(domain)
     chat, preferences, cases = (standard[name] for name in ("chat", "preferences", "cases"))
     cases = with_facts(cases, _judgeable_rules() | _verdict_rules())
@@ -155,8 +160,19 @@ def record_types(domain: Domain) -> dict[str, RecordType]:
             with_facts(preferences, _fact_rules(optional=True)), optional=preferences.optional | {"facts"}
         ),
         "prompts": with_facts(standard["prompts"], _judgeable_rules()),
-        "cases": replace(cases, columns={**cases.columns, "expected": EXPECTED}),
+        "cases": replace(
+            cases,
+            columns={**cases.columns, "expected": EXPECTED},
+            example={"facts": facts, "expected": {"eligible": True, "policy_id": facts["policy"]["policy_id"]}},
+        ),
     }
+
+
+def _example_facts(domain: Domain) -> dict[str, Any]:
+    """Those of the domain's example, whose order its first document decides."""
+    passages = [{"policy_id": each.document_id, "text": each.text} for each in domain.example_documents]
+    policy = {**passages[0], "window_days": window_days(passages[0]["text"])}
+    return {"order": dict(domain.example["order"]), "policy": policy, "passages": passages}
 
 
 # --- what training and held-out rows may not share

@@ -15,6 +15,9 @@ import numpy as np
 
 from twinloop.common.errors import UserError
 
+GREEDY_BELOW = 1e-6
+"""A temperature at which logits that float32 can hardly tell apart are as good as far apart: it is taken as 0."""
+
 
 class ConstraintError(Exception):
     """An answer cannot be held to its constraint any further; the message says why, in one line."""
@@ -45,9 +48,10 @@ class ConstraintState(Protocol):
 class SamplingParams:
     """How one answer is drawn.
 
-    temperature 0 takes the likeliest token. top_p 1 keeps the whole vocabulary. An answer ends with a token of `stop`
-    (which is its last) or after max_tokens. Without a seed every answer is another one. A constraint leaves only those
-    tokens to the draw with which the answer keeps its form; `stop` then names the token with which that form ends.
+    temperature 0, or one below GREEDY_BELOW, takes the likeliest token. top_p 1 keeps the whole vocabulary. An answer
+    ends with a token of `stop` (which is its last) or after max_tokens. Without a seed every answer is another one. A
+    constraint leaves only those tokens to the draw with which the answer keeps its form; `stop` then names the token
+    with which that form ends.
     """
 
     max_tokens: int = 256
@@ -66,6 +70,8 @@ class SamplingParams:
         for name, (good, words) in bounds.items():
             if not good:
                 raise UserError(f"sampling: {name} is {getattr(self, name)}; it must be {words}")
+        if self.temperature < GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def uniform_draws(seed: int | None, sequence: int, count: int) -> np.ndarray:
@@ -119,6 +125,7 @@ def _cut(shifted_BV: np.ndarray, top_p_B: np.ndarray) -> None:
     order_BV = np.argsort(-shifted_BV, axis=1, kind="stable")
     weight_BV = np.exp(np.take_along_axis(shifted_BV, order_BV, axis=1)).astype(np.float64)
     before_BV = np.cumsum(weight_BV, axis=1) - weight_BV
+    before_BV[:, 0] = -1  # the likeliest is always kept, however small top_p is
     share_B = np.where(top_p_B >= 1, 2.0, top_p_B)  # above 1, so that rounding cuts nothing off the whole
     rank_kept_BV = np.empty(shifted_BV.shape, bool)
     kept_BV = before_BV < (share_B * weight_BV.sum(axis=1))[:, None]  # by rank

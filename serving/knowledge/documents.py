@@ -36,6 +36,7 @@ from twinloop.serving.knowledge.history import (
     Seen,
     catch_up,
     connect,
+    contents_digest,
     has_tables,
     insert,
     make_tables,
@@ -44,6 +45,7 @@ from twinloop.serving.knowledge.history import (
     verify,
     writing,
 )
+from twinloop.serving.knowledge.imports import Imported, import_all
 from twinloop.serving.knowledge.query import match_expression
 
 Check = Callable[[str, str], str | None]
@@ -87,6 +89,7 @@ class DocumentStore:
         self._reader: sqlite3.Connection | None = None
         self._stamp: tuple[int, ...] = ()
         self._seen = Seen()
+        self._contents = ("", "")
 
     def put(self, document_id: str, text: str) -> Document:
         """Make a text the document's newest version and return it; it is on the disk when this returns.
@@ -111,15 +114,29 @@ class DocumentStore:
 
         A store that holds anything is left as it is. Raises like `put`.
         """
+        done = self._import(documents, only_if_empty=True)
+        return len(done.put) if done else 0
+
+    def import_documents(self, documents: Iterable[Document]) -> Imported:
+        """Put what has changed in the data since its last import, all or nothing; what an administrator has put since
+        is kept. Raises like `put`."""
+        done = self._import(documents, only_if_empty=False)
+        assert done is not None
+        return done
+
+    def _import(self, documents: Iterable[Document], *, only_if_empty: bool) -> Imported | None:
         new = [Document(*self._checked(each.document_id, each.text)) for each in documents]
         if len({each.document_id for each in new}) != len(new):
-            raise UserError(f"{self.path}: two of the documents to start with have the same id; keep one of each")
+            raise UserError(f"{self.path}: two of the documents to import have the same id; keep one of each")
         with self._writing() as (connection, seen):
-            if seen.versions:
-                return 0
-            for document in new:
+            if only_if_empty and seen.versions:
+                return None
+
+            def put(document: Document) -> int:
                 insert(connection, seen, document)
-            return len(new)
+                return seen.versions
+
+            return import_all(connection, new, put)
 
     def list(self) -> Documents:
         """The newest version of every document, ordered by id, the numbers in it by their value."""
@@ -169,6 +186,13 @@ class DocumentStore:
         """Sha256 over every version ever put, in order: equal digests mean equal documents and equal histories."""
         with self._reading() as connection:
             return EMPTY_DIGEST if connection is None else self._seen.digest
+
+    def contents(self) -> str:
+        """`contents_digest` of the documents that are found now."""
+        listed = self.list_with_digest() if self._contents[0] != self.digest() else None
+        if listed is not None:
+            self._contents = (listed.digest, contents_digest(listed.documents))
+        return self._contents[1]
 
     def close(self) -> None:
         """Give the file back, in one piece where nobody else has it open; the next call opens it again."""

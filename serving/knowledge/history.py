@@ -61,6 +61,12 @@ class Recorded:
     recorded_at: str
 
 
+def contents_digest(documents: Iterable[Document]) -> str:
+    """Sha256 of ids and texts, whatever the order, versions and history: equal where the same is found."""
+    texts = sorted((each.document_id, each.text.strip()) for each in documents)
+    return hashlib.sha256("".join(json.dumps(text) + "\n" for text in texts).encode()).hexdigest()
+
+
 class IntegrityError(Exception):
     """The store does not hold what was once written there."""
 

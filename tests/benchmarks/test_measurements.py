@@ -14,7 +14,7 @@ from benchmarks.decode import agreement, watch_cache
 from benchmarks.lifecycle import broken_demands
 from benchmarks.overhead import Stage
 from benchmarks.torch_sampler import TorchSampler
-from twinloop.evaluation.cases import CaseReport, CaseResult
+from twinloop.evaluation.case_report import CaseReport, CaseResult
 from twinloop.evaluation.metrics import Rate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder

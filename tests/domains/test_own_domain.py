@@ -132,7 +132,7 @@ def run(project: Path) -> str:
 
 
 def stages(output: str, how: str) -> set[str]:
-    return set(re.findall(rf"^✓ (\S+)\s+{how}", output, re.MULTILINE))
+    return set(re.findall(rf"^✓ (\S+)(?: \S+)?\s+{how}", output, re.MULTILINE))
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from twinloop.domains.returns import domain
 from twinloop.domains.returns.generator import golden_records
 from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.verifier import PREDICATES
-from twinloop.evaluation.cases import Answering, Case, CaseReport, compare, read_cases, reference_answers, run_cases
+from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
 from twinloop.evaluation.gate import Measurements
 from twinloop.evaluation.metrics import Rate, token_loss
 from twinloop.evaluation.texts import score_answers, score_texts
@@ -28,6 +29,11 @@ from twinloop.serving.engine.sampling import SamplingParams
 class Answer:
     tokens: list[int]
     finish_reason: str
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Each token as likely as not."""
+        return [math.log(0.5)] * len(self.tokens)
 
 
 class ScriptedEngine:
@@ -251,10 +257,15 @@ def test_sampled_answers_are_for_metrics_and_violations_and_greedy_ones_decide(t
     assert engine.first_sequences == [0, 128 * 4], "what is drawn does not depend on the size of a batch"
 
 
-def test_cases_of_a_domain_without_a_verifier_are_not_answered(tokenizer: ChatTokenizer) -> None:
-    cases = read_cases([labelled("a", "billing")], Domain())
-    report = run_cases(ScriptedEngine(tokenizer, [], right), tokenizer, cases, Domain(), Answering(20))
+def test_cases_of_a_domain_without_a_verifier_are_not_judged_and_samples_of_their_answers_kept(
+    tokenizer: ChatTokenizer,
+) -> None:
+    cases = read_cases([labelled(f"case {n}", "billing") for n in range(30)], Domain())
+    engine = ScriptedEngine(tokenizer, cases, lambda case: f"answer to {case.case_id}")
+    report = run_cases(engine, tokenizer, cases, Domain(), Answering(40))
     assert (report.overall.total, report.results, report.by_kind) == (0, (), {})
+    assert len(report.samples) == 10
+    assert all(sample.output == f"answer to {sample.case_id}" and sample.passed is None for sample in report.samples)
     assert CaseReport.model_validate_json(report.model_dump_json()) == report
 
 

@@ -11,7 +11,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Metric
 from twinloop.domains.owners import TRAINING
 from twinloop.domains.returns import domain
-from twinloop.evaluation.cases import Comparison
+from twinloop.evaluation.case_report import Comparison
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge, load_rules, rules_of
 from twinloop.evaluation.metrics import Rate
 

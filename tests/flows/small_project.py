@@ -23,7 +23,8 @@ COPIED = (
     "data.dvc",
 )
 PACKAGES = (
-    "flows", "tasks", "registry", "training", "evaluation", "serving", "records", "models", "domains", "common",
+    "flows", "report", "tasks", "registry", "training", "evaluation", "serving", "records", "models", "domains",
+    "common",
 )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["documents", "put", "P-7", "within 7 days", "--model", "nothing"], "nothing: no recipe in"),
         (["documents", "history", "P-9", "--model", "small"], "document 'P-9': is not there"),
         (["data", "check"], "twinloop data build"),
+        (["data", "schema", "chats"], "chats: domain returns has no such record type; did you mean chat?"),
+        (["data", "schema", "--domain", "chess"], "chess"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(project: Path, arguments: list[str], said: str) -> None:
@@ -75,6 +78,20 @@ def test_plan_needs_no_data(project: Path) -> None:
     for stage in ("pretrain", "sft", "dpo", "grpo", "fp32", "int8"):
         assert stage in done.stdout
     assert str(RECIPE["name"]) in done.stdout
+
+
+def test_the_forms_of_the_data_are_shown_with_a_whole_row(project: Path, tmp_path: Path) -> None:
+    own = twinloop(project, "data", "schema", "preferences")
+    assert own.returncode == 0, own.stderr
+    assert own.stdout.startswith("preferences: Two answers to a prompt, of which the first is better.\n")
+    assert "facts.policy.window_days" in own.stdout
+    row = json.loads(next(line for line in own.stdout.splitlines() if line.startswith("{")))
+    assert '\nconversational: {"chosen": [{"role": "user", ' in own.stdout
+    assert row["prompt"][0]["content"].startswith("customer: hello")
+    outside = twinloop(tmp_path, "data", "schema", "--domain", "classification")
+    assert outside.returncode == 0, outside.stderr
+    assert "label  text  yes     one of billing, delivery, technical, account" in outside.stdout
+    assert "Made from classification_heldout where there is no file of it." in outside.stdout
 
 
 def test_data_is_built_and_then_checked(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     recipe = load_recipe(path, project)
     assert recipe.name == "my-e-mails"
     task = load_domain(recipe.domain, project).domain
+    assert recipe.gate.rules == "recipes/my-e-mails-gate.yaml"
     load_rules(project / recipe.gate.rules, task)
+    assert set(recipe.validate_.split_keys) <= {"text", "order_id"}  # what natural data can keep apart
     assert task.params is not None
     params = parse_yaml((project / "params.yaml").read_text())["generate"]
     task.params.model_validate(params)
@@ -51,7 +53,7 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     )
     assert "?? .dvc/config" in ignored.stdout
     written = {str(each.relative_to(project)) for each in project.rglob("*") if ".git/" not in f"{each}/"}
-    assert {"recipes/gate.yaml", "dvc.yaml", ".gitignore", ".dvcignore"} <= written
+    assert {"recipes/my-e-mails-gate.yaml", "dvc.yaml", ".gitignore", ".dvcignore"} <= written
 
 
 @pytest.mark.parametrize("domain", [name for name, kind in KINDS.items() if kind.file])

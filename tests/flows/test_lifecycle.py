@@ -11,13 +11,18 @@ import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 from small_project import LENIENT, make_project, start, twinloop, write_recipe
 
 from twinloop.domains.returns import domain as returns
+from twinloop.registry.tracking import Mlruns
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 TRAINED = ("pretrain", "sft", "dpo", "grpo")
 
@@ -59,6 +64,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     project, run = first
     assert run.returncode == 0, run.stderr
     assert "gate: SHIP" in run.stdout
+    assert "held_out_pass_rate: at least 0 takes 0 of 20 cases right (20 may be wrong)" in run.stdout
     for stage in ("data", "validate", "tokenize", "base", "check", *TRAINED, "audit", "export", "evaluate", "gate"):
         assert stage in stages(run.stdout)["done in"]
     assert max(map(len, run.stdout[run.stdout.index("stage ") : run.stdout.index("gate: SHIP")].splitlines())) <= 120
@@ -82,6 +88,83 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     assert not (project / "mlflow.db").exists()  # what MLflow makes where it is asked for its global store
 
 
+def mlflow(project: Path) -> MlflowClient:
+    return Mlruns(project / "mlruns").client
+
+
+def lifecycle_runs(project: Path) -> list[Run]:
+    """MLflow's runs of whole lifecycles, oldest first."""
+    client, whole = mlflow(project), "tags.`twinloop.stage` = 'lifecycle'"
+    experiments = [each.experiment_id for each in client.search_experiments()]  # a copied project begins a new one
+    return list(client.search_runs(experiments, whole, order_by=["attributes.start_time ASC"]))
+
+
+def table(project: Path, run: Run, name: str) -> list[dict[str, Any]]:
+    """A table of a lifecycle, as MLflow reads it."""
+    content = json.loads(Path(mlflow(project).download_artifacts(run.info.run_id, f"tables/{name}.json")).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
+def test_mlflow_has_the_whole_story_under_one_run(first: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    project, output = first
+    [run] = lifecycle_runs(project)
+    assert re.fullmatch(r"small \d{4}-\d\d-\d\d \d\d:\d\d", run.info.run_name)
+    assert run.info.status == "FINISHED"
+    assert {"base.depth": "2", "train.dpo.learning_rate": "0.0003", "gate.rules": "recipes/lenient.yaml"}.items() <= (
+        run.data.params.items()
+    )
+    assert {"pass_rate", "kind/golden", "export/logit_gap", "p95_ttft_ms", "memory_gib"} <= set(run.data.metrics)
+    assert (run.data.metrics["shipped"], run.data.tags["gate"]) == (1.0, "SHIP")
+    assert run.inputs.dataset_inputs[0].dataset.digest in (project / "data.dvc").read_text()
+    client, nested = mlflow(project), f"tags.`mlflow.parentRunId` = '{run.info.run_id}'"
+    names = {each.info.run_name for each in client.search_runs([run.info.experiment_id], nested)}
+    assert {"validate", "pretrain (version 1)", "sft (version 2)", "measure-sft", "evaluate", "gate"} <= names
+    files = {
+        file.path for folder in ("figures", "tables", "") for file in client.list_artifacts(run.info.run_id, folder)
+    }
+    assert {f"figures/training_{stage}.png" for stage in TRAINED} <= files
+    assert {f"figures/{name}.png" for name in ("pass_rates", "confusion", "reliability", "serving", "lineage")} <= files
+    assert {"report.html", "report.md", "story.json"} <= files
+    stages = {row["stage"]: row for row in table(project, run, "stages")}
+    assert client.get_run(stages["dpo"]["mlflow run"]).info.run_name.startswith("dpo (version")
+    assert len(table(project, run, "samples_sft")) == 10
+    failure = table(project, run, "failures")[0]
+    assert {"prompt", "output", "expected", "failed checks", "owner"} <= set(failure)
+    assert "user: " in failure["prompt"]
+    assert f"report: {project / 'reports'}" in output.stdout
+
+
+def test_prefect_has_progress_gate_stages_and_a_link_to_mlflow(first: tuple[Path, object]) -> None:
+    project, _ = first
+    with closing(sqlite3.connect(project / "state" / "prefect" / "prefect.db")) as database:
+        rows = database.execute("SELECT key, type, data, task_run_id FROM artifact").fetchall()
+    artifacts = {key: (kind, json.loads(str(data)), task) for key, kind, data, task in rows}
+    for stage in (*TRAINED, "evaluate"):
+        kind, percent, task = artifacts[f"progress-{stage}"]
+        assert (kind, percent) == ("progress", 100)
+        assert task, "on the page of the stage's task run"
+    [run] = lifecycle_runs(project)
+    assert f"/runs/{run.info.run_id}" in artifacts["mlflow-run"][1]
+    assert "/runs/flow-run/" in run.data.tags["prefect.flow_run_url"]
+    assert [row["stage"] for row in json.loads(artifacts["small-stages"][1])][:2] == ["data", "validate"]
+    assert artifacts["small-gate"][0] == "table"
+    assert artifacts["small-model-card"][1].startswith("# small version")
+
+
+def test_a_report_is_written_again_from_what_mlflow_holds(project: Path) -> None:
+    version = status(project)["champion"]["version"]
+    page = project / "reports" / f"small-{version}.html"
+    before = page.read_text()
+    shutil.rmtree(project / "reports")
+    written = twinloop(project, "report", "--model", "small")
+    assert (written.returncode, written.stderr) == (0, "")
+    assert written.stdout.split() == [str(page), str(page.with_suffix(".md"))]
+    assert page.read_text() == before
+    checkpoint = twinloop(project, "report", "1", "--model", "small")
+    assert (checkpoint.returncode, checkpoint.stderr.count("\n")) == (2, 1)
+    assert "small version 1: MLflow holds no lifecycle that came to it" in checkpoint.stderr
+
+
 def prefect_states(project: Path) -> list[str]:
     """How Prefect saw each run of the lifecycle end, oldest first."""
     with closing(sqlite3.connect(project / "state" / "prefect" / "prefect.db")) as database:
@@ -97,6 +180,14 @@ def test_a_second_run_computes_nothing(project: Path) -> None:
     for stage in TRAINED:  # the time that it took once is reported separately
         assert re.search(rf"^{stage} +\(\d+\.\d s\)", again.stdout, re.MULTILINE), stage
     assert {path: path.stat().st_mtime_ns for path in project.glob("artifacts/*/[0-9a-f]*/*")} == before
+    made, verified = lifecycle_runs(project)
+    rows = [table(project, run, "stages") for run in (made, verified)]
+    assert {row["stage"] for row in rows[1] if row["made"] == "before"} >= {"validate", *TRAINED, "evaluate", "gate"}
+    assert {row["stage"]: row["mlflow run"] for row in rows[0]} == {row["stage"]: row["mlflow run"] for row in rows[1]}
+    figures = [
+        {file.path for file in mlflow(project).list_artifacts(run.info.run_id, "figures")} for run in (made, verified)
+    ]
+    assert figures[0] == figures[1]
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +257,9 @@ def test_a_blocked_release_leaves_the_champion_alone(
     now = status(project)
     assert now["champion"]["digest"] == status(first[0])["champion"]["digest"]
     assert now["candidate"]["gate"] == "BLOCK"
+    told = lifecycle_runs(project)[-1]
+    assert (told.info.status, told.data.tags["gate"]) == ("FINISHED", "BLOCK")
+    assert "golden_pass_rate" in [row["rule"] for row in table(project, told, "gate") if row["outcome"] == "block"]
     refused = twinloop(project, "promote", str(now["candidate"]["version"]), "--model", "small")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
@@ -286,6 +380,7 @@ def test_killed_in_every_stage_of_training_it_ends_with_the_same_weights(
         assert not list(project.glob(f"artifacts/{stage}/[0-9a-f]*")), f"{stage} was over before it was killed"
     assert twinloop(project, "run", "recipes/small.yaml").returncode == 0
     assert prefect_states(project) == ["CRASHED"] * len(TRAINED) + ["COMPLETED"]
+    assert [run.info.status for run in lifecycle_runs(project)] == ["KILLED"] * len(TRAINED) + ["FINISHED"]
     assert not list(project.glob("artifacts/*/.work/*"))
     uninterrupted, resumed = artifacts(first[0]), artifacts(project)
     for name in uninterrupted:

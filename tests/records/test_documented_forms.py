@@ -1,78 +1,133 @@
-"""docs/data.md says what the record types are, and its examples are rows that validation keeps."""
+"""docs/data.md and `twinloop data schema` say what the record types are, and their examples are rows that are kept."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import polars as pl
 import pytest
 from pydantic import BaseModel, Field
 
+from twinloop.domains.chat import domain as chat
+from twinloop.domains.classification import Classification
 from twinloop.domains.domain import Domain
+from twinloop.domains.reasoning import domain as reasoning
 from twinloop.domains.record_types import RecordType
+from twinloop.domains.returns import domain as returns
+from twinloop.records.schema import example_row, fields_of, markdown, other_forms, text
+from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
 from twinloop.tasks.recipe import ValidateSettings
 
-TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", TEXT, re.DOTALL | re.MULTILINE))
+DOCS = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+EMAILS = Classification(["billing", "delivery"], example="I was charged twice.")
 
 
 class Facts(BaseModel):
-    queue: Literal["billing", "shipping"]
-    priority: int = Field(ge=1)
+    queue: Literal["billing", "shipping"] = Field(description="who must answer", examples=["shipping"])
+    priority: int = Field(ge=1, description="1 is the most urgent", examples=[2])
 
 
 class Expected(BaseModel):
-    queue: Literal["billing", "shipping"]
+    queue: Literal["billing", "shipping"] = Field(examples=["shipping"])
 
 
 class Tickets(Domain):
+    """The domain of the page's examples."""
+
     facts = Facts
     expected = Expected
 
+    def gold(self, facts: Facts) -> str:
+        return facts.queue
 
-RECORD_TYPES = Tickets().record_types()
-
-
-def described(dtype: Any) -> str:
-    if isinstance(dtype, pl.Struct):
-        return f"{{{', '.join(f'{part.name}: {described(part.dtype)}' for part in dtype.fields)}}}"
-    if isinstance(dtype, pl.List):
-        return f"list of {described(dtype.inner)}"
-    return {pl.String: "text", pl.Int64: "integer"}[dtype.base_type()]
+    def wrong(self, gold: str, facts: Facts) -> Iterator[tuple[str, str]]:
+        yield "other queue", "billing" if gold == "shipping" else "shipping"
 
 
-def table(record: RecordType) -> str:
-    rows = [
-        f"| {name} | {described(dtype)} | {'yes ' if name in record.optional else ''}|"
-        for name, dtype in record.columns.items()
-    ]
-    return "\n".join(["| field | type | may be left out |", "| --- | --- | --- |", *rows])
+DOMAINS = {"tickets": Tickets(), "classification": EMAILS, "chat": chat, "reasoning": reasoning, "returns": returns}
+FORMS = {f"{name}: {record}": (name, record) for name in DOMAINS for record in DOMAINS[name].record_types()}
+OF_READY_MADE = {"classification": EMAILS, "reasoning": reasoning, "chat_heldout": chat}
+STANDARD = Tickets().record_types()
 
 
-def test_every_form_is_documented() -> None:
-    assert list(SECTIONS) == list(RECORD_TYPES)
+def kept(record: RecordType, rows: list[dict[str, object]], domain: Domain, folder: Path) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / f"{record.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = validate(folder / "data", folder / "out", ValidateSettings(), domain, [record.name])
+    assert (report.quarantined, report.findings) == (0, ())
+    assert report.files[record.name].ignored_fields == []
 
 
-@pytest.mark.parametrize("name", RECORD_TYPES)
-def test_the_table_of_a_form_is_its_columns(name: str) -> None:
-    assert f"\n\n{table(RECORD_TYPES[name])}\n\n" in SECTIONS[name]
+@pytest.mark.parametrize(("name", "record"), FORMS.values(), ids=FORMS)
+def test_an_example_is_a_whole_row_that_validation_keeps(name: str, record: str, tmp_path: Path) -> None:
+    domain = DOMAINS[name]
+    form = domain.record_types()[record]
+    row = example_row(form, domain)
+    assert set(form.columns) - set(row) <= {"pair_id"}
+    kept(form, [row], domain, tmp_path)
 
 
-def test_the_examples_are_good_rows(tmp_path: Path) -> None:
-    for name, section in SECTIONS.items():
-        [example] = re.findall(r"```json\n(.*?)\n```", section, re.DOTALL)
-        (tmp_path / f"{name}.jsonl").write_text(example + "\n")
-    report = validate(tmp_path, tmp_path / "out", ValidateSettings(), Tickets(), RECORD_TYPES)
-    assert report.quarantined == 0
-    assert all(file.ignored_fields == [] for file in report.files.values())
+@pytest.mark.parametrize(("name", "record"), FORMS.values(), ids=FORMS)
+def test_every_record_type_says_what_it_is_and_what_its_fields_hold(name: str, record: str) -> None:
+    form = DOMAINS[name].record_types()[record]
+    assert form.about.endswith(".")
+    for column in form.columns:
+        assert form.meanings[column]
+
+
+@pytest.mark.parametrize(("name", "record"), FORMS.values(), ids=FORMS)
+def test_the_forms_of_other_tools_become_the_same_record(name: str, record: str, tmp_path: Path) -> None:
+    domain = DOMAINS[name]
+    form = domain.record_types()[record]
+    row = example_row(form, domain)
+    assert bool(other_forms(form, row)) == ({"messages", "chosen"} & set(form.columns) != set())
+    for number, (what, other) in enumerate({"our own": row, **other_forms(form, row)}.items()):
+        (folder := tmp_path / str(number)).mkdir()
+        kept(form, [other], domain, folder)
+        assert read_records(folder / "out", record) == read_records(tmp_path / "0" / "out", record), what
+
+
+@pytest.mark.parametrize("name", [*STANDARD, *OF_READY_MADE])
+def test_the_page_has_the_section_of_every_form(name: str) -> None:
+    domain = OF_READY_MADE.get(name) or Tickets()
+    section = markdown(domain.record_types()[name], domain)
+    assert f"\n\n{section}\n" in DOCS, f"docs/data.md should have:\n\n{section}"
+
+
+def test_the_page_has_no_other_sections() -> None:
+    assert set(re.findall(r"^### (\w+)$", DOCS, re.MULTILINE)) == {*STANDARD, *OF_READY_MADE}
+
+
+def test_fields_inside_a_field_are_named_with_what_they_hold() -> None:
+    fields = {field.name: field for field in fields_of(STANDARD["prompts"])}
+    assert fields["facts"].type == "object"
+    assert fields["facts.priority"] == ("facts.priority", "integer", "yes", "1 is the most urgent")
+    assert {field.name: field.needed for field in fields_of(returns.record_types()["prompts"])}[
+        "facts.policy.window_days"
+    ] == ""
+
+
+def test_a_domain_whose_code_fails_on_its_example_still_has_forms() -> None:
+    class Broken(Tickets):
+        request = Facts
+        example = {"queue": "billing", "priority": 1}  # noqa: RUF012
+
+        def build_prompt(self, request: object, passages: object) -> list[dict[str, str]]:
+            raise ValueError
+
+        def gold(self, facts: object) -> str:
+            raise ValueError
+
+    domain = Broken()
+    assert '"Where is my parcel?"' in text(domain.record_types()["chat"], domain)
 
 
 def test_the_examples_of_other_forms_are_good_rows(tmp_path: Path) -> None:
-    [section] = re.findall(r"^## Other forms of a row\n(.*?)^## ", TEXT, re.DOTALL | re.MULTILINE)
+    [section] = re.findall(r"^## Other forms of a row\n(.*?)^## ", DOCS, re.DOTALL | re.MULTILINE)
     rows = re.findall(r"^\| [^|]+ \| `(\{.*?\})`[^|]* \| `(\w+)`", section, re.MULTILINE)
     assert len(rows) == 5
     for number, (row, name) in enumerate(rows):

@@ -224,8 +224,9 @@ def test_only_the_files_that_are_needed_must_be_there(folder: Path) -> None:
 def test_a_split_key_of_the_domain_is_checked_where_the_recipe_asks(files: dict[str, Any], folder: Path) -> None:
     check(folder, cases=[case("a", FACTS)], **files)
     by_agent = ValidateSettings(split_keys=["agent"])
-    with pytest.raises(UserError, match=r"line 1: agent ann is also in held-out .*validate\.split_keys"):
+    with pytest.raises(UserError, match=r"line 1: agent ann is also in held-out .*") as raised:
         check(folder, by_agent, cases=[case("a", FACTS)], **files)
+    assert "take agent out of `validate: {split_keys: [agent]}` in the recipe" in str(raised.value)
     check(folder, by_agent, cases=[case("a", FACTS | {"agent": None})], **files)
 
 

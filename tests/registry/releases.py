@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal
+
+import httpx
 
 from twinloop.evaluation.gate import GateReport, Reason
 from twinloop.registry import promotion as promote_module
@@ -13,6 +20,7 @@ from twinloop.registry.reconcile import ways_back
 from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.versions import Registry
 
+SEVEN_DAYS = "damaged items reported within 7 days are eligible."
 Export = Callable[[str], Version]
 Make = Callable[..., Artifact]
 
@@ -65,3 +73,32 @@ def consistent(registry: Registry) -> None:
         back = [version.version for version in ways_back(registry.snapshot(), contents.champions(registry.name))]
         assert back[:1] == ([champions(registry)["previous"]] if "previous" in champions(registry) else [])
     assert registry.resolve("champion")
+
+
+@contextmanager
+def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+    """`twinloop serve` in a process of its own, and a client of it."""
+    log = (project / "serve.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", "returns", "--port", "0", "--slots", "2"],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[0]
+        with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+            yield client, server
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+        log.close()
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)

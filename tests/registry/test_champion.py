@@ -8,101 +8,30 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import torch
+from releases import SEVEN_DAYS, serving, wait_for
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
-from twinloop.evaluation.gate import GateReport
-from twinloop.models.config import DecoderConfig
-from twinloop.models.decoder import Decoder
-from twinloop.models.directory import save_model
-from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import train_tokenizer
-from twinloop.registry.artifact import ArtifactStore
-from twinloop.registry.champion import follow_champion, open_champion, open_documents
+from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
-from twinloop.registry.promotion import promote, rollback
+from twinloop.registry.promotion import rollback
 from twinloop.registry.snapshot import Version
-from twinloop.registry.versions import Lineage, Registry
-from twinloop.serving.knowledge.documents import DocumentStore
-
-PROJECT = Path(__file__).parents[2]
+from twinloop.registry.versions import Registry
 
 CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
     "message": "my label has already been created, confirm it.",
 }
-SEVEN_DAYS = "damaged items reported within 7 days are eligible."
-
-
-@pytest.fixture
-def project(tmp_path: Path) -> Path:
-    (tmp_path / "params.yaml").write_text("{}")
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes" / "returns.yaml").write_text((PROJECT / "recipes" / "returns.yaml").read_text())
-    documents = DocumentStore(tmp_path / "state" / "documents" / "returns.db")
-    documents.put("P-7", "damaged items reported within 30 days are eligible.")
-    return tmp_path
-
-
-@pytest.fixture
-def release(project: Path, registry: Registry, lineage: Lineage) -> Callable[..., Version]:
-    """Makes a real exported model with random weights, registers it, and promotes it."""
-    tokenizer = train_tokenizer([SEVEN_DAYS, "order: A10234"] * 4, 300)
-
-    def make(seed: int, domain: str = "returns", fingerprint: str | None = None) -> Version:
-        def write(out: Path, work: Path) -> dict[str, Any]:
-            torch.manual_seed(seed)
-            config = DecoderConfig(
-                vocab_size=tokenizer.vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512,
-            )  # fmt: skip
-            tensors = {name: tensor.detach().numpy() for name, tensor in Decoder(config).state_dict().items()}
-            save_model(work / "model", config, tensors, tokenizer)
-            export_model(work / "model", out, precision="fp32", max_length=512)
-            return {}
-
-        store = ArtifactStore(project / "artifacts")
-        exported = store.run("export", settings={"seed": seed}, inputs={}, code="code", build=write)
-        about = replace(lineage, domain=domain, domain_fingerprint=fingerprint)
-        version = registry.register(exported.path, about, servable=True)
-        report = GateReport(decision="SHIP", reasons=(), checks=(), candidate=version.digest, rules_digest="r1")
-        promote(registry, version.version, report, who="ada")
-        return version
-
-    return make
-
-
-@contextmanager
-def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    log = (project / "serve.log").open("w")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", "returns", "--port", "0", "--slots", "2"],
-        cwd=project,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-    )
-    try:
-        assert server.stdout is not None
-        address = server.stdout.readline().split()[0]
-        with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
-            yield client, server
-    finally:
-        server.terminate()
-        assert server.wait(30) == 0
-        log.close()
 
 
 def decide(client: httpx.Client) -> dict[str, Any]:
@@ -110,13 +39,6 @@ def decide(client: httpx.Client) -> dict[str, Any]:
     assert response.status_code == 200
     body: dict[str, Any] = response.json()
     return body
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def test_a_document_put_beside_a_running_server_counts_for_its_next_answer(
@@ -363,3 +285,44 @@ def test_each_model_of_a_project_has_its_own_documents(project: Path) -> None:
         other.put("P-9", "late items reported within 14 days are eligible.")
         assert [each.document_id for each in one.list()] == ["P-7"]
         assert [each.document_id for each in other.list()] == ["P-9"]
+
+
+def test_a_version_that_is_no_longer_the_champion_says_why_it_answers(
+    project: Path, registry: Registry, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (project / "tickets.py").write_text(TICKETS)
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded() == {}
+        release(2, "./tickets.py")
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded()["champion_refused"] == (
+            "version 2 is the champion, and version 1 answers: it is for another domain, and this server has to be "
+            "started again to serve it"
+        )
+        registry.mlruns.client.delete_registered_model_alias("returns", "champion")
+        follow_champion(project, registry, manager, slots=1)
+        assert list(manager.degraded()) == ["no_champion"]
+        with monkeypatch.context() as patched:
+            patched.setattr(registry, "snapshot", lambda: 1 / 0)
+            follow_champion(project, registry, manager, slots=1)
+            assert list(manager.degraded()) == ["registry_unreadable"]
+        registry.move({"champion": 1})
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded() == {}
+
+
+def test_pages_of_the_origins_that_serve_is_given_may_ask(
+    project: Path, release: Callable[..., Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release(1)
+    monkeypatch.setenv("TWINLOOP_CORS_ORIGINS", "https://shop.example http://localhost:3000")
+    with serving(project) as (client, _):
+        for origin, allowed in (
+            ("https://shop.example", True),
+            ("http://localhost:3000", True),
+            ("https://a.b", False),
+        ):
+            answer = client.post("/v1/decisions", json=CASE, headers={"Origin": origin})
+            assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (200, allowed)

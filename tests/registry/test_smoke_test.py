@@ -10,13 +10,14 @@ import pytest
 from pydantic import BaseModel
 
 from twinloop.common.errors import UserError
+from twinloop.domains.classification import Classification
 from twinloop.domains.domain import Domain
 from twinloop.domains.returns.domain import domain as returns
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
-from twinloop.registry.smoke_test import smoke_test
+from twinloop.registry.smoke_test import example_call, smoke_test
 from twinloop.training.weights import get_weights, new_decoder
 
 
@@ -29,13 +30,19 @@ class Topic(BaseModel):
     topic: str
 
 
-class WithoutExample(Domain):
+class Wrong(Domain):
     name = "topics"
     request = Topic
-
-
-class Wrong(WithoutExample):
     example: ClassVar = {"topic": 7}
+
+
+class Number(BaseModel):
+    number: int
+
+
+class WithoutExample(Domain):
+    name = "topics"
+    request = Number
 
 
 def make_exported(folder: Path, max_length: int) -> Path:
@@ -93,7 +100,15 @@ def test_an_exported_model_that_cannot_read_a_greeting_answers_nothing(tmp_path:
         smoke_test(make_exported(tmp_path, 8), Chat())
 
 
-@pytest.mark.parametrize(("domain", "said"), [(WithoutExample(), "topic: is required"), (Wrong(), "topic: should be")])
+def test_a_domain_of_texts_without_an_example_is_tested_with_any_text(exported: Path) -> None:
+    domain = Classification(["billing", "delivery"])
+    assert domain.example == {}
+    answer = smoke_test(exported, domain)
+    assert answer.request == {"text": "hello"} == example_call(domain)[1]
+    assert answer.decision is not None
+
+
+@pytest.mark.parametrize(("domain", "said"), [(WithoutExample(), "number: should be"), (Wrong(), "topic: should be")])
 def test_an_example_that_is_no_request_is_the_domains_mistake(exported: Path, domain: Domain, said: str) -> None:
     with pytest.raises(UserError, match=f"domain topics: its example is no request [(]{said}"):
         smoke_test(exported, domain)

@@ -217,13 +217,16 @@ def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
         "/health": {"get"}, "/metrics": {"get"}, "/v1/documents": {"get"}, "/v1/documents/{document_id}": {"get"},
         "/v1/decisions": {"post"}, "/v1/chat/completions": {"post"},
         "/v1/models": {"get"}, "/v1/models/{name}": {"get"},
+        "/v1/versions": {"get"}, "/v1/versions/{version}": {"get"}, "/v1/load": {"get"},
     }  # fmt: skip
     with serve(admin_token="s3cret") as client:
         routes = client.get("/openapi.json").json()["paths"]
         assert set(public) <= set(routes)
         for path, methods in routes.items():
             for method in set(methods) - public.get(path, set()):
-                refused = client.request(method, path.format(document_id="P-7", trace_id="0" * 32), json=SEVEN)
+                refused = client.request(
+                    method, path.format(document_id="P-7", trace_id="0" * 32, version=1), json=SEVEN
+                )
                 assert refused.status_code == 401, f"{method} {path}"
 
 

@@ -27,7 +27,7 @@ def test_a_decision_has_exactly_the_documented_form(scripted):
     assert response.status_code == 200
     body = response.json()
     assert set(body) == {
-        "decision", "escalated", "reasons", "passages", "model", "timings", "trace_id",
+        "decision", "escalated", "reasons", "checks", "passages", "model", "timings", "trace_id",
     }  # fmt: skip
     assert body["decision"] == json.loads(GOOD)
     assert body["escalated"] is False
@@ -160,7 +160,7 @@ def test_documents_are_put_and_listed(scripted):
 
 
 @pytest.mark.parametrize(
-    ("policy_id", "text"), [("P-x", "within 7 days"), ("P-7", "no window"), ("P-7", ""), ("P-7", "within 7 days\n\n2")]
+    ("policy_id", "text"), [("P-x", "within 7 days"), ("P-7", "no window"), ("P-7", " "), ("P-7", "within 7 days\n\n2")]
 )
 def test_a_policy_that_cannot_be_decided_on_is_refused(scripted, policy_id, text):
     response = scripted.put(f"/v1/documents/{policy_id}", json={"text": text})
@@ -184,7 +184,7 @@ def test_health_fails_when_the_documents_or_the_engine_has(scripted, script, tmp
     break_documents(tmp_path)
     failing = scripted.get("/health")
     assert failing.status_code == 503
-    assert failing.json()["reason"] == "the documents: is corrupt (file is not a database)"
+    assert failing.json()["error"]["message"] == "the documents: is corrupt (file is not a database)"
     assert failing.json()["model"]["digest"] == "d" * 64
 
 

@@ -114,11 +114,11 @@ def test_messages_may_come_in_parts_and_cannot_spell_special_tokens(scripted, sc
     ("change", "status", "said"),
     [
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
+        ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"model": "gpt-4"}, 404, "not served here"),
         ({"n": 2}, 400, "n: only 1"),
-        ({"tools": [{"type": "function"}]}, 400, "tools"),
+        ({"tools": [{"type": "function"}]}, 400, "tools: the chat template of this model has no tools"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
@@ -130,7 +130,8 @@ def test_messages_may_come_in_parts_and_cannot_spell_special_tokens(scripted, sc
         ({"max_tokens": 100_000}, 400, "at most"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop"),
         ({"stop": ""}, 400, "stop"),
-        ({"seed": 2**70}, 400, "seed"),
+        ({"seed": "5"}, 400, "seed"),
+        ({"stream": "yes"}, 400, "stream"),
         ({"messages": [{"role": "user", "content": "long " * 2000}]}, 400, "at most 1024 tokens"),
     ],
 )

@@ -166,7 +166,7 @@ CHUNKED = "POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n
         (CHUNKED.format("/health").replace("POST", "GET"), b"zz\r\n\r\n", 200),
         (CHUNKED.format("/no/such/path"), b"zz\r\n\r\n", 404),
         (CHUNKED.format(CHAT[0]) + "60000\r\n" + "x" * 0x60000 + "\r\n", b"zz\r\n\r\n", 413),
-        (CHUNKED.format("/v1/models").replace("POST", "HEAD"), b"zz\r\n\r\n", 405),
+        (CHUNKED.format("/v1/models").replace("POST", "HEAD"), b"zz\r\n\r\n", 200),
         ("POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", b"", 400),
         ("\x16\x03\x01\x02\r\n\r\n", b"", 400),
         ("PRI * HTTP/2.0\r\n\r\n", b"SM\r\n\r\n", 403),
@@ -230,3 +230,10 @@ def test_small_answers_are_sent_at_once():
         return found
 
     assert asyncio.run(option())
+
+
+def test_a_server_that_is_stopped_in_the_moment_in_which_it_names_its_address_stops(tmp_path):
+    at_once = SERVER[2].replace("print(url, flush=True)", "signal.raise_signal(signal.SIGTERM)")
+    command = [SERVER[0], "-c", f"import signal\n{at_once}", str(tmp_path), "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "stopped\n"), done.stderr

@@ -96,9 +96,9 @@ def test_an_answer_that_fails_a_check_is_never_returned(service, output, predica
 
 
 def test_each_predicate_of_the_domain_has_the_owner_that_the_failure_router_names(service):
-    predicates = service.traces.get(decide(service, GOOD).trace_id)["predicates"]
-    assert all(predicates.values())
-    for name in predicates:
+    checks = service.traces.get(decide(service, GOOD).trace_id)["checks"]
+    assert all(checks.values())
+    for name in checks:
         assert service.owner(name) == route(Failure(failed_predicates=frozenset({name})), DOMAIN).name
 
 

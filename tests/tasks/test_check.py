@@ -73,15 +73,20 @@ def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, i
 @pytest.mark.parametrize(
     ("method", "kind", "limited", "setting"),
     [
-        ("sft", "packed", lambda n: recipe(sft={"seq_len": n}), "train[1].seq_len"),
-        ("dpo", "packed", lambda n: recipe(dpo={"seq_len": n}), "train[2].seq_len"),
+        ("sft", "packed", lambda n: recipe(sft={"seq_len": n}), "train[1].seq_len of sft is {n}, and {base}"),
+        ("dpo", "packed", lambda n: recipe(dpo={"seq_len": n}), "train[2].seq_len of dpo is {n}, and {base}"),
         (
             "grpo",
             "path",
             lambda n: recipe(grpo={"max_new_tokens": 4096 - n}),
-            "base.max_length less train[3].max_new_tokens",
+            "{base}, of which train[3].max_new_tokens of grpo takes {rest}",
         ),
-        ("cases", "path", lambda n: recipe(evaluated=4096 - n), "base.max_length less evaluate.max_new_tokens"),
+        (
+            "cases",
+            "path",
+            lambda n: recipe(evaluated=4096 - n),
+            "{base}, of which evaluate.max_new_tokens takes {rest}",
+        ),
     ],
 )
 def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, kind: str, limited, setting) -> None:
@@ -91,7 +96,11 @@ def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, 
     with pytest.raises(UserError) as raised:
         check_lengths(limited(needed - 1), longest)
     message = str(raised.value)
-    assert message.startswith(f"data/{found['file']} line {found['line']}: a record of {needed} tokens, and {setting}")
+    settings = setting.format(n=needed - 1, rest=4096 - needed + 1, base="base.max_length is 4096")
+    assert message == (
+        f"data/{found['file']} line {found['line']}: a record of {needed} tokens, the longest that does not fit: "
+        f"{settings}; shorten it, or raise the setting that is too small"
+    )
     assert "\n" not in message
 
 
@@ -103,8 +112,31 @@ def test_the_line_is_that_of_the_users_file_where_rows_before_it_were_quarantine
 def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) -> None:
     side = longest[key("dpo")]["path"]["tokens"]
     assert side < longest[key("dpo")]["packed"]["tokens"]
-    with pytest.raises(UserError, match=r"of \d+ tokens, and base\.max_length allows"):
-        check_lengths(recipe(max_length=side - 1), longest)
+    with pytest.raises(UserError, match=r"base\.max_length is \d+, and train\[2\]\.seq_len of dpo is 4096"):
+        check_lengths(recipe(max_length=side - 1), longest | {key("grpo"): {}})
+
+
+def test_of_all_records_that_do_not_fit_the_longest_is_named(longest) -> None:
+    """Not that of the first stage."""
+    lengths = {name: longest[key(name)]["packed" if name in ("sft", "dpo") else "path"] for name in ("sft", "dpo")}
+    assert lengths["sft"]["tokens"] < lengths["dpo"]["tokens"]
+    with pytest.raises(UserError) as raised:
+        check_lengths(recipe(sft={"seq_len": 32}, dpo={"seq_len": 32}), longest)
+    dpo = lengths["dpo"]
+    assert str(raised.value).startswith(f"data/{dpo['file']} line {dpo['line']}: a record of {dpo['tokens']} tokens")
+
+
+def test_a_case_that_the_chat_template_refuses_is_named_by_its_line(
+    data: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: ChatTokenizer, messages: Any) -> list[int]:
+        raise UserError("chat template: conversation roles must alternate")
+
+    monkeypatch.setattr(ChatTokenizer, "encode_prompt", refuse)
+    with pytest.raises(
+        UserError, match=r"^data/cases\.jsonl line 1: chat template: conversation roles must alternate$"
+    ):
+        measure_lengths([], tokenizer, data)
 
 
 def test_a_document_of_any_length_fits(longest) -> None:

@@ -52,7 +52,7 @@ class Tickets(Classification):
         return {name: len(some) for name, some in files.items()}
 
 
-domain = Tickets(LABELS, example="hello, my parcel has not arrived and the tracking page says nothing.")
+domain = Tickets(LABELS, example="hello, i was charged twice for the lamp. please help me.")
 
 
 # --- example data: replace it by your own

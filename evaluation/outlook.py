@@ -1,0 +1,151 @@
+"""What the gate will say for certain before anything is trained: with too few cases a rule cannot pass.
+
+Pass rates are judged by the lower end of their interval, so every limit needs a number of cases even where all answers
+are right; what no case or text measures blocks. All of it is asked of the gate's own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from twinloop.common.errors import UserError
+from twinloop.domains.domain import Judged, domain_code
+from twinloop.evaluation.cases import Case, reference_answers
+from twinloop.evaluation.gate import GateRules, Measurements, passes
+from twinloop.evaluation.metrics import Rate
+
+MOST_CASES = 1_000_000
+"""A limit that so many right answers do not pass, none does."""
+
+OF_TEXTS = ("bits_per_byte", "perplexity")
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """A rule on the pass rate of a kind, and what the cases at hand can come to."""
+
+    rule: str
+    limit: float
+    kind: str
+    unit: str
+    """What is counted: cases or pairs."""
+    cases: int
+    right: int | None
+    """How many of the cases must be right; None: all of them are not enough."""
+    needed: int | None
+    """The fewest cases that are enough, all of them right; None: no number is."""
+    best: float
+    """What is measured where all are right."""
+
+    def __str__(self) -> str:
+        wrong = self.cases - (self.right or 0)
+        return (
+            f"{self.rule}: at least {self.limit:g} takes {self.right} of {self.cases} {self.unit} right "
+            f"({wrong} may be wrong), or {self.needed} where all are"
+        )
+
+    @property
+    def impossible(self) -> str | None:
+        """Why the rule cannot pass, and what to do."""
+        if self.right is not None:
+            return None
+        if self.needed is None:
+            return f"{self.rule}: no number of {self.unit} reaches {self.limit:g}; lower the limit"
+        enough = f"{self.needed} or more are needed: add {self.unit}, or change the rule"
+        of_kind = f"{self.unit} of kind {self.kind}"
+        if not self.cases:
+            return f"{self.rule}: there are no {of_kind}, and what is not measured blocks; {enough}"
+        reached = f"{self.cases} {of_kind}, all right, reach {self.best:.3f}"
+        return f"{self.rule}: {reached}, and the limit is {self.limit:g}; {enough}"
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """prospects: of the rules that can pass. warnings: of metrics that right answers would not pass."""
+
+    prospects: tuple[Prospect, ...]
+    warnings: tuple[str, ...]
+
+    def text(self) -> str:
+        return "\n".join(["the gate, with the cases at hand:", *(f"  {one}" for one in self.prospects)])
+
+
+def foresee(rules: GateRules, cases: Sequence[Case], *, has_texts: bool, samples: int = 1) -> Outlook:
+    """What the rules will need. has_texts: whether there are held-out texts. samples: answers a case.
+
+    Raises UserError, one line, for rules that cannot pass whatever is trained.
+    """
+    every = _prospects(rules, cases)
+    problems = [reason for one in every if (reason := one.impossible)]
+    if not has_texts:
+        problems += [
+            f"{name}: there is no corpus_heldout to measure it on; add it, or take the rule out"
+            for name in OF_TEXTS
+            if name in rules.limits
+        ]
+    if "answer_perplexity" in rules.limits and not reference_answers(rules.domain, cases):
+        problems.append("answer_perplexity: no case has a reference answer; add one, or take the rule out")
+    if problems:
+        raise UserError(f"{rules.source}: no model can pass: {'; '.join(problems)}")
+    return Outlook(tuple(every), tuple(_warnings(rules, cases, samples)))
+
+
+def _prospects(rules: GateRules, cases: Sequence[Case]) -> list[Prospect]:
+    limited = [kind for kind in rules.domain.case_kinds if f"{kind}_pass_rate" in rules.limits]
+    return [_prospect(rules, kind, [case for case in cases if case.kind == kind]) for kind in limited]
+
+
+def _prospect(rules: GateRules, kind: str, cases: Sequence[Case]) -> Prospect:
+    """cases: of this kind."""
+    name = f"{kind}_pass_rate"
+    pairs = rules.domain.case_kinds[kind].pairs
+    count = len({case.pair_id or case.case_id for case in cases}) if pairs else len(cases)
+
+    def measured(right: int, of: int) -> Measurements:
+        return Measurements(rates={kind: Rate(successes=right, total=of)})
+
+    return Prospect(
+        rule=name,
+        limit=float(rules.limits[name]),
+        kind=kind,
+        unit="pairs" if pairs else "cases",
+        cases=count,
+        right=_smallest(lambda right: passes(rules, name, measured(right, count)), 0, count),
+        needed=_smallest(lambda total: passes(rules, name, measured(total, total)), 1, MOST_CASES),
+        best=rules.rules[name].measure(measured(count, count)).value or 0.0,
+    )
+
+
+def _smallest(holds: Callable[[int], bool], first: int, last: int) -> int | None:
+    """The smallest number from which on it holds."""
+    if not holds(last):
+        return None
+    while first < last:
+        middle = (first + last) // 2
+        first, last = (first, middle) if holds(middle) else (middle + 1, last)
+    return last
+
+
+def _warnings(rules: GateRules, cases: Sequence[Case], samples: int) -> list[str]:
+    """Of the domain's own metrics: what they are where every answer is the gold answer, which no rule should block."""
+    domain = rules.domain
+    limited = [name for name in domain.metrics if name in rules.limits]
+    if not limited or not domain.has("gold") or not domain.has("verify"):
+        return []
+    judged = []
+    for case in cases:
+        with domain_code(domain, "gold", f"case {case.case_id}"):
+            gold = domain.gold(case.facts)
+        with domain_code(domain, "verify", f"case {case.case_id}"):
+            verdict = domain.verify(gold, case.facts)
+        judged.append(Judged(case.kind, case.facts, case.expected, [gold] * samples, [verdict] * samples))
+    with domain_code(domain, "measure"):
+        measured = dict(domain.measure(judged))
+    found = []
+    for name in limited:
+        if name not in measured:
+            found.append(f"{rules.source}: {name} is not measured where every answer is right, and that would block")
+        elif not passes(rules, name, Measurements(metrics=measured)):
+            found.append(f"{rules.source}: {name} is {measured[name]:g} where every answer is right, and blocks")
+    return found

@@ -1,0 +1,27 @@
+"""The report of a version as files of the project, which git ignores: `twinloop report` writes them again.
+
+reports/<model>-<version>.html, .md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from twinloop.common.files import write_whole
+from twinloop.report.drawing import Panel
+from twinloop.report.pages import html_page, model_card
+from twinloop.report.story import Story
+
+REPORTS = "reports"
+
+
+def write_report(project: Path, story: Story, panels: Mapping[str, Sequence[Panel]]) -> list[Path]:
+    """The page and the model card of a version, in this order."""
+    folder = project / REPORTS
+    folder.mkdir(exist_ok=True)
+    name = f"{story.model}-{story.version}"
+    pages = {folder / f"{name}.html": html_page(story, panels), folder / f"{name}.md": model_card(story)}
+    for path, text in pages.items():
+        write_whole(path, text.encode())
+    return list(pages)

@@ -1,0 +1,156 @@
+"""What /openapi.json says beyond the routes' own models: every status of a route, and the domain's schemas.
+
+The description is tested against the server (`tests/serving/test_openapi.py`): what a route gains, it has to say here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI
+from pydantic import BaseModel, WithJsonSchema, create_model
+
+from twinloop.domains.domain import Domain
+from twinloop.serving.decisions import DecisionResponse
+from twinloop.serving.errors import ErrorResponse
+
+DESCRIPTION = """\
+Every answer with a status of 400 or more has the body `ErrorResponse`. A method that a path does not have gets a 405,
+whose header `Allow` names those that it has; `HEAD` is answered wherever `GET` is. `OPTIONS` is answered only to pages
+of the origins that the server was started with (`twinloop serve --cors-origin`), and otherwise is such a 405. Whatever
+breaks HTTP itself gets a 400.
+"""
+
+DEFINITIONS = "#/$defs/"
+COMPONENT = "Decision."
+"""Before the name of a definition of the answer's schema: a model of the request may have the same one."""
+
+_HEADERS = {
+    401: {"WWW-Authenticate": {"description": "Bearer", "schema": {"type": "string"}, "required": True}},
+}
+_WORDS = {
+    400: "The body is not JSON, or the HTTP is malformed",
+    401: "The administrator's token is missing or wrong",
+    403: "Not open to who asks: another machine, another host name, or a web page of another origin",
+    404: "There is no such thing",
+    413: "The body is too large",
+    415: "The body's Content-Type is not JSON's",
+    422: "The request is JSON, and not what is asked for here; `param` names the field. Integers are written without a "
+    "fraction: 12, not 12.0",
+    500: "The server failed; its log gives the reason",
+    503: "The server cannot answer now: it is stopping, its queue is full (`Retry-After`), or its documents cannot be "
+    "read",
+}
+EVERYWHERE = (400, 403, 413, 500, 503)
+"""Of every route: a request may come with a body too large, for a foreign host, or while the server stops."""
+WITH_BODY = (415, 422)
+
+
+def errors(*more: int, words: Mapping[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route: the errors of every route and these. words: descriptions of its own."""
+    described = _WORDS | dict(words or {})
+    return {
+        status: {"model": ErrorResponse, "description": described[status]}
+        | ({"headers": _HEADERS[status]} if status in _HEADERS else {})
+        for status in sorted({*EVERYWHERE, *more})
+    }
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class AnswerMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(BaseModel):
+    index: int
+    message: AnswerMessage
+    logprobs: None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's, of a request without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+
+
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ChatCompletion,
+        "description": "The completion; with `stream`, server-sent events of OpenAI's chunks",
+        "content": {"text/event-stream": {"schema": {}}},
+    },
+    **errors(
+        404,
+        415,
+        words={
+            400: "The request is not one, or cannot be served: `param` names the field, and `code` what is wrong with "
+            "a request that has OpenAI's form",
+            404: "Another model is served than `model` names",
+        },
+    ),
+}
+
+
+def decision_response(domain: Domain) -> type[BaseModel]:
+    """The response with the domain's own schema for its decision; `describe` adds what it refers to."""
+    schema = domain.answer_schema()
+    if schema is None:
+        return DecisionResponse
+    own = {key: value for key, value in _to_components(schema).items() if key != "$defs"}
+    decision = Annotated[Any, WithJsonSchema({"anyOf": [own, {"type": "null"}]})]
+    described: type[BaseModel] = create_model("DecisionResponse", __base__=DecisionResponse, decision=(decision, ...))
+    return described
+
+
+def describe(app: FastAPI, domain: Domain) -> None:
+    """Make /openapi.json say what is true of this application."""
+    definitions = _to_components((domain.answer_schema() or {}).get("$defs", {}))
+    generate = app.openapi
+    app.description = DESCRIPTION
+
+    def openapi() -> dict[str, Any]:
+        described = generate()
+        schemas = described.setdefault("components", {}).setdefault("schemas", {})
+        schemas.update({f"{COMPONENT}{name}": schema for name, schema in definitions.items()})
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                _without_fastapis(operation["responses"])
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the description
+
+
+def _without_fastapis(responses: dict[str, Any]) -> None:
+    """FastAPI declares a 422 of its own form for every route with fields; no route here answers with it."""
+    content = responses.get("422", {}).get("content", {}).get("application/json", {})
+    if content.get("schema", {}).get("$ref", "").endswith("/HTTPValidationError"):
+        del responses["422"]
+
+
+def _to_components(schema: Any) -> Any:
+    """The schema with its references to `$defs` as references to the description's components."""
+    if isinstance(schema, Mapping):
+        return {key: _to_component(value) if key == "$ref" else _to_components(value) for key, value in schema.items()}
+    return [_to_components(each) for each in schema] if isinstance(schema, list) else schema
+
+
+def _to_component(reference: Any) -> Any:
+    inside = isinstance(reference, str) and reference.startswith(DEFINITIONS)
+    return f"#/components/schemas/{COMPONENT}{reference.removeprefix(DEFINITIONS)}" if inside else reference

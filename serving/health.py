@@ -1,0 +1,195 @@
+"""What a server says of itself: its health, its metrics, and which model it serves for what."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
+
+from twinloop.domains.domain import Domain
+from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.described import errors
+from twinloop.serving.errors import ApiError, ErrorDetail, error_body
+from twinloop.serving.knowledge.documents import DocumentStoreError
+from twinloop.serving.metrics import Metrics
+from twinloop.serving.model_manager import Degradation, ModelManager
+
+log = logging.getLogger(__name__)
+
+DECISIONS, CHAT = "/v1/decisions", "/v1/chat/completions"
+METRICS_TYPE = "text/plain; version=0.0.4"
+
+
+class Purpose(BaseModel):
+    """What the served model is for. `prompt` says what it was trained to be asked; anything else gets a meaningless
+    answer."""
+
+    description: str
+    routes: list[str]
+    prompt: str
+
+
+class RefusedChampion(BaseModel):
+    version: str
+    reason: str
+
+
+class Queue(BaseModel):
+    """Requests: waiting, being answered, and how many are taken at most."""
+
+    queued: int
+    active: int
+    capacity: int
+
+
+class Traces(BaseModel):
+    dropped: int
+
+
+class Index(BaseModel):
+    """`digest` is of all versions ever put, `contents` of the documents that are found now, and `measured_with` what
+    `contents` was where the model was trained and evaluated; null where that was not recorded."""
+
+    digest: str
+    documents: int
+    contents: str
+    measured_with: str | None
+
+
+class Health(BaseModel):
+    """Status 200 and `ok` wherever requests are answered; `degraded` says, by kind, what is not as it should be."""
+
+    status: Literal["ok", "failing"]
+    degraded: dict[Degradation, str]
+    model: ModelInfo
+    domain: str
+    purpose: Purpose
+    refused_champion: RefusedChampion | None
+    queue: Queue
+    traces: Traces | None
+    index: Index | None
+    error: ErrorDetail | None
+
+
+class ModelObject(BaseModel):
+    """OpenAI's model, with what is served, what it is for, and where it is asked."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    version: str
+    digest: str
+    domain: str
+    description: str
+    routes: list[str]
+    prompt: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelObject]
+
+
+def routes_of(domain: Domain) -> list[str]:
+    """Where a model of this domain is asked."""
+    return [DECISIONS] * (domain.request is not None) + [CHAT] * domain.serves_chat
+
+
+def purpose_of(domain: Domain) -> Purpose:
+    """What a model of this domain is for."""
+    decides = f"the fields of a request to {DECISIONS}, from which the server makes the prompt"
+    if domain.request is None:
+        prompt = "the messages of a chat"
+    else:
+        prompt = f"{decides}, or the messages of a chat" if domain.serves_chat else f"{decides}; no other text"
+    return Purpose(description=domain.description, routes=routes_of(domain), prompt=prompt)
+
+
+def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
+    """`GET /health`, `GET /metrics` and `GET /v1/models`."""
+    router = APIRouter()
+    created = int(time.time())
+
+    failing = errors(words={503: "Requests are not answered: the body is `Health`, with `error` as everywhere"})
+
+    @router.get("/health", response_model=None, responses={**failing, 200: {"model": Health}})
+    def health() -> Response:
+        try:
+            index, degraded, problem = _index(manager.service), manager.degraded(), None
+        except DocumentStoreError as error:
+            log.error("%s", error)
+            index, degraded, problem = None, {}, error.reason
+        if not manager.service.scheduler.running:
+            problem = "the engine has stopped"
+        body = _health(manager, index, degraded, problem).model_dump()
+        return JSONResponse(body, 503 if problem else 200)
+
+    text = {"text/plain": {"schema": {"type": "string"}}}
+
+    @router.get(
+        "/metrics",
+        response_class=PlainTextResponse,
+        responses={**errors(), 200: {"content": text, "description": "In version 0.0.4 of Prometheus's text form"}},
+    )
+    def prometheus() -> Response:
+        return PlainTextResponse(metrics.render(), media_type=METRICS_TYPE)
+
+    @router.get("/v1/models", responses=errors())
+    def models() -> ModelList:
+        return ModelList(object="list", data=[_model_object(manager.service, created)])
+
+    @router.get("/v1/models/{name}", responses=errors(404))
+    def one_model(name: str) -> ModelObject:
+        refuse_other_model(name, manager.service.model)
+        return _model_object(manager.service, created)
+
+    return router
+
+
+def refuse_other_model(name: str, model: ModelInfo) -> None:
+    """Raises ApiError unless this is the name of the served model."""
+    if name != model.name:
+        raise ApiError(
+            404, f"model: {name!r} is not served here; {model.name!r} is", code="model_not_found", param="model"
+        )
+
+
+def _health(
+    manager: ModelManager, index: Index | None, degraded: dict[Degradation, str], problem: str | None
+) -> Health:
+    service, failure = manager.service, manager.failure
+    scheduler, traces = service.scheduler, service.traces
+    return Health(
+        status="failing" if problem else "ok",
+        degraded=degraded,
+        model=service.model,
+        domain=service.domain.name,
+        purpose=purpose_of(service.domain),
+        refused_champion=RefusedChampion(version=failure.version, reason=failure.public) if failure else None,
+        queue=Queue(queued=scheduler.queued, active=scheduler.active, capacity=scheduler.capacity),
+        traces=Traces(dropped=traces.dropped) if traces is not None else None,
+        index=index,
+        error=ErrorDetail(**error_body(503, problem)["error"]) if problem else None,
+    )
+
+
+def _index(service: DecisionService) -> Index:
+    documents = service.documents
+    return Index(
+        digest=documents.digest(),
+        documents=documents.count(),
+        contents=documents.contents(),
+        measured_with=service.measured_documents,
+    )
+
+
+def _model_object(service: DecisionService, created: int) -> ModelObject:
+    model, purpose = service.model, purpose_of(service.domain)
+    known: dict[str, Any] = {"id": model.name, "object": "model", "created": created, "owned_by": "twinloop"}
+    known |= {"version": model.version, "digest": model.digest, "domain": service.domain.name}
+    return ModelObject(**known, **purpose.model_dump())

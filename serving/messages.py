@@ -1,0 +1,137 @@
+"""The messages of a chat request, as OpenAI's clients send them: each role with the fields that it may have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.tool_messages import encode_tool_prompt, has_tools
+from twinloop.serving.errors import ApiError
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TextPart(_Fields):
+    type: Literal["text"]
+    text: str
+
+
+Content = str | list[TextPart]
+
+
+class _Message(_Fields):
+    name: None = Field(None, description="not supported: no chat template says who of several is speaking")
+
+
+class SystemMessage(_Message):
+    """`developer` is what OpenAI's newer clients call `system`; a chat template knows the latter."""
+
+    role: Literal["system", "developer"]
+    content: Content
+
+
+class UserMessage(_Message):
+    role: Literal["user"]
+    content: Content
+
+
+class FunctionCall(_Fields):
+    name: str = Field(min_length=1)
+    arguments: str = Field(description="a JSON object, as the model wrote it")
+
+
+class ToolCall(_Fields):
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class AssistantMessage(_Message):
+    """What the model has answered before: a text, or calls of tools where its chat template has them."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: list[ToolCall] | None = None
+    # OpenAI's client sends its own answers back with all of their fields.
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class ToolMessage(_Message):
+    """What a tool returned, for a model whose chat template has tools."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+ChatMessage = Annotated[
+    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]  # fmt: skip
+
+
+def encode_messages(messages: Sequence[ChatMessage], tokenizer: ChatTokenizer) -> list[int]:
+    """The prompt of a request. Raises ApiError for messages that the model's chat template has no place for, and
+    UserError where the template itself refuses them."""
+    for index, message in enumerate(messages):
+        if isinstance(message, AssistantMessage) and message.content is None and not message.tool_calls:
+            path = f"messages.{index}.content"
+            raise ApiError(400, f"{path}: is required without tool_calls", code="unsupported_message", param=path)
+    tool_field = next((field for index, each in enumerate(messages) if (field := _tool_field(index, each))), None)
+    if tool_field is None:
+        return tokenizer.encode_prompt([{"role": _role(each), "content": _text(each)} for each in messages])
+    if not has_tools(tokenizer):
+        problem = f"{tool_field}: the chat template of this model has no tools; send their results as a user's text"
+        raise ApiError(400, problem, code="unsupported_message", param=tool_field)
+    return encode_tool_prompt(tokenizer, [_with_tools(each) for each in messages])
+
+
+def _tool_field(index: int, message: ChatMessage) -> str | None:
+    """The path of the first field of a message that only a template with tools has a place for."""
+    if isinstance(message, ToolMessage):
+        return f"messages.{index}.role"
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        return f"messages.{index}.tool_calls"
+    return None
+
+
+def _role(message: ChatMessage) -> str:
+    return "system" if isinstance(message, SystemMessage) else message.role
+
+
+def _text(message: ChatMessage) -> str:
+    content = message.content or ""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+def _with_tools(message: ChatMessage) -> dict[str, Any]:
+    """A message as chat templates take it: the arguments of a call as data, where they are a JSON object."""
+    fields: dict[str, Any] = {"role": _role(message), "content": _text(message)}
+    if isinstance(message, ToolMessage):
+        fields["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        fields["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": call.type,
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return fields
+
+
+def _arguments(text: str) -> Any:
+    try:
+        arguments = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return arguments if isinstance(arguments, dict) else text

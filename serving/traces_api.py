@@ -1,0 +1,103 @@
+"""Recent answers over HTTP: a list to choose from, filtered; the whole trace of one is `/v1/traces/{trace_id}`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from itertools import islice
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from twinloop.serving.decisions import ModelInfo, Reason, Timings
+from twinloop.serving.traces import TraceStore
+from twinloop.serving.versions_api import GUARDED
+
+SEARCHED_TRACES = 10_000
+"""So many of the newest ones are looked at: a question for rare answers must not read every file."""
+MAX_LISTED = 200
+
+
+class RecentAnswer(BaseModel):
+    """One answer, as it is listed: without the documents, the prompt's length and what the model wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    trace_id: str
+    time: datetime
+    request: dict[str, Any]
+    decision: Any
+    escalated: bool
+    reasons: list[Reason]
+    model: ModelInfo
+    timings: Timings
+
+
+class RecentAnswers(BaseModel):
+    """The newest first. `searched`: how many were looked at; `complete`: no older ones are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    answers: list[RecentAnswer]
+    searched: int
+    complete: bool
+
+
+def traces_router(traces: TraceStore | None) -> APIRouter:
+    """`GET /v1/traces`. Who includes it lets administrators only in: a trace holds a customer's words."""
+    router = APIRouter()
+
+    @router.get("/v1/traces", responses=GUARDED)
+    def recent(
+        limit: Annotated[int, Query(ge=1, le=MAX_LISTED, description="how many are listed at most")] = 50,
+        escalated: Annotated[bool | None, Query(description="only those that are, or are not, escalated")] = None,
+        check: Annotated[str | None, Query(max_length=100, description="a check that failed")] = None,
+        text: Annotated[
+            str | None, Query(max_length=200, description="in the request, the answer or the trace's id, in any case")
+        ] = None,
+    ) -> RecentAnswers:
+        kept = traces.newest() if traces is not None else iter(())
+        answers: list[RecentAnswer] = []
+        searched = 0
+        for trace in islice(kept, SEARCHED_TRACES):
+            searched += 1
+            answer = _listed(trace)
+            if answer is None or not _fits(answer, escalated, check) or not _holds(trace, text):
+                continue
+            answers.append(answer)
+            if len(answers) == limit:
+                break
+        return RecentAnswers(answers=answers, searched=searched, complete=next(kept, None) is None)
+
+    return router
+
+
+def _listed(trace: Mapping[str, Any]) -> RecentAnswer | None:
+    """None for a line that an earlier version wrote in another form."""
+    try:
+        return RecentAnswer.model_validate(trace)
+    except ValidationError:
+        return None
+
+
+def _fits(answer: RecentAnswer, escalated: bool | None, check: str | None) -> bool:
+    wanted = escalated is None or answer.escalated is escalated
+    return wanted and (not check or any(reason.predicate == check for reason in answer.reasons))
+
+
+def _holds(trace: Mapping[str, Any], text: str | None) -> bool:
+    parts = [trace.get(name) for name in ("trace_id", "request", "output_text", "decision")]
+    return not text or any(text.casefold() in found.casefold() for found in _texts(parts))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in it, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)

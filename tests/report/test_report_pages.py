@@ -1,0 +1,125 @@
+"""The report: one page that needs nothing else, in a real browser, and the model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from stories import FAILURE, story
+
+from twinloop.report.figures import figures
+from twinloop.report.files import write_report
+from twinloop.report.pages import model_card
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+CHROMIUM = Path("/usr/bin/chromium")
+SMALLEST_TEXT = "Math.min(...[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height))"
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    told = story()
+    html, card = write_report(tmp_path_factory.mktemp("project"), told, figures(told))
+    assert (html.name, card.name) == ("returns-7.html", "returns-7.md")
+    return html
+
+
+class Elements(HTMLParser):
+    """The names and the addresses in a page."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.names: set[str] = set()
+        self.loaded: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.names.add(tag)
+        self.loaded += [
+            value or "" for name, value in attributes if name == "src" or (tag == "link" and name == "href")
+        ]
+
+
+def test_the_page_loads_nothing_and_runs_nothing(page: Path) -> None:
+    elements = Elements(page.read_text())
+    assert "script" not in elements.names, "an answer of a model is text, whatever it says"
+    assert [address for address in elements.loaded if not address.startswith("data:")] == []
+    assert "svg" in elements.names
+
+
+def test_the_page_tells_what_is_asked_of_a_release(page: Path) -> None:
+    text = re.sub(r"<[^>]+>", " ", page.read_text())
+    for said in (
+        "returns version 7",
+        "BLOCK",
+        "Return decisions.",
+        "Look at SFT data: quality below its limit (held_out_pass_rate).",
+        "45.0% (25.8–65.8)",
+        "sft",
+        "(verified)",
+        "8,000",
+        "twinloop serve --model returns",
+        "base.depth: 4",
+        "&lt;script&gt;alert(1)&lt;/script&gt;",
+        "it&#39;\\&#39;&#39;s broken",
+        "d41d8cd9.dir",
+    ):
+        assert said in text, said
+
+
+def test_the_card_is_a_table_that_no_cell_breaks() -> None:
+    card = model_card(story())
+    tables = [line for line in card.splitlines() if line.startswith("|")]
+    widths = {line.split("|")[1]: line.replace("\\|", "").count("|") for line in tables}
+    assert widths[" sft "] == widths[" stage "] == widths[" gate "]
+    assert "| SFT data | 1 | held-2 | eligible |" in card
+    assert "Gate: **BLOCK**" in card
+
+
+def test_a_domain_without_a_verifier_has_a_report_too(tmp_path: Path) -> None:
+    told = story(stages=story().stages[:1], failures=(), outcomes={}, confidences=())
+    [html, card] = write_report(tmp_path, told, figures(told))
+    assert "no answer was judged" in html.read_text()
+    assert "no answer was judged" in card.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        pytest.skip("no Chromium on this machine")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1300, 400])
+def test_the_page_is_read_on_a_screen_and_on_a_telephone_by_day_and_by_night(
+    page: Path, browser: Browser, width: int
+) -> None:
+    grounds = set()
+    for scheme in ("light", "dark"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)  # type: ignore[arg-type]
+        tab = context.new_page()
+        asked: list[str] = []
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        tab.goto(page.as_uri())
+        assert asked == [page.as_uri()]
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width, "nothing is cut off at the side"
+        grounds.add(tab.evaluate("getComputedStyle(document.body).backgroundColor"))
+        heights = tab.evaluate(
+            "[...document.querySelectorAll('figure svg text')].map(t => t.getBoundingClientRect().height)"
+        )
+        assert min(heights) > 7
+        tab.get_by_text(FAILURE.case_id).click()
+        assert tab.get_by_text(FAILURE.output).is_visible()
+        context.close()
+    assert len(grounds) == 2
