@@ -160,9 +160,9 @@ def test_a_report_is_written_again_from_what_mlflow_holds(project: Path) -> None
     assert (written.returncode, written.stderr) == (0, "")
     assert written.stdout.split() == [str(page), str(page.with_suffix(".md"))]
     assert page.read_text() == before
-    checkpoint = twinloop(project, "report", "1", "--model", "small")
-    assert (checkpoint.returncode, checkpoint.stderr.count("\n")) == (2, 1)
-    assert "small version 1: MLflow holds no lifecycle that came to it" in checkpoint.stderr
+    missing = twinloop(project, "report", "9", "--model", "small")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "small: no version 9 in the registry (there are: 1)" in missing.stderr
 
 
 def prefect_states(project: Path) -> list[str]:
