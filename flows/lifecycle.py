@@ -24,12 +24,14 @@ from twinloop.flows.summary import show_outcome
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.ledger import who
 from twinloop.registry.promotion import finish_interrupted
-from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
+from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
 from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
 from twinloop.tasks.measure import measure
@@ -124,7 +126,7 @@ def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRu
     export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
     candidate, *others = exported
     judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-    published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate)
+    published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate, data=data)
     answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
     rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
     outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
@@ -181,6 +183,7 @@ def _judge(
 ) -> tuple[Artifact, list[StageRow]]:
     """Evaluate the exported model, and the version that it is to beat, and judge: the gate's artifact, and the rows."""
     found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
+    publish_cases(context, data=data, evaluation=found)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
     baseline = version_to_beat(Registry(context.mlruns, context.recipe), exported.digest)
@@ -204,14 +207,20 @@ def _judge(
 
 
 def _publish(
-    context: Context, judged: Artifact, *, checkpoints: list[Artifact], others: list[Artifact], exported: Artifact
+    context: Context,
+    judged: Artifact,
+    *,
+    checkpoints: list[Artifact],
+    others: list[Artifact],
+    exported: Artifact,
+    data: Artifact,
 ) -> Publication:
     """Register everything; promote the exported model if the gate says SHIP."""
     report = read_gate_report(judged)
     registry = Registry(context.mlruns, context.recipe)
     before = registry.snapshot().alias(CHAMPION)
     started = time.perf_counter()
-    version = register(context, checkpoints=checkpoints, others=others, exported=exported)
+    version = register(context, checkpoints=checkpoints, others=others, exported=exported, data=data)
     registered = time.perf_counter()
     promotion, error = None, None
     try:

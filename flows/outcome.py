@@ -10,7 +10,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.flows.answer import Answer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import Promotion
-from twinloop.registry.versions import Version
+from twinloop.registry.snapshot import Version
 
 
 @dataclass(frozen=True)

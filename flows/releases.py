@@ -22,11 +22,13 @@ from typing import get_args
 from twinloop.common.errors import UserError
 from twinloop.flows.edge import MISTAKE, run_command
 from twinloop.flows.environment import prepare_environment
+from twinloop.registry.gates import read_gate
 from twinloop.registry.ledger import who
-from twinloop.registry.promotion import Promotion, open_ledger, promote, read_gate, rollback
+from twinloop.registry.promotion import Promotion, open_ledger, promote, rollback
+from twinloop.registry.snapshot import Served, Snapshot, Version
 from twinloop.registry.status import VersionStatus, origins
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import Registry, Served, Snapshot, Version
+from twinloop.registry.versions import Registry
 from twinloop.serving.versions_api import (
     Alias,
     Gate,

@@ -63,7 +63,8 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.registry.promotion import promote
 
     done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
-    print(f"{model} version {done.to_version} is the champion (gate report {done.gate_digest}); {FOLLOW}")
+    report = f" (gate report {done.gate_digest})" if done.gate_digest else ""
+    print(f"{model} version {done.to_version} is the champion{report}; {FOLLOW}")
     return 0
 
 
@@ -90,6 +91,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.flows.gpu import gpu_slot
     from twinloop.registry.ledger import who
     from twinloop.registry.promotion import finish_interrupted
+    from twinloop.registry.reconcile import what_it_is
     from twinloop.registry.versions import CANDIDATE, CHAMPION
     from twinloop.tasks.context import Context
     from twinloop.tasks.prepare import data_stage, validate_stage
@@ -105,7 +107,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         finish_interrupted(registry, who())
         version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
         if not version.servable:
-            raise UserError(f"{version}: a checkpoint ({version.stage}) is not judged; see `twinloop status`")
+            raise UserError(f"{version}: {what_it_is(version)} is not judged; see `twinloop status`")
         raw, _ = data_stage(context)
         context = context.on_data(raw.md5)
         data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)

@@ -84,7 +84,7 @@ def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Out
         story = gather(context, recipe, outcome.rows, ending, tracked.run)
         panels = figures(story)
         pages = write_report(context.project, story, panels)
-        _publish(tracked.tracker, context, outcome, story, panels, pages)
+        _publish(tracked.tracker, context, story, panels, pages)
     except Exception as trouble:
         if is_disk_full(trouble):  # that ends the run, and is reported once
             raise
@@ -92,19 +92,13 @@ def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Out
     return pages[0] if pages else None
 
 
-def _publish(
-    tracker: Tracker, context: Context, outcome: Outcome, story: Story, panels: Figures, pages: Sequence[Path]
-) -> None:
+def _publish(tracker: Tracker, context: Context, story: Story, panels: Figures, pages: Sequence[Path]) -> None:
     """To MLflow, DVC's results and Prefect."""
-    from twinloop.report.evaluation_set import log_evaluation_set
     from twinloop.report.results import write_results
     from twinloop.report.tracked import log_story, tables
 
     log_story(tracker, story, panels, pages)
     write_results(context.project, story)
-    if story.dataset_digest:
-        validated = next(row.artifact for row in outcome.rows if row.artifact and row.name == "validate")
-        log_evaluation_set(tracker, validated.path, story.dataset_digest)
     key = re.sub(r"[^a-z0-9-]+", "-", story.model.lower())  # as Prefect allows them
     for name in ("stages", "gate"):
         columns = tables(story)[name]

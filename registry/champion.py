@@ -16,8 +16,9 @@ from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
+from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Served, Version
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import CHAMPION, DOCUMENTS_DIGEST, Registry, Served, Version
+from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
@@ -95,7 +96,8 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
     manager.unknown_champion = None if champion else "no_champion"
-    if champion is None or str(champion.version) == current.model.version:
+    # By its content too: a model that was deleted in MLflow and made again counts from 1.
+    if champion is None or (str(champion.version), champion.digest) == (current.model.version, current.model.digest):
         manager.failure = None
         return
     version = str(champion.version)

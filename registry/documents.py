@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twinloop.domains.domain import Document, Domain
-from twinloop.registry.versions import DOCUMENTS_DIGEST, Version
+from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Version
 from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore, DocumentStoreError
 from twinloop.serving.knowledge.history import contents_digest
 from twinloop.serving.knowledge.imports import Imported

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,7 +36,8 @@ class Entry(BaseModel):
     """One line.
 
     event: `intent` (about to move), `commit` (moved), `abort` (given up, nothing moved), `adopt` (reconciled: the
-    aliases were elsewhere than this ledger had left them). commit and abort name their intent in `of`.
+    aliases were elsewhere than this ledger had left them). commit and abort name their intent in `of`. Only an `adopt`
+    may lack `to`: there was no champion any more.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,7 +47,7 @@ class Entry(BaseModel):
     action: Action
     model: str
     from_version: int | None = Field(default=None, alias="from")
-    to_version: int = Field(alias="to")
+    to_version: int | None = Field(default=None, alias="to")
     who: str
     when: str
     manifest_digest: str
@@ -57,6 +58,21 @@ class Entry(BaseModel):
 
     def line(self) -> bytes:
         return self.model_dump_json(by_alias=True, exclude_none=True).encode()
+
+
+class Champion(NamedTuple):
+    """A version, and the digest of its content: a number alone may name other bytes, once a model was deleted in MLflow
+    and made again."""
+
+    version: int
+    digest: str
+
+
+class Champions(NamedTuple):
+    """The champion, None where there is none, and the ones before it that a rollback may go back to, oldest first."""
+
+    current: Champion | None = None
+    earlier: tuple[Champion, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,9 +103,9 @@ class Contents:
         lines = zip(self.entries, self.digests, strict=True)
         return [digest for entry, digest in lines if entry.model == model and entry.event in ENDS]
 
-    def champions(self, model: str) -> list[int]:
-        """The champion stack, the served version last: promotions push, rollbacks pop."""
-        return champion_stack(self.committed(model))
+    def champions(self, model: str) -> Champions:
+        """The champions as this ledger left them. What exists of them now, only MLflow knows."""
+        return champions_after(self.committed(model))
 
 
 class Ledger:
@@ -142,7 +158,7 @@ class Ledger:
         *,
         action: Action,
         model: str,
-        to_version: int,
+        to_version: int | None,
         who: str,
         manifest_digest: str,
         from_version: int | None = None,
@@ -198,17 +214,21 @@ def who() -> str:
     return f"{user()}@{socket.gethostname()}"
 
 
-def champion_stack(committed: Iterable[Entry]) -> list[int]:
-    """The champions that these entries leave, the served one last."""
-    champions: list[int] = []
+def champions_after(committed: Iterable[Entry]) -> Champions:
+    """The champions that these entries leave: a promotion pushes, a rollback pops."""
+    current, earlier = Champions()
     for entry in committed:
-        if entry.action == "rollback" and entry.to_version in champions[:-1]:
-            champions.pop()
-            while champions[-1] != entry.to_version:
-                champions.pop()
-        elif champions[-1:] != [entry.to_version]:
-            champions.append(entry.to_version)
-    return champions
+        if entry.to_version is None:  # it was taken away: nothing serves, and it is no way back
+            current = None
+            continue
+        target = Champion(entry.to_version, entry.manifest_digest)
+        if entry.action == "rollback":
+            while target in earlier:
+                earlier = earlier[:-1]
+        elif current not in (None, target):
+            earlier = (*earlier, current)
+        current = target
+    return Champions(current, earlier)
 
 
 def _append(path: Path, line: bytes) -> None:

@@ -16,17 +16,18 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from filelock import Timeout
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import write_whole
-from twinloop.registry.ledger import Contents, Entry, Ledger, champion_stack
+from twinloop.registry.cards import describe
+from twinloop.registry.gates import read_gate, record_gate, require_ship
+from twinloop.registry.ledger import Champion, Champions, Contents, Entry, Ledger, champions_after
+from twinloop.registry.reconcile import alias_moves, champion_in_mlflow, existing, ways_back
+from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Served, Snapshot, Version
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 
 if TYPE_CHECKING:
     from twinloop.evaluation.gate import GateReport  # imported where a report is read
@@ -45,7 +46,8 @@ class Promotion:
     action: Literal["promote", "rollback", "adopt"]
     model: str
     from_version: int | None
-    to_version: int
+    to_version: int | None
+    """None: the champion was taken away in MLflow."""
     who: str
     when: str
     gate_digest: str | None
@@ -82,40 +84,6 @@ def open_ledger(mlruns: Mlruns) -> Ledger:
     return Ledger(mlruns.root / "promotions.jsonl")
 
 
-def record_gate(registry: Registry, version: Version, report: GateReport) -> None:
-    """Keep a gate's report, SHIP or BLOCK, and name it in the version's tags.
-
-    The report lies in `mlruns/gates/` under its own digest, so that it cannot change unnoticed. Raises UserError for
-    a report on something else.
-    """
-    _is_about(version, report)
-    digest = report.digest()
-    path = _gate_file(registry, digest)
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, report.to_json().encode())
-    if version.tags.get("gate_digest") != digest:
-        when = datetime.now(UTC).isoformat()
-        # The digest last: killed in between, it differs, and the next recording writes all three again.
-        registry.tag(version, {"gate_decision": report.decision, "gate_when": when, "gate_digest": digest})
-
-
-def read_gate(registry: Registry, version: Version) -> GateReport | None:
-    """The latest gate report of a version, None if no gate has judged it. Raises UserError if it was changed."""
-    from twinloop.evaluation.gate import GateReport
-
-    if not (digest := version.tags.get("gate_digest")):
-        return None
-    path = _gate_file(registry, digest)
-    try:
-        report = GateReport.from_json(path.read_bytes())
-    except (OSError, ValueError):
-        report = None
-    if report is None or report.digest() != digest:
-        raise UserError(f"{path}: the gate report of {version} is missing or changed; run the gate again")
-    return report
-
-
 def promote(
     registry: Registry, version: int, gate: GateReport | None = None, *, who: str, manual: bool = False
 ) -> Promotion:
@@ -130,9 +98,10 @@ def promote(
         if found.finished and (found.finished.action, found.finished.to_version) == ("promote", version):
             return found.finished
         target = registry.version(version)  # now, not before the wait: its gate may have been judged again
-        champions = found.contents.champions(registry.name)
+        champion = found.contents.champions(registry.name).current
         committed = found.contents.committed(registry.name)
-        if champions[-1:] == [version]:
+        if _is(champion, target) and target.servable:
+            registry.verify(target)
             # A report by the same rules is not kept: a later check of the champion may say otherwise.
             recorded = read_gate(registry, target)
             if gate and (recorded is None or recorded.rules_digest != gate.rules_digest):
@@ -140,14 +109,14 @@ def promote(
             return Promotion.of(committed[-1])
         if gate:
             record_gate(registry, target, gate)
-        report = _ship(target, gate or read_gate(registry, target))
+        report = require_ship(target, gate or read_gate(registry, target))
         _not_refuted(target, report, committed, manual=manual)
         registry.verify(target)
         intent, _ = found.ledger.append(
             "intent",
             action="promote",
             model=registry.name,
-            from_version=champions[-1] if champions else None,
+            from_version=champion.version if champion else None,
             to_version=version,
             who=who,
             manifest_digest=target.digest,
@@ -157,40 +126,72 @@ def promote(
 
 
 def rollback(registry: Registry, who: str, smoke_test: Callable[[Served], object]) -> Promotion:
-    """Make the previous champion the champion again, after it has shown that it loads and answers.
+    """Make the champion before this one the champion again, after it has shown that it loads and answers.
 
-    smoke_test(version): loads its exported model and lets it answer; raises if it does not. Rolled back twice, it goes
-    back two champions; a rollback that was interrupted and is repeated goes back one, and is not tested again. Raises
-    UserError, and moves nothing, if there is no way back, if the target's bytes are not as they were registered, or if
-    the smoke test raised.
+    smoke_test(version): loads its exported model and lets it answer; raises if it does not. Where the champion is gone
+    from MLflow, the way back is the same. Rolled back twice, it goes back two champions; a rollback that was
+    interrupted and is repeated goes back one, and is not tested again. Raises UserError, and moves nothing, if there is
+    no way back, if the target's bytes are not as they were registered, or if the smoke test raised.
     """
     with _locked_ledger(registry, who) as found:
         if found.finished and found.finished.action == "rollback":
             return found.finished
-        champions = found.contents.champions(registry.name)
-        if len(champions) < 2:
-            raise UserError(f"{registry.name}: nothing to roll back to, there was no champion before this one")
-        *earlier, champion = champions
-        target = registry.version(earlier[-1])
+        champion = found.contents.champions(registry.name).current
+        target = _target_of_rollback(registry, found.contents)
         served = registry.verify(target)
         try:
             smoke_test(served)
         except Exception as error:
+            stays = f"version {champion.version} stays champion" if champion else "there is no champion"
             raise UserError(
-                f"{target}: not rolled back to, it does not load and answer ({type(error).__name__}: {error}); "
-                f"version {champion} stays champion"
+                f"{target}: not rolled back to, it does not load and answer ({type(error).__name__}: {error}); {stays}"
             ) from error
         intent, _ = found.ledger.append(
             "intent",
             action="rollback",
             model=registry.name,
-            from_version=champion,
+            from_version=champion.version if champion else None,
             to_version=target.version,
             who=who,
             manifest_digest=target.digest,
             gate_digest=target.tags.get("gate_digest"),
         )
         return _carry_out(registry, found.ledger, intent)
+
+
+def _target_of_rollback(registry: Registry, contents: Contents) -> Version:
+    """What the alias `previous` names, if it may be served; else the champion before this one that still exists."""
+    snapshot, champions = registry.snapshot(), contents.champions(registry.name)
+    once = {(entry.to_version, entry.manifest_digest) for entry in contents.committed(registry.name)}
+    named = snapshot.alias(PREVIOUS)
+    # Of what was never a champion no gate report may have let it through.
+    if named and named.servable and (named.version, named.digest) in once and not _is(champions.current, named):
+        return named
+    if back := ways_back(snapshot, champions):
+        return back[0]
+    gone = [str(each.version) for each in champions.earlier if not existing(snapshot, each)]
+    if not snapshot.exists:
+        reason = f"MLflow has no registered model {registry.name}"
+    elif gone:
+        reason = f"the champions before this one are gone from MLflow (version {', '.join(gone)})"
+    else:
+        reason = "there was no champion before this one"
+    raise UserError(f"{registry.name}: nothing to roll back to, {reason}")
+
+
+def _follow_with_previous(registry: Registry, before: Champions, champion: Champion | None) -> None:
+    """After the champion was moved in MLflow, a rollback goes to the one that it was moved from, unless somebody has
+    moved `previous` too."""
+    snapshot = registry.snapshot()
+    left = next((version.version for version in ways_back(snapshot, before)), None)
+    if champion is None or before.current is None or snapshot.aliases.get(PREVIOUS) != left:
+        return
+    moves = alias_moves(Champions(champion, (*before.earlier, before.current)), snapshot)
+    registry.move({alias: version for alias, version in moves.items() if alias == PREVIOUS})
+
+
+def _is(champion: Champion | None, version: Version) -> bool:
+    return champion == Champion(version.version, version.digest)
 
 
 def finish_interrupted(registry: Registry, who: str) -> Promotion | None:
@@ -230,30 +231,52 @@ def _locked_ledger(registry: Registry, who: str) -> Iterator[_LockedLedger]:
 
 def _carry_out(registry: Registry, ledger: Ledger, intent: Entry, *, note: str | None = None) -> Promotion:
     """Move the aliases as the intent demands, and write that it is done. May be repeated from any point."""
-    champions = champion_stack([*ledger.read().committed(registry.name), intent])
-    registry.move(_aliases(champions, registry.snapshot()))
+    champions = champions_after([*ledger.read().committed(registry.name), intent])
+    registry.move(alias_moves(champions, registry.snapshot()))
     _, head = ledger.end(intent, "commit", note=note)
     registry.tag_model(LEDGER_HEAD, head)
+    describe(registry, ledger.read(), intent.to_version, intent.from_version)
     return Promotion.of(intent)
 
 
 def _finish(registry: Registry, ledger: Ledger, intent: Entry) -> Promotion | None:
     """Carry out an intent whose process died; None where it had to be given up. Its checks had passed; since then its
-    target's bytes may have changed, and a gate may have blocked what was to be promoted."""
+    target may have been changed or deleted, a gate may have blocked what was to be promoted, and somebody may have
+    moved the champion in MLflow."""
     move = f"the interrupted {intent.action} to {intent.model} version {intent.to_version}"
     try:
-        target = registry.version(intent.to_version)
+        target = registry.version(intent.to_version or 0)
+        if target.digest != intent.manifest_digest:
+            raise UserError(f"{target}: it is not the one that was meant, the model was made again in MLflow")
         registry.verify(target)
         if intent.action == "promote":
-            _ship(target, read_gate(registry, target))
+            require_ship(target, read_gate(registry, target))
+        champion = registry.snapshot().aliases.get(CHAMPION)
+        if champion not in (None, intent.from_version, intent.to_version):
+            raise UserError(f"{registry.name}: version {champion} was made the champion in MLflow meanwhile")
     except UserError as error:
-        registry.move(_aliases(ledger.read().champions(registry.name), registry.snapshot()))
+        _restore(registry, ledger.read(), intent)
         ledger.end(intent, "abort", note=f"interrupted, and then: {error}")
         log.warning("%s, begun by %s, was given up: %s", move, intent.who, error)
         return None
     _carry_out(registry, ledger, intent, note="interrupted, finished later")
     log.warning("%s, begun by %s, was finished now", move, intent.who)
     return Promotion.of(intent, finished_later=True)
+
+
+def _restore(registry: Registry, contents: Contents, intent: Entry) -> None:
+    """Take back what a move had done that is given up. A champion that is not its own doing stays."""
+    snapshot = registry.snapshot()
+    if not snapshot.exists:
+        return
+    champions = contents.champions(registry.name)
+    champion = champion_in_mlflow(snapshot)
+    if champion is None or champion.version != intent.to_version:
+        champions = Champions(champion, champions.earlier)
+    moves = alias_moves(champions, snapshot)
+    if champion and champions.current == champion:
+        moves.pop(CHAMPION, None)  # it may be a version that is none of ours
+    registry.move(moves)
 
 
 def _acknowledge(registry: Registry, contents: Contents) -> Promotion | None:
@@ -278,71 +301,45 @@ def _is_unreported(registry: Registry, contents: Contents) -> bool:
         return False
     snapshot = registry.snapshot()
     last_but_one = ends[-2] if len(ends) > 1 else None
-    if snapshot.tags.get(LEDGER_HEAD) != last_but_one:
+    if not snapshot.exists or snapshot.tags.get(LEDGER_HEAD) != last_but_one:
         return False
-    return snapshot.aliases.get(CHAMPION) == contents.champions(registry.name)[-1]
+    return champion_in_mlflow(snapshot) == contents.champions(registry.name).current
 
 
 def _reconcile(registry: Registry, ledger: Ledger, who: str) -> None:
-    """Write down champions that the ledger does not know: somebody moved an alias in MLflow, or the ledger is new."""
+    """Write down what the ledger does not know: somebody moved or removed the champion in MLflow, deleted its version
+    or the model, or the ledger is new."""
     snapshot, contents = registry.snapshot(), ledger.read()
-    known = contents.champions(registry.name)
-    champion = snapshot.aliases.get(CHAMPION)
-    if champion is None or known[-1:] == [champion]:
+    known, actual = contents.champions(registry.name).current, champion_in_mlflow(snapshot)
+    if known == actual:
         return
     lost = snapshot.tags.get(LEDGER_HEAD)
-    note = "the alias was moved outside of the ledger"
-    if lost and lost not in contents.digests:
+    if actual is None:
+        note = "the champion was removed in MLflow"
+    elif lost and lost not in contents.digests:
         note = f"the ledger that ended with {lost} is not here"
-    found = [champion] if known or PREVIOUS not in snapshot.aliases else [snapshot.aliases[PREVIOUS], champion]
-    for version in found:
-        entry = snapshot.versions.get(version)
+    else:
+        note = "the alias was moved outside of the ledger"
+    found = [actual]
+    previous = snapshot.alias(PREVIOUS)
+    if actual and previous and not contents.committed(registry.name):
+        found = [Champion(previous.version, previous.digest), actual]
+    _follow_with_previous(registry, contents.champions(registry.name), actual)
+    for champion in found:
         _, head = ledger.append(
             "adopt",
             action="adopt",
             model=registry.name,
-            from_version=known[-1] if known else None,
-            to_version=version,
+            from_version=known.version if known else None,
+            to_version=champion.version if champion else None,
             who=who,
-            manifest_digest=entry.digest if entry else "",
+            manifest_digest=champion.digest if champion else "",
             note=note,
         )
-        known.append(version)
-    registry.tag_model(LEDGER_HEAD, head)
-
-
-def _aliases(champions: list[int], snapshot: Snapshot) -> dict[str, int | None]:
-    """The aliases that are not where these champions want them, in the order in which to move them."""
-    champion = champions[-1] if champions else None
-    wanted: dict[str, int | None] = {PREVIOUS: champions[-2] if len(champions) > 1 else None}
-    wanted[CHAMPION] = champion
-    if snapshot.aliases.get(CANDIDATE) == champion:
-        wanted[CANDIDATE] = None
-    return {alias: version for alias, version in wanted.items() if snapshot.aliases.get(alias) != version}
-
-
-def _ship(version: Version, report: GateReport | None) -> GateReport:
-    """The report, if it lets this very version through. Raises UserError if it does not."""
-    if not version.servable:
-        what = "an export of this precision" if version.stage == "export" else f"a {version.stage} checkpoint"
-        raise UserError(f"{version}: {what} is not served; `twinloop status` names the candidate")
-    if report is None:
-        remedy = f"run `twinloop gate --version {version.version}`"
-        raise UserError(f"{version}: not promoted, no gate has judged it; {remedy}")
-    _is_about(version, report)
-    if report.decision != "SHIP":
-        raise UserError(
-            f"{version}: not promoted, its gate says {report.decision}; `twinloop status` gives the reasons"
-        )
-    return report
-
-
-def _is_about(version: Version, report: GateReport) -> None:
-    if report.candidate != version.digest:
-        raise UserError(
-            f"{version}: the gate report is about {report.candidate[:12] or 'nothing named'} and this version "
-            f"is {version.digest[:12]}; run `twinloop gate --version {version.version}`"
-        )
+        known = champion
+    log.warning("%s: %s; the ledger was brought up to date", registry.name, note)
+    if snapshot.exists:
+        registry.tag_model(LEDGER_HEAD, head)
 
 
 def _not_refuted(version: Version, report: GateReport, committed: list[Entry], *, manual: bool) -> None:
@@ -350,17 +347,30 @@ def _not_refuted(version: Version, report: GateReport, committed: list[Entry], *
 
     Without this, the next scheduled run would find or make its SHIP again, and undo the rollback.
     """
-    left = next((entry for entry in reversed(committed) if entry.from_version == version.version), None)
-    if left is None or left.action == "promote":
+    left = _taken_back(version.digest, committed)
+    if left is None:
         return
-    taken_back = f"{version}: not promoted, {left.who} took it back on {left.when}"
+    by = f"{left.who} took it back" if left.action == "rollback" else "the champion was moved away from it in MLflow"
+    taken_back = f"{version}: not promoted, {by} on {left.when}"
     again = f"run `twinloop gate --version {version.version}`"
     if not manual:
         raise UserError(f"{taken_back}; if it is to come back, {again} and `twinloop promote {version.version}`")
-    let_through = {e.gate_digest for e in committed if e.action == "promote" and e.to_version == version.version}
+    let_through = {e.gate_digest for e in committed if e.action == "promote" and e.manifest_digest == version.digest}
     if report.digest() in let_through:
         raise UserError(f"{taken_back} after this same gate report; {again}, with a rule that detects the cause")
 
 
-def _gate_file(registry: Registry, digest: str) -> Path:
-    return registry.mlruns.root / "gates" / f"{digest}.json"
+def _taken_back(digest: str, committed: list[Entry]) -> Entry | None:
+    """The move that left this content for another one, which no promotion did; None where it came back since. By
+    content, not by number: deleted in MLflow and registered again, it has another number. A champion that was only
+    removed there was not taken back: nothing else was wanted instead."""
+    champion, left = "", None
+    for entry in committed:
+        if entry.to_version is None:
+            continue
+        if entry.manifest_digest == digest:
+            left = None
+        elif champion == digest and entry.action != "promote":
+            left = entry
+        champion = entry.manifest_digest
+    return left

@@ -10,9 +10,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.registry.ledger import Contents
-from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger, read_gate
-from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry, Snapshot, Version
+from twinloop.registry.gates import read_gate
+from twinloop.registry.ledger import Champion, Contents, Entry
+from twinloop.registry.logged_models import MODEL_FOLDER
+from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
+from twinloop.registry.reconcile import changes_in_mlflow, existing
+from twinloop.registry.snapshot import Snapshot, Version
+from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry
 
 SHORT = 12  # characters of a digest that a person reads
 
@@ -61,6 +65,8 @@ class Status:
     previous: VersionStatus | None
     last_gate: GateStatus | None
     last_promotion: Promotion | None
+    last_move_is_gone: bool
+    """Whether MLflow does not have the version of the last move any more."""
     origins: list[Origin]
     warnings: list[str]
 
@@ -74,9 +80,12 @@ class Status:
             lines.append(f"{alias:<11}" + (_version_line(found) if found else "none"))
         if promotion := self.last_promotion:
             come_from = f" from version {promotion.from_version}" if promotion.from_version else ""
+            went_to = (
+                f"to version {promotion.to_version}" if promotion.to_version else "to none, it was removed in MLflow"
+            )
+            gone = " (gone from MLflow)" if self.last_move_is_gone else ""
             lines.append(
-                f"last move  {promotion.action} to version {promotion.to_version}{come_from}, "
-                f"by {promotion.who}, {promotion.when}"
+                f"last move  {promotion.action} {went_to}{gone}{come_from}, by {promotion.who}, {promotion.when}"
             )
         if gate := self.last_gate:
             lines.append(f"last gate  {gate.decision} for version {gate.version}, report {gate.digest[:SHORT]}")
@@ -102,9 +111,10 @@ def status(registry: Registry) -> Status:
     if contents:
         warnings += _disagreements(registry.name, snapshot, contents)
     named = {alias: snapshot.alias(alias) for alias in (CHAMPION, CANDIDATE, PREVIOUS)}
-    for alias, version in named.items():
-        if version and not version.path.is_dir():
-            warnings.append(f"the files of {alias} ({version}) are gone: {version.path}")
+    versions = {version.version: version for version in named.values() if version}
+    for number, version in versions.items():
+        aliases = " and ".join(alias for alias, each in named.items() if each and each.version == number)
+        warnings += _about_files(aliases, version)
     if champion := named[CHAMPION]:
         from twinloop.registry.documents import documents_warning  # what it imports takes longer than all of this
 
@@ -123,6 +133,7 @@ def status(registry: Registry) -> Status:
         previous=_status(named[PREVIOUS]),
         last_gate=last_gate,
         last_promotion=Promotion.of(committed[-1]) if committed else None,
+        last_move_is_gone=bool(committed) and not _is_there(snapshot, committed[-1]),
         origins=origins(registry.lineage(subject)) if subject else [],
         warnings=warnings,
     )
@@ -130,7 +141,18 @@ def status(registry: Registry) -> Status:
 
 def origins(chain: list[Version]) -> list[Origin]:
     """The chain of versions, itself first, and what is at its end: recipe, dataset and commit."""
-    steps = [Origin(version.stage, f"version {version.version}", version.digest, version.run_id) for version in chain]
+    own = chain[0].name
+    steps = [
+        Origin(
+            version.stage,
+            f"version {version.version}" if version.name == own else f"{version.name}/{version.version}",
+            version.digest,
+            version.run_id,
+        )
+        for version in chain
+    ]
+    if gone := chain[-1].parent:
+        steps.append(Origin("deleted", f"{gone} (not in MLflow any more)", ""))
     subject = chain[0].tags
     steps.append(Origin("dataset", "data.dvc", subject.get("dataset_digest", "")))
     steps.append(Origin("recipe", subject.get("recipe", ""), ""))
@@ -146,8 +168,8 @@ def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[s
             f"a {pending.action} to version {pending.to_version} by {pending.who} is under way or was interrupted; "
             "if interrupted, the next promotion or rollback finishes it"
         )
-    elif contents.champions(model)[-1:] != [v for v in [snapshot.aliases.get(CHAMPION)] if v]:
-        found.append("the champion was moved outside of the ledger; the next promotion or rollback writes it down")
+    else:
+        found += changes_in_mlflow(model, snapshot, contents)
     if contents.torn:
         found.append("the ledger's last line was cut off by a crash; the next promotion or rollback moves it away")
     if not contents.entries and LEDGER_HEAD in snapshot.tags:
@@ -155,15 +177,33 @@ def _disagreements(model: str, snapshot: Snapshot, contents: Contents) -> list[s
     return found
 
 
+def _about_files(aliases: str, version: Version) -> list[str]:
+    if not version.path.is_dir():
+        return [f"the files of {aliases} ({version}) are gone: {version.path}; `twinloop run` puts them back"]
+    place = version.path.parent if version.path.name == MODEL_FOLDER else version.path
+    if version.source.startswith("file:") and version.source != place.as_uri():  # MLflow stores it absolute
+        return [
+            f"the project was moved: MLflow's own clients look for {aliases} ({version}) in {version.source}; "
+            f"`mlflow.pyfunc.load_model` takes {place} instead"
+        ]
+    return []
+
+
+def _is_there(snapshot: Snapshot, move: Entry) -> bool:
+    if move.to_version is None:
+        return True
+    return existing(snapshot, Champion(move.to_version, move.manifest_digest)) is not None
+
+
 def _last_gate(registry: Registry, snapshot: Snapshot) -> GateStatus | None:
     judged = [version for version in snapshot.versions.values() if "gate_digest" in version.tags]
     if not judged:
         return None
-    latest = max(judged, key=lambda version: version.tags["gate_when"])
+    latest = max(judged, key=lambda version: version.tags.get("gate_when", ""))
     report = read_gate(registry, latest)
     assert report is not None  # it has the tag
     content = report.model_dump(mode="json")
-    return GateStatus(latest.version, report.decision, report.digest(), latest.tags["gate_when"], content)
+    return GateStatus(latest.version, report.decision, report.digest(), latest.tags.get("gate_when", ""), content)
 
 
 def _status(version: Version | None) -> VersionStatus | None:

@@ -5,9 +5,8 @@ settings), on what (dataset digest, parent keys), by which code (commit, and whe
 it went. A skipped stage opens no run: its artifact names the one that made it, and so does the lifecycle's story.
 
 Left out on purpose: MLflow's fluent API (`mlflow.start_run` and its globals), so that stages may run in threads;
-autologging; artifacts of stages, because the artifact store has them.
-
-`mlflow` is imported by `Mlruns.client`, not here: it costs 1.3 s and 190 MB, and 0.9 s more at its first use.
+autologging; artifacts of stages, because the artifact store has them. `mlflow` is imported by `Mlruns.client`, not
+here: it costs 1.3 s and 190 MB, and 0.9 s more at its first use.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ from twinloop.common.errors import one_line
 from twinloop.domains.loader import LoadedDomain
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import RESUMES, Mlruns
-from twinloop.registry.versions import Registry, Version
+from twinloop.registry.versions import Registry
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 from twinloop.tasks.context import SPEED, Context
 from twinloop.tasks.measure import read_case_report
@@ -66,7 +67,8 @@ class LifecycleRun:
 
 def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending, run: LifecycleRun) -> Story:
     """The whole story. What MLflow cannot tell any more, such as the curves of a lost run, is left out."""
-    versions = Registry(context.mlruns, context.recipe).snapshot().versions.values()
+    registry = Registry(context.mlruns, context.recipe)
+    versions = [*registry.checkpoints.snapshot().versions.values(), *registry.snapshot().versions.values()]
     by_digest = {version.digest: version.version for version in versions}
     stages = tuple(_stage(row, context.mlruns, by_digest) for row in rows)
     artifacts = {row.artifact.stage: row.artifact for row in rows if row.artifact}

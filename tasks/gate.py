@@ -13,13 +13,17 @@ from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import compare
 from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry, Version
+from twinloop.registry.snapshot import Version
+from twinloop.registry.version_files import version_error
+from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
 from twinloop.tasks.recipe import EvaluateSettings
 
 if TYPE_CHECKING:
     from twinloop.evaluation.outlook import Outlook
+
+log = logging.getLogger(__name__)
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +98,20 @@ def measurements(
 
 
 def version_to_beat(registry: Registry, digest: str) -> Version | None:
-    """The champion; where the candidate is the champion already, the one that it replaced."""
+    """The champion; where the candidate is the champion already, or the champion is gone or cannot be loaded, the one
+    before it. None where there is none of both."""
     snapshot = registry.snapshot()
-    champion = snapshot.alias(CHAMPION)
-    return snapshot.alias(PREVIOUS) if champion and champion.digest == digest else champion
+    for alias in (CHAMPION, PREVIOUS):
+        version = snapshot.alias(alias)
+        if version is None or version.digest == digest:
+            continue
+        if not version.servable:
+            log.warning("%s, the %s in MLflow, cannot be served: nothing is compared with it", version, alias)
+        elif problem := version_error(version.path, version.digest):
+            log.warning("%s, the %s: %s in %s: nothing is compared with it", version, alias, problem, version.path)
+        else:
+            return version
+    return None
 
 
 def read_gate_report(artifact: Artifact) -> GateReport:

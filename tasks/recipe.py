@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_valida
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.registry.versions import CHECKPOINTS
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here
 from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
@@ -139,6 +140,8 @@ class Recipe(StrictModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.name.endswith(CHECKPOINTS):
+            raise ValueError(f"name: {self.name}: {CHECKPOINTS} is for the registered model of a recipe's checkpoints")
         if self.evaluate.max_new_tokens >= self.base.max_length:
             raise ValueError(
                 f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "

@@ -2,35 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prefect import task
 
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.cards import describe
 from twinloop.registry.documents import data_digest, import_documents
 from twinloop.registry.fingerprint import module_fingerprint
+from twinloop.registry.gates import record_gate
 from twinloop.registry.ledger import who
-from twinloop.registry.promotion import Promotion, promote, record_gate
+from twinloop.registry.promotion import Promotion, open_ledger, promote
+from twinloop.registry.snapshot import Version, VersionName
 from twinloop.registry.tracking import code_of_run
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
 
 
 def register_stage(
-    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], exported: Artifact
+    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], exported: Artifact, data: Artifact
 ) -> Version:
     """The version of `exported`, which is the candidate now. checkpoints: in the order in which they came to be;
-    others: exported models of the last one in precisions that are not served."""
+    others: exported models of the last one in precisions that are not served. They become versions of a registered
+    model of their own. data: what was validated."""
     registry = Registry(context.mlruns, context.recipe)
-    parent: int | None = None
+    about = _about(context, exported, data)
+    parent: VersionName | None = None
     for checkpoint in checkpoints:
-        parent = _register(context, registry, checkpoint, parent).version
+        made = _register(context, registry.checkpoints, checkpoint, parent, about=about, alias=checkpoint.stage)
+        parent = VersionName(made.name, made.version)
     for other in others:
-        _register(context, registry, other, parent)
+        precision = other.metrics["precision"]
+        alias = f"export-{precision}"
+        _register(context, registry.checkpoints, other, parent, about=about | {"precision": precision}, alias=alias)
+    precision = exported.metrics.get("precision", "")
     documents = data_digest(context.project, context.domain)
-    return _register(context, registry, exported, parent, documents, servable=True)
+    about |= {"precision": precision}
+    return _register(context, registry, exported, parent, about=about, documents=documents, servable=True)
 
 
 register = task(name="register", persist_result=False)(register_stage)
@@ -40,9 +50,11 @@ def _register(
     context: Context,
     registry: Registry,
     artifact: Artifact,
-    parent: int | None,
-    documents: str | None = None,
+    parent: VersionName | None,
     *,
+    about: Mapping[str, str],
+    alias: str | None = None,
+    documents: str | None = None,
     servable: bool = False,
 ) -> Version:
     run_id = artifact.metrics["mlflow_run_id"]
@@ -53,11 +65,29 @@ def _register(
         domain=context.loaded_domain.name,
         dataset_digest=context.dataset_digest,
         code=made_by or context.code,
-        parent_version=parent,
+        parent=parent,
         domain_fingerprint=module_fingerprint(context.loaded_domain.found),
+        about=about,
         documents_digest=documents,
     )
-    return registry.register(artifact.path, lineage, run_id=run_id if made_by else None, servable=servable)
+    version = registry.register(
+        artifact.path, lineage, run_id=run_id if made_by else None, servable=servable, domain=context.domain
+    )
+    if alias:
+        registry.name_newest(alias, version)
+    describe(registry, open_ledger(context.mlruns).read(), version.version)
+    return version
+
+
+def _about(context: Context, exported: Artifact, data: Artifact) -> dict[str, str]:
+    """What people want to read of all versions of this execution, short."""
+    purpose = (type(context.domain).__doc__ or "").strip().splitlines()
+    parameters = exported.metrics.get("parameters")
+    return {
+        "about": purpose[0] if purpose else context.domain.name,
+        "base": f"a new network of {parameters:,} parameters" if parameters else "",
+        "rows": f"{data.metrics['rows']:,.0f} rows",
+    }
 
 
 @task(name="promote", persist_result=False)
@@ -73,6 +103,7 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
     if judged_now or report.decision == "BLOCK":
         record_gate(registry, version, report)
     if report.decision == "BLOCK":
+        describe(registry, open_ledger(context.mlruns).read(), version.version)
         return None
     return promote(registry, version.version, report, who=who())
 

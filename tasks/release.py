@@ -8,9 +8,12 @@ from prefect import task
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
+from twinloop.registry.cards import describe
 from twinloop.registry.fingerprint import module_fingerprint
-from twinloop.registry.promotion import record_gate
-from twinloop.registry.versions import DOMAIN_FINGERPRINT, Registry, Version
+from twinloop.registry.gates import record_gate
+from twinloop.registry.promotion import open_ledger
+from twinloop.registry.snapshot import DOMAIN_FINGERPRINT, Version
+from twinloop.registry.versions import Registry
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
@@ -59,6 +62,7 @@ def judge_version(
     report = judge(rules, measured, candidate=judged.digest)
     registry.tag(judged, {DOMAIN_FINGERPRINT: module_fingerprint(context.loaded_domain.found)})
     record_gate(registry, judged, report)
+    describe(registry, open_ledger(registry.mlruns).read(), judged.version)
     return report
 
 

@@ -50,6 +50,7 @@ def test_onnx_runtime_by_itself_writes_a_queue(model: Path, tmp_path: Path) -> N
         "twinloop.serving.engine.session",
         "twinloop.training.sampler",
         "twinloop.registry.champion",
+        "twinloop.registry.pyfunc",
         "twinloop.flows.lifecycle",
     ],
 )

@@ -20,7 +20,7 @@ from twinloop.flows.answer import Answer, answer_over_http
 from twinloop.flows.outcome import Outcome, Publication, StageRow
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.promotion import Promotion
-from twinloop.registry.versions import Version
+from twinloop.registry.snapshot import Version
 
 
 @pytest.fixture

@@ -78,12 +78,14 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     answer = json.loads(run.stdout[run.stdout.index("over HTTP:") :].splitlines()[1])
     assert (answer["decision"] is None) == answer["escalated"]
     served = status(project)
-    assert served["champion"]["gate"] == "SHIP"
+    assert (served["champion"]["version"], served["champion"]["gate"]) == (1, "SHIP")
     kinds = [origin["kind"] for origin in served["origins"]]
     # grpo is missing where so small a network earned no reward: its weights are DPO's, and so is their version
     assert [kind for kind in kinds if kind != "grpo"] == [
         "export", "dpo", "sft", "pretrain", "dataset", "recipe", "code",
     ]  # fmt: skip
+    assert served["warnings"] == []
+    assert not (project / "mlflow.db").exists()  # what MLflow makes where it is asked for its global store
 
 
 def mlflow(project: Path) -> MlflowClient:
@@ -158,9 +160,9 @@ def test_a_report_is_written_again_from_what_mlflow_holds(project: Path) -> None
     assert (written.returncode, written.stderr) == (0, "")
     assert written.stdout.split() == [str(page), str(page.with_suffix(".md"))]
     assert page.read_text() == before
-    checkpoint = twinloop(project, "report", "1", "--model", "small")
-    assert (checkpoint.returncode, checkpoint.stderr.count("\n")) == (2, 1)
-    assert "small version 1: MLflow holds no lifecycle that came to it" in checkpoint.stderr
+    missing = twinloop(project, "report", "9", "--model", "small")
+    assert (missing.returncode, missing.stderr.count("\n")) == (2, 1)
+    assert "small: no version 9 in the registry (there are: 1)" in missing.stderr
 
 
 def prefect_states(project: Path) -> list[str]:
@@ -272,9 +274,9 @@ def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_
     assert judged.returncode == 1, judged.stderr
     assert "policy regression (golden_pass_rate)" in judged.stdout
     set_rules(project)
-    checkpoint = twinloop(project, "gate", "recipes/small.yaml", "--version", "1")
-    assert checkpoint.returncode == 2
-    assert "version 1: a checkpoint (pretrain) is not judged" in checkpoint.stderr
+    missing = twinloop(project, "gate", "recipes/small.yaml", "--version", "9")
+    assert missing.returncode == 2
+    assert "no version 9 in the registry (there are: 1 to 2)" in missing.stderr
     judged = twinloop(project, "gate", "recipes/small.yaml", "--version", str(candidate["version"]))
     assert judged.returncode == 0, judged.stderr
     assert f"small version {candidate['version']}\ngate: SHIP" in judged.stdout

@@ -18,8 +18,9 @@ from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.promotion import promote
+from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import CodeVersion, Mlruns
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.knowledge.documents import DocumentStore
 
 PROJECT = Path(__file__).parents[2]

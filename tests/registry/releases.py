@@ -16,7 +16,9 @@ from twinloop.evaluation.gate import GateReport, Reason
 from twinloop.registry import promotion as promote_module
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
-from twinloop.registry.versions import Registry, Served, Version
+from twinloop.registry.reconcile import ways_back
+from twinloop.registry.snapshot import Served, Version
+from twinloop.registry.versions import Registry
 
 SEVEN_DAYS = "damaged items reported within 7 days are eligible."
 Export = Callable[[str], Version]
@@ -53,15 +55,23 @@ def recover(registry: Registry) -> None:
         pass
 
 
-def consistent(registry: Registry) -> None:
-    """The ledger is whole, nothing is pending, and it says what the aliases say."""
+def agrees(registry: Registry) -> None:
+    """The ledger is whole, nothing is pending, and its champion is MLflow's."""
     contents = open_ledger(registry.mlruns).read(head=registry.snapshot().tags["ledger_head"])
     assert contents.pending() is None
     assert not contents.torn
-    known = contents.champions(registry.name)
-    aliases = champions(registry)
-    assert known[-1:] == [aliases["champion"]]
-    assert known[-2:-1] == ([aliases["previous"]] if "previous" in aliases else [])
+    champion = contents.champions(registry.name).current
+    assert champion
+    assert champion.version == champions(registry)["champion"]
+
+
+def consistent(registry: Registry) -> None:
+    """As `agrees`, and all aliases are where a move leaves them."""
+    agrees(registry)
+    contents = open_ledger(registry.mlruns).read()
+    if contents.entries[-1].event == "commit":  # else somebody moved the champion in MLflow, and perhaps `previous`
+        back = [version.version for version in ways_back(registry.snapshot(), contents.champions(registry.name))]
+        assert back[:1] == ([champions(registry)["previous"]] if "previous" in champions(registry) else [])
     assert registry.resolve("champion")
 
 

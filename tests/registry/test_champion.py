@@ -25,7 +25,8 @@ from twinloop.registry.champion import follow_champion, open_champion
 from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import rollback
-from twinloop.registry.versions import Registry, Version
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import Registry
 
 CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
@@ -119,6 +120,20 @@ def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, relea
         assert manager.service.model.version == str(second.version)
         gc.collect()
         assert first() is None
+
+
+def test_a_champion_of_the_same_number_and_other_bytes_is_another_one(
+    project: Path, registry: Registry, release: Callable[..., Version]
+) -> None:
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        registry.mlruns.client.delete_registered_model("returns")
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.failure is None
+        second = release(2)
+        assert second.version == 1
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.service.model.digest == second.digest
 
 
 def test_a_registry_that_cannot_be_read_is_no_failure_and_the_champion_goes_on(

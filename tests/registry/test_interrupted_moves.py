@@ -17,7 +17,8 @@ from releases import Export, champions, consistent, history, loads, recover, shi
 from twinloop.common.errors import UserError
 from twinloop.registry import ledger as ledger_module
 from twinloop.registry.artifact import Artifact, ArtifactStore
-from twinloop.registry.promotion import finish_interrupted, open_ledger, promote, record_gate, rollback
+from twinloop.registry.gates import record_gate
+from twinloop.registry.promotion import finish_interrupted, open_ledger, promote, rollback
 from twinloop.registry.status import status
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Lineage, Registry

@@ -10,8 +10,9 @@ from pathlib import Path
 from releases import history, serving, ship, wait_for
 
 from twinloop.flows.releases import ProjectReleases
-from twinloop.registry.promotion import record_gate
-from twinloop.registry.versions import Registry, Version
+from twinloop.registry.gates import record_gate
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import Registry
 
 Release = Callable[..., Version]
 

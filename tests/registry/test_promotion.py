@@ -14,11 +14,13 @@ from releases import Export, Make, champions, consistent, history, lines, loads,
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry import promotion as promote_module
+from twinloop.registry.gates import read_gate, record_gate
 from twinloop.registry.ledger import Ledger
-from twinloop.registry.promotion import open_ledger, promote, read_gate, record_gate, rollback
+from twinloop.registry.promotion import open_ledger, promote, rollback
+from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.status import status
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import Lineage, Registry, Served, Version
+from twinloop.registry.versions import Lineage, Registry
 
 
 def test_promotion_moves_champion_to_previous_and_candidate_to_champion(registry: Registry, exported: Export) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from twinloop.domains.loader import load_domain
+from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion, Mlruns
-from twinloop.tasks.context import Context, Report
+from twinloop.registry.versions import Registry
+from twinloop.tasks.context import Context, Report, Work
 from twinloop.tasks.register import register_stage
 
 
@@ -41,12 +43,20 @@ def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
     return {"bytes": 7}
 
 
-def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: Context) -> None:
+@pytest.fixture
+def validated(context: Context) -> Artifact:
+    def rows(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        return {"rows": 1200.0}
+
+    return context.run("validate", rows, settings={}, inputs={}, modules=("twinloop.records.validated",))
+
+
+def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: Context, validated: Artifact) -> None:
     exported = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     later = replace(context, code=CodeVersion("b" * 40, dirty=True))
     skipped = later.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     assert skipped.reused
-    version = register_stage(later, checkpoints=[], others=[], exported=skipped)
+    version = register_stage(later, checkpoints=[], others=[], exported=skipped, data=validated)
     assert version.tags["commit"] == "a" * 40
     assert version.run_id
     assert version.domain == "returns"
@@ -55,10 +65,47 @@ def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: C
     assert run.data.tags["twinloop.commit"] == "a" * 40
 
 
-def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_registration(context: Context) -> None:
+def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_registration(
+    context: Context, validated: Artifact
+) -> None:
     exported = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     lost = replace(exported, manifest=exported.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
     later = replace(context, code=CodeVersion("b" * 40))
-    version = register_stage(later, checkpoints=[], others=[], exported=lost)
+    version = register_stage(later, checkpoints=[], others=[], exported=lost, data=validated)
     assert version.tags["commit"] == "b" * 40
     assert version.run_id is None
+
+
+def test_checkpoints_and_precisions_that_are_not_served_are_versions_of_a_model_of_their_own(
+    context: Context, validated: Artifact
+) -> None:
+    def writing(weights: str, **metrics: str) -> Work:
+        def write(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+            (out / "model.onnx").write_text(weights)
+            return dict(metrics)
+
+        return write
+
+    def made(stage: str, weights: str, **metrics: str) -> Artifact:
+        modules = ("twinloop.records.validated",)
+        return context.run(
+            stage, writing(weights, **metrics), settings={"weights": weights}, inputs={}, modules=modules
+        )
+
+    version = register_stage(
+        context,
+        checkpoints=[made("sft", "s"), made("dpo", "d")],
+        others=[made("export", "o", precision="int8")],
+        exported=made("export", "e", precision="fp32"),
+        data=validated,
+    )
+    assert str(version) == "returns version 1"
+    registry = Registry(context.mlruns, "returns")
+    assert list(registry.snapshot().versions) == [1]
+    found = registry.checkpoints.snapshot()
+    assert found.aliases == {"sft": 1, "dpo": 2, "export-int8": 3}
+    assert not any(each.servable for each in found.versions.values())
+    assert [str(each) for each in registry.lineage(version)[1:]] == [
+        "returns-checkpoints version 2", "returns-checkpoints version 1",
+    ]  # fmt: skip
+    assert version.tags["rows"] == "1,200 rows"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -17,8 +16,9 @@ import pytest
 
 from twinloop.common.errors import UserError
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.snapshot import Version, VersionName
 from twinloop.registry.tracking import Mlruns
-from twinloop.registry.versions import Lineage, Registry, Version
+from twinloop.registry.versions import Lineage, Registry
 
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["mlflow.store.tracking.sqlalchemy_store", "twinloop.registry.promotion"])
@@ -28,17 +28,19 @@ Export = Callable[[str], Version]
 
 
 def test_every_stage_becomes_a_version_with_its_lineage(registry: Registry, make: Make, lineage: Lineage) -> None:
-    pretrained = registry.register(make("pretrain", "a").path, lineage, run_id=None)
-    tuned = registry.register(make("sft", "b").path, replace(lineage, parent_version=pretrained.version))
-    exported = registry.register(
-        make("export", "c").path, replace(lineage, parent_version=tuned.version), servable=True
-    )
+    checkpoints = registry.checkpoints
+    pretrained = checkpoints.register(make("pretrain", "a").path, lineage, run_id=None)
+    after_pretraining = replace(lineage, parent=VersionName(pretrained.name, pretrained.version))
+    tuned = checkpoints.register(make("sft", "b").path, after_pretraining)
+    after_tuning = replace(lineage, parent=VersionName(tuned.name, tuned.version))
+    exported = registry.register(make("export", "c").path, after_tuning, servable=True)
     assert [v.stage for v in registry.lineage(exported)] == ["export", "sft", "pretrain"]
+    assert exported.version == 1  # what can be served counts by itself
+    assert exported.tags["parent"] == "returns-checkpoints/2"
     assert exported.tags["dataset_digest"] == lineage.dataset_digest
     assert exported.tags["commit"] == lineage.code.commit
     assert exported.tags["recipe"] == "recipes/returns.yaml"
     assert exported.domain == registry.resolve("candidate").domain == "returns"
-    assert json.loads(exported.tags["metrics"]) == {"bits_per_byte": 1.5}
     assert registry.snapshot().aliases == {"candidate": exported.version}
 
 
@@ -97,9 +99,9 @@ def test_what_a_process_killed_while_it_registered_left_is_removed_by_the_next(
     versions = registry.snapshot().versions.values()
     assert len(versions) == 2
     models = registry.mlruns.root / "artifacts" / "returns" / "models"
-    assert {path / "artifacts" for path in models.iterdir()} == {version.path for version in versions}
+    assert {path / "artifacts" / "model" for path in models.iterdir()} == {version.path for version in versions}
     found = registry.mlruns.client.search_logged_models([registry.mlruns.experiment_id("returns")])
-    assert {model.model_id for model in found} == {version.path.parent.name for version in versions}
+    assert {model.model_id for model in found} == {version.path.parents[1].name for version in versions}
     assert {str(model.status) for model in found} == {"READY"}
 
 
@@ -114,7 +116,7 @@ def test_mlflow_itself_finds_the_files_of_a_version(registry: Registry, exported
     version = exported("w1")
     client = registry.mlruns.client
     uri = client.get_model_version_download_uri("returns", str(version.version))
-    assert uri == version.path.as_uri()
+    assert uri == version.path.parent.as_uri()
     found = client.get_model_version_by_alias("returns", "candidate")
     assert found.tags["twinloop.manifest_digest"] == version.digest
 
@@ -175,7 +177,8 @@ def test_what_does_not_exist_is_said_in_one_line(registry: Registry, exported: E
     with pytest.raises(UserError, match="no version 4"):
         registry.version(4)
     exported("w1")
-    with pytest.raises(UserError, match=r"no version 4 in the registry \(there are: 1 to 1\)"):
+    exported("w2")
+    with pytest.raises(UserError, match=r"no version 4 in the registry \(there are: 1 to 2\)"):
         registry.version(4)
 
 

@@ -20,7 +20,8 @@ def test_the_form_of_returns_is_made_from_its_request_and_shows_decision_evidenc
     browser, tmp_path, tokenizer
 ):
     with console(browser, tmp_path, tokenizer, returns, GOOD) as (page, sent):
-        tags = {name: page.locator(f"[name={name}]").evaluate("node => node.tagName") for name in ("order_id", "message")}
+        names = ("order_id", "message")
+        tags = {name: page.locator(f"[name={name}]").evaluate("node => node.tagName") for name in names}
         assert tags == {"order_id": "INPUT", "message": "TEXTAREA"}  # by what their patterns allow
         page.click("#decide")
         page.wait_for_selector("#decision")

@@ -60,6 +60,7 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
         ({"sft": {"seq_len": 1024}}, "train[1].seq_len (1024) is longer than base.max_length (512)"),
         ({"sft": {"warmup_ratio": 0.7, "decay_ratio": 0.7}}, "together at most 1"),
         ({"grpo": {"max_new_tokens": 512}}, "train[3].max_new_tokens (512) leaves no tokens for a prompt"),
+        ({"name": "returns-checkpoints"}, "name: returns-checkpoints: -checkpoints is for the registered model"),
         ({"evaluate": {"max_new_tokens": 512}}, "evaluate.max_new_tokens (512) leaves no tokens for a prompt"),
         ({"base": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
         ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
