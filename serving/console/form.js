@@ -35,7 +35,8 @@ function control(schema, value, needed) {
     box.value = value ?? '';
     return [box, () => Number(box.value)];
   }
-  const text = schema.type === 'string', short = text && (schema.format || schema.maxLength <= 60 || !fits(schema, 'a\nb'));
+  const text = schema.type === 'string';
+  const short = text && (schema.format || schema.maxLength <= 60 || !fits(schema, 'a\nb'));
   const box = make(short ? 'input' : 'textarea');
   if (short) box.type = 'text'; else box.rows = 4;
   if (text && schema.maxLength) box.maxLength = schema.maxLength;
