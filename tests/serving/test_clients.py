@@ -15,11 +15,13 @@ import pytest
 from served import CASE, GOOD, HELLO, SERVER, wait_until
 
 from twinloop.serving.api import _bind
+from twinloop.serving.middleware import MAX_BODY_BYTES
 
 DECISION = ("/v1/decisions", json.dumps(CASE).encode())
 CHAT = ("/v1/chat/completions", json.dumps({"messages": HELLO}).encode())
 STREAM = ("/v1/chat/completions", json.dumps({"messages": HELLO, "stream": True}).encode())
 ASKED = pytest.mark.parametrize("asked", [DECISION, CHAT, STREAM], ids=["decision", "chat", "stream"])
+TOO_LARGE = MAX_BODY_BYTES + 1
 GARBAGE = b"\x00garbage\r\n\r\n"
 
 
@@ -165,7 +167,7 @@ CHUNKED = "POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n
         (CHUNKED.format(CHAT[0]) + "5\r\nhello\r\n", b"zz\r\n\r\n", 400),
         (CHUNKED.format("/health").replace("POST", "GET"), b"zz\r\n\r\n", 200),
         (CHUNKED.format("/no/such/path"), b"zz\r\n\r\n", 404),
-        (CHUNKED.format(CHAT[0]) + "60000\r\n" + "x" * 0x60000 + "\r\n", b"zz\r\n\r\n", 413),
+        (CHUNKED.format(CHAT[0]) + f"{TOO_LARGE:x}\r\n" + "x" * TOO_LARGE + "\r\n", b"zz\r\n\r\n", 413),
         (CHUNKED.format("/v1/models").replace("POST", "HEAD"), b"zz\r\n\r\n", 200),
         ("POST /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", b"", 400),
         ("\x16\x03\x01\x02\r\n\r\n", b"", 400),

@@ -154,7 +154,7 @@ def test_what_no_domain_could_use_is_refused_in_one_line(store, document_id, tex
         ("p-7", DAMAGED, "must be P- and a number"),
         ("P-07", DAMAGED, "must be P- and a number"),
         ("P-٧", DAMAGED, "must be P- and a number"),
-        ("../P-7", DAMAGED, "must be P- and a number"),
+        ("../P-7", DAMAGED, "which no address can hold"),
         ("P-7", DAMAGED + "x" * 300, "at most"),
         ("P-7", "damaged items\nwithin 30 days", "character 14"),
         ("P-7", "damaged\u2028items within 30 days", "U+2028"),
