@@ -41,8 +41,8 @@ class Prospect:
     def __str__(self) -> str:
         wrong = self.cases - (self.right or 0)
         return (
-            f"{self.rule}: at least {self.limit:g} takes {self.right} of {self.cases} {self.unit} right "
-            f"({wrong} may be wrong), or {self.needed} where all are"
+            f"{self.rule}: at least {self.limit:g}, which is {self.right} of the {self.cases} {self.unit} right, "
+            f"{wrong} wrong at most; it takes {self.needed} {self.unit} or more"
         )
 
     @property
@@ -68,7 +68,7 @@ class Outlook:
     warnings: tuple[str, ...]
 
     def text(self) -> str:
-        return "\n".join(["the gate, with the cases at hand:", *(f"  {one}" for one in self.prospects)])
+        return "\n".join(["what the gate will ask of the cases at hand:", *(f"  {one}" for one in self.prospects)])
 
 
 def foresee(rules: GateRules, cases: Sequence[Case], *, has_texts: bool, samples: int = 1) -> Outlook:

@@ -83,7 +83,10 @@ def test_how_many_may_be_wrong_is_said(limit: float, count: int, right: int) -> 
     [prospect] = outlook({"held_out_pass_rate": limit}, cases("held_out", count)).prospects
     assert (prospect.right, prospect.cases) == (right, count)
     assert wilson_interval(right, count)[0] >= limit > wilson_interval(right - 1, count)[0]
-    assert f"takes {right} of {count} cases right ({count - right} may be wrong), or {prospect.needed}" in str(prospect)
+    assert (
+        f"{right} of the {count} cases right, {count - right} wrong at most; it takes {prospect.needed} cases"
+        in str(prospect)
+    )
 
 
 def test_pairs_are_counted_where_pairs_are_judged() -> None:
@@ -111,7 +114,9 @@ def test_the_rules_that_come_with_it_can_pass_with_the_cases_that_are_generated(
         for case in cases(kind, count, returns, pairs=kind == "contrast", facts=facts, expected={})
     ]
     text = foresee(rules, some, has_texts=True).text()
-    assert "held_out_pass_rate: at least 0.95 takes 964 of 1000 cases right (36 may be wrong), or 73 where" in text
+    assert (
+        "held_out_pass_rate: at least 0.95, which is 964 of the 1000 cases right, 36 wrong at most; it takes 73" in text
+    )
 
 
 def test_what_no_text_and_no_reference_measures_is_refused() -> None:
