@@ -14,7 +14,7 @@ from small_project import environment, make_project, twinloop
 
 from twinloop.common.errors import UserError
 from twinloop.flows.edge import MISTAKE, run_command
-from twinloop.registry import database, versions
+from twinloop.registry import database, snapshot
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Registry
 
@@ -47,7 +47,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
     monkeypatch.setattr(database, "BUSY_FOR_S", 0.3)
-    monkeypatch.setattr(versions, "BUSY_FOR_S", 0.3)
+    monkeypatch.setattr(snapshot, "BUSY_FOR_S", 0.3)
     return Registry(Mlruns(tmp_path / "mlruns"), "small")
 
 
@@ -106,7 +106,7 @@ def test_a_locked_database_is_named_and_one_that_is_soon_free_is_waited_for(
         # in the midst of a command, MLflow's own error
         assert run_command(lambda: registry.mlruns.client.set_registered_model_tag("small", "a", "b")) == MISTAKE
     assert "another process keeps a database locked" in capsys.readouterr().err
-    monkeypatch.setattr(versions, "BUSY_FOR_S", 30)
+    monkeypatch.setattr(snapshot, "BUSY_FOR_S", 30)
     monkeypatch.setattr(database, "BUSY_FOR_S", 30)
     with closing(sqlite3.connect(registry.mlruns.database, isolation_level=None, check_same_thread=False)) as other:
         other.execute("BEGIN EXCLUSIVE")
