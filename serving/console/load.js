@@ -52,7 +52,8 @@ function roundTop(value) {
 for (const chart of CHARTS) {
   chart.now = make('strong', '–'); chart.note = make('div', null, 'hint');
   chart.top = make('span'); chart.start = make('span');
-  chart.svg = svg('svg', { viewBox: '0 0 100 40', preserveAspectRatio: 'none', role: 'img' });
+  chart.svg = svg('svg', { viewBox: '0 0 100 40', preserveAspectRatio: 'none', role: 'img',
+                           'aria-label': `${chart.title}, ${chart.unit}: not read yet` });
   chart.top.className = 'top';
   const axis = within('div', chart.start, make('span', 'now')), plot = within('div', chart.top, chart.svg, axis);
   axis.className = 'axis'; plot.className = 'plot';

@@ -77,13 +77,14 @@ def test_without_a_model_status_says_none(project: Path) -> None:
     assert "champion   none" in done.stdout
 
 
-def test_plan_needs_no_data(project: Path) -> None:
+def test_plan_builds_the_data_and_takes_a_few_steps_of_each_stage(project: Path) -> None:
     write_recipe(project)
     done = twinloop(project, "plan", "recipes/small.yaml")
     assert done.returncode == 0, done.stderr
     for stage in ("pretrain", "sft", "dpo", "grpo", "fp32", "int8"):
         assert stage in done.stdout
     assert str(RECIPE["name"]) in done.stdout
+    assert (project / "data").is_dir()
 
 
 def test_the_forms_of_the_data_are_shown_with_a_whole_row(project: Path, tmp_path: Path) -> None:
