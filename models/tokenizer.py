@@ -47,6 +47,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+TOKENIZER = "tokenizer.json"
+
 # Merges of a small vocabulary no longer change long before this; of a larger corpus a sample is taken.
 TRAINING_CHARACTERS = 16_000_000
 
@@ -121,16 +123,11 @@ class ChatTokenizer:
             settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
             if "chat_template" not in settings and (directory / "chat_template.jinja").exists():
                 settings["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-            source = (directory / "tokenizer.json").read_text(encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{error.filename}: no tokenizer to read here ({error.strerror})") from error
+            raise _no_tokenizer(error) from error
         except ValueError as error:
             raise UserError(f"{directory / 'tokenizer_config.json'}: not valid JSON ({error})") from error
-        try:
-            tokenizer = Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{directory / 'tokenizer.json'}: not a tokenizer ({error})") from error
-        return cls(tokenizer, settings)
+        return cls(_read_tokenizer(directory / TOKENIZER), settings)
 
     def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
@@ -139,14 +136,14 @@ class ChatTokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (directory / TOKENIZER).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         limit = {} if max_length is None else {"model_max_length": max_length}
         text = json.dumps(limit | self._settings, indent=2, ensure_ascii=False) + "\n"
         (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
-        """Rows that an embedding needs: one more than the largest id."""
+        """Rows that an embedding needs, and may have more of: one more than the largest id."""
         return len(self._bytes_of)
 
     @property
@@ -338,6 +335,30 @@ def _check_example(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tup
     return whole, None
 
 
+def read_vocab_size(directory: Path) -> int | None:
+    """`ChatTokenizer.vocab_size` of the tokenizer in a model directory, also of one that cannot chat; None: it has
+    none. Raises UserError where it is broken."""
+    path = directory / TOKENIZER
+    return _vocab_size(_read_tokenizer(path)) if path.exists() else None
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _no_tokenizer(error) from error
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _no_tokenizer(error: OSError) -> UserError:
+    return UserError(f"{error.filename}: no tokenizer to read here ({error.strerror})")
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+
 def _valid_unicode(text: str) -> str:
     """The text itself, unless it holds surrogates (JSON's \\ud800): pairs are joined, lone ones become U+FFFD."""
     if not isinstance(text, str):
@@ -361,9 +382,8 @@ def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     byte_of = {chr(byte): byte for byte in printable}
     byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
     added = tokenizer.get_added_tokens_decoder()
-    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values()) + 1)
-    for token, id in vocabulary.items():
+    table = [b""] * _vocab_size(tokenizer)
+    for token, id in tokenizer.get_vocab(with_added_tokens=True).items():
         table[id] = token.encode() if id in added else bytes(byte_of[character] for character in token)
     return table
 

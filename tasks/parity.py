@@ -44,7 +44,7 @@ def parity(
         for position in range(len(prompt) - 1, len(tokens) - 1):
             gap = max(gap, _gap(step_V, reference_LV[position]))
             step_V = engine.decode(0, np.array([tokens[position + 1]]), np.array([True]))[0]
-        chosen = reference_LV[len(prompt) - 1 : len(tokens) - 1].argmax(axis=-1)
+        chosen = reference_LV[len(prompt) - 1 : len(tokens) - 1, : engine.vocab_size].argmax(axis=-1)
         agreed += int((chosen == np.array(answer.tokens)).sum())
         total += len(answer.tokens)
     return Parity(gap, agreed / total, total)

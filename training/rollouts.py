@@ -61,14 +61,17 @@ class RolloutStream:
         runtime: Runtime,
         *,
         stop_ids: Sequence[int],
+        vocab_size: int | None = None,
         reference: Decoder | None = None,
     ):
-        """reward: judges (prompt's index, answer's text). reference: for a KL penalty; the network before RL."""
+        """reward: judges (prompt's index, answer's text). vocab_size: ids that `decode` knows; by default all of the
+        network's. reference: for a KL penalty; the network before RL."""
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")
         self._model, self._reference = model, reference
         self._prompts, self._reward, self._decode = prompts, reward, decode
         self._settings, self._runtime, self._stop_ids = settings, runtime, stop_ids
+        self._vocab_size = vocab_size
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
         self._step = 0
@@ -143,6 +146,7 @@ class RolloutStream:
                 prompts=settings.prompts_per_step,
                 group=settings.group_size,
                 threads=self._runtime.threads,
+                vocab_size=self._vocab_size,
             )
         params = SamplingParams(
             max_tokens=settings.max_new_tokens,

@@ -27,10 +27,19 @@ class BoundSampler:
     prompts, a thread each.
     """
 
-    def __init__(self, model: Decoder, *, max_length: int, prompts: int, group: int, threads: int = 1):
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        max_length: int,
+        prompts: int,
+        group: int,
+        threads: int = 1,
+        vocab_size: int | None = None,
+    ):
         """max_length: the longest prompt with its completion. prompts, group: how many are asked for at once.
 
-        threads: of the CPU, together.
+        threads: of the CPU, together. vocab_size: of the tokenizer; by default the network's.
         """
         self._weights: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         self._bound = self._weights
@@ -42,7 +51,14 @@ class BoundSampler:
         engines = 1 if self._on_cuda else min(threads // session_threads(model.config, "cpu", threads), prompts)
         slots = min(-(-prompts // engines) * group, SLOTS)
         self.engines = [
-            Engine.from_weights(model.config, initializers, max_length=max_length, slots=slots, threads=threads)
+            Engine.from_weights(
+                model.config,
+                initializers,
+                max_length=max_length,
+                slots=slots,
+                threads=threads,
+                vocab_size=vocab_size,
+            )
             for _ in range(engines)
         ]
         self._pool = ThreadPoolExecutor(engines, thread_name_prefix="sampler")

@@ -21,6 +21,7 @@ from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
 from twinloop.models.onnx_graph import compute_type, slot_capacity
+from twinloop.models.tokenizer import read_vocab_size
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
 
@@ -30,7 +31,11 @@ _BINDING_BYTES_KEPT = 256 << 20
 
 
 class ModelRunner:
-    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds."""
+    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds.
+
+    vocab_size: ids that the tokenizer has. Many published models have more rows in their embeddings, padded to a
+    multiple that suits a GPU: an id of those means nothing, and is never drawn.
+    """
 
     def __init__(
         self,
@@ -42,8 +47,11 @@ class ModelRunner:
         slots: int,
         max_length: int,
         weight_bytes: int,
+        vocab_size: int | None = None,
     ):
+        """vocab_size: by default that of the network."""
         self.config, self.precision, self.device = config, precision, device
+        self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.slots, self.max_length = slots, max_length
         self.lengths = np.zeros(slots, np.int32)
         self._session = session
@@ -93,6 +101,7 @@ class ModelRunner:
             slots=slots,
             max_length=max_length or exported.max_length,
             weight_bytes=(exported_dir / WEIGHTS_FILE).stat().st_size,
+            vocab_size=read_vocab_size(exported_dir),
         )
 
     @classmethod
@@ -105,13 +114,14 @@ class ModelRunner:
         slots: int = 8,
         precision: Precision | None = None,
         threads: int | None = None,
+        vocab_size: int | None = None,
     ) -> Self:
         """The same graph over the caller's own tensors: a change made in place shows in the next run.
 
         initializers: every weight by its Hugging Face name, e.g. `OrtValue.from_dlpack(parameter.detach())`, all on
         one device, contiguous, of one float type. They must outlive the runner. Work on a CUDA weight must be finished
         (synchronised) before it is used. precision: float32 on CPU, bf16 on CUDA unless given; weights of
-        another type are cast in every run.
+        another type are cast in every run. vocab_size: of the tokenizer, where that has fewer ids than the network.
         """
         device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
         precision = precision or ("fp32" if device == "cpu" else "bf16")
@@ -134,6 +144,7 @@ class ModelRunner:
             slots=slots,
             max_length=max_length,
             weight_bytes=sum(value.tensor_size_in_bytes() for value in initializers.values()),
+            vocab_size=vocab_size,
         )
         runner._owned = dict(initializers)  # the session only borrows them
         return runner
@@ -203,8 +214,8 @@ class ModelRunner:
                 f"prompt: {len(tokens)} tokens, but a slot holds 1 to {self.max_length - 1} "
                 f"and an answer's first; shorten it or export the model with a larger max_length"
             )
-        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
-            raise UserError(f"prompt: token ids must lie in 0..{self.config.vocab_size - 1}; encode with its tokenizer")
+        if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+            raise UserError(f"prompt: token ids must lie in 0..{self.vocab_size - 1}; encode with its tokenizer")
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class SlotBatch:
     def __init__(self, runner: ModelRunner):
         runner.reset()
         self._runner = runner
-        slots, length, vocabulary = runner.slots, runner.max_length, runner.config.vocab_size
+        slots, length, vocabulary = runner.slots, runner.max_length, runner.vocab_size
         self._reading: deque[tuple[Prompt, list[int]]] = deque()
         self._held: list[Prompt | None] = [None] * slots  # what a slot begins with, also after its sequence has ended
         self._occupied_C = np.zeros(slots, bool)
@@ -230,6 +230,7 @@ class SlotBatch:
 
     def _draw(self, slots: np.ndarray, logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> Drawn:
         """Choose each slot's next token, and free the slots whose sequences end with it."""
+        logits_BV = logits_BV[:, : self._runner.vocab_size]
         if allowed:
             logits_BV = _masked(logits_BV, allowed)
         positions, top_p_B = self._produced_C[slots], self._top_p_C[slots]

@@ -241,3 +241,11 @@ def test_settings_that_cannot_teach_are_refused(change, message):
     fields = {"learning_rate": 0.1, "steps": 1, "prompts_per_step": 1, "group_size": 2}
     with pytest.raises(ValueError, match=message):
         RolloutSettings(**(fields | change))
+
+
+def test_rows_of_the_network_that_are_no_token_are_never_sampled(tiny):
+    """Many base models have more rows in their embeddings than their tokenizer has ids."""
+    half = tiny.config.vocab_size // 2
+    sampler = BoundSampler(tiny, max_length=24, prompts=1, group=8, vocab_size=half)
+    answers = sampler.generate([[1, 2, 3]], replace(SAMPLED, seed=0), group=8)
+    assert max(token for answer in answers for token in answer.tokens) < half

@@ -64,6 +64,7 @@ def build(
         settings,
         runtime,
         stop_ids=[tokenizer.stop_id],
+        vocab_size=tokenizer.vocab_size,
         reference=copy.deepcopy(model) if settings.has_reference() else None,
     )
     return GRPOLoss(clip_eps=settings.clip_eps, kl_coef=settings.kl_coef), rollouts
