@@ -110,8 +110,8 @@ def test_data_is_built_and_then_checked(tmp_path: Path) -> None:
     assert checked.stdout == built.stdout.rstrip("\n") + ", as in data.dvc\n"
 
 
-def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(project: Path) -> None:
-    write_recipe(project)
+def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(tmp_path: Path) -> None:
+    project = make_project(tmp_path)  # `plan` builds the data of the one that the other tests share
     done = twinloop(project, "gate", "recipes/small.yaml")
     assert done.returncode == 2
     assert "no candidate and no champion to judge" in done.stderr
