@@ -89,15 +89,15 @@ def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]
     try:
         assert server.stdout is not None
         address = server.stdout.readline().split()[0]
-        with httpx.Client(base_url=address, timeout=30, trust_env=False) as client:
+        with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
             yield client, server
     finally:
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
         log.close()
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 30) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
