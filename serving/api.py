@@ -81,7 +81,7 @@ def create_app(
     administrators = guard(administrators_only(admin_token, local_admin), by_token=admin_token is not None)
     app.include_router(admin_router(domain, documents, traces, administrators))
     app.include_router(traces_router(traces, administrators))
-    app.include_router(versions_router(manager, releases, administrators, workers))
+    app.include_router(versions_router(manager, releases, administrators))
 
     describe(app, domain)
     access: Access = "token" if admin_token is not None else "here" if local_admin else "nobody"

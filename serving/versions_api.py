@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from twinloop.serving.described import Guard, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
-from twinloop.serving.work import Workers
+from twinloop.serving.work import run_detached
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ WORDS = {
 }
 
 
-def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard, workers: Workers) -> APIRouter:
+def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard) -> APIRouter:
     """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
 
     guard: of the last three. Without `releases` every route answers 404.
@@ -221,11 +221,11 @@ def versions_router(manager: ModelManager, releases: Releases | None, guard: Gua
         dependencies=guard.dependencies,
     )
     async def promote_version(version: Number, request: Request) -> Moved:
-        return await workers.run(promote, version, _asked_by(request))
+        return await run_detached(promote, version, _asked_by(request))
 
     @router.post("/v1/rollback", responses=errors(404, 409, *refusals, words=WORDS), dependencies=guard.dependencies)
     async def roll_back_champion(request: Request) -> Moved:
-        return await workers.run(roll_back, _asked_by(request))
+        return await run_detached(roll_back, _asked_by(request))
 
     return router
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -57,3 +61,26 @@ class Workers:
         if gone:
             raise ClientDisconnect
         return result
+
+
+async def run_detached(work: Callable[..., T], *args: object) -> T:
+    """Run `work` in a thread that nobody has to wait for: neither a cancelled caller, nor the end of the process, which
+    waits for the threads of `Workers`."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: Callable[[], None]) -> None:
+        if not outcome.done():  # else the caller has left
+            result()
+
+    def run() -> None:
+        try:
+            done = work(*args)
+            result = partial(outcome.set_result, done)
+        except BaseException as error:
+            result = partial(outcome.set_exception, error)
+        with suppress(RuntimeError):  # the server has ended
+            loop.call_soon_threadsafe(settle, result)
+
+    threading.Thread(target=run, name="detached", daemon=True).start()
+    return await outcome

@@ -3,6 +3,8 @@ administrators."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import httpx
@@ -119,22 +121,40 @@ def test_one_move_at_a_time(client, registered, monkeypatch):
     assert client.post("/v1/rollback", headers=TOKEN).status_code == 200
 
 
-def test_a_server_that_is_stopped_does_not_wait_for_a_move(tmp_path, tokenizer, registered, monkeypatch):
-    begun, go_on = threading.Event(), threading.Event()
+MOVES_FOR_EVER = """
+import sys, threading
+from pathlib import Path
+sys.path.insert(0, "tests/serving")
+from consoles import Registered
+from served import ScriptedScheduler, make_app, small_tokenizer
+from twinloop.serving import api
 
-    def slow(by):
-        begun.set()
-        assert go_on.wait(60)
+def roll_back(by):
+    print("begun", flush=True)
+    threading.Event().wait()
 
-    monkeypatch.setattr(registered, "roll_back", slow)
+registered, tokenizer = Registered(), small_tokenizer()
+registered.roll_back = roll_back
+app = make_app(Path(sys.argv[1]), ScriptedScheduler(tokenizer), tokenizer, releases=registered)
+api.SHUTDOWN_S = 1
+api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
+"""
+
+
+def test_a_server_that_is_stopped_does_not_wait_for_a_move(tmp_path):
     answers = []
-    with running(make_app(tmp_path, ScriptedScheduler(tokenizer), tokenizer, releases=registered)) as client:
-        url = client.base_url.join("/v1/rollback")
+    server = subprocess.Popen([sys.executable, "-c", MOVES_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = f"{server.stdout.readline().strip()}/v1/rollback"
         ask = threading.Thread(target=lambda: answers.append(httpx.post(url, timeout=60, trust_env=False).status_code))
         ask.start()
-        assert begun.wait(20)
-    ask.join(20)  # `running` has seen the server end
-    go_on.set()
+        assert server.stdout.readline() == "begun\n"
+        server.terminate()
+        assert server.wait(60) == 0
+        ask.join(20)
+    finally:
+        server.kill()
     assert answers == [503]
 
 
