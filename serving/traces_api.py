@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any
@@ -59,12 +59,14 @@ def traces_router(traces: TraceStore | None, guard: Guard) -> APIRouter:
         ] = None,
     ) -> RecentAnswers:
         kept = traces.newest() if traces is not None else iter(())
+        words = text.casefold() if text else ""
         answers: list[RecentAnswer] = []
         searched = 0
         for trace in islice(kept, SEARCHED_TRACES):
             searched += 1
-            answer = _listed(trace)
-            if answer is None or not _fits(answer, escalated, check) or not _holds(trace, text):
+            # The words first: what does not hold them need not be validated.
+            answer = _listed(trace) if _holds(trace, words) else None
+            if answer is None or not _fits(answer, escalated, check):
                 continue
             answers.append(answer)
             if len(answers) == limit:
@@ -87,18 +89,19 @@ def _fits(answer: RecentAnswer, escalated: bool | None, check: str | None) -> bo
     return wanted and (not check or any(reason.predicate == check for reason in answer.reasons))
 
 
-def _holds(trace: Mapping[str, Any], text: str | None) -> bool:
-    parts = [trace.get(name) for name in ("trace_id", "request", "output_text", "decision")]
-    return not text or any(text.casefold() in found.casefold() for found in _texts(parts))
+def _holds(trace: Mapping[str, Any], words: str) -> bool:
+    """words: casefolded; none are held by every trace."""
+    return not words or any(
+        _is_in(words, trace.get(name)) for name in ("trace_id", "request", "output_text", "decision")
+    )
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in it, at any depth."""
+def _is_in(words: str, value: Any) -> bool:
+    """Whether any text of the value holds the words, at any depth."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
+        return words in value.casefold()
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return any(_is_in(words, inner) for inner in value)
