@@ -6,6 +6,7 @@ What a small greedy-or-sampled engine can do is accepted; a parameter that it wo
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ from twinloop.serving.metrics import Metrics
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.response_format import ResponseFormat, constraint_of
 from twinloop.serving.work import Workers
+
+log = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 100
@@ -176,6 +179,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
         except ConstraintError as error:
             yield f"data: {json.dumps(constraint_body(error))}\n\n"
         except Exception as error:
+            log.exception("a stream ends before its answer does")
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
 

@@ -10,6 +10,7 @@ import pytest
 from served import HELLO, make_app, wait_until
 from test_scheduler import Gate, small_engine
 
+from twinloop.models.tokenizer import DecoderStream
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler
@@ -122,6 +123,20 @@ def test_a_slow_client_gets_fewer_chunks_than_tokens_and_the_same_text(tmp_path,
     slow = streamed_to(app, body, pause_s=0.1)
     assert 1 <= len(slow) < 50
     assert "".join(slow) == "".join(streamed_to(app, body, pause_s=0))
+
+
+def test_what_breaks_in_the_middle_of_a_stream_is_in_the_log(tmp_path, script, tokenizer, monkeypatch, caplog):
+    monkeypatch.setattr(DecoderStream, "push", lambda decoder, token: 1 // 0)
+    events: list[bytes] = []
+
+    async def send(message):
+        events.append(message.get("body", b""))
+
+    call(make_app(tmp_path, script, tokenizer), {"messages": HELLO, "stream": True}, send)
+    last = json.loads(b"".join(events).decode().split("\n\n")[-2].removeprefix("data: "))
+    assert last["error"]["type"] == "server_error"
+    [logged] = [record for record in caplog.records if record.exc_info]
+    assert logged.exc_info[0] is ZeroDivisionError
 
 
 def test_a_client_that_leaves_before_the_first_chunk_frees_its_slot(tmp_path, script, tokenizer):
