@@ -195,9 +195,9 @@ def versions_router(manager: ModelManager, releases: Releases | None, guard: Gua
     def every_version() -> Versions:
         found = sorted(_read(registry().versions), key=lambda each: -each.version)
         model = manager.service.model
-        champion = next((each.version for each in found if "champion" in each.aliases), None)
-        served = int(model.version)
-        return Versions(model=model.name, served=served, served_is_champion=served == champion, versions=found)
+        served = (int(model.version), model.digest)  # a model deleted in MLflow and made again counts from 1
+        is_champion = any("champion" in each.aliases and (each.version, each.digest) == served for each in found)
+        return Versions(model=model.name, served=served[0], served_is_champion=is_champion, versions=found)
 
     @router.get("/v1/versions/{version}", responses=errors(404, 422, words=WORDS))
     def one_version(version: Number) -> VersionDetail:

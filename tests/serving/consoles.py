@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
-from served import ScriptedScheduler, make_app, running
+from served import MODEL, ScriptedScheduler, make_app, running
 
 from twinloop.domains.domain import Domain, Predicate, Verdict
 from twinloop.domains.owners import FORMAT, TRAINING
@@ -95,6 +95,7 @@ class Registered:
 
     def __init__(self) -> None:
         self.champions = [1, 2, 3]
+        self.digests = [MODEL.digest if each == int(MODEL.version) else f"{each}" * 64 for each in range(1, 6)]
         self.done: list[Move] = []
         self.refusal: str | None = None
 
@@ -142,7 +143,7 @@ class Registered:
         aliases = [named[number]] if number in named else []
         servable = number > 1
         gate = ("BLOCK" if number == 5 else "SHIP") if servable else None
-        fields = {"version": number, "stage": "export" if servable else "sft", "digest": f"{number}" * 64}
+        fields = {"version": number, "stage": "export" if servable else "sft", "digest": self.digests[number - 1]}
         return VersionSummary.model_validate(fields | {"servable": servable, "aliases": aliases, "gate": gate})
 
 

@@ -42,6 +42,9 @@ def test_versions_are_listed_newest_first_with_the_one_that_answers(client, regi
     assert listed["versions"][1]["aliases"] == ["candidate"]
     registered.champions.append(4)
     assert client.get("/v1/versions").json()["served_is_champion"] is False
+    registered.champions.pop()
+    registered.digests[2] = "0" * 64  # the model was deleted in MLflow and made again
+    assert client.get("/v1/versions").json()["served_is_champion"] is False
 
 
 def test_a_version_comes_with_its_gate_report_and_origins(client):
