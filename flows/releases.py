@@ -24,7 +24,7 @@ from twinloop.flows.edge import MISTAKE, run_command
 from twinloop.flows.environment import prepare_environment
 from twinloop.registry.gates import read_gate
 from twinloop.registry.ledger import who
-from twinloop.registry.promotion import Promotion, open_ledger, promote, rollback
+from twinloop.registry.promotion import LOCK_TIMEOUT_S, Promotion, open_ledger, promote, rollback
 from twinloop.registry.snapshot import Served, Snapshot, Version
 from twinloop.registry.status import VersionStatus, origins
 from twinloop.registry.tracking import Mlruns
@@ -44,8 +44,9 @@ from twinloop.serving.versions_api import (
 
 log = logging.getLogger(__name__)
 
-MOVED_WITHIN_S = 600.0
-"""As long as a promotion waits for another one's lock."""
+MOVED_WITHIN_S = LOCK_TIMEOUT_S + 600.0
+"""A move that is killed waits for the next command, so it first gets the time to wait for another one's lock, and then
+to hash and load what may be a big model."""
 
 
 class ProjectReleases:
