@@ -71,7 +71,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from pydantic import ValidationError
 
     from twinloop.registry.champion import load_served_domain, open_champion
-    from twinloop.registry.smoke_test import example_request
+    from twinloop.registry.examples import example_request
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions

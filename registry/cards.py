@@ -11,12 +11,10 @@ import logging
 from twinloop.common.errors import UserError, one_line
 from twinloop.registry.gates import read_gate
 from twinloop.registry.ledger import Contents
-from twinloop.registry.snapshot import Version
+from twinloop.registry.snapshot import SHORT, Version
 from twinloop.registry.versions import Registry
 
 log = logging.getLogger(__name__)
-
-SHORT = 12  # characters of a digest that a person reads
 
 
 def describe(registry: Registry, contents: Contents, *numbers: int | None) -> None:

@@ -37,7 +37,7 @@ RETRY_EVERY_S = 5.0
 OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
 
 
-def load_served_domain(version: Version | Served, project: Path) -> LoadedDomain:
+def load_served_domain(version: Version, project: Path) -> LoadedDomain:
     """What a version is for. Raises UserError where the registry does not name it, or where it cannot be loaded."""
     name = version.domain
     try:
@@ -138,7 +138,7 @@ class _RestartNeededError(UserError):
         self.public = public
 
 
-def _measured_with_other_code(version: Version | Served, loaded: LoadedDomain) -> bool:
+def _measured_with_other_code(version: Version, loaded: LoadedDomain) -> bool:
     """Whether the domain's code, as this process loaded it, is not the code that the version was measured with."""
     loaded_code = module_fingerprint(loaded.found)  # first called at the start: later the files may have changed
     return version.domain_fingerprint not in (None, loaded_code)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinloop.registry.artifact import Manifest
+from twinloop.registry.examples import example_request
 from twinloop.registry.logged_models import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 MLMODEL = "MLmodel"
 LOADER = "twinloop.registry.pyfunc"
-CHAT_EXAMPLE = {"messages": [{"role": "user", "content": "Hello!"}]}
 MAX_TOKENS = "max_tokens"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -58,13 +58,6 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     else:
         return
     model.save(str(folder / MLMODEL))
-
-
-def example_request(domain: Domain) -> dict[str, Any]:
-    """A request as `mlflow.pyfunc` takes it: the domain's example, or a conversation."""
-    if domain.request is not None:
-        return dict(domain.example)
-    return {"messages": [dict(message) for message in domain.example.get("messages", CHAT_EXAMPLE["messages"])]}
 
 
 def _signature(domain: Domain) -> ModelSignature:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
 from twinloop.registry.reconcile import what_it_is
-from twinloop.registry.snapshot import Version
+from twinloop.registry.snapshot import SHORT, Version
 from twinloop.registry.versions import Registry
 
 if TYPE_CHECKING:
@@ -68,8 +68,8 @@ def require_ship(version: Version, report: GateReport | None) -> GateReport:
 def _is_about(version: Version, report: GateReport) -> None:
     if report.candidate != version.digest:
         raise UserError(
-            f"{version}: the gate report is about {report.candidate[:12] or 'nothing named'} and this version "
-            f"is {version.digest[:12]}; run `twinloop gate --version {version.version}`"
+            f"{version}: the gate report is about {report.candidate[:SHORT] or 'nothing named'} and this version "
+            f"is {version.digest[:SHORT]}; run `twinloop gate --version {version.version}`"
         )
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.examples import example_messages, example_request
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
@@ -25,12 +26,9 @@ from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.errors import describe_validation, field_descriptions
 from twinloop.serving.generation import TextStream
 from twinloop.serving.knowledge.documents import DocumentStore
+from twinloop.serving.metrics import CHAT, DECISIONS
 
-GREETING: list[Message] = [{"role": "user", "content": "Hello!"}]
-"""What is asked where a domain makes no decisions and has no `messages` as its example."""
 GREETING_TOKENS = 16
-ANY_TEXT = "hello"
-"""The required fields of a request where its domain has no example: enough for a request of texts."""
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,8 @@ class SmokeTest:
 def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
     """The route and the body with which a server of this domain is asked for an answer."""
     if domain.request is None:
-        return "/v1/chat/completions", {"messages": _opening(domain), "max_tokens": GREETING_TOKENS}
-    return "/v1/decisions", example_request(domain)
-
-
-def example_request(domain: Domain) -> dict[str, Any]:
-    """The domain's example, or a request in its place; whether that one is valid is seen when it is asked."""
-    if domain.example or domain.request is None:
-        return dict(domain.example)
-    required = (name for name, field in domain.request.model_fields.items() if field.is_required())
-    return dict.fromkeys(required, ANY_TEXT)
+        return CHAT, example_request(domain) | {"max_tokens": GREETING_TOKENS}
+    return DECISIONS, example_request(domain)
 
 
 def smoke_test(exported: Path, domain: Domain) -> SmokeTest:
@@ -70,7 +60,7 @@ def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, 
     scheduler = Scheduler(engine)
     try:
         if domain.request is None:
-            return _chat(scheduler, tokenizer, _opening(domain), exported)
+            return _chat(scheduler, tokenizer, example_messages(domain), exported)
         return _decide(scheduler, tokenizer, domain, exported)
     finally:
         scheduler.close()
@@ -95,12 +85,6 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
         raise UserError(f"{exported}: it loads and answers nothing ({reasons})")
     passed = f"{json.dumps(response.decision, ensure_ascii=False)}, all checks passed"
     return SmokeTest(example, response, f"escalated: {reasons}" if response.escalated else passed)
-
-
-def _opening(domain: Domain) -> list[Message]:
-    """The messages that a chat is tried with."""
-    messages: list[Message] = domain.example.get("messages", GREETING)
-    return messages
 
 
 def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message], exported: Path) -> SmokeTest:

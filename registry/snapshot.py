@@ -18,6 +18,7 @@ from twinloop.registry.database import BUSY_FOR_S, holds_records, is_locked, loc
 from twinloop.registry.tracking import Mlruns
 
 PREFIX = "twinloop."
+SHORT = 12  # characters of a digest that a person reads
 DOMAIN_FINGERPRINT = "domain_fingerprint"
 """Tag of a version: the code of its domain when it was last measured, as `registry.fingerprint` names it."""
 DOCUMENTS_DIGEST = "documents_digest"
@@ -69,7 +70,12 @@ class Version:
     @property
     def domain(self) -> str:
         """What the model is for, as its recipe names it. Raises UserError for a version without that tag."""
-        return _domain_of(self, self.tags)
+        if "domain" not in self.tags:
+            raise UserError(
+                f"{self}: the registry does not name its domain; set its tag {PREFIX}domain in MLflow to "
+                "what the recipe names, such as returns"
+            )
+        return self.tags["domain"]
 
     @property
     def domain_fingerprint(self) -> str | None:
@@ -87,28 +93,8 @@ class Version:
         return f"{self.name} version {self.version}"
 
 
-@dataclass(frozen=True)
-class Served:
-    """An exported model whose every byte was verified just now."""
-
-    name: str
-    version: int
-    path: Path
-    digest: str
-    tags: Mapping[str, str] = field(repr=False)
-
-    @property
-    def domain(self) -> str:
-        """As of Version."""
-        return _domain_of(self, self.tags)
-
-    @property
-    def domain_fingerprint(self) -> str | None:
-        """As of Version."""
-        return self.tags.get(DOMAIN_FINGERPRINT) or None
-
-    def __str__(self) -> str:
-        return f"{self.name} version {self.version}"
+class Served(Version):
+    """A version whose every byte was verified just now."""
 
 
 @dataclass(frozen=True)
@@ -207,15 +193,6 @@ def _snapshot(
             path = mlruns.root / own["path"]
             versions[row.number] = Version(name, row.number, path, row.run_id, own, row.source or "")
     return Snapshot(dict(sorted(versions.items())), aliases, _unprefixed(tags), exists=True)
-
-
-def _domain_of(version: object, tags: Mapping[str, str]) -> str:
-    if "domain" not in tags:
-        raise UserError(
-            f"{version}: the registry does not name its domain; set its tag {PREFIX}domain in MLflow to "
-            "what the recipe names, such as returns"
-        )
-    return tags["domain"]
 
 
 def _unprefixed(tags: Mapping[str, str]) -> dict[str, str]:

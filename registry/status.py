@@ -15,10 +15,8 @@ from twinloop.registry.ledger import Champion, Contents, Entry
 from twinloop.registry.logged_models import MODEL_FOLDER
 from twinloop.registry.promotion import LEDGER_HEAD, Promotion, open_ledger
 from twinloop.registry.reconcile import changes_in_mlflow, existing
-from twinloop.registry.snapshot import Snapshot, Version
+from twinloop.registry.snapshot import SHORT, Snapshot, Version
 from twinloop.registry.versions import CANDIDATE, CHAMPION, PREVIOUS, Registry
-
-SHORT = 12  # characters of a digest that a person reads
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class Registry:
                 f"{version}: {problem} in {version.path}; it is not used. "
                 "Restore that folder, or run the recipe again, or `twinloop rollback`"
             )
-        return Served(version.name, version.version, version.path, version.digest, version.tags)
+        return Served(**vars(version))
 
     def move(self, aliases: Mapping[str, int | None]) -> None:
         """Point each alias, in this order, at its version; None removes it. Doing it twice is doing it once.

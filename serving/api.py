@@ -23,9 +23,9 @@ from twinloop.serving.console import Access, console_page
 from twinloop.serving.described import WITH_BODY, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.errors import field_descriptions, install
-from twinloop.serving.health import CHAT, DECISIONS, state_router
+from twinloop.serving.health import state_router
 from twinloop.serving.load_api import load_router
-from twinloop.serving.metrics import Metrics
+from twinloop.serving.metrics import CHAT, DECISIONS, Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, AnswerHead, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol

@@ -27,9 +27,9 @@ from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
 from twinloop.serving.engine.scheduler import Place
 from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
 from twinloop.serving.generation import TextStream
-from twinloop.serving.health import CHAT, refuse_other_model, routes_of
+from twinloop.serving.health import refuse_other_model, routes_of
 from twinloop.serving.messages import ChatMessage, encode_messages
-from twinloop.serving.metrics import Metrics
+from twinloop.serving.metrics import CHAT, Metrics
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.response_format import ResponseFormat, constraint_of
 from twinloop.serving.work import Workers

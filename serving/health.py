@@ -15,12 +15,11 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import errors
 from twinloop.serving.errors import ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
-from twinloop.serving.metrics import Metrics
+from twinloop.serving.metrics import CHAT, DECISIONS, Metrics
 from twinloop.serving.model_manager import Degradation, ModelManager
 
 log = logging.getLogger(__name__)
 
-DECISIONS, CHAT = "/v1/decisions", "/v1/chat/completions"
 METRICS_TYPE = "text/plain; version=0.0.4"
 
 
