@@ -20,6 +20,9 @@ LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10
 DECISIONS, CHAT = "/v1/decisions", "/v1/chat/completions"
 """The routes at which the model is asked."""
 
+MOST_NAMES = 100
+"""Each value of a label is kept for ever: a domain that names its outcomes by what was asked must not fill memory."""
+
 disable_created_metrics()  # a time beside every counter, which no dashboard of ours reads
 
 
@@ -49,6 +52,7 @@ class Metrics:
         self._escalations = self._counter(
             "twinloop_escalations", "Reasons for which decisions were escalated, by predicate", "predicate"
         )
+        self._outcomes, self._predicates = _Names(), _Names()
         self._first_token = self._histogram(
             "twinloop_time_to_first_token_seconds", "From the request's arrival to its first token"
         )
@@ -63,9 +67,9 @@ class Metrics:
 
     def decided(self, response: DecisionResponse, outcome: str) -> None:
         """A response, and the outcome under which it is counted."""
-        self._decisions.labels(outcome).inc()
+        self._decisions.labels(self._outcomes.known(outcome)).inc()
         for reason in response.reasons:
-            self._escalations.labels(reason.predicate).inc()
+            self._escalations.labels(self._predicates.known(reason.predicate)).inc()
 
     def counted(self) -> Counted:
         """The sums over all routes at which the model is asked."""
@@ -86,6 +90,18 @@ class Metrics:
 
     def _histogram(self, name: str, meaning: str) -> Histogram:
         return Histogram(name, meaning, ["route"], buckets=LATENCY_BUCKETS_S, registry=self._registry)
+
+
+class _Names:
+    """Values of a label that the domain names: past MOST_NAMES every other one is "other"."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def known(self, name: str) -> str:
+        if len(self._names) < MOST_NAMES:
+            self._names.add(name)
+        return name if name in self._names else "other"
 
 
 def _samples(metric: Collector, end: str) -> Iterator[Sample]:

@@ -11,6 +11,7 @@ from served import CASE, GOOD, HELLO, make_app, running
 
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.domains.returns.domain import Returns
+from twinloop.serving.metrics import MOST_NAMES
 
 # --- other domains ----------------------------------------------------------------------------------------------------
 
@@ -148,6 +149,21 @@ def test_the_returns_domain_serves_no_chat(tmp_path, script, tokenizer):
     with running(make_app(tmp_path, script, tokenizer, domain=Returns())) as client:
         assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 404
         assert client.post("/v1/decisions", json=CASE).json()["decision"] == json.loads(GOOD)
+
+
+def test_outcomes_named_by_what_was_asked_do_not_fill_the_metrics(tmp_path, script, tokenizer):
+    class Careless(Returns):
+        def outcome(self, output):
+            return f"answer {next(numbers)}"
+
+    numbers = iter(range(MOST_NAMES + 50))
+    with running(make_app(tmp_path, script, tokenizer, domain=Careless())) as client:
+        for _ in range(MOST_NAMES + 50):
+            client.post("/v1/decisions", json=CASE)
+        lines = client.get("/metrics").text.splitlines()
+    counted = [line for line in lines if line.startswith("twinloop_decisions_total")]
+    assert len(counted) == MOST_NAMES + 1
+    assert 'twinloop_decisions_total{outcome="other"} 50.0' in counted
 
 
 def test_ids_of_documents_may_hold_slashes(tickets):
