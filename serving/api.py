@@ -79,7 +79,7 @@ def create_app(
     app.include_router(load_router(manager, metrics))
     app.include_router(document_router(documents))
     administrators = guard(administrators_only(admin_token, local_admin), by_token=admin_token is not None)
-    app.include_router(admin_router(domain, documents, traces, administrators))
+    app.include_router(admin_router(domain, documents, administrators))
     app.include_router(traces_router(traces, administrators))
     app.include_router(versions_router(manager, releases, administrators))
 

@@ -1,20 +1,19 @@
-"""The routes of documents and traces: reading documents is open, all else is for administrators."""
+"""The routes of documents: reading them is open, changing them is for administrators."""
 
 # No `from __future__ import annotations`: what a document's id must be is the domain's own, and FastAPI must be handed
 # the type itself.
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Body, Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.domains.documents import MAX_ID_CHARACTERS, MAX_TEXT_CHARACTERS
 from twinloop.domains.domain import Domain, Text
-from twinloop.serving.decisions import DecisionTrace, Passage
+from twinloop.serving.decisions import Passage
 from twinloop.serving.described import WITH_BODY, Guard, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.knowledge.documents import DocumentStore
-from twinloop.serving.traces import TRACE_ID, TraceStore
 
 REFUSED_DOCUMENT = {
     422: "The id or the text is none that the domain's check of documents accepts; the message says why"
@@ -67,13 +66,8 @@ def document_router(documents: DocumentStore) -> APIRouter:
     return router
 
 
-def admin_router(
-    domain: Domain,
-    documents: DocumentStore,
-    traces: TraceStore | None,
-    guard: Guard,
-) -> APIRouter:
-    """What administrators do with documents, and one trace."""
+def admin_router(domain: Domain, documents: DocumentStore, guard: Guard) -> APIRouter:
+    """What administrators do with documents."""
     router = APIRouter(dependencies=guard.dependencies)
     # What the domain asks of documents is only described here: the store asks its check.
     patterns = {name: {"pattern": pattern} for name, pattern in domain.document_patterns.items()}
@@ -90,18 +84,5 @@ def admin_router(
     )
     def put(document_id: Annotated[str, name], body: Annotated[DocumentText, body_of]) -> Passage:
         return Passage.of(documents.put(document_id, body.text))
-
-    hexadecimal = Path(json_schema_extra={"pattern": f"^{TRACE_ID.pattern}$"})
-
-    @router.get(
-        "/v1/traces/{trace_id}",
-        response_model=None,
-        responses={**errors(404, *guard.statuses), 200: {"model": DecisionTrace}},
-    )
-    def trace(trace_id: Annotated[str, hexadecimal]) -> dict[str, Any]:
-        found = traces.get(trace_id) if traces is not None else None
-        if found is None:
-            raise ApiError(404, "no trace of that id is kept", param="trace_id")
-        return found
 
     return router

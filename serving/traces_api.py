@@ -1,4 +1,4 @@
-"""Recent answers over HTTP: a list to choose from, filtered; the whole trace of one is `/v1/traces/{trace_id}`."""
+"""Traces over HTTP: a list of recent answers to choose from, filtered, and the whole trace of one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from datetime import datetime
 from itertools import islice
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from twinloop.serving.decisions import ModelInfo, Reason, Timings
+from twinloop.serving.decisions import DecisionTrace, ModelInfo, Reason, Timings
 from twinloop.serving.described import Guard, errors
-from twinloop.serving.traces import TraceStore
+from twinloop.serving.errors import ApiError
+from twinloop.serving.traces import TRACE_ID, TraceStore
 
 SEARCHED_TRACES = 10_000
 """So many of the newest ones are looked at: a question for rare answers must not read every file."""
 MAX_LISTED = 200
+TraceId = Annotated[str, Path(json_schema_extra={"pattern": f"^{TRACE_ID.pattern}$"})]  # any other is a 404 too
 NOT_A_FILTER = {422: "A filter is none that is known here; `param` names it"}
 
 
@@ -46,7 +48,7 @@ class RecentAnswers(BaseModel):
 
 
 def traces_router(traces: TraceStore | None, guard: Guard) -> APIRouter:
-    """`GET /v1/traces`, for administrators only: a trace holds a customer's words."""
+    """`GET /v1/traces` and `/v1/traces/{trace_id}`, for administrators only: a trace holds a customer's words."""
     router = APIRouter(dependencies=guard.dependencies)
 
     @router.get("/v1/traces", responses=errors(422, *guard.statuses, words=NOT_A_FILTER))
@@ -72,6 +74,17 @@ def traces_router(traces: TraceStore | None, guard: Guard) -> APIRouter:
             if len(answers) == limit:
                 break
         return RecentAnswers(answers=answers, searched=searched, complete=next(kept, None) is None)
+
+    @router.get(
+        "/v1/traces/{trace_id}",
+        response_model=None,
+        responses={**errors(404, *guard.statuses), 200: {"model": DecisionTrace}},
+    )
+    def trace(trace_id: TraceId) -> dict[str, Any]:
+        found = traces.get(trace_id) if traces is not None else None
+        if found is None:
+            raise ApiError(404, "no trace of that id is kept", param="trace_id")
+        return found
 
     return router
 

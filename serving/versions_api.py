@@ -10,7 +10,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from typing import Annotated, Literal, Protocol, TypeVar
 
 from fastapi import APIRouter, Path, Request
@@ -158,42 +157,66 @@ WORDS = {
 }
 
 
-def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard) -> APIRouter:
-    """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
+class _Registry:
+    """The registry, if there is one, with its errors as this interface's; it moves the champion once at a time."""
 
-    guard: of the last three. Without `releases` every route answers 404.
-    """
-    router = APIRouter()
-    refusals = guard.statuses
-    moving = threading.Lock()
+    def __init__(self, releases: Releases | None):
+        self._releases = releases
+        self._moving = threading.Lock()
 
-    def registry() -> Releases:
-        if releases is None:
-            raise ApiError(404, NO_REGISTRY)
-        return releases
+    def read(self, read: Callable[[Releases], T]) -> T:
+        """What `read` returns. Raises ApiError where the registry cannot be read, whatever its tools raise."""
+        releases = self._open()
+        try:
+            return read(releases)
+        except Exception:
+            log.exception("the registry cannot be read")
+            raise ApiError(503, UNREADABLE) from None
 
-    def known(number: int) -> VersionDetail:
-        found = _read(lambda: registry().version(number))
+    def version(self, number: int) -> VersionDetail:
+        found = self.read(lambda releases: releases.version(number))
         if found is None:
             raise ApiError(404, f"version {number} is not in the registry", param="version")
         return found
 
-    def move(work: Callable[[], Moved]) -> Moved:
-        if not moving.acquire(blocking=False):
+    def promote(self, number: int, by: str) -> Moved:
+        self.version(number)
+        return self._move(lambda releases: releases.promote(number, by))
+
+    def roll_back(self, by: str) -> Moved:
+        return self._move(lambda releases: releases.roll_back(by))
+
+    def _move(self, work: Callable[[Releases], Moved]) -> Moved:
+        releases = self._open()
+        if not self._moving.acquire(blocking=False):
             raise ApiError(409, "another move of the champion is under way; try again when it has ended")
         try:
-            return work()
+            return work(releases)
         except MoveRefusedError as error:
             raise ApiError(409, str(error)) from None
         except Exception:
             log.exception("the champion was not moved")
             raise ApiError(503, UNMOVED) from None
         finally:
-            moving.release()
+            self._moving.release()
+
+    def _open(self) -> Releases:
+        if self._releases is None:
+            raise ApiError(404, NO_REGISTRY)
+        return self._releases
+
+
+def versions_router(manager: ModelManager, releases: Releases | None, guard: Guard) -> APIRouter:
+    """`GET /v1/versions`, `/v1/versions/{version}` and `/v1/moves`, `POST …/promote` and `/v1/rollback`.
+
+    guard: of the last three. Without `releases` every route answers 404.
+    """
+    router, registry = APIRouter(), _Registry(releases)
+    refusals = guard.statuses
 
     @router.get("/v1/versions", responses=errors(404, words=WORDS))
     def every_version() -> Versions:
-        found = sorted(_read(registry().versions), key=lambda each: -each.version)
+        found = sorted(registry.read(lambda releases: releases.versions()), key=lambda each: -each.version)
         model = manager.service.model
         served = (int(model.version), model.digest)  # a model deleted in MLflow and made again counts from 1
         is_champion = any("champion" in each.aliases and (each.version, each.digest) == served for each in found)
@@ -201,18 +224,11 @@ def versions_router(manager: ModelManager, releases: Releases | None, guard: Gua
 
     @router.get("/v1/versions/{version}", responses=errors(404, 422, words=WORDS))
     def one_version(version: Number) -> VersionDetail:
-        return known(version)
+        return registry.version(version)
 
     @router.get("/v1/moves", responses=errors(404, *refusals, words=WORDS), dependencies=guard.dependencies)
     def every_move() -> Moves:
-        return Moves(moves=[*reversed(_read(registry().moves))])
-
-    def promote(version: int, by: str) -> Moved:
-        known(version)
-        return move(partial(registry().promote, version, by))
-
-    def roll_back(by: str) -> Moved:
-        return move(partial(registry().roll_back, by))
+        return Moves(moves=[*reversed(registry.read(lambda releases: releases.moves()))])
 
     # A server that is stopped does not wait for a move: its process ends it.
     @router.post(
@@ -221,24 +237,13 @@ def versions_router(manager: ModelManager, releases: Releases | None, guard: Gua
         dependencies=guard.dependencies,
     )
     async def promote_version(version: Number, request: Request) -> Moved:
-        return await run_detached(promote, version, _asked_by(request))
+        return await run_detached(registry.promote, version, _asked_by(request))
 
     @router.post("/v1/rollback", responses=errors(404, 409, *refusals, words=WORDS), dependencies=guard.dependencies)
     async def roll_back_champion(request: Request) -> Moved:
-        return await run_detached(roll_back, _asked_by(request))
+        return await run_detached(registry.roll_back, _asked_by(request))
 
     return router
-
-
-def _read(read: Callable[[], T]) -> T:
-    """What `read` returns. Raises ApiError where the registry cannot be read, whatever its tools raise."""
-    try:
-        return read()
-    except ApiError:
-        raise
-    except Exception:
-        log.exception("the registry cannot be read")
-        raise ApiError(503, UNREADABLE) from None
 
 
 def _asked_by(request: Request) -> str:
