@@ -9,12 +9,12 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.types import Receive, Scope, Send
 
@@ -22,7 +22,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.models.tool_messages import has_tools
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import CHAT_RESPONSES
+from twinloop.serving.described import CHAT_RESPONSES, AnswerMessage, ChatCompletion, Choice, Usage
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
 from twinloop.serving.engine.scheduler import Place
 from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
@@ -102,15 +102,15 @@ class Completion:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> Usage:
         completion = self.text.completion_tokens
-        return {
-            "prompt_tokens": self._prompt_tokens,
-            "completion_tokens": completion,
-            "total_tokens": self._prompt_tokens + completion,
-        }
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=self._prompt_tokens + completion,
+        )
 
-    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _object(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
         return {
             "id": self._id,
             "object": kind,
@@ -120,16 +120,11 @@ class Completion:
             "choices": choices,
         }
 
-    def whole(self) -> dict[str, Any]:
+    def whole(self) -> ChatCompletion:
         """Wait for the answer and return the completion object."""
-        content = "".join(self.text)
-        choice = {
-            "index": 0,
-            "message": {"role": "assistant", "content": content, "refusal": None},
-            "logprobs": None,
-            "finish_reason": self.text.finish_reason,
-        }
-        return self._object("chat.completion", [choice]) | {"usage": self.usage()}
+        message = AnswerMessage(role="assistant", content="".join(self.text), refusal=None)
+        choice = Choice(index=0, message=message, logprobs=None, finish_reason=self.text.finish_reason)
+        return ChatCompletion(**self._object("chat.completion", [choice]), usage=self.usage())
 
     def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """The same answer as chunk objects, each as soon as its text is there."""
@@ -144,7 +139,7 @@ class Completion:
             yield chunk({"content": piece})
         yield chunk({}, self.text.finish_reason)
         if include_usage:
-            yield self._object("chat.completion.chunk", []) | {"usage": self.usage()}
+            yield self._object("chat.completion.chunk", []) | {"usage": self.usage().model_dump()}
 
 
 class _EventStream(StreamingResponse):
@@ -192,7 +187,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
             return _EventStream(events(completion, include_usage, started), completion.text.cancel)
         answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
         observe(completion, started)
-        return JSONResponse(answer)
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     return router
 
