@@ -69,8 +69,15 @@ class ProjectReleases:
         return VersionDetail(
             **dict(_summary(version, snapshot)),
             gate_report=_gate(self._registry, version),
-            origins=[Origin(kind=each.kind, name=each.name, digest=each.digest) for each in chain],
+            # A recipe is named as `twinloop run` was given it; nobody here reads where on this machine it lies.
+            origins=[Origin(kind=each.kind, name=self._without_place(each.name), digest=each.digest) for each in chain],
         )
+
+    def _without_place(self, name: str) -> str:
+        path = Path(name)
+        if not path.is_absolute():
+            return name
+        return str(path.relative_to(self._project)) if path.is_relative_to(self._project) else path.name
 
     def moves(self) -> Sequence[Move]:
         committed = open_ledger(self._registry.mlruns).read().committed(self._registry.name)

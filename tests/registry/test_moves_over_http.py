@@ -5,14 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from releases import history, serving, ship, wait_for
 
 from twinloop.flows.releases import ProjectReleases
+from twinloop.registry.artifact import Artifact
 from twinloop.registry.gates import record_gate
 from twinloop.registry.snapshot import Version
-from twinloop.registry.versions import Registry
+from twinloop.registry.versions import Lineage, Registry
 
 Release = Callable[..., Version]
 
@@ -75,6 +77,17 @@ def test_what_may_not_be_promoted_is_refused_without_naming_a_place(
         assert client.post("/v1/versions/99/promote").status_code == 404
         assert client.post("/v1/rollback").status_code == 409
     assert len(history(registry)) == 1
+
+
+def test_a_recipe_is_named_without_its_place(
+    project: Path, registry: Registry, make: Callable[..., Artifact], lineage: Lineage
+) -> None:
+    for recipe, shown in (("recipes/returns.yaml", "recipes/returns.yaml"), ("/elsewhere/own.yaml", "own.yaml")):
+        given = replace(lineage, recipe=str(project / recipe))
+        version = registry.register(make("export", recipe).path, given, servable=True)
+        detail = ProjectReleases(project, "returns").version(version.version)
+        assert detail is not None
+        assert [origin.name for origin in detail.origins if origin.kind == "recipe"] == [shown]
 
 
 def test_a_gate_report_that_was_changed_is_no_report(project: Path, registry: Registry, release: Release) -> None:
