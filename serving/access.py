@@ -1,4 +1,4 @@
-"""Who may ask: the names that a server on loopback answers to, and whom it lets change documents and read traces.
+"""Who may ask: the names that a server on loopback answers to, and who is an administrator.
 
 Headers are judged as they were sent. A framework puts the server's own address where it cannot parse a Host header,
 and then a request from anywhere would look like one from here.
@@ -84,7 +84,7 @@ _FOREIGN_HOST = (
 class OtherOrigins(CORSMiddleware):
     """Let pages of these origins ask, as browsers want it said (CORS). Without it no page but the console can.
 
-    It opens nothing that a program could not reach: who may change documents and read traces is asked as everywhere.
+    It opens nothing that a program could not reach: who is an administrator is asked as everywhere.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]):

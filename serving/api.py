@@ -50,10 +50,11 @@ def create_app(
     releases: the registry that the model comes from, to be shown, and for administrators to promote and roll back in;
     without one its routes answer 404.
 
-    Documents are changed, and traces are read, only with `admin_token` as the bearer token: a document decides answers,
-    and a trace holds a customer's words. Where none is set, `local_admin`, for a server that listens on loopback only,
-    lets this machine in, as far as a request can show that it comes from here; and then no request for a foreign host
-    is answered at all. A proxy can hide that a request comes from elsewhere, so behind one a token must be set.
+    Documents are changed, the champion is moved, and traces are read only with `admin_token` as the bearer token: a
+    document and the champion decide answers, and a trace holds a customer's words. Where none is set, `local_admin`,
+    for a server that listens on loopback only, lets this machine in, as far as a request can show that it comes from
+    here; and then no request for a foreign host is answered at all. A proxy can hide that a request comes from
+    elsewhere, so behind one a token must be set.
     `cors_origins`: of whose pages a browser may ask (`access.origin`). The caller owns scheduler and traces and closes
     them after the server has stopped.
     """

@@ -152,6 +152,8 @@ def test_a_page_of_another_origin_administers_nothing(local, page):
     headers = {"Host": "localhost:8080", **page}
     assert local.put("/v1/documents/P-7", json=SEVEN, headers=headers).status_code == 403
     assert local.get(TRACE, headers=headers).status_code == 403
+    for move in ("/v1/rollback", "/v1/versions/1/promote"):  # no browser asks before it sends these
+        assert local.post(move, headers=headers).status_code == 403
 
 
 def test_the_servers_own_page_administers(local):
