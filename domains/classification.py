@@ -31,6 +31,7 @@ from twinloop.domains.domain import (
     Verdict,
     explained,
 )
+from twinloop.domains.examples import example_request
 from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
 from twinloop.domains.owners import FORMAT, TRAINING
 
@@ -94,7 +95,7 @@ class Classification(Domain):
         from twinloop.domains.record_types import classification
 
         # the leakage check looks at what is made from it
-        example = {"text": self.example["text"], "label": self.labels[0]}
+        example = {**example_request(self), "label": self.labels[0]}
         own = replace(classification(self.labels), split=None, examine=self._examine, example=example)
         held_out = replace(own, name="classification_heldout", about="As classification, held out to measure on.")
         return {**super().record_types(), own.name: own, held_out.name: held_out}

@@ -70,8 +70,8 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     """Print the decision on one request as JSON; 1 when it is escalated. text: the request as JSON; "-" reads stdin."""
     from pydantic import ValidationError
 
+    from twinloop.domains.examples import example_request
     from twinloop.registry.champion import load_served_domain, open_champion
-    from twinloop.registry.examples import example_request
     from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
 from twinloop.domains.domain import Document, Domain, Message, domain_code
+from twinloop.domains.examples import example_request
 from twinloop.domains.record_types import RecordType
 from twinloop.records.findings import Finding
 from twinloop.records.reading import Source
@@ -56,8 +57,7 @@ class PromptForm:
 def foreign_prompts(frame: pl.DataFrame, record: RecordType, source: Source, domain: Domain) -> list[Finding]:
     """The rows whose prompts `build_prompt` would not make. Raises UserError where it fails on the domain's example."""
     column = next((name for name in ("prompt", "messages") if name in record.columns), None)
-    decides = domain.request is not None and domain.has("build_prompt") and domain.example
-    if column is None or not decides or frame.is_empty() or (column == "messages" and domain.chat):
+    if column is None or not _has_form(domain) or frame.is_empty() or (column == "messages" and domain.chat):
         return []
     form = prompt_form(domain)
     rebuilds = _gives_back_the_example(domain, form.example)
@@ -77,10 +77,22 @@ def foreign_prompts(frame: pl.DataFrame, record: RecordType, source: Source, dom
     return [Finding.of(source, foreign, len(looked_at), f"{what}; for its example it makes {wanted}")]
 
 
+def _has_form(domain: Domain) -> bool:
+    """Whether the server asks in one form that is known. Where the domain has no example, a request in its place may
+    not be valid, and then nothing can be compared."""
+    if domain.request is None or not domain.has("build_prompt"):
+        return False
+    try:
+        _read(domain, example_request(domain))
+    except ValidationError:
+        return bool(domain.example)
+    return True
+
+
 def prompt_form(domain: Domain) -> PromptForm:
     """Raises UserError where `build_prompt` fails on the domain's example."""
     with domain_code(domain, "build_prompt", "its example"):
-        request = _read(domain, domain.example)
+        request = _read(domain, example_request(domain))
         documents = domain.example_documents[: domain.passages]
         example = domain.build_prompt(request, documents)
     variants, constant = _variants(domain, request, documents)

@@ -13,6 +13,7 @@ import polars as pl
 from pydantic import BaseModel
 
 from twinloop.domains.domain import Domain
+from twinloop.domains.examples import example_request
 from twinloop.domains.record_types import RecordType
 
 QUESTION, ANSWER, WORSE = "Where is my parcel?", "It left our warehouse on Monday.", "I do not know."
@@ -128,9 +129,9 @@ def _described(dtype: Any) -> str:
 
 
 def _prompt(domain: Domain) -> list[dict[str, str]]:
-    if domain.request is not None and domain.has("build_prompt") and domain.example:
+    if domain.request is not None and domain.has("build_prompt"):
         try:
-            request = domain.request.model_validate_json(json.dumps(dict(domain.example)))
+            request = domain.request.model_validate_json(json.dumps(example_request(domain)))
             return [dict(one) for one in domain.build_prompt(request, domain.example_documents[: domain.passages])]
         except Exception:  # the user's own code, which the stage that needs it will report
             pass

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinloop.domains.examples import example_request
 from twinloop.registry.artifact import Manifest
-from twinloop.registry.examples import example_request
 from twinloop.registry.logged_models import MODEL_FOLDER
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
+from twinloop.domains.examples import example_messages, example_request
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.registry.examples import example_messages, example_request
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
