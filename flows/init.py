@@ -24,7 +24,7 @@ DEPS = """\
 """
 
 NATURAL_SPLIT_KEYS = ("text", "order_id")
-"""Where a template's recipe sets them: what data of one's own can keep apart too. That held-out cases cite policies
+"""Where a template's recipe sets them: what data of one's own can keep disjoint too. That held-out cases cite policies
 which no training row does, as in generated data, no shop's records can."""
 
 

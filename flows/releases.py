@@ -127,18 +127,18 @@ def _summary(version: Version, snapshot: Snapshot) -> VersionSummary:
 def _gate(registry: Registry, version: Version) -> Gate | None:
     if "gate_digest" not in version.tags:
         return None
-    told = {"decision": version.tags["gate_decision"], "when": version.tags["gate_when"]}
-    told["digest"] = version.tags["gate_digest"]
+    known = {"decision": version.tags["gate_decision"], "when": version.tags["gate_when"]}
+    known["digest"] = version.tags["gate_digest"]
     try:
         report = read_gate(registry, version)
     except UserError as error:
         log.warning("%s", error)
         problem = "the report is missing or was changed; run the gate again"
-        return Gate.model_validate(told | {"rules": [], "reasons": [], "problem": problem})
+        return Gate.model_validate(known | {"rules": [], "reasons": [], "problem": problem})
     assert report is not None  # it has the tag
     rules = [RuleResult.model_validate(check.model_dump()) for check in report.checks]
     reasons = [GateReason(rule=each.rule, reason=each.reason, owner=each.owner) for each in report.reasons]
-    return Gate.model_validate(told | {"rules": rules, "reasons": reasons})
+    return Gate.model_validate(known | {"rules": rules, "reasons": reasons})
 
 
 def _move(promotion: Promotion) -> Move:

@@ -94,7 +94,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
     from twinloop.registry.reconcile import what_it_is
     from twinloop.registry.versions import CANDIDATE, CHAMPION
     from twinloop.tasks.context import Context
-    from twinloop.tasks.prepare import data_stage, validate_stage
+    from twinloop.tasks.prepare import ready_data
     from twinloop.tasks.recipe import load_recipe
     from twinloop.tasks.release import judge_version, version_to_judge
 
@@ -108,9 +108,7 @@ def judge_now(project: Path, recipe_path: Path, number: int | None) -> int:
         version = registry.version(number) if number else version_to_judge(registry, CANDIDATE, CHAMPION)
         if not version.servable:
             raise UserError(f"{version}: {what_it_is(version)} is not judged; see `twinloop status`")
-        raw, _ = data_stage(context)
-        context = context.on_data(raw.md5)
-        data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)
+        context, data = ready_data(context, recipe)
         report = judge_version(context, recipe.evaluate, runtime, rules, version=version.version, data=data)
     print(f"{version}\n{report.text()}")
     return 0 if report.decision == "SHIP" else 1
@@ -122,16 +120,14 @@ def show_plan(project: Path, recipe_path: Path) -> int:
     from twinloop.flows.gpu import gpu_slot
     from twinloop.tasks.context import Context
     from twinloop.tasks.plan import make_plan
-    from twinloop.tasks.prepare import data_stage, validate_stage
+    from twinloop.tasks.prepare import ready_data
     from twinloop.tasks.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, project)
     runtime = recipe.runtime()
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
-        raw, _ = data_stage(context)
-        context = context.on_data(raw.md5)
-        data = validate_stage(context, recipe.validate_, needed=recipe.record_types, data=raw)
+        context, data = ready_data(context, recipe)
         plan = make_plan(context, recipe, runtime, data=data)
         _print_plan(plan, recipe, runtime, display.console)
     return 0

@@ -74,7 +74,7 @@ def tracked_lifecycle(context: Context, recipe: Recipe) -> Iterator[Tracked]:
 
 def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Outcome) -> Path | None:
     """Draw and write the story everywhere; the report's page. What fails is a warning: what was made and promoted does
-    not hang on a picture."""
+    not depend on it."""
     from twinloop.report.figures import figures
     from twinloop.report.files import write_report
 

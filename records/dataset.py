@@ -59,12 +59,9 @@ def check_data(project: Path) -> DataVersion:
     raise UserError(f"{project / DATA_DIR}: {problem}; {remedy}")
 
 
-def is_current(project: Path) -> bool:
-    """Whether `build_data` would find nothing to do. No DVC command is started."""
-    return _current(project) is not None
-
-
-def _current(project: Path) -> DataVersion | None:
+def current_version(project: Path) -> DataVersion | None:
+    """The version that is there and needs no build, every file hashed; None: `build_data` has something to do, or to
+    report. No DVC command is started."""
     try:
         with open_project(project) as dvc:
             return _version(dvc) if dvc.problem() is None else None
@@ -91,7 +88,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     What a killed build left behind is cleared away. Raises UserError when it cannot be built, and for a user's own data
     that does not match data.dvc: that is left as it is.
     """
-    if version := _current(project):
+    if version := current_version(project):
         return version
     if not (project / PIPELINE).is_file() and not (project / DATA_FILE).is_file() and not _files_of(project):
         raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
@@ -110,7 +107,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     deadline = time.monotonic() + wait_s
     try:
         with FileLock(tmp / "twinloop-data.lock", timeout=wait_s):
-            if version := _current(project):
+            if version := current_version(project):
                 return version
             if own:
                 _run(project, deadline, "add", DATA_DIR)

@@ -6,7 +6,7 @@ The rows of a record type, such as chat, are in
     further files: the name, then a number, such as chat_2.jsonl, chat_batch2.jsonl or chat-00001-of-00002.parquet
     the folder chat/, whatever the names of its files
 
-No other suffix makes a file a part: corpus_test.jsonl may be what somebody keeps apart from training. For the same
+No other suffix makes a file a part: corpus_test.jsonl may be what somebody holds out. For the same
 reason a file of chat/ whose name says that it is held out is not trained on. What is not read is reported.
 """
 
@@ -123,7 +123,7 @@ def _refuse_two_formats(paths: Sequence[Path]) -> None:
 
 
 def _refuse_missing_parts(paths: Sequence[Path]) -> None:
-    """Of `train-00000-of-00003` there are three: a copy that was cut short is not trained on in silence."""
+    """Of `train-00000-of-00003` there are three: a copy that was cut short is an error."""
     numbers: defaultdict[tuple[Path, str, str], set[int]] = defaultdict(set)
     for path in paths:
         if numbered := OF_TOTAL.fullmatch(stem_of(path) or ""):

@@ -23,7 +23,7 @@ LETTERS_A_MISTAKE = 4
 
 
 def misspelt_fields(source: Source, rows: Rows, record: RecordType) -> list[Finding]:
-    """One finding for each unknown field that stands in the place of a known one. rows: of `source`, as it was read."""
+    """One finding for each unknown field in the place of a known one. rows: of `source`, as it was read."""
     known = known_fields(record)
     if not any(_near_in(name, known) for name in rows.ignored):
         return []

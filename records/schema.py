@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from twinloop.domains.domain import Domain
 from twinloop.domains.examples import example_request
 from twinloop.domains.record_types import RecordType
+from twinloop.records.rows import TYPE_NAMES, python_type
 
 QUESTION, ANSWER, WORSE = "Where is my parcel?", "It left our warehouse on Monday.", "I do not know."
 TEXT = "Parcels that are lost are replaced within 14 days."
@@ -50,7 +51,7 @@ def _fields(path: str, dtype: Any, record: RecordType) -> Iterator[Field]:
 
 
 def example_row(record: RecordType, domain: Domain) -> dict[str, Any]:
-    """A whole row, as it stands in a file: what the record type gives itself, and else what the domain's example is."""
+    """A whole row, as it is in a file: what the record type gives itself, and else what the domain's example is."""
     row = dict(record.example)
     if "facts" in record.columns and "facts" not in row and domain.facts is not None:
         row["facts"] = _of_model(domain.facts)
@@ -118,11 +119,7 @@ def markdown(record: RecordType, domain: Domain) -> str:
 
 
 def _described(dtype: Any) -> str:
-    if isinstance(dtype, pl.Struct):
-        return "object"
-    if isinstance(dtype, pl.List):
-        return f"list of {_described(dtype.inner)}s"
-    return {pl.String: "text", pl.Int64: "integer", pl.Float64: "number", pl.Boolean: "boolean"}[dtype.base_type()]
+    return f"list of {_described(dtype.inner)}s" if isinstance(dtype, pl.List) else TYPE_NAMES[python_type(dtype)]
 
 
 # --- an example of a domain

@@ -1,4 +1,4 @@
-"""Small figures, drawn once: PNG on a ground of their own, SVG in the colours of the page that they stand in.
+"""Small figures, drawn once: PNG on a ground of their own, SVG in the colours of the page that they are in.
 
 Knows matplotlib and nothing of models. matplotlib is imported when something is drawn: that takes a second.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 4.4, 3.0
 """Of a panel, in inches: one fills a telephone's screen, three a page's width."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8A8A8A")
-"""Okabe and Ito's, which people with any colour vision tell apart, and grey; each is seen on white and on black."""
+"""Okabe and Ito's, distinct for people with any colour vision, and grey; each is seen on white and on black."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#1a1b1c"
 """Of text and axes. In SVG the text colour of the page takes its place, so it is no colour that is used elsewhere."""

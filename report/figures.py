@@ -55,7 +55,7 @@ CHARTS = (
     ),
 )
 UNDRAWN = {"rollout_tokens_per_s", "ratio", "logprob_gap", "logprob_gap_max"}
-"""In MLflow's own charts: they tell of the machine and of rounding, not of the model."""
+"""In MLflow's own charts: of the machine and of rounding, not of the model."""
 
 
 def figures(story: Story) -> dict[str, list[Panel]]:
@@ -144,7 +144,7 @@ def _by_predicate(measured: Sequence[tuple[str, Measured]], names: Sequence[str]
                 _interval(axes, place + offset, each.by_predicate[name], colour=colour, marker=marker)
         axes.plot([], [], marker, color=colour, markersize=4, label=stage)
     _rates_across(axes, [story.task.predicates[name] for name in names])
-    below = 0.45 / (0.5 + 0.45 * len(names))  # the room that the label of the axis takes, as a share of their height
+    below = 0.45 / (0.5 + 0.45 * len(names))  # the height that the label of the axis takes, as a share of their height
     axes.legend(loc="upper center", bbox_to_anchor=(0.4, -below), ncols=min(3, len(measured)))
 
 

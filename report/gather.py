@@ -66,7 +66,7 @@ class LifecycleRun:
 
 
 def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending, run: LifecycleRun) -> Story:
-    """The whole story. What MLflow cannot tell any more, such as the curves of a lost run, is left out."""
+    """The whole story. What MLflow does not have any more, such as the curves of a lost run, is left out."""
     registry = Registry(context.mlruns, context.recipe)
     versions = [*registry.checkpoints.snapshot().versions.values(), *registry.snapshot().versions.values()]
     by_digest = {version.digest: version.version for version in versions}

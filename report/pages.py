@@ -103,8 +103,8 @@ def _tiles(story: Story) -> list[_Tile]:
         found.append(_Tile("throughput", f"{load.tokens_per_s:,.0f}/s", "tokens of all answers together"))
         found.append(_Tile("memory", f"{load.memory_gib:.2f} GiB", "the most that the server held"))
     rows = sum(file.kept for file in story.data)
-    set_aside = sum(file.quarantined for file in story.data)
-    found.append(_Tile("data", f"{rows:,} rows", f"{set_aside:,} quarantined"))
+    quarantined = sum(file.quarantined for file in story.data)
+    found.append(_Tile("data", f"{rows:,} rows", f"{quarantined:,} quarantined"))
     return found
 
 

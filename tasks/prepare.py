@@ -10,11 +10,11 @@ from typing import Any
 
 from prefect import task
 
-from twinloop.records.dataset import DataVersion, build_data, is_current
+from twinloop.records.dataset import DataVersion, build_data, current_version
 from twinloop.records.validated import ignored_files
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.recipe import ValidateSettings
+from twinloop.tasks.recipe import Recipe, ValidateSettings
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,10 @@ def data_stage(context: Context) -> tuple[DataVersion, float | None]:
     """
     context.progress.started("data")
     started = time.perf_counter()
-    current = is_current(context.project)
-    version = build_data(context.project)
-    seconds = None if current else time.perf_counter() - started
+    seconds = None
+    if (version := current_version(context.project)) is None:
+        version = build_data(context.project)
+        seconds = time.perf_counter() - started
     context.progress.finished("data", seconds=seconds, name=version.md5)
     return version, seconds
 
@@ -69,3 +70,10 @@ def validate_stage(
 
 
 validate_data = task(name="validate", persist_result=False)(validate_stage)
+
+
+def ready_data(context: Context, recipe: Recipe) -> tuple[Context, Artifact]:
+    """Build and validate the data, for a command without Prefect; with the context that names their version."""
+    version, _ = data_stage(context)
+    context = context.on_data(version.md5)
+    return context, validate_stage(context, recipe.validate_, needed=recipe.record_types, data=version)

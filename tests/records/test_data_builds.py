@@ -18,7 +18,7 @@ from projects import PACKAGES, PROJECT, contents, dvc, git, set_params, tickets
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
-from twinloop.records.dataset import build_data, check_data, is_current
+from twinloop.records.dataset import build_data, check_data, current_version
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_lock_files_of_killed_processes_stop_nothing(project: Path, left_behind:
     shutil.rmtree(project / "data")
     (project / ".dvc/tmp/rwlock").write_text(left_behind)
     build_data(project)
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_a_build_waits_for_another_dvc_command(project: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_build_waits_for_another_dvc_command(project: Path) -> None:
     held = zc.lockfile.LockFile(str(project / ".dvc/tmp/lock"))
     threading.Timer(4.0, held.close).start()  # DVC itself gives up after 3 s
     build_data(project)
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_a_build_gives_up_on_a_dvc_command_that_does_not_end(project: Path) -> None:
@@ -63,7 +63,7 @@ def test_two_builds_at_once_both_succeed(project: Path) -> None:
     shutil.rmtree(project / "data")
     builds = [start_build(project) for _ in range(2)]
     assert [build.wait(120) for build in builds] == [0, 0]
-    assert is_current(project)
+    assert current_version(project)
 
 
 @pytest.mark.parametrize("sign", ["raw", "data", pytest.param(".dvc/cache/files", marks=pytest.mark.slow)])
@@ -137,7 +137,7 @@ def test_a_project_that_was_never_built_is_built(known_to: str, tmp_path: Path) 
     version = build_data(project)
     assert sorted(contents(project)) == ["corpus.jsonl", "corpus_heldout.jsonl"]
     assert check_data(project) == version
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_a_project_whose_stages_do_not_read_data_is_built(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_project_whose_stages_do_not_read_data_is_built(tmp_path: Path) -> Non
     del stages["stages"]["count"]
     (project / "dvc.yaml").write_text(json.dumps(stages))
     build_data(project)
-    assert is_current(project)
+    assert current_version(project)
     set_params(project, seed=2)
     assert build_data(project) == check_data(project)
 

@@ -14,7 +14,7 @@ from projects import PROJECT, clone, contents, dvc, git, set_params
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.domain import Domain
-from twinloop.records.dataset import DataVersion, build_data, check_data, is_current, staleness
+from twinloop.records.dataset import DataVersion, build_data, check_data, current_version, staleness
 from twinloop.records.validation import validate
 from twinloop.tasks.recipe import ValidateSettings
 
@@ -33,7 +33,7 @@ def test_dvc_repro_alone_does_the_same(project: Path) -> None:
     dvc(project, "repro", "-q")
     assert contents(project) == before
     assert git(project, "status", "--porcelain") == ""
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_data_that_is_current_is_recognised_at_once_and_without_dvc(
@@ -62,7 +62,7 @@ def test_changed_code_of_the_generator_is_noticed_and_equal_data_stay_the_same_v
         file.write("# a remark\n")
     assert staleness(project) == "older than words.py"
     assert build_data(project).md5 == before.md5
-    assert is_current(project)
+    assert current_version(project)
 
 
 def flip_a_byte(path: Path) -> None:

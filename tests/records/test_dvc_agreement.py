@@ -14,7 +14,7 @@ from projects import commit, contents, dvc, git, set_params, tickets
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
-from twinloop.records.dataset import build_data, check_data, is_current, staleness
+from twinloop.records.dataset import build_data, check_data, current_version, staleness
 from twinloop.records.dvc_project import open_project
 
 
@@ -90,7 +90,7 @@ def test_generated_data_is_current_exactly_while_dvc_status_is_clean(
     form: Callable[[Path], None], project: Path
 ) -> None:
     form(project)
-    assert not is_current(project)
+    assert not current_version(project)
     build_data(project)
     assert dvc_is_content(project)
     assert staleness(project) is None
@@ -105,7 +105,7 @@ def test_a_parameter_counts_by_its_dotted_key_alone(project: Path) -> None:
     build_data(project)
     set_params(project, seed=2)  # which the stage does not name
     assert dvc_is_content(project)
-    assert is_current(project)
+    assert current_version(project)
     set_params(project, documents=31)
     assert not dvc_is_content(project)
     assert staleness(project) == "older than `generate.documents` in params.yaml"
@@ -132,7 +132,7 @@ def test_a_dependency_taken_out_of_a_stage_makes_nothing_older(project: Path) ->
     stages = parse_yaml((project / "dvc.yaml").read_text())["stages"]
     with_stages(project, generate=stages["generate"] | {"deps": ["tickets.py"]})
     assert dvc_is_content(project)
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_a_frozen_stage_is_left_as_it_is(project: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_frozen_stage_is_left_as_it_is(project: Path) -> None:
     dvc(project, "freeze", "cold")
     (project / "in.txt").write_text("2")
     assert dvc_is_content(project)
-    assert is_current(project)
+    assert current_version(project)
 
 
 def test_data_that_a_stage_makes_itself_needs_no_data_dvc(project: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_digest_of_an_older_dvc_is_checked_by_its_own_rule(own: Path) -> None:
     """DVC 2 hashed texts with their line ends made plain; its data.dvc names no `hash`."""
     (own / "data" / "corpus.jsonl").write_bytes(b'{"text": "our own words."}\r\n')
     build_data(own)
-    assert is_current(own)
+    assert current_version(own)
     with open_project(own) as found:
         assert found.data
         found.data.hash_name = "md5-dos2unix"
@@ -279,7 +279,7 @@ def test_an_edit_through_a_link_is_kept_and_its_cached_file_made_anew(
 ) -> None:
     before = contents(project)
     linked(project, kind)
-    assert is_current(project)
+    assert current_version(project)
     edit_through(project / "data" / "corpus.jsonl")
     edited = (project / "data" / "corpus.jsonl").read_bytes()
     build_data(project)
