@@ -45,15 +45,15 @@ def show_status(project: Path, model: str, *, as_json: bool) -> int:
 def write_version_report(project: Path, model: str, number: int | None) -> int:
     """The report of a version, again. number: None for the champion, or else the candidate."""
     from twinloop.registry.versions import CANDIDATE, CHAMPION
-    from twinloop.report.figures import figures
     from twinloop.report.files import write_report
+    from twinloop.report.kept import kept_figures
     from twinloop.report.tracked import read_story
     from twinloop.tasks.release import version_to_judge
 
     registry = Registry(Mlruns(project / "mlruns"), model)
     version = registry.version(number) if number else version_to_judge(registry, CHAMPION, CANDIDATE)
     story = read_story(registry.mlruns, model, version.version)
-    for path in write_report(project, story, figures(story)):
+    for path in write_report(project, story, kept_figures(project, story)):
         print(path)
     return 0
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 
@@ -26,10 +26,8 @@ from twinloop.tasks.recipe import Recipe
 if TYPE_CHECKING:
     from prefect.client.schemas import FlowRun
 
-    from twinloop.report.drawing import Panel
+    from twinloop.report.kept import Figures
     from twinloop.report.story import Story
-
-    Figures: TypeAlias = Mapping[str, Sequence[Panel]]
 
 log = logging.getLogger(__name__)
 
@@ -75,16 +73,17 @@ def tracked_lifecycle(context: Context, recipe: Recipe) -> Iterator[Tracked]:
 def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Outcome) -> Path | None:
     """Draw and write the story everywhere; the report's page. What fails is a warning: what was made and promoted does
     not depend on it."""
-    from twinloop.report.figures import figures
     from twinloop.report.files import write_report
+    from twinloop.report.kept import kept_figures
 
     published, pages = outcome.published, []
     ending = Ending(outcome.gate, published.version, published.promotion is not None, _in_a_line(outcome))
     try:
         story = gather(context, recipe, outcome.rows, ending, tracked.run)
-        panels = figures(story)
-        pages = write_report(context.project, story, panels)
-        _publish(tracked.tracker, context, story, panels, pages)
+        figures = kept_figures(context.project, story)
+        pages = write_report(context.project, story, figures)
+        _publish(tracked.tracker, context, story, figures, pages)
+        figures.drop_others()
     except Exception as trouble:
         if is_disk_full(trouble):  # that ends the run, and is reported once
             raise
@@ -92,12 +91,12 @@ def write_story(tracked: Tracked, context: Context, recipe: Recipe, outcome: Out
     return pages[0] if pages else None
 
 
-def _publish(tracker: Tracker, context: Context, story: Story, panels: Figures, pages: Sequence[Path]) -> None:
+def _publish(tracker: Tracker, context: Context, story: Story, figures: Figures, pages: Sequence[Path]) -> None:
     """To MLflow, DVC's results and Prefect."""
     from twinloop.report.results import write_results
     from twinloop.report.tracked import log_story, tables
 
-    log_story(tracker, story, panels, pages)
+    log_story(tracker, story, figures, pages)
     write_results(context.project, story)
     key = re.sub(r"[^a-z0-9-]+", "-", story.model.lower())  # as Prefect allows them
     for name in ("stages", "gate"):

@@ -1,4 +1,4 @@
-"""Small figures, drawn once: PNG on a ground of their own, SVG in the colours of the page that they are in.
+"""Small figures: PNG on a ground of their own, SVG in the colours of the page that they are in.
 
 Knows matplotlib and nothing of models. matplotlib is imported when something is drawn: that takes a second.
 """
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.4, 3.0
@@ -28,10 +27,12 @@ NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 @dataclass(frozen=True)
 class Panel:
-    """One figure. title: what it shows, in a sentence's form. draw: puts it on axes."""
+    """A picture. title: what it shows, in a sentence's form. draw: puts `data`, which is all that it shows, on axes."""
 
     title: str
-    draw: Callable[[Axes], None]
+    draw: Callable[..., None]
+    data: tuple[Any, ...]
+    """What `draw` takes after the axes: plain values, that JSON can hold."""
     height: float = HEIGHT
 
 
@@ -97,5 +98,5 @@ def _sheet(panels: Sequence[Panel], *, columns: int) -> Figure:
     for number, panel in enumerate(panels):
         axes = figure.add_subplot(grid[number // columns, number % columns])
         axes.set_title(panel.title)
-        panel.draw(axes)
+        panel.draw(axes, *panel.data)
     return figure

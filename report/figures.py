@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twinloop.evaluation.metrics import Rate, percentile
 from twinloop.report.drawing import COLOURS, HEIGHT, MARKERS, Panel
 from twinloop.report.lineage import lineage_panel
-from twinloop.report.story import Load, Measured, Stage, Story
+from twinloop.report.story import Curve, Load, Stage, Story
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,8 +61,8 @@ def figures(story: Story) -> dict[str, list[Panel]]:
     """Panels by the figure's name. A figure for which nothing was measured is left out."""
     found = {f"training_{stage.name}": training_panels(stage) for stage in story.stages}
     found["pass_rates"] = _rate_panels(story)
-    found["confusion"] = [Panel("Right outcome and answered one", partial(_confusion, story.outcomes), 3.4)]
-    found["reliability"] = [Panel("Confidence and how often it is right", partial(_reliability, story), 3.4)]
+    found["confusion"] = [Panel("Right outcome and answered one", _confusion, (story.outcomes,), 3.4)]
+    found["reliability"] = [Panel("Confidence and how often it is right", _reliability, (story.confidences,), 3.4)]
     found["serving"] = _serving_panels(story)
     found["lineage"] = [lineage_panel(story)]
     empty = {"confusion": not story.outcomes, "reliability": not story.confidences}
@@ -80,18 +79,17 @@ def training_panels(stage: Stage) -> list[Panel]:
     known = {name for chart in CHARTS for name in chart.metrics}
     own = [_Chart(name, name, {name: name}) for name in stage.curves if name not in known | UNDRAWN]
     return [
-        Panel(f"{chart.title} ({stage.name})", partial(_curves, stage, chart))
+        Panel(f"{chart.title} ({stage.name})", _curves, (shown, chart.unit))
         for chart in (*CHARTS, *own)
-        if any(name in stage.curves for name in chart.metrics)
+        if (shown := {label: stage.curves[name] for name, label in chart.metrics.items() if name in stage.curves})
     ]
 
 
-def _curves(stage: Stage, chart: _Chart, axes: Axes) -> None:
-    shown = [(name, label) for name, label in chart.metrics.items() if name in stage.curves]
-    for (name, label), colour in zip(shown, COLOURS, strict=False):
-        steps, values = zip(*stage.curves[name], strict=True)
+def _curves(axes: Axes, shown: Mapping[str, Curve], unit: str) -> None:
+    for (label, curve), colour in zip(shown.items(), COLOURS, strict=False):
+        steps, values = zip(*curve, strict=True)
         axes.plot(steps, values, color=colour, label=label, marker="o" if len(steps) < 12 else None, markersize=3)
-    axes.set(xlabel="optimizer step", ylabel=chart.unit)
+    axes.set(xlabel="optimizer step", ylabel=unit)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.locator_params(axis="x", integer=True)
     if len(shown) > 1:
@@ -103,49 +101,55 @@ def _rate_panels(story: Story) -> list[Panel]:
     if not measured:
         return []
     _, last = measured[-1]
-    names = [name for name in story.task.predicates if name in last.by_predicate]
-    tall, kinds_tall = (max(HEIGHT, 0.9 + 0.5 * len(rows)) for rows in (names, last.by_kind))
-    kinds = {name: rate for name, rate in last.by_kind.items() if rate.total}
+    limits = {check.rule.removesuffix("_pass_rate"): check.limit for check in story.gate.checks}
+    kinds = [
+        (f"{story.task.kinds.get(name, name)}\n({rate.total})", rate, limits.get(name))
+        for name, rate in last.by_kind.items()
+        if rate.total
+    ]
+    titles = {name: title for name, title in story.task.predicates.items() if name in last.by_predicate}
+    tall, kinds_tall = (max(HEIGHT, 0.9 + 0.5 * len(rows)) for rows in (titles, last.by_kind))
+    overall = {name: each.overall for name, each in measured}
+    by_stage = {name: each.by_predicate for name, each in measured}
     return [
-        Panel("Pass rate by stage, 95% interval", partial(_by_stage, measured)),
-        Panel("Pass rate by kind of case, 95% interval", partial(_by_kind, kinds, story), kinds_tall),
-        Panel("Predicates by stage, 95% interval", partial(_by_predicate, measured, names, story), tall),
+        Panel("Pass rate by stage, 95% interval", _by_stage, (overall,)),
+        Panel("Pass rate by kind of case, 95% interval", _by_kind, (kinds,), kinds_tall),
+        Panel("Predicates by stage, 95% interval", _by_predicate, (by_stage, titles), tall),
     ]
 
 
-def _by_stage(measured: Sequence[tuple[str, Measured]], axes: Axes) -> None:
-    for place, (_, each) in enumerate(measured):
-        _interval(axes, place, each.overall, colour=COLOURS[0], upright=True)
-        _label(axes, f"{each.overall.rate:.0%}", (place, each.overall.rate), (6, 0))
-    axes.set_xticks(range(len(measured)), [name for name, _ in measured], rotation=20)
-    axes.set(ylabel="share of cases that pass", ylim=(-0.03, 1.03), xlim=(-0.4, len(measured) - 0.4))
+def _by_stage(axes: Axes, rates: Mapping[str, Rate]) -> None:
+    for place, rate in enumerate(rates.values()):
+        _interval(axes, place, rate, colour=COLOURS[0], upright=True)
+        _label(axes, f"{rate.rate:.0%}", (place, rate.rate), (6, 0))
+    axes.set_xticks(range(len(rates)), list(rates), rotation=20)
+    axes.set(ylabel="share of cases that pass", ylim=(-0.03, 1.03), xlim=(-0.4, len(rates) - 0.4))
     axes.yaxis.set_major_formatter(_percents())
 
 
-def _by_kind(kinds: Mapping[str, Rate], story: Story, axes: Axes) -> None:
-    limits = {check.rule.removesuffix("_pass_rate"): check.limit for check in story.gate.checks}
-    for place, (name, rate) in enumerate(kinds.items()):
+def _by_kind(axes: Axes, kinds: Sequence[tuple[str, Rate, float | None]]) -> None:
+    """kinds: (title, rate, the gate's limit)."""
+    for place, (_, rate, limit) in enumerate(kinds):
         _interval(axes, place, rate, colour=COLOURS[0])
-        if name in limits:
-            axes.plot([limits[name]], [place], marker="|", markersize=18, markeredgewidth=2, color=COLOURS[1])
-    names = [f"{story.task.kinds.get(name, name)}\n({rate.total})" for name, rate in kinds.items()]
-    _rates_across(axes, names)
-    if limits.keys() & kinds.keys():
+        if limit is not None:
+            axes.plot([limit], [place], marker="|", markersize=18, markeredgewidth=2, color=COLOURS[1])
+    _rates_across(axes, [title for title, *_ in kinds])
+    if any(limit is not None for *_, limit in kinds):
         axes.set_xlabel("share of cases; the bar is the limit of the gate")
 
 
-def _by_predicate(measured: Sequence[tuple[str, Measured]], names: Sequence[str], story: Story, axes: Axes) -> None:
-    spread = 0.7 / max(1, len(measured))
-    for number, (stage, each) in enumerate(measured):
+def _by_predicate(axes: Axes, by_stage: Mapping[str, Mapping[str, Rate]], titles: Mapping[str, str]) -> None:
+    spread = 0.7 / max(1, len(by_stage))
+    for number, (stage, rates) in enumerate(by_stage.items()):
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        for place, name in enumerate(names):
-            if name in each.by_predicate:
-                offset = (number - (len(measured) - 1) / 2) * spread
-                _interval(axes, place + offset, each.by_predicate[name], colour=colour, marker=marker)
+        for place, name in enumerate(titles):
+            if name in rates:
+                offset = (number - (len(by_stage) - 1) / 2) * spread
+                _interval(axes, place + offset, rates[name], colour=colour, marker=marker)
         axes.plot([], [], marker, color=colour, markersize=4, label=stage)
-    _rates_across(axes, [story.task.predicates[name] for name in names])
-    below = 0.45 / (0.5 + 0.45 * len(names))  # the height that the label of the axis takes, as a share of their height
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -below), ncols=min(3, len(measured)))
+    _rates_across(axes, list(titles.values()))
+    below = 0.45 / (0.5 + 0.45 * len(titles))  # the height that the label of the axis takes, as a share of their height
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -below), ncols=min(3, len(by_stage)))
 
 
 def _interval(axes: Axes, place: float, rate: Rate, *, colour: str, marker: str = "o", upright: bool = False) -> None:
@@ -176,7 +180,7 @@ def _percents() -> Formatter:
     return PercentFormatter(1.0)
 
 
-def _confusion(outcomes: Mapping[str, Mapping[str, int]], axes: Axes) -> None:
+def _confusion(axes: Axes, outcomes: Mapping[str, Mapping[str, int]]) -> None:
     from matplotlib.colors import ListedColormap
 
     rights, answers = list(outcomes), list(next(iter(outcomes.values())))
@@ -193,16 +197,16 @@ def _confusion(outcomes: Mapping[str, Mapping[str, int]], axes: Axes) -> None:
     axes.grid(visible=False)
 
 
-def _reliability(story: Story, axes: Axes) -> None:
+def _reliability(axes: Axes, confidences: Sequence[tuple[float, bool]]) -> None:
     bins: dict[int, list[tuple[float, bool]]] = {}
-    for confidence, passed in story.confidences:
+    for confidence, passed in confidences:
         bins.setdefault(min(BINS - 1, int(confidence * BINS)), []).append((confidence, passed))
     axes.plot([0, 1], [0, 1], "--", color=COLOURS[-1], linewidth=1, label="calibrated")
     gap = 0.0
     for cases in bins.values():
         sure = sum(confidence for confidence, _ in cases) / len(cases)
         rate = Rate.of([passed for _, passed in cases])
-        gap += len(cases) / len(story.confidences) * abs(rate.rate - sure)
+        gap += len(cases) / len(confidences) * abs(rate.rate - sure)
         _interval(axes, sure, rate, colour=COLOURS[0], upright=True)
         _label(axes, f"{len(cases)}", (sure, rate.rate), (5, 4))
     axes.plot([], [], "o", color=COLOURS[0], markersize=4, label="cases, with their number")
@@ -216,12 +220,12 @@ def _serving_panels(story: Story) -> list[Panel]:
         return []
     limits = {check.rule: check.limit for check in story.gate.checks}
     return [
-        Panel("Latency under load", partial(_latency, story.load, limits.get("p95_ttft_ms")), 3.4),
-        Panel("Memory of the server", partial(_memory, story.load, limits.get("memory_gib")), 2.0),
+        Panel("Latency under load", _latency, (story.load, limits.get("p95_ttft_ms")), 3.4),
+        Panel("Memory of the server", _memory, (story.load, limits.get("memory_gib")), 2.0),
     ]
 
 
-def _latency(load: Load, limit: float | None, axes: Axes) -> None:
+def _latency(axes: Axes, load: Load, limit: float | None) -> None:
     for times, label, colour in (
         (load.ttft_ms, "first token", COLOURS[0]),
         (load.answer_ms, "whole answer", COLOURS[1]),
@@ -240,7 +244,7 @@ def _latency(load: Load, limit: float | None, axes: Axes) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.17))
 
 
-def _memory(load: Load, limit: float | None, axes: Axes) -> None:
+def _memory(axes: Axes, load: Load, limit: float | None) -> None:
     axes.barh([0], [load.memory_gib], height=0.5, color=COLOURS[0])
     _label(axes, f"{load.memory_gib:.2f} GiB", (load.memory_gib, 0), (5, -3))
     if limit is not None:

@@ -5,23 +5,22 @@ reports/<model>-<version>.html, .md
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twinloop.common.files import write_whole
-from twinloop.report.drawing import Panel
+from twinloop.report.kept import Figures
 from twinloop.report.pages import html_page, model_card
 from twinloop.report.story import Story
 
 REPORTS = "reports"
 
 
-def write_report(project: Path, story: Story, panels: Mapping[str, Sequence[Panel]]) -> list[Path]:
+def write_report(project: Path, story: Story, figures: Figures) -> list[Path]:
     """The page and the model card of a version, in this order."""
     folder = project / REPORTS
     folder.mkdir(exist_ok=True)
     name = f"{story.model}-{story.version}"
-    pages = {folder / f"{name}.html": html_page(story, panels), folder / f"{name}.md": model_card(story)}
+    pages = {folder / f"{name}.html": html_page(story, figures), folder / f"{name}.md": model_card(story)}
     for path, text in pages.items():
         write_whole(path, text.encode())
     return list(pages)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from twinloop.report.drawing import COLOURS, INK, Panel
@@ -20,46 +21,58 @@ HALF_HEIGHT = 0.29
 DIGEST = 10
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What a stage made, and from which stages' artifacts. words: in its box."""
+
+    name: str
+    words: tuple[str, str]
+    inputs: tuple[str, ...]
+
+    @classmethod
+    def by(cls, stage: Stage) -> _Made:
+        version = f" · version {stage.version}" if stage.version else ""
+        return cls(stage.name, (f"{stage.name}{version}", _short(stage.digest)), stage.inputs)
+
+
 def lineage_panel(story: Story) -> Panel:
     """Boxes with content hashes; an arrow from each artifact to what was made from it."""
-    made = [stage for stage in story.stages if stage.key]
-    main = [stage for stage in made if not _is_beside(stage, made)]
-    return Panel("Lineage", partial(_draw, story, made, main), 0.5 + ROW * (len(main) + 2))
-
-
-def _is_beside(stage: Stage, made: list[Stage]) -> bool:
-    """Whether the stage checks something, or exports what is not served: the first export is."""
+    made = [_Made.by(stage) for stage in story.stages if stage.key]
     exports = [each for each in made if each.name.startswith("export")]
-    return stage.name in ("check", "audit") or stage in exports[1:]
+    # What checks something, or exports what is not served: the first export is.
+    side = [each for each in made if each.name in ("check", "audit") or each in exports[1:]]
+    main = [each for each in made if each not in side]
+    version = f"{story.model} version {story.version}", f"gate: {story.gate.decision}"
+    data = _short(story.dataset_digest), main, side, version
+    return Panel("Lineage", _draw, data, 0.5 + ROW * (len(main) + 2))
 
 
-def _draw(story: Story, made: list[Stage], main: list[Stage], axes: Axes) -> None:
-    _box(axes, MAIN, 0, "data", (story.dataset_digest or "")[:DIGEST])
+def _short(digest: str | None) -> str:
+    return (digest or "")[:DIGEST]
+
+
+def _draw(axes: Axes, data: str, main: Sequence[_Made], side: Sequence[_Made], version: tuple[str, str]) -> None:
+    _box(axes, MAIN, 0, "data", data)
     rows = {stage.name: row for row, stage in enumerate(main, 1)}
     for stage in main:
-        _box(axes, MAIN, rows[stage.name], *_words(stage))
+        _box(axes, MAIN, rows[stage.name], *stage.words)
         _arrow(axes, (MAIN, rows[stage.name] - HALF_HEIGHT - 0.4), (MAIN, rows[stage.name] - HALF_HEIGHT))
     last = len(main) + 1
-    _box(axes, MAIN, last, f"{story.model} version {story.version}", f"gate: {story.gate.decision}", COLOURS[1])
+    _box(axes, MAIN, last, *version, COLOURS[1])
     _arrow(axes, (MAIN, last - HALF_HEIGHT - 0.4), (MAIN, last - HALF_HEIGHT))
     right, left = MAIN + HALF_WIDTH[MAIN], SIDE - HALF_WIDTH[SIDE]
-    for stage in (each for each in made if each not in main):
+    for stage in side:
         needed_by = [rows[each.name] for each in main if stage.name in each.inputs]
         source = next((rows[name] for name in reversed(stage.inputs) if name in rows), 1)
         if needed_by:  # beside what it is for
-            _box(axes, SIDE, needed_by[0], *_words(stage))
+            _box(axes, SIDE, needed_by[0], *stage.words)
             _arrow(axes, (left, needed_by[0]), (right, needed_by[0]))
         else:  # below and beside what it was made from
             row = source if stage.name == "check" else source + 1
-            _box(axes, SIDE, row, *_words(stage))
+            _box(axes, SIDE, row, *stage.words)
             _arrow(axes, (right, source), (left, row))
     axes.set(xlim=(0, 1), ylim=(last + 0.5, -0.5))
     axes.axis("off")
-
-
-def _words(stage: Stage) -> tuple[str, str]:
-    version = f" · version {stage.version}" if stage.version else ""
-    return f"{stage.name}{version}", (stage.digest or "")[:DIGEST]
 
 
 def _box(axes: Axes, x: float, y: float, head: str, below: str, colour: str = COLOURS[0]) -> None:

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.metrics import Rate, percentile
 from twinloop.registry.tracking import flatten
-from twinloop.report.drawing import Panel, svg
+from twinloop.report.kept import Figures
 from twinloop.report.story import Stage, Story
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -41,11 +41,11 @@ class _Tile:
     about: str = ""
 
 
-def html_page(story: Story, panels: Mapping[str, Sequence[Panel]]) -> str:
-    """The page; it draws the figures."""
+def html_page(story: Story, figures: Figures) -> str:
+    """The page, with all its figures in it."""
     shown = []
     for section, (title, begins) in SECTIONS.items():
-        if drawn := [svg(panel) for name, each in panels.items() if name.startswith(begins) for panel in each]:
+        if drawn := [svg for name in figures.panels if name.startswith(begins) for svg in figures.svgs(name)]:
             shown.append((section, title, drawn))
     sections = [("stages", "Stages"), *((name, title) for name, title, _ in shown), ("gate", "Gate")]
     sections += [("failures", "Failures"), ("samples", "Samples"), ("data", "Data and recipe"), ("serve", "Serve")]

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.registry.tracking import Mlruns, Tracker
-from twinloop.report.drawing import Panel, png
+from twinloop.report.kept import Figures
 from twinloop.report.pages import prompt_text
 from twinloop.report.story import Story
 
@@ -23,14 +23,14 @@ VERSION, GATE = "twinloop.version", "gate"
 """Tags of a lifecycle's run: the version that it registered, and the gate's decision."""
 
 
-def log_story(tracker: Tracker, story: Story, panels: Mapping[str, Sequence[Panel]], report: Sequence[Path]) -> None:
+def log_story(tracker: Tracker, story: Story, figures: Figures, report: Sequence[Path]) -> None:
     """Everything of the story, in the run of `tracker`. report: the files of the report page."""
     client, run_id = tracker.mlruns.client, tracker.run_id
     with tempfile.TemporaryDirectory() as folder:
-        for name, drawn in panels.items():
+        for name in figures.panels:
             place = Path(folder, "figures", f"{name}.png")
             place.parent.mkdir(exist_ok=True)
-            place.write_bytes(png(drawn))
+            place.write_bytes(figures.png(name))
         Path(folder, STORY).write_text(story.model_dump_json(indent=1))
         for path in report:
             Path(folder, f"report{path.suffix}").write_bytes(path.read_bytes())

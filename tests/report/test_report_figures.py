@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 
 import pytest
 from stories import curve, stage, story
 
 from twinloop.report.drawing import png, svg
 from twinloop.report.figures import figures, training_panels
+from twinloop.report.kept import kept_figures
 
 
 def test_a_story_has_a_figure_of_everything_that_was_measured() -> None:
@@ -59,3 +61,26 @@ def test_the_lineage_names_every_artifact_by_its_content() -> None:
         assert (made.digest or "")[:10] in drawn
     assert "returns version 7" in drawn
     assert "gate: BLOCK" in drawn
+
+
+def test_a_figure_is_drawn_again_only_where_what_it_shows_has_changed(tmp_path: Path) -> None:
+    first = story()
+    drawn = kept_figures(tmp_path, first)
+    pages = {name: (drawn.svgs(name), drawn.png(name)) for name in drawn.panels}
+    kept = sorted(drawn.folder.iterdir())
+    for path in kept:
+        path.write_bytes(b"kept " + path.read_bytes())
+
+    verified = [each.model_copy(update={"reused": True, "seconds": 9.0, "note": "verified"}) for each in first.stages]
+    again = kept_figures(tmp_path, story(stages=tuple(verified), title="another day", mlflow_run="another"))
+    for name, (svgs, png_bytes) in pages.items():
+        assert again.svgs(name) == [f"kept {each}" for each in svgs]
+        assert again.png(name) == b"kept " + png_bytes
+    again.drop_others()
+    assert sorted(again.folder.iterdir()) == kept
+
+    other = kept_figures(tmp_path, story(outcomes={"yes": {"yes": 1, "no answer": 2}}))
+    assert other.svgs("confusion") != again.svgs("confusion")
+    assert other.svgs("lineage") == again.svgs("lineage")
+    other.drop_others()
+    assert not {again.folder / path.name for path in kept} <= set(other.folder.iterdir())

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from stories import FAILURE, story
 
-from twinloop.report.figures import figures
 from twinloop.report.files import write_report
+from twinloop.report.kept import kept_figures
 from twinloop.report.pages import model_card
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ SMALLEST_TEXT = "Math.min(...[...document.querySelectorAll('svg text')].map(t =>
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     told = story()
-    html, card = write_report(tmp_path_factory.mktemp("project"), told, figures(told))
+    project = tmp_path_factory.mktemp("project")
+    html, card = write_report(project, told, kept_figures(project, told))
     assert (html.name, card.name) == ("returns-7.html", "returns-7.md")
     return html
 
@@ -92,7 +93,7 @@ def test_a_model_that_chats_is_asked_for_chat() -> None:
 
 def test_a_domain_without_a_verifier_has_a_report_too(tmp_path: Path) -> None:
     told = story(stages=story().stages[:1], failures=(), outcomes={}, confidences=())
-    [html, card] = write_report(tmp_path, told, figures(told))
+    [html, card] = write_report(tmp_path, told, kept_figures(tmp_path, told))
     assert "no answer was judged" in html.read_text()
     assert "no answer was judged" in card.read_text()
 
