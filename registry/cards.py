@@ -7,6 +7,7 @@ of champions is history.
 from __future__ import annotations
 
 import logging
+from itertools import zip_longest
 
 from twinloop.common.errors import UserError, one_line
 from twinloop.registry.gates import read_gate
@@ -122,7 +123,7 @@ def _history(registry: Registry, contents: Contents, version: Version) -> str:
     """When it was champion, and which version was before and after it."""
     moves = contents.committed(registry.name)
     found = []
-    for move, after in zip(moves, [*moves[1:], None], strict=True):
+    for move, after in zip_longest(moves, moves[1:]):
         if (move.to_version, move.manifest_digest) != (version.version, version.digest):
             continue
         words = f"{move.action} on {move.when} by {move.who}"

@@ -54,6 +54,14 @@ def test_a_version_says_what_it_is_from_what_how_it_was_judged_and_how_to_use_it
         assert part in model
 
 
+def test_a_version_that_nothing_was_ever_promoted_before_is_described(
+    registry: Registry, make: Make, lineage: Lineage
+) -> None:
+    registry.register(make("export", "w1").path, replace(lineage, about=ABOUT), servable=True)
+    describe(registry, open_ledger(registry.mlruns).read(), 1)
+    assert "**Gate**: none has judged it yet." in description(registry, 1)
+
+
 def test_champions_name_the_ones_before_and_after_them(registry: Registry, three: list[Version]) -> None:
     assert "by ada, after version 1; then version 3" in description(registry, 2)
     assert "by ada, after version 2" in description(registry, 3)
