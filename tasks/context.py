@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
@@ -121,8 +122,9 @@ class Context:
     def store(self) -> ArtifactStore:
         return ArtifactStore(self.project / "artifacts")
 
-    @property
+    @cached_property
     def mlruns(self) -> Mlruns:
+        """One object, since it prepares the database when its client is first asked for."""
         return Mlruns(self.project / "mlruns")
 
     def run(
