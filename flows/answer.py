@@ -36,14 +36,13 @@ def serve_champion(
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
     from twinloop.flows.releases import ProjectReleases
     from twinloop.registry.champion import following_champion, open_champion
-    from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import Registry
     from twinloop.serving.access import is_this_machine
     from twinloop.serving.api import create_app, run_server
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
-    registry = Registry(Mlruns(project / "mlruns"), model)
+    registry = Registry.of(project, model)
     with open_champion(project, model, slots=slots) as manager:
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
@@ -72,11 +71,10 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
 
     from twinloop.domains.examples import example_request
     from twinloop.registry.champion import load_served_domain, open_champion
-    from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
 
-    domain = load_served_domain(Registry(Mlruns(project / "mlruns"), model).find(CHAMPION), project).domain
+    domain = load_served_domain(Registry.of(project, model).find(CHAMPION), project).domain
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
     example = f"such as '{json.dumps(example_request(domain))}'"
@@ -130,10 +128,9 @@ def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     """Where the champion is asked, and what."""
     from twinloop.registry.champion import load_served_domain
     from twinloop.registry.smoke_test import example_call
-    from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
 
-    champion = Registry(Mlruns(project / "mlruns"), model).find(CHAMPION)
+    champion = Registry.of(project, model).find(CHAMPION)
     return example_call(load_served_domain(champion, project).domain)
 
 

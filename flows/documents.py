@@ -11,7 +11,6 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.documents import open_documents
-from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.knowledge.documents import DocumentStore
 
@@ -53,7 +52,7 @@ def _domain_of(project: Path, model: str) -> Domain:
     from twinloop.domains.loader import load_domain
     from twinloop.tasks.recipe import recipe_of
 
-    champion = Registry(Mlruns(project / "mlruns"), model).snapshot().alias(CHAMPION)
+    champion = Registry.of(project, model).snapshot().alias(CHAMPION)
     if champion is not None:
         return load_served_domain(champion, project).domain
     return load_domain(recipe_of(model, project).domain, project).domain

@@ -17,7 +17,7 @@ from twinloop.flows.answer import Answer, answer_over_http
 from twinloop.flows.display import make_display
 from twinloop.flows.environment import prepare_environment
 from twinloop.flows.gpu import gpu_slot
-from twinloop.flows.outcome import Outcome, Publication, StageRow
+from twinloop.flows.outcome import Outcome, Publication
 from twinloop.flows.progress import ReportedDisplay
 from twinloop.flows.story import Tracked, tracked_lifecycle, write_story
 from twinloop.flows.summary import show_outcome
@@ -26,6 +26,7 @@ from twinloop.registry.ledger import who
 from twinloop.registry.promotion import finish_interrupted
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
+from twinloop.report.rows import StageRow
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.check import check_records

@@ -8,30 +8,9 @@ from pathlib import Path
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.flows.answer import Answer
-from twinloop.registry.artifact import Artifact
 from twinloop.registry.promotion import Promotion
 from twinloop.registry.snapshot import Version
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """One row of the final table. `measured` is what the checkpoint, or the exported model, can do.
-
-    seconds: what the stage took, by this run or, where it is `reused`, by the run that made it.
-    """
-
-    name: str
-    seconds: float | None
-    artifact: Artifact | None = None
-    measured: Artifact | None = None
-    note: str = ""
-    reused: bool = False
-
-    @classmethod
-    def of(cls, artifact: Artifact, *, measured: Artifact | None = None, name: str = "", note: str = "") -> StageRow:
-        """The row of a stage that made, or found, this artifact."""
-        seconds, reused = artifact.manifest.seconds, artifact.reused
-        return cls(name or artifact.stage, seconds, artifact, measured, note=note, reused=reused)
+from twinloop.report.rows import StageRow
 
 
 @dataclass(frozen=True)

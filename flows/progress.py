@@ -28,6 +28,11 @@ LAST_WITHIN_S = 10.0
 """What ended at the end of a flow may take to be written."""
 
 
+def artifact_key(name: str) -> str:
+    """The name as the key of a Prefect artifact: lower-case letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9-]+", "-", name.lower())
+
+
 class _Stage:
     """The running stage. context: of its Prefect task, so that its artifacts belong to the task's run."""
 
@@ -47,7 +52,7 @@ class _Stage:
         if now == self.written:
             return
         if self.artifact is None:
-            key = "progress-" + re.sub(r"[^a-z0-9-]+", "-", self.name.lower())
+            key = artifact_key(f"progress-{self.name}")
             self.artifact = self.context.run(create_progress_artifact, now[0], key, now[1])  # type: ignore[assignment]
         else:
             self.context.run(update_progress_artifact, self.artifact, *now)

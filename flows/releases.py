@@ -27,7 +27,6 @@ from twinloop.registry.ledger import who
 from twinloop.registry.promotion import LOCK_TIMEOUT_S, Promotion, open_ledger, promote, rollback
 from twinloop.registry.snapshot import Served, Snapshot, Version
 from twinloop.registry.status import VersionStatus, origins
-from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Registry
 from twinloop.serving.versions_api import (
     Alias,
@@ -54,7 +53,7 @@ class ProjectReleases:
 
     def __init__(self, project: Path, name: str):
         self._project = project
-        self._registry = Registry(Mlruns(project / "mlruns"), name)
+        self._registry = Registry.of(project, name)
 
     def versions(self) -> Sequence[VersionSummary]:
         snapshot = self._registry.snapshot()
@@ -165,7 +164,7 @@ def main() -> int:
     arguments = parser.parse_args()
     project = arguments.project.resolve()
     prepare_environment(project)
-    registry = Registry(Mlruns(project / "mlruns"), arguments.model)
+    registry = Registry.of(project, arguments.model)
     answers: list[str] = []
     if arguments.roll_back:
         done = rollback(registry, arguments.who, smoke_test_for_rollback(project, answers.append))

@@ -266,10 +266,9 @@ def _prepare_mlflow(project: Path) -> None:
 
 
 def _has_champion(project: Path) -> bool:
-    from twinloop.registry.tracking import Mlruns
     from twinloop.registry.versions import CHAMPION, Registry
 
-    return Registry(Mlruns(project / "mlruns"), default_model(project)).snapshot().alias(CHAMPION) is not None
+    return Registry.of(project, default_model(project)).snapshot().alias(CHAMPION) is not None
 
 
 def main() -> int:

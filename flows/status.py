@@ -37,7 +37,7 @@ def check_model(project: Path, model: str) -> None:
 def show_status(project: Path, model: str, *, as_json: bool) -> int:
     from twinloop.registry.status import status
 
-    found = status(Registry(Mlruns(project / "mlruns"), model))
+    found = status(Registry.of(project, model))
     print(found.to_json() if as_json else found.to_text())
     return 0
 
@@ -50,7 +50,7 @@ def write_version_report(project: Path, model: str, number: int | None) -> int:
     from twinloop.report.tracked import read_story
     from twinloop.tasks.release import version_to_judge
 
-    registry = Registry(Mlruns(project / "mlruns"), model)
+    registry = Registry.of(project, model)
     version = registry.version(number) if number else version_to_judge(registry, CHAMPION, CANDIDATE)
     story = read_story(registry.mlruns, model, version.version)
     for path in write_report(project, story, kept_figures(project, story)):
@@ -62,7 +62,7 @@ def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.registry.ledger import who
     from twinloop.registry.promotion import promote
 
-    done = promote(Registry(Mlruns(project / "mlruns"), model), version, who=who(), manual=True)
+    done = promote(Registry.of(project, model), version, who=who(), manual=True)
     report = f" (gate report {done.gate_digest})" if done.gate_digest else ""
     print(f"{model} version {done.to_version} is the champion{report}; {FOLLOW}")
     return 0
@@ -74,7 +74,7 @@ def roll_back(project: Path, model: str) -> int:
     from twinloop.registry.promotion import rollback
 
     test = smoke_test_for_rollback(project, lambda answer: print(f"smoke test: {answer}"))
-    done = rollback(Registry(Mlruns(project / "mlruns"), model), who(), test)
+    done = rollback(Registry.of(project, model), who(), test)
     print(f"{model} version {done.to_version} is the champion again, after version {done.from_version}; {FOLLOW}")
     if done.finished_later:
         print(f"this rollback, begun by {done.who} on {done.when}, had been interrupted")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact, cr
 
 from twinloop.common.errors import is_disk_full, one_line
 from twinloop.flows.outcome import Outcome
+from twinloop.flows.progress import artifact_key
 from twinloop.flows.server import has_shared_server
 from twinloop.flows.services import Ports
 from twinloop.registry.tracking import Execution, Tracker
@@ -98,9 +98,9 @@ def _publish(tracker: Tracker, context: Context, story: Story, figures: Figures,
 
     log_story(tracker, story, figures, pages)
     write_results(context.project, story)
-    key = re.sub(r"[^a-z0-9-]+", "-", story.model.lower())  # as Prefect allows them
+    key, shown = artifact_key(story.model), tables(story)
     for name in ("stages", "gate"):
-        columns = tables(story)[name]
+        columns = shown[name]
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         create_table_artifact(rows, key=f"{key}-{name}", description=f"{story.title}: {name}")
     card = next(path for path in pages if path.suffix == ".md").read_text()

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from twinloop.domains.domain import Domain
-from twinloop.flows.outcome import Outcome, StageRow
+from twinloop.flows.outcome import Outcome
+from twinloop.report.rows import StageRow
 
 SHOWN_CHANGE = 0.005
 """Of a rate or of bits per byte; less is noise."""

@@ -18,6 +18,7 @@ import polars as pl
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 
+from twinloop.common.errors import UserError
 from twinloop.domains.domain import Document, Domain, Message, domain_code
 from twinloop.domains.examples import example_request
 from twinloop.domains.record_types import RecordType
@@ -57,9 +58,10 @@ class PromptForm:
 def foreign_prompts(frame: pl.DataFrame, record: RecordType, source: Source, domain: Domain) -> list[Finding]:
     """The rows whose prompts `build_prompt` would not make. Raises UserError where it fails on the domain's example."""
     column = next((name for name in ("prompt", "messages") if name in record.columns), None)
-    if column is None or not _has_form(domain) or frame.is_empty() or (column == "messages" and domain.chat):
+    if column is None or frame.is_empty() or (column == "messages" and domain.chat):
         return []
-    form = prompt_form(domain)
+    if (form := prompt_form(domain)) is None:
+        return []
     rebuilds = _gives_back_the_example(domain, form.example)
     looked_at = frame.gather_every(-(-len(frame) // MOST_ROWS))
     foreign: list[int] = []
@@ -77,24 +79,19 @@ def foreign_prompts(frame: pl.DataFrame, record: RecordType, source: Source, dom
     return [Finding.of(source, foreign, len(looked_at), f"{what}; for its example it makes {wanted}")]
 
 
-def _has_form(domain: Domain) -> bool:
-    """Whether the server asks in one form that is known. Where the domain has no example, a request in its place may
-    not be valid, and then nothing can be compared."""
-    if domain.request is None or not domain.has("build_prompt"):
-        return False
-    try:
-        _read(domain, example_request(domain))
-    except ValidationError:
-        return bool(domain.example)
-    return True
+def example_prompt(domain: Domain) -> Prompt | None:
+    """What the domain asks for its example, or for a request of texts in its place; None: for neither.
+
+    Raises UserError where `build_prompt` fails on the example."""
+    asked = _asked(domain)
+    return asked.prompt if asked else None
 
 
-def prompt_form(domain: Domain) -> PromptForm:
-    """Raises UserError where `build_prompt` fails on the domain's example."""
-    with domain_code(domain, "build_prompt", "its example"):
-        request = _read(domain, example_request(domain))
-        documents = domain.example_documents[: domain.passages]
-        example = domain.build_prompt(request, documents)
+def prompt_form(domain: Domain) -> PromptForm | None:
+    """None where there is no prompt to find it by. Raises UserError where `build_prompt` fails on the example."""
+    if (asked := _asked(domain)) is None:
+        return None
+    request, documents, example = asked.request, asked.documents, asked.prompt
     variants, constant = _variants(domain, request, documents)
     alike = [each for each in variants if _roles(each) == _roles(example)]
     fixed = []
@@ -103,6 +100,27 @@ def prompt_form(domain: Domain) -> PromptForm:
         begin, end = _common_beginning(contents), _common_beginning([text[::-1] for text in contents])
         fixed.append((_before(begin, constant), _before(end, [value[::-1] for value in constant])[::-1]))
     return PromptForm(example, frozenset(map(_roles, [example, *variants])), tuple(fixed))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    request: BaseModel
+    documents: Sequence[Document]
+    prompt: Prompt
+
+
+def _asked(domain: Domain) -> _Asked | None:
+    if domain.request is None or not domain.has("build_prompt"):
+        return None
+    documents = domain.example_documents[: domain.passages]
+    try:
+        with domain_code(domain, "build_prompt", "its example"):
+            request = _read(domain, example_request(domain))
+            return _Asked(request, documents, domain.build_prompt(request, documents))
+    except UserError:
+        if domain.example:
+            raise
+        return None  # not every request is of texts alone
 
 
 def _gives_back_the_example(domain: Domain, example: Prompt) -> bool:

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import polars as pl
 from pydantic import BaseModel
 
+from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
-from twinloop.domains.examples import example_request
 from twinloop.domains.record_types import RecordType
+from twinloop.records.prompts import example_prompt
 from twinloop.records.rows import TYPE_NAMES, python_type
 
 QUESTION, ANSWER, WORSE = "Where is my parcel?", "It left our warehouse on Monday.", "I do not know."
@@ -126,13 +127,11 @@ def _described(dtype: Any) -> str:
 
 
 def _prompt(domain: Domain) -> list[dict[str, str]]:
-    if domain.request is not None and domain.has("build_prompt"):
-        try:
-            request = domain.request.model_validate_json(json.dumps(example_request(domain)))
-            return [dict(one) for one in domain.build_prompt(request, domain.example_documents[: domain.passages])]
-        except Exception:  # the user's own code, which the stage that needs it will report
-            pass
-    return [{"role": "user", "content": QUESTION}]
+    try:
+        made = example_prompt(domain)
+    except UserError:  # the stage that needs it will report it
+        made = None
+    return [dict(one) for one in made or ({"role": "user", "content": QUESTION},)]
 
 
 def _answers(domain: Domain, row: Mapping[str, Any]) -> tuple[str, str]:
@@ -144,7 +143,7 @@ def _answers(domain: Domain, row: Mapping[str, Any]) -> tuple[str, str]:
         gold = domain.gold(facts)
         worse = next((output for _, output in domain.wrong(gold, facts)), WORSE) if domain.has("wrong") else WORSE
         return gold, worse
-    except Exception:  # as in _prompt
+    except Exception:  # the user's own code: the stage that needs it will report it
         return ANSWER, WORSE
 
 

@@ -17,7 +17,6 @@ from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
 from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Served, Version
-from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
@@ -49,7 +48,7 @@ def load_served_domain(version: Version, project: Path) -> LoadedDomain:
 @contextmanager
 def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
     """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
-    served = Registry(Mlruns(project / "mlruns"), name).resolve(CHAMPION)
+    served = Registry.of(project, name).resolve(CHAMPION)
     loaded = load_served_domain(served, project)
     domain = loaded.domain
     if _measured_with_other_code(served, loaded):

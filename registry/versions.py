@@ -68,6 +68,11 @@ class Registry:
         self.name = name
         self.experiment = experiment or name
 
+    @classmethod
+    def of(cls, project: Path, model: str) -> Registry:
+        """The versions of a model of this project."""
+        return cls(Mlruns(project / "mlruns"), model)
+
     @property
     def checkpoints(self) -> Registry:
         """What the versions of this model were made from, and what was made beside them and is not served."""

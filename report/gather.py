@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from twinloop.common.errors import one_line
-from twinloop.domains.loader import LoadedDomain
+from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import RESUMES, Mlruns
 from twinloop.registry.versions import Registry
+from twinloop.report.rows import StageRow
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 from twinloop.tasks.context import SPEED, Context
 from twinloop.tasks.measure import read_case_report
@@ -26,23 +26,6 @@ log = logging.getLogger(__name__)
 
 POINTS = 300
 """Of a curve: more are not seen in a figure of this size."""
-
-
-class Row(Protocol):
-    """A row of the summary table."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def seconds(self) -> float | None: ...
-    @property
-    def reused(self) -> bool: ...
-    @property
-    def note(self) -> str: ...
-    @property
-    def artifact(self) -> Artifact | None: ...
-    @property
-    def measured(self) -> Artifact | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +48,7 @@ class LifecycleRun:
     pages: dict[str, str]
 
 
-def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending, run: LifecycleRun) -> Story:
+def gather(context: Context, recipe: Recipe, rows: Sequence[StageRow], ending: Ending, run: LifecycleRun) -> Story:
     """The whole story. What MLflow does not have any more, such as the curves of a lost run, is left out."""
     registry = Registry(context.mlruns, context.recipe)
     versions = [*registry.checkpoints.snapshot().versions.values(), *registry.snapshot().versions.values()]
@@ -82,7 +65,7 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending
         started=run.started,
         recipe_path=str(context.recipe_path or ""),
         recipe=recipe.plain(),
-        task=_task(context.loaded_domain),
+        task=_task(context.domain),
         code=str(context.code),
         dataset_digest=context.dataset_digest,
         data=_data(artifacts["validate"]),
@@ -100,12 +83,10 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[Row], ending: Ending
     )
 
 
-def _task(loaded: LoadedDomain) -> Task:
-    """What the domain's module says at its top is what the model is for."""
-    domain, about = loaded.domain, inspect.getdoc(loaded.found.module) or ""
+def _task(domain: Domain) -> Task:
     return Task(
         domain=domain.name,
-        about=about.partition("\n\n")[0].replace("\n", " "),
+        about=domain.description,
         predicates={name: predicate.title for name, predicate in domain.predicates.items()},
         kinds={name: kind.title for name, kind in domain.case_kinds.items()},
         route="v1/decisions" if domain.request else "v1/chat/completions",
@@ -120,7 +101,7 @@ def _data(validated: Artifact) -> tuple[DataFile, ...]:
     )
 
 
-def _stage(row: Row, mlruns: Mlruns, versions: dict[str, int]) -> Stage:
+def _stage(row: StageRow, mlruns: Mlruns, versions: dict[str, int]) -> Stage:
     artifact = row.artifact
     run_id = artifact.metrics.get("mlflow_run_id") if artifact else None
     trained = artifact is not None and "initial_loss" in artifact.metrics

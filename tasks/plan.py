@@ -79,7 +79,7 @@ def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artif
     tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
     base = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
     config, max_length = recipe.base.decoder_config(tokenizer.metrics["vocab_size"]), recipe.base.max_length
-    others = _OtherProcesses()
+    others = OtherProcesses()
     stages = []
     for stage in recipe.train:
         context.progress.started(f"plan {stage.name}")
@@ -223,7 +223,7 @@ class _FirstSteps:
         return self._steps[1:] or self._steps
 
 
-class _OtherProcesses:
+class OtherProcesses:
     """How many cores everything but this process uses, since it was made."""
 
     def __init__(self) -> None:

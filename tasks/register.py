@@ -81,10 +81,9 @@ def _register(
 
 def _about(context: Context, exported: Artifact, data: Artifact) -> dict[str, str]:
     """What people want to read of all versions of this execution, short."""
-    purpose = (type(context.domain).__doc__ or "").strip().splitlines()
     parameters = exported.metrics.get("parameters")
     return {
-        "about": purpose[0] if purpose else context.domain.name,
+        "about": context.domain.description or context.domain.name,
         "base": f"a new network of {parameters:,} parameters" if parameters else "",
         "rows": f"{data.metrics['rows']:,.0f} rows",
     }

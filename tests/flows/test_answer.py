@@ -17,10 +17,11 @@ from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.flows import answer
 from twinloop.flows.answer import Answer, answer_over_http
-from twinloop.flows.outcome import Outcome, Publication, StageRow
+from twinloop.flows.outcome import Outcome, Publication
 from twinloop.flows.summary import show_outcome
 from twinloop.registry.promotion import Promotion
 from twinloop.registry.snapshot import Version
+from twinloop.report.rows import StageRow
 
 
 @pytest.fixture

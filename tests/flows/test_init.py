@@ -34,9 +34,10 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     recipe = load_recipe(path, project)
     assert recipe.name == "my-e-mails"
     task = load_domain(recipe.domain, project).domain
+    assert "define" not in task.description, "what the model is for, not how to change it"
     assert recipe.gate.rules == "recipes/my-e-mails-gate.yaml"
     load_rules(project / recipe.gate.rules, task)
-    assert set(recipe.validate_.split_keys) <= {"text", "order_id"}  # what natural data can keep apart
+    assert set(recipe.validate_.split_keys) <= {"text", "order_id"}  # what natural data can keep disjoint
     assert task.params is not None
     params = parse_yaml((project / "params.yaml").read_text())["generate"]
     task.params.model_validate(params)

@@ -16,7 +16,7 @@ from twinloop.records.dataset import DataVersion
 from twinloop.records.validated import read_records
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context
-from twinloop.tasks.plan import SAMPLE, Plan, _OtherProcesses, make_plan
+from twinloop.tasks.plan import SAMPLE, OtherProcesses, Plan, make_plan
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.training.weights import load_decoder
@@ -93,9 +93,9 @@ def test_what_the_plan_needs_is_kept_for_the_run(context: Context, plan: Plan) -
 
 
 def test_other_processes_are_noticed() -> None:
-    quiet = _OtherProcesses()
+    quiet = OtherProcesses()
     before = quiet.cores()
-    others = _OtherProcesses()
+    others = OtherProcesses()
     burn = "import time; end = time.time() + 1\nwhile time.time() < end: pass"
     subprocess.run([sys.executable, "-c", burn], check=True)
     assert others.cores() > max(0.5, before / 2)

@@ -1,4 +1,4 @@
-"""What the model is for: it answers visitors of a museum.
+"""The task: how answers are judged, and example data.
 
 Your own data are files in data/, made the version with `dvc add data`: chat.jsonl with one {"messages": […]} a line,
 and cases.jsonl with questions that must be answered word for word. From then on nothing is generated, and everything
@@ -29,7 +29,11 @@ class Params(BaseModel):
 
 
 class Assistant(Chat):
-    """To judge answers in another way than word for word, define `verify` here."""
+    """Answers to the visitors of a museum.
+
+    To judge answers in another way than word for word, define `verify` here. The first paragraph is what the server and
+    the reports say that the model is for.
+    """
 
     params = Params
     example: Mapping[str, Any] = {"messages": [{"role": "user", "content": "hello, what does a ticket cost?"}]}

@@ -1,4 +1,4 @@
-"""What the model is for: it sorts e-mails to a shop by the department that answers them.
+"""The task: its labels, how it is asked and judged, and example data.
 
 Change LABELS and the data, and it sorts something else. Your own data are two files in data/, made the version with
 `dvc add data`: classification.jsonl and classification_heldout.jsonl, one {"text": …, "label": …} a line. From then on
@@ -30,7 +30,11 @@ class Params(BaseModel):
 
 
 class Tickets(Classification):
-    """To judge answers in another way, define `verify` here; to ask in another way, `build_prompt`."""
+    """E-mails to a shop, sorted by the department that answers them.
+
+    To judge answers in another way, define `verify` here; to ask in another way, `build_prompt`. The first paragraph is
+    what the server and the reports say that the model is for.
+    """
 
     params = Params
 

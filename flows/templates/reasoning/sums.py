@@ -1,4 +1,4 @@
-"""What the model is for: it works out small word problems, step by step, and ends with `answer: VALUE`.
+"""The task: questions whose worked answers end with `answer: VALUE`, and example data.
 
 Your own data are two files in data/, made the version with `dvc add data`: reasoning.jsonl and
 reasoning_heldout.jsonl, one {"question": …, "steps": …, "answer": …} a line. From then on nothing is generated, and
@@ -28,7 +28,11 @@ class Params(BaseModel):
 
 
 class Sums(Reasoning):
-    """To compare values in another way, such as with a tolerance, define `same` here."""
+    """Small word problems, worked out step by step.
+
+    To compare values in another way, such as with a tolerance, define `same` here. The first paragraph is what the
+    server and the reports say that the model is for.
+    """
 
     params = Params
     max_answer_tokens = 64
