@@ -5,6 +5,7 @@ Only typer is imported here, and every library inside the sub-command that needs
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -276,7 +277,9 @@ def _model(project: Path, named: str | None) -> str:
 def main() -> None:
     """The console command."""
     prepare_environment()
-    sys.exit(run_command(_command))
+    code = run_command(_command)
+    gc.freeze()  # or the interpreter looks through 600,000 objects at its end, 1.3 s of CPU after a run
+    sys.exit(code)
 
 
 def _command() -> int | None:
