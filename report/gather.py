@@ -13,6 +13,7 @@ from twinloop.common.errors import one_line
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
 from twinloop.registry.artifact import Artifact
+from twinloop.registry.smoke_test import example_call
 from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import RESUMES, Mlruns
 from twinloop.registry.versions import Registry
@@ -84,13 +85,14 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[StageRow], ending: E
 
 
 def _task(domain: Domain) -> Task:
+    route, example = example_call(domain)
     return Task(
         domain=domain.name,
         about=domain.description,
         predicates={name: predicate.title for name, predicate in domain.predicates.items()},
         kinds={name: kind.title for name, kind in domain.case_kinds.items()},
-        route="v1/decisions" if domain.request else "v1/chat/completions",
-        example=dict(domain.example),
+        route=route.removeprefix("/"),
+        example=example,
     )
 
 

@@ -128,7 +128,7 @@ def _samples(story: Story) -> list[tuple[CaseSample, list[tuple[str, CaseSample]
 
 
 def _serving(story: Story) -> dict[str, str]:
-    body = story.task.example or {"messages": [{"role": "user", "content": "hello"}]}
+    body = story.task.example
     if story.task.route.endswith("completions"):
         body = {"model": story.model, **body}
     about = (
