@@ -2,7 +2,7 @@
 
     state/figures/<model>/<key>.svg, .png
 
-To draw all figures of a lifecycle takes 5 s of CPU, and a lifecycle that skipped every stage shows those of before.
+To draw all figures of a lifecycle takes 5 s of CPU, and one that skipped every stage has those of before.
 """
 
 from __future__ import annotations

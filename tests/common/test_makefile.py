@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 MAKEFILE = Path(__file__).parents[2] / "Makefile"
-# Stands for Python, pip and `twinloop`: an environment of the real ones takes minutes.
+# In the place of Python, pip and `twinloop`: an environment of the real ones takes minutes.
 PYTHON = """#!/bin/sh
 case "$*" in
   *"-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;

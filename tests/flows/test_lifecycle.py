@@ -257,9 +257,9 @@ def test_a_blocked_release_leaves_the_champion_alone(
     now = status(project)
     assert now["champion"]["digest"] == status(first[0])["champion"]["digest"]
     assert now["candidate"]["gate"] == "BLOCK"
-    told = lifecycle_runs(project)[-1]
-    assert (told.info.status, told.data.tags["gate"]) == ("FINISHED", "BLOCK")
-    assert "golden_pass_rate" in [row["rule"] for row in table(project, told, "gate") if row["outcome"] == "block"]
+    tracked = lifecycle_runs(project)[-1]
+    assert (tracked.info.status, tracked.data.tags["gate"]) == ("FINISHED", "BLOCK")
+    assert "golden_pass_rate" in [row["rule"] for row in table(project, tracked, "gate") if row["outcome"] == "block"]
     refused = twinloop(project, "promote", str(now["candidate"]["version"]), "--model", "small")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

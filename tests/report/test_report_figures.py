@@ -54,10 +54,10 @@ def test_curves_of_any_size_are_drawn(values: tuple[float, ...]) -> None:
 
 
 def test_the_lineage_names_every_artifact_by_its_content() -> None:
-    told = story()
-    [panel] = figures(told)["lineage"]
+    shown = story()
+    [panel] = figures(shown)["lineage"]
     drawn = svg(panel)
-    for made in told.stages:
+    for made in shown.stages:
         assert (made.digest or "")[:10] in drawn
     assert "returns version 7" in drawn
     assert "gate: BLOCK" in drawn

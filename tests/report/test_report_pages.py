@@ -24,9 +24,9 @@ SMALLEST_TEXT = "Math.min(...[...document.querySelectorAll('svg text')].map(t =>
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    told = story()
+    shown = story()
     project = tmp_path_factory.mktemp("project")
-    html, card = write_report(project, told, kept_figures(project, told))
+    html, card = write_report(project, shown, kept_figures(project, shown))
     assert (html.name, card.name) == ("returns-7.html", "returns-7.md")
     return html
 
@@ -92,8 +92,8 @@ def test_a_model_that_chats_is_asked_for_chat() -> None:
 
 
 def test_a_domain_without_a_verifier_has_a_report_too(tmp_path: Path) -> None:
-    told = story(stages=story().stages[:1], failures=(), outcomes={}, confidences=())
-    [html, card] = write_report(tmp_path, told, kept_figures(tmp_path, told))
+    shown = story(stages=story().stages[:1], failures=(), outcomes={}, confidences=())
+    [html, card] = write_report(tmp_path, shown, kept_figures(tmp_path, shown))
     assert "no answer was judged" in html.read_text()
     assert "no answer was judged" in card.read_text()
 
