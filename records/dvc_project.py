@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DATA_DIR = "data"
 DATA_FILE = "data.dvc"
 PIPELINE, LOCK = "dvc.yaml", "dvc.lock"
+DVC = ("dvc", "dvc_data", "dvc_objects")
 
 
 @contextmanager
@@ -33,7 +34,6 @@ def open_project(project: Path) -> Iterator[DvcProject]:
 
     Raises UserError, from here and from within the block, with DVC's reason for what it cannot read.
     """
-    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     logging.getLogger("dvc.progress").setLevel(logging.CRITICAL)  # no bars beside our display
@@ -42,7 +42,9 @@ def open_project(project: Path) -> Iterator[DvcProject]:
     try:
         with Repo(str(project), uninitialized=True, config=cache) as repo:
             yield DvcProject(repo, project)
-    except DvcException as error:
+    except Exception as error:  # those of its parts have no base class in common
+        if type(error).__module__.partition(".")[0] not in DVC:
+            raise
         raise UserError(f"{project}: DVC cannot read it: {_reason(error)}") from error
 
 

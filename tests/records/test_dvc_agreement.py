@@ -188,6 +188,14 @@ def test_what_dvcignore_names_is_no_part_of_the_version(own: Path) -> None:
     assert staleness(own) == "changed since it was made"
 
 
+def test_what_dvc_refuses_is_one_line_with_its_reason(own: Path) -> None:
+    build_data(own)
+    (own / "data" / ".dvcignore").write_text("notes.txt\n")
+    for ask in (check_data, build_data):
+        with pytest.raises(UserError, match=r"\.dvcignore file should not be in collected dir path"):
+            ask(own)
+
+
 def rewrite(project: Path, change: Callable[[dict[str, object]], None]) -> None:
     """Change the only output in data.dvc."""
     content = parse_yaml((project / "data.dvc").read_text())
