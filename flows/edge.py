@@ -21,6 +21,8 @@ MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
 STDOUT = 1
 FREE_SPACE = "free some space and run it again: it goes on from there"
 OTHER_MLFLOW = "see to it, or unset MLFLOW_TRACKING_URI"
+NO_ANSWER_OF_MLFLOW = "API request to "
+"""How the message of its client begins then (3.17)."""
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 FORBIDDEN_TO_SQLITE = ("readonly database", "unable to open database file")
 BUGS = (LookupError, TypeError, AttributeError, NameError, AssertionError, ArithmeticError)
@@ -55,7 +57,8 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return str(each)
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
-            return f"{_full(_file(each), folder)}; {FREE_SPACE} ({_free(_file(each) or folder)})"
+            written = _written(each)
+            return f"{_full(written, folder)}; {FREE_SPACE} ({_free(written or folder)})"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
@@ -136,7 +139,9 @@ def _unreachable(error: BaseException) -> str | None:
     status = getattr(getattr(error, "response", None), "status_code", None) or 0
     mlflow, reason = _address("MLFLOW_TRACKING_URI"), _why(error)
     broken = library == "mlflow" and getattr(error, "error_code", None) in ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE")
-    if library in ("requests", "urllib3") or (broken and mlflow.startswith("http")):
+    # MLflow's server answers with JSON, also errors: with anything else something other is at that address.
+    other = library == "mlflow" and name == "MlflowException" and str(error).startswith(NO_ANSWER_OF_MLFLOW)
+    if library in ("requests", "urllib3") or ((broken or other) and mlflow.startswith("http")):
         return f"{mlflow}: MLflow's server does not answer as it should ({reason}); {OTHER_MLFLOW}"
     if library == "sqlalchemy" and name == "OperationalError" and not _is_sqlites(error):
         return f"{mlflow}: the database does not answer ({reason}); {OTHER_MLFLOW}"
@@ -161,7 +166,15 @@ def _address(variable: str) -> str:
 
 
 def _file(error: BaseException) -> Path | None:
-    name = getattr(error, "filename", None)
+    return _path(getattr(error, "filename", None))
+
+
+def _written(error: BaseException) -> Path | None:
+    """The file that was to be written: of a copy the second one."""
+    return _path(getattr(error, "filename2", None)) or _file(error)
+
+
+def _path(name: object) -> Path | None:
     return Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) and name else None
 
 

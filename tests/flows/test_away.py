@@ -42,6 +42,30 @@ def failing() -> Iterator[str]:
         server.shutdown()
 
 
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_server_that_is_not_mlflow_is_named(
+    status: int, registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(b"<h1>another program</h1>")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+        assert run_command(lambda: registry.snapshot() and 0) == MISTAKE
+        server.shutdown()
+    said = capsys.readouterr().err
+    assert said.startswith(f"twinloop: {address}: MLflow's server does not answer as it should")
+    assert said.count("\n") == 1
+
+
 @pytest.fixture
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")

@@ -70,6 +70,11 @@ def test_a_full_disk_without_a_file_is_not_taken_for_one_with_room(
     assert str(explain(error, tmp_path)).startswith(f"{tmp_path}: the disk is full; free some space")
 
 
+def test_a_copy_onto_a_full_disk_names_the_disk_that_is_full(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/figure.png", None, str(tmp_path / "figure.png"))
+    assert str(explain(error, tmp_path)).startswith(f"{tmp_path / 'figure.png'}: the disk is full")
+
+
 def test_what_fails_for_want_of_room_without_saying_so_is_a_full_disk_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
