@@ -24,7 +24,7 @@ from twinloop.common.errors import UserError
 from twinloop.registry.cards import describe
 from twinloop.registry.gates import read_gate, record_gate, require_ship
 from twinloop.registry.ledger import Champion, Champions, Contents, Entry, Ledger, champions_after
-from twinloop.registry.reconcile import alias_moves, champion_in_mlflow, existing, ways_back
+from twinloop.registry.reconcile import alias_moves, champion_in_mlflow, ways_back, why_not
 from twinloop.registry.snapshot import Served, Version
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
@@ -169,11 +169,11 @@ def _target_of_rollback(registry: Registry, contents: Contents) -> Version:
         return named
     if back := ways_back(snapshot, champions):
         return back[0]
-    gone = [str(each.version) for each in champions.earlier if not existing(snapshot, each)]
+    earlier = ", ".join(dict.fromkeys(why_not(snapshot, each) for each in champions.earlier))
     if not snapshot.exists:
         reason = f"MLflow has no registered model {registry.name}"
-    elif gone:
-        reason = f"the champions before this one are gone from MLflow (version {', '.join(gone)})"
+    elif earlier:
+        reason = f"of the champions before this one {earlier}"
     else:
         reason = "there was no champion before this one"
     raise UserError(f"{registry.name}: nothing to roll back to, {reason}")

@@ -94,11 +94,22 @@ def _about_champion(
 
 def _about_previous(snapshot: Snapshot, champions: Champions, back: list[Version]) -> Iterable[str]:
     if champions.earlier and not existing(snapshot, champions.earlier[-1]):
-        gone = f"version {champions.earlier[-1].version}, the champion before this one, was deleted in MLflow"
+        gone = f"of the champions before this one {why_not(snapshot, champions.earlier[-1])}"
         then = f"a rollback goes to version {back[0].version}" if back else "there is nothing to roll back to"
         yield f"{gone}; {then}"
     elif back and PREVIOUS not in snapshot.aliases:
         yield f"the alias {PREVIOUS} was removed in MLflow; a rollback goes to version {back[0].version}"
+
+
+def why_not(snapshot: Snapshot, champion: Champion) -> str:
+    """Why a rollback does not go to this champion of before."""
+    name = f"version {champion.version}"
+    if not champion.digest:
+        return f"{name} was not registered by Twinloop"
+    version = existing(snapshot, champion)
+    if version is None:
+        return f"{name} was deleted in MLflow"
+    return f"{name} is the champion" if version.servable else f"{name} is {what_it_is(version)}"
 
 
 def what_it_is(version: Version) -> str:

@@ -59,7 +59,7 @@ def test_a_champion_that_was_deleted_is_no_champion_and_a_rollback_goes_to_the_o
 
 def test_a_deleted_version_in_between_is_named(registry: Registry, three: list[Version]) -> None:
     registry.mlruns.client.delete_model_version(NAME, "2")
-    assert "version 2, the champion before this one, was deleted in MLflow; a rollback goes to version 1" in (
+    assert "of the champions before this one version 2 was deleted in MLflow; a rollback goes to version 1" in (
         warnings(registry)
     )
     with pytest.raises(UserError, match=r"no version 2 in the registry \(it was deleted in MLflow; there are: 1, 3\)"):
@@ -88,9 +88,20 @@ def test_where_every_version_before_was_deleted_there_is_nothing_to_roll_back_to
 ) -> None:
     for number in ("1", "2"):
         registry.mlruns.client.delete_model_version(NAME, number)
-    with pytest.raises(UserError, match=r"the champions before this one are gone from MLflow \(version 1, 2\)"):
+    with pytest.raises(UserError, match="before this one version 1 was deleted in MLflow, version 2 was deleted"):
         rollback(registry, "ada", loads)
     assert champions(registry) == {"champion": 3}
+
+
+def test_a_champion_that_twinloop_did_not_register_is_not_said_to_be_gone(registry: Registry, exported: Export) -> None:
+    first = exported("w1")
+    client = registry.mlruns.client
+    client.create_model_version(NAME, client.get_model_version(NAME, "1").source)
+    client.set_registered_model_alias(NAME, "champion", "2")
+    promote(registry, 1, ship(first), who="ada")
+    assert "version 2 was not registered by Twinloop; there is nothing to roll back to" in warnings(registry)
+    with pytest.raises(UserError, match="version 2 was not registered by Twinloop"):
+        rollback(registry, "ada", loads)
 
 
 def test_an_alias_previous_that_was_moved_is_where_a_rollback_goes(registry: Registry, three: list[Version]) -> None:
