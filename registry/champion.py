@@ -33,6 +33,7 @@ ASK_EVERY_S = 10.0
 """Asking an MLflow server takes longer, and others ask it too."""
 RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
+NOT_OURS = "it was not registered by Twinloop"
 OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
 
 
@@ -89,12 +90,16 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
-        champion = registry.snapshot().alias(CHAMPION)
+        snapshot = registry.snapshot()
     except Exception as error:  # whatever it is: the model that answers goes on
         manager.unknown_champion = "registry_unreadable"
         log.warning("the registry cannot be read, version %s goes on: %s", current.model.version, error)
         return
-    manager.unknown_champion = None if champion else "no_champion"
+    champion = snapshot.alias(CHAMPION)
+    manager.unknown_champion = None if CHAMPION in snapshot.aliases else "no_champion"
+    if champion is None and CHAMPION in snapshot.aliases:
+        _fail(manager, ServeFailure(str(snapshot.aliases[CHAMPION]), NOT_OURS, NOT_OURS))
+        return
     # By its content too: a model that was deleted in MLflow and made again counts from 1.
     if champion is None or (str(champion.version), champion.digest) == (current.model.version, current.model.digest):
         manager.failure = None
@@ -122,11 +127,15 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         public = error.public if isinstance(error, _RestartNeededError) else REFUSED
-        failure = ServeFailure(version, " ".join(reason.split()), public)
-        if failure != manager.failure:
-            words = "version %s is not served, version %s goes on: %s"
-            log.warning(words, version, current.model.version, failure.reason)
-        manager.failure = failure
+        _fail(manager, ServeFailure(version, " ".join(reason.split()), public))
+
+
+def _fail(manager: ModelManager, failure: ServeFailure) -> None:
+    """Note why a champion is not served; the log has it once."""
+    if failure != manager.failure:
+        words = "version %s is not served, version %s goes on: %s"
+        log.warning(words, failure.version, manager.service.model.version, failure.reason)
+    manager.failure = failure
 
 
 class _RestartNeededError(UserError):

@@ -313,6 +313,13 @@ def test_a_version_that_is_no_longer_the_champion_says_why_it_answers(
             patched.setattr(registry, "snapshot", lambda: 1 / 0)
             follow_champion(project, registry, manager, slots=1)
             assert list(manager.degraded()) == ["registry_unreadable"]
+        client = registry.mlruns.client
+        foreign = client.create_model_version("returns", client.get_model_version("returns", "1").source)
+        client.set_registered_model_alias("returns", "champion", str(foreign.version))
+        follow_champion(project, registry, manager, slots=1)
+        assert manager.degraded() == {
+            "champion_refused": "version 3 is the champion, and version 1 answers: it was not registered by Twinloop"
+        }
         registry.move({"champion": 1})
         follow_champion(project, registry, manager, slots=1)
         assert manager.degraded() == {}
