@@ -84,7 +84,7 @@ def unseen_rows(splits: Sequence[Split], keys: Mapping[str, SplitKey | None]) ->
                 continue
             lines = each.frame.filter(~pl.col(LINE).is_in(_keys(each, key)[LINE].unique().implode()))[LINE]
             if len(lines):
-                what = f"have no {key.title} (split key {name}), so that the leakage check by it does not see them"
+                what = f"have no split key {name}, so that the leakage check by it does not see them"
                 found.append(Finding.of(each.source, lines.to_list(), len(each.frame), what))
     return found
 

@@ -80,7 +80,7 @@ def test_an_optional_field_that_is_misspelt_is_named_once_with_the_rows_and_the_
     assert report.quarantined == 0
     assert said(report) == [
         "chat.jsonl: 2 of 80 rows (first: line 3) have the unknown field fact and no facts: misspelt?",
-        "chat.jsonl: 2 of 80 rows (first: line 3) have no order (split key order_id), so that the leakage check by it "
+        "chat.jsonl: 2 of 80 rows (first: line 3) have no split key order_id, so that the leakage check by it "
         "does not see them",
     ]
     assert json.loads((data.parent / "out" / "report.json").read_text())["findings"][0]["rows"] == 2
