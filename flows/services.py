@@ -158,6 +158,7 @@ def _deploy(project: Path) -> None:
     with get_client(sync_client=True) as client:
         pools = {pool.name: pool for pool in client.read_work_pools()}
         deployed = client.read_variable_by_name(DEPLOYED)
+        paused = [each.id for each in client.read_deployments() if each.paused]
     if POOL in pools and deployed and deployed.value == wanted:
         return
     template = ("--base-job-template", str(Path(__file__).with_name("work_pool.json")))
@@ -172,6 +173,9 @@ def _deploy(project: Path) -> None:
     if not _prefect(project, "gcl", "inspect", GPU_SLOT, check=False):
         _prefect(project, "gcl", "create", GPU_SLOT, "--limit", "1")
     _prefect(project, "--no-prompt", "deploy", "--all")
+    with get_client(sync_client=True) as client:
+        for each in paused:  # of a schedule `deploy` keeps that it is paused, of a whole deployment it does not (3.8)
+            client.pause_deployment(each)
     _prefect(project, "variable", "set", DEPLOYED, wanted, "--overwrite")
 
 

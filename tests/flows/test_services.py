@@ -122,6 +122,7 @@ def test_what_an_operator_has_set_in_prefect_stays(running: Services) -> None:
         {"schedule": {"cron": "15 * * * *", "timezone": "UTC"}},
     )
     running.patch("/api/work_pools/twinloop", {"concurrency_limit": 2, "is_paused": True})
+    running.patch(f"/api/deployments/{deployments['lifecycle']['id']}", {"paused": True})
 
     def settings() -> tuple[object, ...]:
         found = running.deployments()
@@ -139,6 +140,8 @@ def test_what_an_operator_has_set_in_prefect_stays(running: Services) -> None:
     assert again.returncode == 0, again.stderr
     assert settings() == (False, "30 * * * *", 2, True)  # the file has changed: its crons hold again
     assert running.deployments()["data-refresh"]["schedules"][0]["schedule"]["cron"] == "10 2 * * *"
+    assert running.deployments()["lifecycle"]["paused"]
+    running.patch(f"/api/deployments/{deployments['lifecycle']['id']}", {"paused": False})
     running.patch("/api/work_pools/twinloop", {"concurrency_limit": 1, "is_paused": False})
 
 
