@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -47,16 +48,21 @@ KINDS = {
 def init_project(folder: Path, domain: str) -> str:
     """Write a project into `folder`, which must be new or empty; returns its name, which is the model's too.
 
-    Raises UserError for a folder that holds something, one that gives no name, and an unknown domain.
+    Raises UserError for a folder that holds something, cannot be made or gives no name, and for an unknown domain.
     """
     if domain not in KINDS:
         raise UserError(f"--domain {domain}: there is no such template; choose one of {', '.join(KINDS)}")
     folder = folder.resolve()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(f"{folder}: not an empty folder; name a new one, so that nothing is overwritten")
-    name = re.sub(r"[^a-z0-9_-]+", "-", folder.name.lower()).strip("-_")
+    plain = re.sub(r"[\u0300-\u036f]", "", unicodedata.normalize("NFKD", folder.name.lower()))  # ü: u
+    name = re.sub(r"[^a-z0-9_-]+", "-", plain).strip("-_")
     if not name:
         raise UserError(f"{folder}: its name gives no name for the model; take one with letters or digits")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
     for path, text in _files(name, domain).items():
         place = folder / path
         place.parent.mkdir(parents=True, exist_ok=True)

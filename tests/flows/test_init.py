@@ -36,6 +36,7 @@ def test_it_writes_a_project_whose_parts_fit_together(domain: str, tmp_path: Pat
     task = load_domain(recipe.domain, project).domain
     assert "define" not in task.description, "what the model is for, not how to change it"
     assert recipe.gate.rules == "recipes/my-e-mails-gate.yaml"
+    assert "`" not in task.description, "what the model is for, not how to change the file"
     load_rules(project / recipe.gate.rules, task)
     assert set(recipe.validate_.split_keys) <= {"text", "order_id"}  # what natural data can keep disjoint
     assert task.params is not None
@@ -71,12 +72,18 @@ def test_the_example_data_is_a_function_of_its_seed(domain: str, tmp_path: Path)
     assert sum(len(file.read_text().splitlines()) for file in files) == 40
 
 
+def test_a_name_keeps_its_letters_without_their_accents(tmp_path: Path) -> None:
+    assert init_project(tmp_path / "Tickëts für uns", "returns") == "tickets-fur-uns"
+
+
 def test_it_refuses_what_it_would_overwrite_and_what_it_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not an empty folder"):
         init_project(tmp_path, "chat")
     with pytest.raises(UserError, match="not an empty folder"):
         init_project(tmp_path / "notes.txt", "chat")
+    with pytest.raises(UserError, match=r"notes.txt/new: cannot be made \(Not a directory\); name another folder"):
+        init_project(tmp_path / "notes.txt" / "new", "chat")
     with pytest.raises(UserError, match="choose one of classification, chat, reasoning, returns"):
         init_project(tmp_path / "new", "chess")
     with pytest.raises(UserError, match="gives no name"):
