@@ -104,16 +104,19 @@ def _time(row: StageRow) -> str:
 
 
 def change(before: Mapping[str, Any], after: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """What rose most, in words: at most two predicates, and bits per byte where they fell."""
+    """What changed most, for better or worse, in words: at most two predicates, and bits per byte where they fell.
+
+    They rise with every stage that trains on other text than documents, so a rise says nothing.
+    """
     earlier = before.get("predicates", {})
     rates = {name: (earlier.get(name, 0.0), rate) for name, rate in after.get("predicates", {}).items()}
-    rises = {titles.get(name, name): pair for name, pair in rates.items() if pair[1] - pair[0] > SHOWN_CHANGE}
-    most = sorted(rises.items(), key=lambda rise: rise[1][0] - rise[1][1])[:2]
+    changes = {titles.get(name, name): pair for name, pair in rates.items() if abs(pair[1] - pair[0]) > SHOWN_CHANGE}
+    most = sorted(changes.items(), key=lambda each: -abs(each[1][1] - each[1][0]))[:2]
     words = [f"{title} {_percent(old)} → {_percent(new)}" for title, (old, new) in most]
     bits = [metrics.get("bits_per_byte") for metrics in (before, after)]
     if bits[0] is not None and bits[1] is not None and bits[1] < bits[0] - SHOWN_CHANGE:
         words.append(f"bits/byte {bits[0]:.2f} → {bits[1]:.2f}")
-    return ", ".join(words)
+    return ", ".join(words) or "no change"
 
 
 def _made(metrics: Mapping[str, Any]) -> str:

@@ -1,0 +1,29 @@
+"""What the table at the end of a run says of each stage."""
+
+from __future__ import annotations
+
+import pytest
+
+from twinloop.flows.summary import change
+
+TITLES = {"parsed": "JSON", "days": "days"}
+
+
+def rates(parsed: float, days: float, bits: float | None = None) -> dict[str, object]:
+    found: dict[str, object] = {"predicates": {"parsed": parsed, "days": days}}
+    return found if bits is None else found | {"bits_per_byte": bits}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (rates(0.0, 0.5), rates(1.0, 0.75), "JSON 0% → 100%, days 50% → 75%"),
+        (rates(1.0, 0.5), rates(0.0, 0.75), "JSON 100% → 0%, days 50% → 75%"),
+        (rates(1.0, 0.985), rates(1.0, 0.975), "days 98.5% → 97.5%"),
+        (rates(1.0, 0.5), rates(1.0, 0.502), "no change"),
+        (rates(1.0, 0.5, 0.54), rates(1.0, 0.5, 0.51), "bits/byte 0.54 → 0.51"),
+    ],
+    ids=["rises", "a fall beside a rise", "a fall alone", "noise", "bits"],
+)
+def test_a_stage_is_told_by_what_it_changed_most_for_better_or_worse(before, after, words) -> None:
+    assert change(before, after, TITLES) == words
