@@ -68,6 +68,9 @@ class Outlook:
     warnings: tuple[str, ...]
 
     def text(self) -> str:
+        """Empty where no rule asks anything of the cases."""
+        if not self.prospects:
+            return ""
         return "\n".join(["what the gate will ask of the cases at hand:", *(f"  {one}" for one in self.prospects)])
 
 

@@ -118,7 +118,8 @@ def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRu
     assert context.dataset_digest is not None
     tracked.tracker.dataset(context.dataset_digest)
     outlook = foresee_gate(context, settings.evaluate, rules, data=data)
-    console.print(outlook.text(), highlight=False, markup=False, soft_wrap=True)
+    if asked := outlook.text():
+        console.print(asked, highlight=False, markup=False, soft_wrap=True)
     trained = _train(context, settings, runtime, data=data)
     exported = [
         export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])

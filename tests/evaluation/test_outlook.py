@@ -119,6 +119,10 @@ def test_the_rules_that_come_with_it_can_pass_with_the_cases_that_are_generated(
     )
 
 
+def test_rules_that_ask_nothing_of_the_cases_say_nothing() -> None:
+    assert outlook({"memory_gib": 4.0}, cases("held_out", 5)).text() == ""
+
+
 def test_what_no_text_and_no_reference_measures_is_refused() -> None:
     some = cases("held_out", 50, chat, facts=None, expected={"answer": None, "reference": None})
     message = refused({"perplexity": 3.0, "answer_perplexity": 2.0}, some, chat, has_texts=False)
