@@ -163,8 +163,8 @@ def _is_generated(dvc: DvcProject) -> bool:
     if path.is_file():
         raise UserError(f"{path}: has no output {DATA_DIR}; `git checkout data.dvc`, or `dvc add data`")
     raise UserError(
-        f"{path}: no such file; `git checkout data.dvc` gives the generated data, and `dvc add data` makes what "
-        f"lies in {DATA_DIR}/ your own"
+        f"{path}: no such file, so {DATA_DIR}/ has no version; `dvc add data` makes what lies there your own, "
+        f"and where git has a {DATA_FILE}, `git checkout {DATA_FILE}` goes back to that"
     )
 
 

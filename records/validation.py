@@ -121,8 +121,9 @@ def validate(
         findings += misspelt
         splits.append(Split(records[name], rows.frame, source))
         reports[name] = _report(source, rows)
-        _write_quarantine(output_dir / "quarantine" / f"{name}.jsonl", source, rows.rejected)
-        _refuse_too_many(source, rows, settings.max_quarantined, records[name], misspelt)
+        quarantine = output_dir / "quarantine" / f"{name}.jsonl"
+        _write_quarantine(quarantine, source, rows.rejected)
+        _refuse_too_many(source, rows, settings.max_quarantined, records[name], misspelt, quarantine)
     sources = {split.record.name: split for split in splits}
     splits += [_derive(records[name], how, sources[how.source], domain) for name, how in derived.items()]
     check_splits(splits, keys)
@@ -245,7 +246,10 @@ def _counted(rejected: Sequence[Rejected]) -> Counter[str]:
     return Counter(reason.reason.split(" at column ")[0].split(" of line ")[0] for reason in rejected)
 
 
-def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordType, misspelt: Sequence[Finding]) -> None:
+def _refuse_too_many(
+    source: Source, rows: Rows, limit: float, record: RecordType, misspelt: Sequence[Finding], quarantine: Path
+) -> None:
+    """quarantine: the file with the rows that are refused."""
     bad, total = len(rows.rejected), len(rows.frame) + len(rows.rejected)
     if not total:
         raise UserError(f"{source}: holds no rows; put at least one there")
@@ -254,10 +258,12 @@ def _refuse_too_many(source: Source, rows: Rows, limit: float, record: RecordTyp
         worst = "; ".join(f"{count} x {reason}" for reason, count in counts)
         first = rows.rejected[0]
         form = f"; a row is {wanted_form(record)}" if WRONG_FORM.search(counts[0][0]) else ""
-        hint = f" ({misspelt[0].rows} rows {misspelt[0].what})" if misspelt else ""
+        hint = f" ({misspelt[0].rows} of the rows {misspelt[0].what})" if misspelt else ""
+        rest = f"; {others} for other reasons" if (others := bad - sum(count for _, count in counts)) else ""
         raise UserError(
-            f"{source}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}; the first is "
-            f"{source.line(first.line)}: {first.reason}{hint}{form}; fix the file or raise validate.max_quarantined"
+            f"{source}: {bad} of {total} rows cannot be used (limit {limit:.1%}): {worst}{rest}; the first is "
+            f"{source.line(first.line)}: {first.reason}{hint}{form}; each is in {quarantine}; fix the file or raise "
+            "validate.max_quarantined"
         )
 
 

@@ -182,7 +182,7 @@ def test_a_users_own_data_is_the_version_and_is_never_built_over(project: Path, 
 def test_without_data_dvc_nothing_is_built_over_what_lies_there(project: Path) -> None:
     (project / "data.dvc").unlink()
     before = contents(project)
-    with pytest.raises(UserError, match=r"data\.dvc: no such file; `git checkout data\.dvc`.*`dvc add data`"):
+    with pytest.raises(UserError, match=r"data\.dvc: no such file.*`dvc add data`.*`git checkout data\.dvc`"):
         build_data(project)
     assert contents(project) == before
 

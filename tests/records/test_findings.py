@@ -120,7 +120,7 @@ def test_a_misspelt_column_of_parquet_is_in_all_its_rows(check, data: Path) -> N
 def test_a_needed_field_that_is_misspelt_is_named_where_the_stage_fails(check, data: Path) -> None:
     misspell(data / "chat.jsonl", "messages", "mesages", set(range(1, 81)))
     with pytest.raises(
-        UserError, match=r"messages is missing \(80 rows have the unknown field mesages and no messages"
+        UserError, match=r"messages is missing \(80 of the rows have the unknown field mesages and no messages"
     ):
         check()
 

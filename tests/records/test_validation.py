@@ -294,6 +294,8 @@ def test_too_many_bad_rows_stop_the_run_with_one_line(check, data: Path, quarant
     assert "\n" not in message
     assert f"prompts.jsonl: 2 of {len(lines)} rows cannot be used" in message
     assert f"the first is line {len(lines) - 1}: broken JSON" in message
+    assert "each is in " in message
+    assert "quarantine/prompts.jsonl; fix the file" in message
     assert [r["line"] for r in quarantined("prompts")] == [len(lines) - 1, len(lines)]
 
 
