@@ -48,7 +48,8 @@ def validate_stage(
         from twinloop.records.validation import validate
 
         found = validate(data.path, out, settings, context.domain, needed)
-        return {**found.metrics(), "findings": [str(finding) for finding in found.findings]}
+        ignored = {name: file.ignored_fields for name, file in found.files.items() if file.ignored_fields}
+        return {**found.metrics(), "findings": [str(each) for each in found.findings], "ignored_fields": ignored}
 
     artifact = context.run(
         "validate",
@@ -62,6 +63,8 @@ def validate_stage(
         log.warning("%s", finding)
     if count := artifact.metrics["quarantined"]:
         log.warning("quarantined rows: %d; each, with its reason, is in %s", count, artifact.path / "quarantine")
+    for name, fields in artifact.metrics["ignored_fields"].items():
+        log.warning("fields of %s that nothing reads: %s", name, ", ".join(fields))
     if ignored := ignored_files(artifact.path):
         named = [f"{name} ({why})" for name, why in ignored.items()]
         more = f", and {len(named) - SHOWN_FILES} more" if len(named) > SHOWN_FILES else ""

@@ -49,3 +49,16 @@ def test_files_that_nothing_reads_are_named_each_time(
         )
         assert warning.endswith("z3.csv (not .jsonl, .parquet, .jsonl.gz or .jsonl.zst), and 2 more")
         assert "\n" not in warning
+
+
+def test_fields_that_nothing_reads_are_named_each_time(
+    context: Context, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "ticket": 7, "by": 1}
+    (data / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    for _ in range(2):
+        caplog.clear()
+        validate_stage(context, ValidateSettings(), needed=["chat"], data=DataVersion("0" * 32, data))
+        assert caplog.messages == ["fields of chat that nothing reads: by, ticket"]
