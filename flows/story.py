@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MODEL_TRAINING = "workflowType=machine_learning"
+"""In an address of MLflow's pages (3.17): without it they are those for prompts, and a run is an evaluation there."""
+
 
 @dataclass(frozen=True)
 class Tracked:
@@ -61,7 +64,8 @@ def tracked_lifecycle(context: Context, recipe: Recipe) -> Iterator[Tracked]:
         served = os.environ.get("MLFLOW_TRACKING_URI", "")
         base = served if served.startswith("http") else f"http://127.0.0.1:{ports.mlflow}"
         experiment = context.mlruns.experiment_id(context.recipe)
-        pages = {"MLflow": f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{tracker.run_id}"}
+        page = f"{base.rstrip('/')}/#/experiments/{experiment}/runs/{tracker.run_id}"
+        pages = {"MLflow": f"{page}?{MODEL_TRAINING}"}
         if flow_run:
             pages["Prefect"] = _flow_page(flow_run, ports)
             tracker.tag({"prefect.flow_run": flow_run.name, "prefect.flow_run_url": pages["Prefect"]})
@@ -111,7 +115,7 @@ def _in_a_line(outcome: Outcome) -> str:
     published = outcome.published
     if published.promotion:
         return f"{published.version} {'was promoted' if published.moved else 'was the champion already'}"
-    return f"{published.version} was not promoted: {outcome.failure}"
+    return f"{published.version} was not promoted" + (f": {published.error}" if published.error else "")
 
 
 def _flow_run() -> FlowRun | None:

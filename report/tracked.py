@@ -62,7 +62,7 @@ def tables(story: Story) -> dict[str, dict[str, list[Any]]]:
         {
             "stage": stage.name,
             "made": "before" if stage.reused else "by this lifecycle",
-            "seconds": stage.seconds,
+            "seconds": None if stage.seconds is None else round(stage.seconds, 1),
             "version": stage.version,
             "mlflow run": stage.run_id or "",
             "content": stage.digest or "",

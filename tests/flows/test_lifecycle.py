@@ -144,7 +144,7 @@ def test_prefect_has_progress_gate_stages_and_a_link_to_mlflow(first: tuple[Path
         assert (kind, percent) == ("progress", 100)
         assert task, "on the page of the stage's task run"
     [run] = lifecycle_runs(project)
-    assert f"/runs/{run.info.run_id}" in artifacts["mlflow-run"][1]
+    assert f"/runs/{run.info.run_id}?workflowType=machine_learning" in artifacts["mlflow-run"][1]
     assert "/runs/flow-run/" in run.data.tags["prefect.flow_run_url"]
     assert [row["stage"] for row in json.loads(artifacts["small-stages"][1])][:2] == ["data", "validate"]
     assert artifacts["small-gate"][0] == "table"

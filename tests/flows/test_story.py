@@ -14,7 +14,7 @@ from twinloop.flows import story
 
 def write(monkeypatch: pytest.MonkeyPatch, gather: Callable[..., Any]) -> object:
     monkeypatch.setattr(story, "gather", gather)
-    published = SimpleNamespace(version="returns version 7", promotion=None)
+    published = SimpleNamespace(version="returns version 7", promotion=None, error=None)
     outcome: Any = SimpleNamespace(gate=None, published=published, rows=(), failure="gate: BLOCK")
     nothing: Any = SimpleNamespace(run=None, project=None)
     return story.write_story(nothing, nothing, nothing, outcome)
