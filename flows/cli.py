@@ -239,7 +239,13 @@ def data_schema(
 ) -> int:
     """Show what a row of each data file must be: fields, types, meaning, and a whole example row."""
     from twinloop.flows.schema import data_schema, named_domain
+    from twinloop.tasks.context import find_project
 
+    if domain is None:
+        try:
+            find_project()
+        except UserError as error:
+            raise UserError(f"{error}, or name a domain, such as --domain returns") from None
     project = Path.cwd() if domain else _project()
     if domain is None:
         from twinloop.tasks.recipe import load_recipe

@@ -26,8 +26,11 @@ def put_document(project: Path, model: str, document_id: str, text: str) -> int:
 
 def list_documents(project: Path, model: str) -> int:
     with _documents(project, model) as store:
-        for document in store.list():
-            print(f"{document.document_id:<8} v{document.version:<4} {document.text}")
+        documents = store.list()
+    for document in documents:
+        print(f"{document.document_id:<8} v{document.version:<4} {document.text}")
+    if not documents:
+        print(f"{model}: no documents; `twinloop documents put ID TEXT` adds one", file=sys.stderr)
     return 0
 
 

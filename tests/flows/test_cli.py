@@ -69,6 +69,7 @@ def test_outside_a_project_it_says_where_to_go(tmp_path: Path) -> None:
     done = twinloop(tmp_path, "status")
     assert done.returncode == 2
     assert "not inside a Twinloop project" in done.stderr
+    assert "or name a domain, such as --domain returns" in twinloop(tmp_path, "data", "schema").stderr
 
 
 def test_without_a_model_status_says_none(project: Path) -> None:
