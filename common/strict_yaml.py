@@ -32,7 +32,9 @@ def read_yaml(path: Path | str, such_as: str) -> Any:
         return parse_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {such_as}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {such_as}") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except NotYAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None

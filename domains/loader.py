@@ -14,7 +14,9 @@ from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule, find_module, modules_in
 from twinloop.domains.domain import Domain
 
-NOT_READY_MADE = frozenset({"documents", "domain", "generate", "loader", "metrics", "owners", "record_types"})
+NOT_READY_MADE = frozenset(
+    {"documents", "domain", "examples", "generate", "loader", "metrics", "owners", "record_types"}
+)
 
 
 @dataclass(frozen=True)

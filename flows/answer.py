@@ -17,6 +17,7 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 
+LONGEST_PATH = 4096
 START_WITHIN_S = 120.0
 ANSWER_WITHIN_S = 60.0
 STOP_WITHIN_S = 20.0
@@ -84,6 +85,8 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
         request = domain.request.model_validate_json(sys.stdin.buffer.read() if text == "-" else text)
     except ValidationError as error:
         problem, _ = describe_validation(error.errors(), field_descriptions(domain.request))
+        if text != "-" and len(text) < LONGEST_PATH and Path(text).is_file():
+            raise UserError(f"--json: {text} is a file, and the request is wanted: --json - < {text}") from None
         raise UserError(f"--json: {problem}; {example}") from None
     with open_champion(project, model, slots=1) as champion:
         response = champion.service.decide(request)

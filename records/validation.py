@@ -32,6 +32,8 @@ from twinloop.records.rows import LINE, Rejected, Rows, rejected_line
 from twinloop.records.splits import Split, check_splits, unseen_rows
 from twinloop.records.validated import write_records
 
+DUPLICATE = "duplicate of "
+"""What the reason of a row begins with that is there twice."""
 WORST_REASONS = 3
 WRONG_FORM = re.compile(r" is missing|, not |^not a JSON object| begin$")
 """Reasons of rows that are of another form."""
@@ -160,7 +162,7 @@ def unusable(frame: pl.DataFrame, record: RecordType, source: Source) -> dict[in
     reasons = _broken_rules(frame, record)
     reasons |= _examined(_without(frame, reasons), record)
     duplicates = _duplicates(_without(frame, reasons), record)
-    return reasons | {number: f"duplicate of {source.line(before)}" for number, before in duplicates.items()}
+    return reasons | {number: f"{DUPLICATE}{source.line(before)}" for number, before in duplicates.items()}
 
 
 def _derive(record: RecordType, how: Derived, source: Split, domain: Domain) -> Split:
@@ -250,13 +252,15 @@ def _refuse_too_many(
     source: Source, rows: Rows, limit: float, record: RecordType, misspelt: Sequence[Finding], quarantine: Path
 ) -> None:
     """quarantine: the file with the rows that are refused."""
-    bad, total = len(rows.rejected), len(rows.frame) + len(rows.rejected)
+    # A row that is there twice is used once: nothing is lost, and data that people write holds many.
+    unusable = [row for row in rows.rejected if not row.reason.startswith(DUPLICATE)]
+    bad, total = len(unusable), len(rows.frame) + len(rows.rejected)
     if not total:
         raise UserError(f"{source}: holds no rows; put at least one there")
     if bad > limit * total or bad == total:
-        counts = _counted(rows.rejected).most_common(WORST_REASONS)
+        counts = _counted(unusable).most_common(WORST_REASONS)
         worst = "; ".join(f"{count} x {reason}" for reason, count in counts)
-        first = rows.rejected[0]
+        first = unusable[0]
         form = f"; a row is {wanted_form(record)}" if WRONG_FORM.search(counts[0][0]) else ""
         hint = f" ({misspelt[0].rows} of the rows {misspelt[0].what})" if misspelt else ""
         rest = f"; {others} for other reasons" if (others := bad - sum(count for _, count in counts)) else ""

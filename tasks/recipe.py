@@ -73,7 +73,7 @@ class BaseSettings(StrictModel):
 
 class ValidateSettings(StrictModel):
     max_quarantined: Share = 0.01
-    """Share of one file's rows that may be quarantined before the stage fails."""
+    """Share of one file's rows that may be quarantined before the stage fails; duplicates do not count."""
     split_keys: list[str] = Field(default=["text"])
     """What training and held-out rows may not share: `text`, and keys that the domain defines."""
 

@@ -290,6 +290,9 @@ def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_
 
 def test_a_new_document_reaches_the_next_decision_and_not_the_weights(project: Path) -> None:
     example = json.dumps(returns.example)
+    (project / "case.json").write_text(example)
+    by_name = twinloop(project, "decide", "--json", "case.json", "--model", "small").stderr
+    assert by_name == "twinloop: --json: case.json is a file, and the request is wanted: --json - < case.json\n"
     before = json.loads(twinloop(project, "decide", "--json", example, "--model", "small").stdout)
     text = "damaged items reported within 7 days are eligible."
     put = twinloop(project, "documents", "put", "P-7", text, "--model", "small")

@@ -221,6 +221,14 @@ def test_duplicate_rows_are_quarantined_and_the_first_is_kept(name: str, check, 
     assert report.reasons == {"duplicate": 1}
 
 
+def test_rows_that_are_there_twice_do_not_make_a_file_unusable(check, data: Path) -> None:
+    path = data / "corpus.jsonl"
+    lines = lines_of(path)
+    write(path, [*lines, *lines])
+    report = check().files["corpus"]
+    assert (report.kept, report.reasons) == (len(lines), {"duplicate": len(lines)})
+
+
 def test_a_repeated_case_id_is_a_duplicate(check, data: Path, quarantined) -> None:
     path = data / "cases.jsonl"
     lines = lines_of(path)

@@ -69,16 +69,6 @@ def test_champions_name_the_ones_before_and_after_them(registry: Registry, three
     assert "by bob, after version 3" in description(registry, 2)
 
 
-def test_a_version_that_was_refused_is_described_before_any_champion_was(
-    registry: Registry, make: Make, lineage: Lineage, caplog: pytest.LogCaptureFixture
-) -> None:
-    version = registry.register(make("export", "w1").path, lineage, servable=True)
-    describe(registry, open_ledger(registry.mlruns).read(), version.version)
-    assert "**Exported model**, domain `returns`" in description(registry, 1)
-    assert "| champion |" not in description(registry, 1)
-    assert not caplog.records
-
-
 def test_a_description_that_cannot_be_written_stops_no_promotion(
     registry: Registry, three: list[Version], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
