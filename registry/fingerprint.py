@@ -70,7 +70,7 @@ def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
                 libraries.add(top)
     digest = hashlib.sha256()
     for module in sorted(seen):
-        digest.update(f"{module}\n{_dump(_source(module))}\n".encode())
+        digest.update(f"{module}\n{ast.dump(_tree(_source(module)))}\n".encode())
     for library in sorted(libraries):
         digest.update(f"{library} {_version(library)}\n".encode())
     return digest.hexdigest()
@@ -147,12 +147,11 @@ def _is_library(place: Path) -> bool:
     return standard or bool({"site-packages", "dist-packages"} & set(place.parts))
 
 
-@cache
-def _imports(module: str) -> tuple[str, ...]:
+def _imports(module: str) -> Iterator[str]:
     """Every module that a project's module names in an import, wherever in the file; its packages' own too."""
     parts = module.split(".")
-    packages = [".".join(parts[:end]) for end in range(2, len(parts))]
-    return (*packages, *_named(_tree(_source(module)), module.rpartition(".")[0]))
+    yield from (".".join(parts[:end]) for end in range(2, len(parts)))
+    yield from _named(_tree(_source(module)), module.rpartition(".")[0])
 
 
 def _named(tree: ast.Module, package: str) -> Iterator[str]:
@@ -192,11 +191,6 @@ def _exists(module: str) -> bool:
 @cache
 def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes(), filename=str(path))
-
-
-@cache
-def _dump(path: Path) -> str:
-    return ast.dump(_tree(path))
 
 
 def _version(library: str) -> str:

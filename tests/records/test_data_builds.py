@@ -160,7 +160,7 @@ def test_files_of_a_project_without_a_stage_become_the_version(with_git: bool, t
     (project / "data").mkdir()
     (project / "data/corpus.jsonl").write_text('{"text": "our own words."}\n')
     mine = contents(project)
-    with pytest.raises(UserError, match=r"data\.dvc: no such file; .*`dvc add data`"):
+    with pytest.raises(UserError, match=r"data\.dvc: no such file, so data/ has no version; `dvc add data`"):
         check_data(project)
     version = build_data(project)
     assert contents(project) == mine

@@ -161,7 +161,7 @@ def test_a_leak_is_named_by_the_file_that_it_is_in(data: Path, tmp_path: Path) -
 
 
 def test_too_many_bad_rows_are_counted_over_all_files(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"chat\.jsonl and 3 more: 3 of 9 rows .* the first is line 2 of chat\.jsonl:"):
+    with pytest.raises(UserError, match=r"chat\.jsonl and 3 more: 2 of 9 rows .* the first is line 2 of chat\.jsonl:"):
         validate(data, tmp_path / "out", ValidateSettings(), chat, ["chat", "cases"])
 
 

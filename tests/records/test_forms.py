@@ -283,7 +283,7 @@ def test_a_file_of_another_form_is_refused_with_the_form_that_is_wanted(
     (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UserError) as raised:
         validate(tmp_path, tmp_path / "out", ValidateSettings(), chat_domain, [name])
-    assert f"; a row is {json.dumps(wanted, ensure_ascii=False)}; fix the file" in str(raised.value)
+    assert f"; a row is {json.dumps(wanted, ensure_ascii=False)}; each is in " in str(raised.value)
 
 
 @pytest.mark.parametrize(("name", "method"), [("chat", "sft"), ("preferences", "dpo")])
