@@ -21,6 +21,9 @@ from small_project import PROJECT, environment, make_project, recipe_fields
 from twinloop.common.strict_yaml import parse_yaml
 
 
+BUSY_TRIES = 20
+
+
 class Services:
     """The services of one project, as a person starts, asks and stops them."""
 
@@ -56,8 +59,13 @@ class Services:
         return httpx.request(method, url, json=body, timeout=30, trust_env=False, **options)
 
     def ask(self, service: str, path: str, body: object = None) -> Any:
-        """What the service answers to its operator."""
-        response = self.request(service, path, body, auth=self.auth() if service != "api" else None)
+        """What the service answers to its operator. Prefect says 503 while its database is busy; as its own client
+        does, it is asked again."""
+        for _ in range(BUSY_TRIES):
+            response = self.request(service, path, body, auth=self.auth() if service != "api" else None)
+            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(1)
         response.raise_for_status()
         return response.json()
 
