@@ -20,7 +20,6 @@ from small_project import PROJECT, environment, make_project, recipe_fields
 
 from twinloop.common.strict_yaml import parse_yaml
 
-
 BUSY_TRIES = 20
 
 
