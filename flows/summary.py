@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
             shown = {"answer": body["choices"][0]["message"]["content"], "model": body["model"]}
         console.print(json.dumps(shown), highlight=False, markup=False, soft_wrap=True)
     if outcome.report:
-        console.print(f"report: {outcome.report}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"report: {os.path.relpath(outcome.report)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:
