@@ -40,6 +40,8 @@ SAMPLE = 600
 PROBE_S = 3.0
 MIN_STEPS = 4
 """Besides the first, which also allocates."""
+STAGE_S = 1.0
+"""Of every stage, besides its training: a run in MLflow, the model directory and its checksums."""
 ASSUMED_WRONG = 0.05
 """Share of answers without reward in the probe of RL. How often a group of answers has a gradient depends on it."""
 BUSY_CORES = 0.25
@@ -143,7 +145,7 @@ class _Prober:
         last = found[-1]
         steps = round(_extrapolate(sizes, [each.steps for each in found], len(records)))
         build_s = _extrapolate(sizes, [each.build_s for each in found], len(records))
-        seconds = read_s + max(0.0, build_s) + steps * last.step_s
+        seconds = STAGE_S + read_s + max(0.0, build_s) + steps * last.step_s
         return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
     def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
