@@ -9,6 +9,7 @@ from twinloop.common.errors import UserError
 from twinloop.flows.interrupt import interruptible
 from twinloop.flows.runs import crash_dead_runs, marked_alive
 from twinloop.flows.server import embedded_server, wait_until_ready
+from twinloop.tasks.recipe import load_recipe
 
 
 def run_lifecycle(project: Path, recipe: Path) -> int:
@@ -27,7 +28,17 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
                     lifecycle(str(path.relative_to(project)))
             except NotShippedError:
                 return 1  # the summary has shown why
+    except Exception as error:
+        error.add_note(_space(project, path))  # shown where a disk is full
+        raise
     except KeyboardInterrupt:
         print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _space(project: Path, recipe: Path) -> str:
+    from twinloop.tasks.space import run_bytes
+
+    needed = run_bytes(load_recipe(recipe, project), project)
+    return f"a run of {recipe.relative_to(project)} writes about {needed / 2**20:,.0f} MiB"

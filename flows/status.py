@@ -129,12 +129,14 @@ def show_plan(project: Path, recipe_path: Path) -> int:
         context = Context.of(project, recipe_path, recipe, display)
         context, data = ready_data(context, recipe)
         plan = make_plan(context, recipe, runtime, data=data)
-        _print_plan(plan, recipe, runtime, display.console)
+        _print_plan(plan, recipe, runtime, project, display.console)
     return 0
 
 
-def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, console: Console) -> None:
+def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, project: Path, console: Console) -> None:
     from rich.table import Table
+
+    from twinloop.tasks.space import run_bytes
 
     network = plan.config
     console.print(
@@ -157,7 +159,8 @@ def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, console: Console) 
     console.print(_memory_table("memory of serving, MiB", "precision", serving))
     console.print(
         f"{recipe.evaluate.slots} slots of {recipe.base.max_length} tokens. Weights, gradients, optimizer state and "
-        "cache are exact, activations and buffers estimated; the libraries themselves come on top. Times are of a few "
+        "cache are exact, activations and buffers estimated; the libraries themselves come on top. A run writes about "
+        f"{run_bytes(recipe, project) / 2**20:,.0f} MiB to disk. Times are of a few "
         "steps of each stage on this machine now; export, measurements and gate come on top.",
         soft_wrap=True,
     )

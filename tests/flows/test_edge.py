@@ -59,6 +59,13 @@ def test_a_full_disk_is_named_with_the_file(error: BaseException, capsys: pytest
     assert said.count("\n") == 1
 
 
+def test_a_full_disk_says_what_the_command_needs_where_it_is_known(tmp_path: Path) -> None:
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "x"))
+    error.add_note("a run of recipes/small.yaml writes about 70 MiB")
+    said = str(explain(error, tmp_path))
+    assert said.endswith(" MiB are free there; a run of recipes/small.yaml writes about 70 MiB)")
+
+
 @pytest.mark.parametrize("error", NAMELESS, ids=str)
 def test_a_full_disk_without_a_file_is_not_taken_for_one_with_room(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

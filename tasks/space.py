@@ -1,0 +1,30 @@
+"""How much a run of a recipe writes, before it does: what a full disk needs to have free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from twinloop.models.memory import serving_memory
+from twinloop.tasks.recipe import Recipe
+
+CHECKPOINT_VALUES = 3
+"""A parameter in a checkpoint: itself and, by the larger optimizer, two moments."""
+CHECKPOINTS = 2
+"""The newest one, and the next one while it is written."""
+BESIDES = 64 * 2**20
+"""The databases of MLflow and Prefect, figures, reports and traces of one run."""
+
+
+def run_bytes(recipe: Recipe, project: Path) -> int:
+    """About the most that a run adds to the project's folder once its data is there: validated data, a model a stage,
+    checkpoints of the running one, each exported model as an artifact and in the registry, and the records of it."""
+    network = recipe.base.decoder_config(recipe.base.vocab_size)
+    parameters = network.num_parameters
+    models = 4 * parameters * (len(recipe.train) + 1)
+    checkpoints = 4 * parameters * CHECKPOINT_VALUES * CHECKPOINTS
+    exported = 0
+    for precision in recipe.export.on(recipe.runtime().device):
+        memory = serving_memory(network, precision=precision, slots=1, max_length=recipe.base.max_length)
+        exported += 2 * (memory.weights_bytes + memory.scales_bytes)
+    data = sum(path.stat().st_size for path in (project / "data").rglob("*") if path.is_file())
+    return models + checkpoints + exported + data + BESIDES
