@@ -200,6 +200,7 @@ def changed(
     return project, twinloop(project, "run", "recipes/small.yaml")
 
 
+@pytest.mark.slow
 def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
     changed: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -211,6 +212,7 @@ def test_a_changed_dpo_setting_runs_dpo_and_what_follows(
     )
 
 
+@pytest.mark.slow
 def test_corrupted_bytes_and_lost_files_are_noticed_and_built_again(project: Path) -> None:
     before = artifacts(project)
     for place in ("sft/[0-9a-f]*/model.safetensors", "tokenize/[0-9a-f]*/manifest.json"):
@@ -244,6 +246,7 @@ def set_rules(project: Path, **changes: float) -> None:
     (project / "recipes" / "lenient.yaml").write_text(json.dumps(LENIENT | changes))
 
 
+@pytest.mark.slow
 def test_a_blocked_release_leaves_the_champion_alone(
     first: tuple[Path, object], blocked: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:
@@ -265,6 +268,7 @@ def test_a_blocked_release_leaves_the_champion_alone(
     assert refused.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_blocked_candidate_is_judged_again_and_promoted_once_the_rules_let_it_through(
     blocked: tuple[Path, object], tmp_path: Path
 ) -> None:
@@ -316,6 +320,7 @@ def test_a_new_document_reaches_the_next_decision_and_not_the_weights(project: P
         assert example in refused.stderr
 
 
+@pytest.mark.slow
 def test_rollback_brings_back_the_champion_before(
     first: tuple[Path, object], changed: tuple[Path, object], tmp_path: Path
 ) -> None:
@@ -352,6 +357,7 @@ def test_a_rollback_killed_while_it_moves_the_champion_and_repeated_goes_back_on
     assert status(project)["champion"]["digest"] == status(first[0])["champion"]["digest"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     process = start(project, "run", "recipes/small.yaml")

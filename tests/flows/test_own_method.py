@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from small_project import make_project, recipe_fields, twinloop
 
 BOUNDED = '''"""SFT whose loss is bounded: a mean of 1 - p over the answer's tokens (MAE; Ghosh et al., 2017)."""
@@ -32,6 +33,7 @@ def build(records, model, tokenizer, settings, runtime, domain):
 '''
 
 
+@pytest.mark.slow
 def test_a_recipe_with_sft_and_a_method_of_ones_own_runs_end_to_end(tmp_path: Path) -> None:
     project = make_project(tmp_path)
     (project / "mae.py").write_text(BOUNDED)
