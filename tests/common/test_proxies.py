@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from http_answers import answering
 
 PROXIES = [
     {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
@@ -32,20 +31,8 @@ print(os.environ.get("NO_PROXY", "none"))
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", "2")
-            self.end_headers()
-            self.wfile.write(b"ok")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with answering(200, b"ok") as here:
+        yield here
 
 
 def ask(address: str, package: str, proxies: dict[str, str]) -> list[str]:

@@ -9,16 +9,15 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+from http_answers import answering
 from running_services import Services
 from small_project import environment
 
@@ -285,20 +284,8 @@ def foreign_page(running: Services, tmp_path: Path) -> Iterator[str]:
     for name, value in replacements.items():
         page = page.replace(name, str(value))
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(page.encode())
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
+    with answering(200, page.encode(), "text/html") as address:
+        yield f"{address}/"
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_answers import answering
 from small_project import environment, make_project, twinloop
 
 from twinloop.common.errors import UserError
@@ -24,43 +24,17 @@ NOBODY = "http://127.0.0.1:9"
 @pytest.fixture(scope="module")
 def failing() -> Iterator[str]:
     """The address of a server that answers 500 to everything."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(500)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with answering(500) as address:
+        yield address
 
 
 @pytest.mark.parametrize("status", [200, 404])
 def test_a_server_that_is_not_mlflow_is_named(
     status: int, registry: Registry, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(b"<h1>another program</h1>")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_address[1]}"
+    with answering(status, b"<h1>another program</h1>", "text/html") as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
         assert run_command(lambda: registry.snapshot() and 0) == MISTAKE
-        server.shutdown()
     said = capsys.readouterr().err
     assert said.startswith(f"twinloop: {address}: MLflow's server does not answer as it should")
     assert said.count("\n") == 1

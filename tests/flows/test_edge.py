@@ -7,12 +7,11 @@ import os
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from http_answers import answering
 from small_project import PROJECT, environment
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
@@ -163,21 +162,8 @@ def test_the_unforeseen_is_one_line_and_its_traceback_is_kept_in_the_project(
 @pytest.fixture
 def refusing() -> Iterator[str]:
     """The address of a server that knows nobody."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.send_response(401)
-            self.end_headers()
-
-        do_GET = do_POST
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
+    with answering(401) as address:
+        yield address
 
 
 def test_refused_credentials_name_the_server_and_what_to_set(
