@@ -7,14 +7,19 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-ROOM_BYTES = 4 * 2**20
+MIN_FREE_BYTES = 4 * 2**20
 """With less on its disk, what failed there needs no other explanation: a database and its journal take a few pages."""
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk of that file, or of the folder that it would be in."""
+    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(place).free
 
 
 def has_space(path: Path) -> bool:
     """Whether the disk of that file, or of the folder that it would be in, has free space."""
-    place = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(place).free >= ROOM_BYTES
+    return free_bytes(path) >= MIN_FREE_BYTES
 
 
 def fsync(path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import shutil
 import sqlite3
 import sys
 import traceback
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from twinloop.common.errors import UserError, is_disk_full, one_line
-from twinloop.common.files import has_space
+from twinloop.common.files import free_bytes, has_space
 from twinloop.registry.database import is_locked
 
 MISTAKE, UNFORESEEN, INTERRUPTED, READER_LEFT = 2, 3, 130, 141
@@ -58,7 +57,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
     for each in _chain(error, contexts=not isinstance(error, BUGS)):
         if is_disk_full(each):
             written = _written(each)
-            return f"{_full(written, folder)}; {FREE_SPACE} ({_room(error, written or folder)})"
+            return f"{_full(written, folder)}; {FREE_SPACE} ({_space(error, written or folder)})"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
@@ -69,7 +68,7 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return f"{refused} (for a server of `make up`: the line in state/prefect.auth)"
     if not isinstance(error, BUGS) and not has_space(folder):  # Prefect's server only reports that it failed
         what = f"{type(error).__name__}: {one_line(error)}"
-        return f"{_full(None, folder)} ({what}); {FREE_SPACE} ({_room(error, folder)})"
+        return f"{_full(None, folder)} ({what}); {FREE_SPACE} ({_space(error, folder)})"
     # After that: a full disk makes Prefect's server and MLflow's answer 500.
     found = map(_unreachable, _chain(error, contexts=not isinstance(error, BUGS)))
     return next(filter(None, found), None)
@@ -82,10 +81,9 @@ def _full(file: Path | None, folder: Path) -> str:
     return f"a disk is full, and it is not that of {folder}"
 
 
-def _room(error: BaseException, place: Path) -> str:
+def _space(error: BaseException, place: Path) -> str:
     """What is free there and, where the command has noted it, what it needs."""
-    there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
-    free = f"{shutil.disk_usage(there).free / 2**20:,.1f} MiB are free there"
+    free = f"{free_bytes(place) / 2**20:,.1f} MiB are free there"
     return "; ".join([free, *getattr(error, "__notes__", ())])
 
 

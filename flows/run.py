@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from twinloop.common.errors import UserError
@@ -28,8 +29,11 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
                     lifecycle(str(path.relative_to(project)))
             except NotShippedError:
                 return 1  # the summary has shown why
+    except UserError:
+        raise
     except Exception as error:
-        error.add_note(_space(project, path))  # shown where a disk is full
+        with suppress(UserError):  # the recipe may be gone by now
+            error.add_note(_space(project, path))  # shown where a disk is full
         raise
     except KeyboardInterrupt:
         print("twinloop: stopped; run it again to go on from the last checkpoint", file=sys.stderr)
