@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prefect import flow
-from prefect.artifacts import create_markdown_artifact
 from rich.console import Console
 
 from twinloop.common.errors import UserError
@@ -202,10 +201,8 @@ def _judge(
         champion=baseline_evaluation,
         champion_version=baseline.version if baseline else None,
     )
-    report = read_gate_report(judged)
-    # For Prefect's UI, beside the run
-    create_markdown_artifact(f"```\n{report.text()}\n```", key="gate", description=report.decision)
-    return judged, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=report.decision)]
+    decision = read_gate_report(judged).decision
+    return judged, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=decision)]
 
 
 def _publish(
