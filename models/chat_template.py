@@ -16,7 +16,7 @@ MARK = re.compile("\ue000(\\d+)(j?)\ue001")
 
 
 def mark(index: int) -> str:
-    """What stands for a text while the template is rendered."""
+    """The placeholder of a text while the template is rendered."""
     return f"\ue000{index}\ue001"
 
 

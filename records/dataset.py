@@ -118,9 +118,9 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
                 _move_foreign_files(dvc)
             _run(project, deadline, *repro)
             if staleness(project):
-                # DVC believes in its cache; where a cached file is spoilt, only making it again helps
+                # DVC believes in its cache; where a cached file is corrupt, only making it again helps
                 with open_project(project) as dvc:
-                    _drop_spoilt(dvc)
+                    _drop_corrupt_cache(dvc)
                 _run(project, deadline, *repro, "--force")
                 if problem := staleness(project):
                     raise UserError(f"{project / DATA_DIR}: still {problem}; does its code change meanwhile?")
@@ -171,8 +171,8 @@ def _is_generated(dvc: DvcProject) -> bool:
 def _own_remedy(dvc: DvcProject, problem: str) -> str:
     if problem == "missing":
         return "it is your own: `dvc checkout data` gives it back from DVC's cache, `dvc pull data` from your remote"
-    if spoilt := dvc.spoilt_through_links():
-        names = ", ".join(sorted(path.name for path in spoilt))
+    if corrupt := dvc.corrupted_through_links():
+        names = ", ".join(sorted(path.name for path in corrupt))
         return (
             f"it is your own, and {names} was edited through a link into DVC's cache, which no longer has what it was: "
             "`dvc add data` makes the edit the version; only your remote or a backup has the other"
@@ -252,7 +252,7 @@ def _explain(project: Path, output: str) -> str:
 
 def _move_foreign_files(dvc: DvcProject) -> None:
     """Move each file of data/ that DVC could not give back to a folder of its own: it may be somebody's work."""
-    spoilt, foreign = dvc.spoilt_through_links(), dvc.foreign_files()
+    corrupt, foreign = dvc.corrupted_through_links(), dvc.foreign_files()
     if not foreign:
         return
     data = dvc.project / DATA_DIR
@@ -271,15 +271,15 @@ def _move_foreign_files(dvc: DvcProject) -> None:
         "run `dvc add data`",
         *(DATA_DIR, names, aside.relative_to(dvc.project)),
     )
-    for path, kept in spoilt.items():
+    for path, kept in corrupt.items():
         log.warning("%s was edited through a link, and so in DVC's cache too: it is made anew there", path.name)
         kept.unlink(missing_ok=True)
 
 
-def _drop_spoilt(dvc: DvcProject) -> None:
+def _drop_corrupt_cache(dvc: DvcProject) -> None:
     """Take away data/, what it is a copy of, and each cached file whose content does not match its name."""
     for name in (str(dvc.project / DATA_DIR), dvc.source):
         if name:
             shutil.rmtree(name, ignore_errors=True)
-    for path in dvc.spoilt_cache_files():
+    for path in dvc.corrupt_cache_files():
         path.unlink()

@@ -149,7 +149,7 @@ class DvcProject:
             return [path for path in files if self.repo.dvcignore.is_ignored_file(str(path))]
         return [path for path in files if not self._is_kept(path)]
 
-    def spoilt_through_links(self) -> dict[Path, Path]:
+    def corrupted_through_links(self) -> dict[Path, Path]:
         """Files of data/ that are links to files of DVC's cache which an edit has changed there too, and those."""
         from dvc_data.hashfile.tree import Tree
 
@@ -165,7 +165,7 @@ class DvcProject:
             if path.exists() and kept.exists() and path.samefile(kept) and self._digest(kept) != digest.value
         }
 
-    def spoilt_cache_files(self) -> list[Path]:
+    def corrupt_cache_files(self) -> list[Path]:
         """The files of DVC's cache whose content does not match their name."""
         files = ((oid, Path(self._cache.oid_to_path(oid))) for oid in self._cache.all())
         return [path for oid, path in files if self._digest(path) != oid.removesuffix(".dir")]

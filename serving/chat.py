@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
+from twinloop.domains.examples import GREETING
 from twinloop.models.tool_messages import has_tools
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import CHAT_RESPONSES, AnswerMessage, ChatCompletion, Choice, Usage
@@ -51,7 +52,7 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 """Parameters that do not concern the answer."""
 
 
-EXAMPLE = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 16}
+EXAMPLE = {"messages": GREETING, "max_tokens": 16}
 
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 

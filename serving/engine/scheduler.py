@@ -58,7 +58,7 @@ class SchedulerMetrics:
 
 
 class Place:
-    """Room for one request, held from `Scheduler.reserve` until its prompt is submitted or the `with` block ends."""
+    """A place in the queue for one request: from `Scheduler.reserve` until its prompt is submitted or the block ends."""
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
