@@ -58,7 +58,7 @@ class SchedulerMetrics:
 
 
 class Place:
-    """A place in the queue for one request: from `Scheduler.reserve` until its prompt is submitted or the block ends."""
+    """A place in the queue for one request; held until its prompt is submitted or the `with` block ends."""
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler = scheduler
