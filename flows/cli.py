@@ -32,6 +32,9 @@ app.add_typer(data_app, name="data")
 RecipePath = Annotated[
     Path | None, typer.Argument(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
 ]
+DataFolder = Annotated[
+    Path, typer.Argument(help="as `data` of a recipe; by default the project", metavar="FOLDER", show_default=False)
+]
 ModelName = Annotated[str | None, typer.Option("--model", help="registered model; by default that of the recipe")]
 
 
@@ -211,21 +214,21 @@ def documents_history(document_id: Annotated[str, typer.Argument()], model: Mode
 
 
 @data_app.command("build")
-def data_build() -> int:
+def data_build(folder: DataFolder = Path()) -> int:
     """Bring data/ to the version of params.yaml and the generator."""
     from twinloop.records.dataset import build_data
 
-    version = build_data(_project())
+    version = build_data(_project() / folder)
     typer.echo(f"{version.path}: {version.md5}")
     return 0
 
 
 @data_app.command("check")
-def data_check() -> int:
+def data_check(folder: DataFolder = Path()) -> int:
     """Check every byte of data/ against its version."""
     from twinloop.records.dataset import check_data
 
-    version = check_data(_project())
+    version = check_data(_project() / folder)
     typer.echo(f"{version.path}: {version.md5}, as in data.dvc")
     return 0
 

@@ -46,16 +46,17 @@ def show_history(project: Path, model: str, document_id: str) -> int:
 
 @contextmanager
 def _documents(project: Path, model: str) -> Iterator[DocumentStore]:
-    with closing(open_documents(project, model, _domain_of(project, model))) as store:
+    with closing(open_documents(project, model, *_domain_and_dataset(project, model))) as store:
         yield store
 
 
-def _domain_of(project: Path, model: str) -> Domain:
-    """What a model is for: as its champion's tag names it, or, while it has none, the recipe of its name."""
+def _domain_and_dataset(project: Path, model: str) -> tuple[Domain, str]:
+    """What a model is for and made from: by its champion's tags, or, while it has none, the recipe of its name."""
     from twinloop.domains.loader import load_domain
     from twinloop.tasks.recipe import recipe_of
 
     champion = Registry.of(project, model).snapshot().alias(CHAMPION)
     if champion is not None:
-        return load_served_domain(champion, project).domain
-    return load_domain(recipe_of(model, project).domain, project).domain
+        return load_served_domain(champion, project).domain, champion.dataset
+    recipe = recipe_of(model, project)
+    return load_domain(recipe.domain, project).domain, recipe.dataset

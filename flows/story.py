@@ -58,6 +58,7 @@ def tracked_lifecycle(context: Context, recipe: Recipe) -> Iterator[Tracked]:
         name=title,
         settings=recipe.plain(),
         recipe_path=context.recipe_path,
+        dataset=context.dataset,
         code=context.code,
     )
     with Tracker(context.mlruns, execution) as tracker:

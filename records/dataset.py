@@ -27,7 +27,8 @@ from filelock import FileLock, Timeout
 from twinloop.common.errors import UserError
 from twinloop.common.files import write_whole
 from twinloop.domains import generate
-from twinloop.records.dvc_project import DATA_DIR, DATA_FILE, PIPELINE, DvcProject, open_project
+from twinloop.records import DATA_DIR, DATA_FILE
+from twinloop.records.dvc_project import PIPELINE, DvcProject, open_project
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     if unbuilt:
         write_whole(project / DATA_FILE, IMPORT)
     _make_repository(project)
-    tmp = project / ".dvc" / "tmp"
+    tmp = _repository(project) / "tmp"
     tmp.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
     try:
@@ -193,16 +194,23 @@ def _check_params(dvc: DvcProject) -> None:
 def _make_repository(project: Path) -> None:
     """Make the project a DVC repository where it is none. Without git above it, DVC works without git."""
     in_git = any((folder / ".git").exists() for folder in (project, *project.parents))
-    if not (project / ".dvc" / "config").is_file():
+    config = _repository(project) / "config"
+    if not config.is_file():
         below = [] if (project / ".git").exists() else ["--subdir"]
         command = ["init", "-q", *(below if in_git else ["--no-scm"])]
-    elif not in_git and "no_scm" not in (project / ".dvc" / "config").read_text(encoding="utf-8"):
+    elif not in_git and "no_scm" not in config.read_text(encoding="utf-8"):
         command = ["config", "--local", "core.no_scm", "true"]
     else:
         return
     done = _dvc(project, *command)
     if done.returncode:
         raise UserError(f"{project}: no DVC repository, and `dvc init` fails: {' '.join(done.stdout.split())}")
+
+
+def _repository(project: Path) -> Path:
+    """DVC's own folder: that of the repository that the project is in, or is."""
+    folders = (folder / ".dvc" for folder in (project, *project.parents))
+    return next((folder for folder in folders if (folder / "config").is_file()), project / ".dvc")
 
 
 def _run(project: Path, deadline: float, *command: str) -> None:
@@ -213,7 +221,7 @@ def _run(project: Path, deadline: float, *command: str) -> None:
         if done.returncode == 0:
             return
         if BROKEN_LOCK_FILE.search(done.stdout):
-            (project / ".dvc" / "tmp" / "rwlock").unlink(missing_ok=True)
+            (_repository(project) / "tmp" / "rwlock").unlink(missing_ok=True)
         elif not BUSY.search(done.stdout):
             raise UserError(_explain(project, done.stdout))
         if time.monotonic() > deadline:
@@ -241,7 +249,7 @@ def _dvc(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _explain(project: Path, output: str) -> str:
     """One line out of what DVC printed when it failed; all of it is kept beside DVC's own temporary files."""
-    log = project / ".dvc" / "tmp" / "repro.log"
+    log = _repository(project) / "tmp" / "repro.log"
     log.write_text(output, encoding="utf-8")
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]

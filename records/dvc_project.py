@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dvc_data.hashfile.state import StateNoop
 
 from twinloop.common.errors import UserError, one_line
+from twinloop.records import DATA_DIR, DATA_FILE
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from dvc.stage import PipelineStage
     from dvc_data.hashfile.hash_info import HashInfo
 
-DATA_DIR = "data"
-DATA_FILE = "data.dvc"
 PIPELINE, LOCK = "dvc.yaml", "dvc.lock"
 DVC = ("dvc", "dvc_data", "dvc_objects")
 

@@ -57,7 +57,9 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
     traces = TraceStore(project / "state" / "traces")
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
-        manager = ModelManager(_load(served, domain, open_documents(project, name, domain), traces, slots))
+        manager = ModelManager(
+            _load(served, domain, open_documents(project, name, domain, served.dataset), traces, slots)
+        )
         try:
             yield manager
         finally:

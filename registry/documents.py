@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twinloop.domains.domain import Document, Domain
+from twinloop.records import DATA_FILE
 from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Version
 from twinloop.serving.knowledge.documents import EMPTY_DIGEST, DocumentStore, DocumentStoreError
 from twinloop.serving.knowledge.history import contents_digest
@@ -22,17 +23,24 @@ def documents_file(project: Path, model: str) -> Path:
     return project / "state" / "documents" / f"{model}.db"
 
 
-def open_documents(project: Path, model: str, domain: Domain) -> DocumentStore:
-    """The documents that a model's answers are based on. A store that is still empty starts with those of the data."""
+def open_documents(project: Path, model: str, domain: Domain, dataset: str = DATA_FILE) -> DocumentStore:
+    """The documents that a model's answers are based on. A store that is still empty starts with those of the data.
+
+    dataset: the file that versions the data, relative to the project.
+    """
     store = DocumentStore(documents_file(project, model), domain.check_document)
-    if domain.passages and store.digest() == EMPTY_DIGEST and (documents := documents_of_data(project, domain)):
+    if (
+        domain.passages
+        and store.digest() == EMPTY_DIGEST
+        and (documents := documents_of_data(project / dataset, domain))
+    ):
         store.seed(documents)
     return store
 
 
-def import_documents(project: Path, model: str, domain: Domain) -> Imported | None:
+def import_documents(project: Path, model: str, domain: Domain, dataset: str = DATA_FILE) -> Imported | None:
     """Put what has changed in the data's documents; None where the domain has none, or the data no file of them."""
-    documents = documents_of_data(project, domain)
+    documents = documents_of_data(project / dataset, domain)
     if not documents:
         return None
     with closing(DocumentStore(documents_file(project, model), domain.check_document)) as store:
@@ -54,20 +62,20 @@ def documents_warning(project: Path, champion: Version) -> str | None:
     return words if differs else None
 
 
-def data_digest(project: Path, domain: Domain) -> str | None:
+def data_digest(dataset: Path, domain: Domain) -> str | None:
     """`contents_digest` of the data's documents, which a model is trained and evaluated with; None: it has none."""
-    documents = documents_of_data(project, domain)
+    documents = documents_of_data(dataset, domain)
     return contents_digest(documents) if documents else None
 
 
-def documents_of_data(project: Path, domain: Domain) -> list[Document]:
+def documents_of_data(dataset: Path, domain: Domain) -> list[Document]:
     """The good rows of the data's documents, of each document the newest; none where there are none."""
     if not domain.passages:
         return []
     from twinloop.records.files import find_data  # pandera and polars take a second
     from twinloop.records.validation import check_rows
 
-    data, records = project / "data", domain.record_types()
+    data, records = dataset.with_suffix(""), domain.record_types()
     if not (paths := find_data(data, records).of.get("documents")):
         return []
     rows, _ = check_rows(data, paths, records["documents"])

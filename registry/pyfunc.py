@@ -25,6 +25,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.loader import load_domain
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.records import DATA_FILE
 from twinloop.registry.documents import open_documents
 from twinloop.registry.flavours import MAX_TOKENS
 from twinloop.registry.logged_models import MODEL_FOLDER
@@ -129,7 +130,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> De
     if domain.request is None:
         return ChatModel(scheduler, tokenizer, domain.max_answer_tokens)
     about = ModelInfo(name=name, version=str(version.version) if version else "", digest=digest)
-    documents = _documents(project, folder, name, domain)
+    documents = _documents(project, folder, name, domain, version.dataset if version else DATA_FILE)
     return DecisionModel(DecisionService(scheduler, tokenizer, documents, about, domain), domain.request)
 
 
@@ -155,10 +156,10 @@ def _domain(name: str, project: Path | None, *, about: str) -> Domain:
         raise UserError(f"{about}: its domain {name} cannot be loaded ({error}){hint}") from None
 
 
-def _documents(project: Path | None, folder: Path, name: str, domain: Domain) -> DocumentStore:
+def _documents(project: Path | None, folder: Path, name: str, domain: Domain, dataset: str) -> DocumentStore:
     """The project's, as the server has them; none for a domain that retrieves none."""
     if project is not None:
-        return open_documents(project, name, domain)
+        return open_documents(project, name, domain, dataset)
     if domain.passages:
         raise UserError(
             f"{name}: its decisions are based on documents of its project, and these files are not in one; "

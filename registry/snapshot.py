@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twinloop.common.errors import UserError
+from twinloop.records import DATA_FILE
 from twinloop.registry.database import BUSY_FOR_S, holds_records, is_locked, locked_error
 from twinloop.registry.tracking import Mlruns
 
@@ -76,6 +77,11 @@ class Version:
                 "what the recipe names, such as returns"
             )
         return self.tags["domain"]
+
+    @property
+    def dataset(self) -> str:
+        """The file that versions the data that it was made from, relative to the project."""
+        return self.tags.get("dataset", DATA_FILE)
 
     @property
     def domain_fingerprint(self) -> str | None:

@@ -152,7 +152,7 @@ def origins(chain: list[Version]) -> list[Origin]:
     if gone := chain[-1].parent:
         steps.append(Origin("deleted", f"{gone} (not in MLflow any more)", ""))
     subject = chain[0].tags
-    steps.append(Origin("dataset", "data.dvc", subject.get("dataset_digest", "")))
+    steps.append(Origin("dataset", chain[0].dataset, subject.get("dataset_digest", "")))
     steps.append(Origin("recipe", subject.get("recipe", ""), ""))
     # All of it, not the first characters: "+dirty" is at its end.
     steps.append(Origin("code", subject.get("commit", ""), ""))

@@ -30,6 +30,7 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from twinloop.common.errors import is_disk_full, one_line
+from twinloop.records import DATA_FILE
 from twinloop.registry.database import Migrations, prepare_database
 from twinloop.registry.liveness import HOST, alive_lock, mark_killed, release, seen_alive
 
@@ -166,6 +167,8 @@ class Execution:
     lifecycle: str | None = None
     recipe_path: Path | None = None
     parents: Mapping[str, str] = field(default_factory=dict)  # stage -> key of each input artifact
+    dataset: str = DATA_FILE
+    """What versions the data, relative to the project."""
     dataset_digest: str | None = None
     code: CodeVersion = CodeVersion(None)
 
@@ -294,7 +297,8 @@ class Tracker:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         # What a MetaDataset becomes in the database, without the download source that it asks for.
-        dataset = Dataset(name="data.dvc", digest=digest, source_type="dvc", source=json.dumps({"path": "data.dvc"}))
+        path = self.execution.dataset
+        dataset = Dataset(name=path, digest=digest, source_type="dvc", source=json.dumps({"path": path}))
         tag = InputTag("mlflow.data.context", self.execution.stage)
         self.mlruns.client.log_inputs(self.run_id, [DatasetInput(dataset, [tag])])
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twinloop.common.errors import UserError
+from twinloop.records import DATA_FILE
 from twinloop.registry.artifact import Manifest
 from twinloop.registry.flavours import MLMODEL, write_flavour
 from twinloop.registry.logged_models import MODEL_FOLDER, NewModel, finished, new_model
@@ -56,6 +57,7 @@ class Lineage:
     domain_fingerprint: str | None = None  # of the domain's code that it was measured with
     about: Mapping[str, str] = field(default_factory=dict)
     """What people want to read of it in MLflow, short: further tags."""
+    dataset: str = DATA_FILE  # what versions its data, relative to the project
     documents_digest: str | None = None  # of the documents that it was measured with; None: it has none
 
 
@@ -300,6 +302,7 @@ def _tags(manifest: Manifest, lineage: Lineage, servable: bool, model: NewModel,
         "stage": manifest.stage,
         "key": manifest.key,
         "manifest_digest": manifest.digest,
+        "dataset": lineage.dataset,
         "dataset_digest": lineage.dataset_digest or "",
         "commit": lineage.code,
         "recipe": lineage.recipe,

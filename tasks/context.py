@@ -15,6 +15,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule
 from twinloop.domains.domain import Domain, chosen_split_keys
 from twinloop.domains.loader import LoadedDomain, load_domain
+from twinloop.records import DATA_FILE
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.fingerprint import fingerprint, module_fingerprint
 from twinloop.registry.tracking import CodeVersion, Execution, Mlruns, Tracker, code_version
@@ -81,6 +82,8 @@ class Context:
     progress: Progress
     code: CodeVersion
     checkpoint_every_s: float
+    dataset: str = DATA_FILE
+    """The file that versions its data, relative to the project."""
     lifecycle: str | None = None
     """The MLflow run that the stages are nested under."""
 
@@ -104,6 +107,7 @@ class Context:
             progress=progress,
             code=code_version(project, path),
             checkpoint_every_s=recipe.checkpoint_every_s,
+            dataset=recipe.dataset,
         )
 
     def on_data(self, digest: str) -> Context:
@@ -113,6 +117,11 @@ class Context:
     def within(self, lifecycle: str) -> Context:
         """The same, as a part of this MLflow run."""
         return replace(self, lifecycle=lifecycle)
+
+    @property
+    def data_home(self) -> Path:
+        """The folder of the file that versions its data."""
+        return (self.project / self.dataset).parent
 
     @property
     def domain(self) -> Domain:
@@ -159,6 +168,7 @@ class Context:
                 settings=settings,
                 lifecycle=self.lifecycle,
                 parents={name: value.key for name, value in inputs.items() if isinstance(value, Artifact)},
+                dataset=self.dataset,
                 dataset_digest=self.dataset_digest,
                 code=self.code,
             )

@@ -29,8 +29,8 @@ def data_stage(context: Context) -> tuple[DataVersion, float | None]:
     context.progress.started("data")
     started = time.perf_counter()
     seconds = None
-    if (version := current_version(context.project)) is None:
-        version = build_data(context.project)
+    if (version := current_version(context.data_home)) is None:
+        version = build_data(context.data_home)
         seconds = time.perf_counter() - started
     context.progress.finished("data", seconds=seconds, name=version.md5)
     return version, seconds

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_validator
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_valida
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.records import DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here
@@ -131,6 +132,8 @@ class Recipe(StrictModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     """What a crash may cost. Changes no result."""
+    data: Annotated[str, Field(pattern=r"^(\.|[\w-]+(/[\w-]+)*)$")] = "."
+    """The folder whose data.dvc versions the data, relative to the project: `.` where the project has one data set."""
     base: BaseSettings
     validate_: Annotated[ValidateSettings, Field(alias="validate")] = ValidateSettings()
     train: tuple[InstanceOf[TrainStage], ...]
@@ -155,6 +158,11 @@ class Recipe(StrictModel):
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
         return self
+
+    @property
+    def dataset(self) -> str:
+        """The file that versions the data, relative to the project."""
+        return (PurePosixPath(self.data) / DATA_FILE).as_posix()
 
     @property
     def record_types(self) -> tuple[str, ...]:

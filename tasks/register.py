@@ -38,7 +38,7 @@ def register_stage(
         alias = f"export-{precision}"
         _register(context, registry.checkpoints, other, parent, about=about | {"precision": precision}, alias=alias)
     precision = exported.metrics.get("precision", "")
-    documents = data_digest(context.project, context.domain)
+    documents = data_digest(context.project / context.dataset, context.domain)
     about |= {"precision": precision}
     return _register(context, registry, exported, parent, about=about, documents=documents, servable=True)
 
@@ -63,6 +63,7 @@ def _register(
     lineage = Lineage(
         recipe=str(context.recipe_path or context.recipe),
         domain=context.loaded_domain.name,
+        dataset=context.dataset,
         dataset_digest=context.dataset_digest,
         code=made_by or context.code,
         parent=parent,
@@ -110,4 +111,4 @@ def promote_if_shipped(context: Context, *, version: Version, report: GateReport
 @task(name="documents", persist_result=False)
 def import_data_documents(context: Context) -> Imported | None:
     """Put what has changed in the data's documents into the index of the model. None: there are none."""
-    return import_documents(context.project, context.recipe, context.domain)
+    return import_documents(context.project, context.recipe, context.domain, context.dataset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from twinloop.models.memory import serving_memory
+from twinloop.records import DATA_DIR
 from twinloop.tasks.recipe import Recipe
 
 CHECKPOINT_VALUES = 3
@@ -26,5 +27,5 @@ def run_bytes(recipe: Recipe, project: Path) -> int:
     for precision in recipe.export.on(recipe.runtime().device):
         memory = serving_memory(network, precision=precision, slots=1, max_length=recipe.base.max_length)
         exported += 2 * (memory.weights_bytes + memory.scales_bytes)
-    data = sum(path.stat().st_size for path in (project / "data").rglob("*") if path.is_file())
+    data = sum(path.stat().st_size for path in (project / recipe.data / DATA_DIR).rglob("*") if path.is_file())
     return models + checkpoints + exported + data + BESIDES

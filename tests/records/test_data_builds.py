@@ -201,3 +201,26 @@ def test_dvc_knows_every_file_that_makes_the_data() -> None:
 
 def is_ours(file: str) -> bool:
     return bool(file) and any(Path(file).is_relative_to(PROJECT / package) for package in PACKAGES)
+
+
+def test_a_folder_of_the_project_can_hold_a_data_set_of_its_own(project: Path) -> None:
+    """With settings and a version of its own, in the project's DVC repository."""
+    before = current_version(project)
+    more = project / "datasets" / "more"
+    more.mkdir(parents=True)
+    shutil.copy(project / "words.py", more)
+    shutil.copy(project / "tickets.py", more)
+    (more / "params.yaml").write_text("generate: {documents: 3}")
+    (more / "dvc.yaml").write_text(
+        "stages:\n  generate:\n    cmd: python -m twinloop.domains.generate ./tickets.py\n"
+        "    deps: [tickets.py, words.py]\n    params: [generate]\n    outs: [raw]\n"
+    )
+    made = build_data(more)
+    assert made.path == more / "data"
+    assert len((made.path / "corpus.jsonl").read_text().splitlines()) == 3
+    assert check_data(more) == current_version(more) == made
+    assert not (more / ".dvc").exists()
+    assert current_version(project) == before
+    set_params(more, documents=4)
+    assert current_version(more) is None
+    assert current_version(project) == before
