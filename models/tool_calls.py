@@ -11,9 +11,9 @@ from twinloop.common.errors import UserError
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.models.tool_messages import CALL_ID_LENGTH, call_of, has_tools, takes_arguments_as_text
 
-_NAMES = ("first-function", "other-function")
-_IDS = ("firstcall", "othercall")
-_ARGUMENTS = ({"first-key": "first-value"}, {"other-key": "other-value"})
+_NAMES = ("first-function", "other-function", "final-function")
+_IDS = ("firstcall", "othercall", "finalcall")
+_ARGUMENTS = ({"first-key": "first-value"}, {"other-key": "other-value"}, {"final-key": "final-value"})
 _TEXT = "text-before"
 _DESCRIPTION, _PROPERTY = "what-it-does", "property-name"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
@@ -59,6 +59,8 @@ def read_call_form(tokenizer: ChatTokenizer) -> CallForm:
     """The form of calls. Raises UserError, with the reason, where the chat template does not show one that can be
     told from text and read back."""
     probe = _Probe(tokenizer)
+    if not probe.plain_text():
+        raise UserError("it writes something around an answer of text")
     turn = probe.turn(1)
     opening, rest = _split(turn, _NAMES[0], "name")
     after_name, rest = _split(rest, json.dumps(_ARGUMENTS[0]), "arguments as JSON")
@@ -112,6 +114,11 @@ class _Probe:
             raise UserError("an answer with calls does not begin where its prompt ends")
         return length
 
+    def plain_text(self) -> bool:
+        """Whether an answer without calls is its text alone."""
+        said = [{"role": "assistant", "content": _TEXT}, {"role": "user", "content": "question"}]
+        return self._render(said)[self.start :].strip().startswith(_TEXT)
+
     def turn(self, calls: int, content: str = "") -> str:
         """What the model writes for so many calls, up to the stop token."""
         whole = self._render(self._calls(calls, content))
@@ -153,20 +160,17 @@ def _trigger(opening: str, tokenizer: ChatTokenizer) -> str:
 
 
 def _between(form: CallForm, probe: _Probe) -> str | None:
-    """What stands from the end of one call to the name of the next."""
+    """What stands from the end of one call to the name of the next; None where there is nothing that always does."""
     try:
-        turn = probe.turn(2)
-    except UserError:  # templates may take one call only
+        two, three = probe.turn(2), probe.turn(3)
+    except UserError:  # some templates take one call only
         return None
-    ids = [(form.before_id or "") + id if form.before_id is not None else "" for id in _IDS]
-    first, last = (
-        f"{name}{form.after_name}{json.dumps(arguments)}{id}"
-        for name, arguments, id in zip(_NAMES, _ARGUMENTS, ids, strict=True)
-    )
-    begin, end = form.opening + first, last + form.closing
-    if len(turn) <= len(begin) + len(end) or not turn.startswith(begin) or not turn.endswith(end):
-        raise UserError("several calls are not written as one is")
-    return turn[len(begin) : len(turn) - len(end)]
+    calls = [
+        name + form.after_name + json.dumps(arguments) + ("" if form.before_id is None else form.before_id + id)
+        for name, arguments, id in zip(_NAMES, _ARGUMENTS, _IDS, strict=True)
+    ]
+    between, found, _ = two.removeprefix(form.opening + calls[0]).partition(calls[1] + form.closing)
+    return between if found and three == form.opening + between.join(calls) + form.closing else None
 
 
 def _after_text(form: CallForm, probe: _Probe) -> bool:

@@ -126,8 +126,8 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
             raise _refused("tool_choice", "cannot be kept to without tools")
         return None
     form = support.require()
+    _check(tools)
     mode, names = _chosen(tools, choice)
-    schemas = {tool.function.name: _schema(index, tool.function, grammars) for index, tool in enumerate(tools)}
     answer_schema = schema_of(asked.response_format)
     if answer_schema is not None:
         grammars.json_schema(answer_schema)  # refuses it by its own name
@@ -135,32 +135,41 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
     may_be_json = form.trigger.lstrip("[")[:1] in ("", "{", '"')
     if answer_schema is not None and mode == "auto" and may_be_json:
         raise _refused("response_format", "cannot be told from this model's calls of tools; ask for one of both")
-    calls = _calls_rule(
-        form, {name: schemas[name] for name in names}, grammars, several=asked.parallel_tool_calls is not False
-    )
-    text = _text_rules(form, anchored, grammars) if answer_schema is None else f"text: {json_rule(answer_schema)}\n"
-    start = {
-        "none": "start: text\n",
-        "required": f"start: {_beginning(form, grammars, after_text=form.text_first)} calls\n",
-        "auto": f"start: text | {_beginning(form, grammars, after_text=not anchored)} calls\n",
-    }[mode]
     try:
-        constraint = grammars.lark(start + text + ("" if mode == "none" else calls))
+        rules = {
+            "none": "start: text\n",
+            "required": f"start: {_beginning(form, grammars, after_text=form.text_first)} calls\n",
+            "auto": f"start: text | {_beginning(form, grammars, after_text=not anchored)} calls\n",
+        }[mode]
+        rules += f"text: {json_rule(answer_schema)}\n" if answer_schema is not None else _text_rules(form, anchored, grammars)
+        if mode != "none":
+            called = [tool.function for tool in tools if tool.function.name in names]
+            rules += _calls_rules(form, called, grammars, several=asked.parallel_tool_calls is not False)
+        constraint = grammars.lark(rules)
     except GrammarError as error:
+        _name_refused(tools, grammars)
         raise _refused("tools", str(error)) from None
-    return ToolUse(form, [_prompt_tool(tool.function) for tool in tools], constraint, mode != "none", anchored)
+    prompt_tools = [_prompt_tool(tool.function) for tool in tools]
+    return ToolUse(form, prompt_tools, constraint, may_call=mode != "none", anchored=anchored)
 
 
 def _refused(param: str, problem: str) -> ApiError:
     return ApiError(400, f"{param}: {problem}", code="unsupported_parameter", param=param)
 
 
+def _check(tools: Sequence[Tool]) -> None:
+    names: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.function.name in names:
+            raise _refused(f"tools.{index}.function.name", "another tool has this name")
+        names.add(tool.function.name)
+        if (tool.function.parameters or {}).get("type", "object") != "object":
+            raise _refused(f"tools.{index}.function.parameters", "must describe an object")
+
+
 def _chosen(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Mode, list[str]]:
     """Whether something must be called, and what may be."""
     known = [tool.function.name for tool in tools]
-    for index, name in enumerate(known):
-        if name in known[:index]:
-            raise _refused(f"tools.{index}.function.name", "another tool has this name")
     if isinstance(choice, NamedTool):
         mode: Mode = "required"
         named = {"tool_choice.function.name": choice.function.name}
@@ -178,19 +187,20 @@ def _chosen(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Mode, lis
     return mode, list(dict.fromkeys(named.values()))
 
 
-def _schema(index: int, function: FunctionDefinition, grammars: Grammars) -> dict[str, Any]:
+def _name_refused(tools: Sequence[Tool], grammars: Grammars) -> None:
+    """Raise ApiError for the first of the tools whose arguments cannot be held to their schema."""
+    for index, tool in enumerate(tools):
+        try:
+            grammars.json_schema(_schema(tool.function))
+        except GrammarError as error:
+            raise _refused(f"tools.{index}.function.parameters", str(error)) from None
+
+
+def _schema(function: FunctionDefinition) -> dict[str, Any]:
     """The schema of a tool's arguments, which are an object."""
-    path = f"tools.{index}.function.parameters"
     if not function.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
-    if function.parameters.get("type", "object") != "object":
-        raise _refused(path, "must describe an object")
-    schema = {"type": "object", **function.parameters}
-    try:
-        grammars.json_schema(schema)
-    except GrammarError as error:
-        raise _refused(path, str(error)) from None
-    return schema
+    return {"type": "object", **function.parameters}
 
 
 def _prompt_tool(function: FunctionDefinition) -> dict[str, Any]:
@@ -202,21 +212,18 @@ def _prompt_tool(function: FunctionDefinition) -> dict[str, Any]:
     }
 
 
-def _calls_rule(form: CallForm, schemas: Mapping[str, Any], grammars: Grammars, *, several: bool) -> str:
+def _calls_rules(form: CallForm, functions: Sequence[FunctionDefinition], grammars: Grammars, *, several: bool) -> str:
     """The rules of `calls`: what comes after the opening, from the first call's name on."""
-    id = ""
-    if form.before_id is not None:
-        id = f"{grammars.literal(form.before_id)} ID"
-    alternatives = [
-        f"{grammars.literal(name + form.after_name)} {json_rule(schema)} {id}" for name, schema in schemas.items()
-    ]
+    id = "" if form.before_id is None else f"{grammars.literal(form.before_id)} ID"
     more = f"({grammars.literal(form.between)} call)*" if several and form.between is not None else ""
-    return (
-        f"calls: call {more} {grammars.literal(form.closing)}\n"
-        + "".join(f"call_{index}: {rule}\n" for index, rule in enumerate(alternatives))
-        + f"call: {' | '.join(f'call_{index}' for index in range(len(alternatives)))}\n"
-        + (f"ID: /[A-Za-z0-9]{{{CALL_ID_LENGTH}}}/\n" if id else "")
-    )
+    rules = [f"calls: call {more} {grammars.literal(form.closing)}"]
+    rules.append("call: " + " | ".join(f"call_{index}" for index in range(len(functions))))
+    for index, function in enumerate(functions):
+        begin = grammars.literal(function.name + form.after_name)
+        rules.append(f"call_{index}: {begin} {json_rule(_schema(function))} {id}")
+    if id:
+        rules.append(f"ID: /[A-Za-z0-9]{{{CALL_ID_LENGTH}}}/")
+    return "\n".join(rules) + "\n"
 
 
 def _text_rules(form: CallForm, anchored: bool, grammars: Grammars) -> str:

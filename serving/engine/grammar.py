@@ -112,8 +112,7 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             raise GrammarError(_one_line(str(error))) from None
         grammar = self._compile(text)
-        if any(_counts_keys(each) for each in _subschemas(own)):
-            raise GrammarError('Unimplemented keys: ["minProperties"] above the number of required properties')
+        _check_counts(own)
         return grammar
 
     def lark(self, text: str) -> Grammar:
@@ -153,7 +152,9 @@ class Grammars:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """What follows a schema that `Grammars.json_schema` takes, as a part of a Lark grammar."""
+    """What follows a schema, as `Grammars.json_schema` says, as a part of a Lark grammar. Raises GrammarError for one
+    that cannot be enforced, and `Grammars.lark` for others."""
+    _check_counts(schema)
     return "%json " + json.dumps(_without_options(schema) | {_OWN_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
 
 
@@ -183,6 +184,11 @@ class _Tokens:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())[:_MESSAGE_CHARACTERS]
+
+
+def _check_counts(schema: Mapping[str, Any]) -> None:
+    if any(_counts_keys(each) for each in _subschemas(schema)):
+        raise GrammarError('Unimplemented keys: ["minProperties"] above the number of required properties')
 
 
 def _counts_keys(schema: Mapping[str, Any]) -> bool:
