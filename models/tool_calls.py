@@ -14,7 +14,7 @@ from twinloop.models.tool_messages import CALL_ID_LENGTH, call_of, has_tools, ta
 _NAMES = ("first-function", "other-function", "final-function")
 _IDS = ("firstcall", "othercall", "finalcall")
 _ARGUMENTS = ({"first-key": "first-value"}, {"other-key": "other-value"}, {"final-key": "final-value"})
-_TEXT = "text-before"
+_TEXT, _RESULT = "text-before", "what-came-back"
 _DESCRIPTION, _PROPERTY = "what-it-does", "property-name"
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-")
 """Those that OpenAI allows in the name of a tool."""
@@ -123,7 +123,7 @@ class _Probe:
         """What the model writes for so many calls, up to the stop token."""
         whole = self._render(self._calls(calls, content))
         answer, stop, _ = whole[self.start :].partition(self._stop)
-        if not stop or _NAMES[0] not in answer:
+        if not stop or _NAMES[0] not in answer or _RESULT in answer:
             raise UserError(f"a turn with calls does not end with {self._stop!r}")
         return answer
 
@@ -135,7 +135,7 @@ class _Probe:
             for id, name, arguments in names_ids_arguments
         ]
         results = [
-            {"role": "tool", "tool_call_id": id, "name": name, "content": "result"}
+            {"role": "tool", "tool_call_id": id, "name": name, "content": _RESULT}
             for id, name, _ in names_ids_arguments
         ]
         return [{"role": "assistant", "content": content, "tool_calls": made}, *results]

@@ -128,29 +128,30 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
     form = support.require()
     _check(tools)
     mode, names = _chosen(tools, choice)
-    answer_schema = schema_of(asked.response_format)
-    if answer_schema is not None:
-        grammars.json_schema(answer_schema)  # refuses it by its own name
+    answer_schema = _answer_schema(asked, mode, form, grammars)
     anchored = answer_schema is not None or not form.after_text
-    may_be_json = form.trigger.lstrip("[")[:1] in ("", "{", '"')
-    if answer_schema is not None and mode == "auto" and may_be_json:
-        raise _refused("response_format", "cannot be told from this model's calls of tools; ask for one of both")
+    begin = _beginning(form, grammars, after_text=form.text_first if mode == "required" else not anchored)
+    start = {"none": "text", "required": f"{begin} calls", "auto": f"text | {begin} calls"}[mode]
+    called = [tool.function for tool in tools if mode != "none" and tool.function.name in names]
     try:
-        rules = {
-            "none": "start: text\n",
-            "required": f"start: {_beginning(form, grammars, after_text=form.text_first)} calls\n",
-            "auto": f"start: text | {_beginning(form, grammars, after_text=not anchored)} calls\n",
-        }[mode]
-        rules += f"text: {json_rule(answer_schema)}\n" if answer_schema is not None else _text_rules(form, anchored, grammars)
-        if mode != "none":
-            called = [tool.function for tool in tools if tool.function.name in names]
-            rules += _calls_rules(form, called, grammars, several=asked.parallel_tool_calls is not False)
-        constraint = grammars.lark(rules)
+        text = _text_rules(form, anchored, grammars) if answer_schema is None else f"text: {json_rule(answer_schema)}\n"
+        calls = _calls_rules(form, called, grammars, several=asked.parallel_tool_calls is not False)
+        constraint = grammars.lark(f"start: {start}\n{text}{calls}")
     except GrammarError as error:
         _name_refused(tools, grammars)
         raise _refused("tools", str(error)) from None
     prompt_tools = [_prompt_tool(tool.function) for tool in tools]
     return ToolUse(form, prompt_tools, constraint, may_call=mode != "none", anchored=anchored)
+
+
+def _answer_schema(asked: FormFields, mode: Mode, form: CallForm, grammars: Grammars) -> Mapping[str, Any] | None:
+    """The schema of an answer that calls nothing; None where it is text, or there is no such answer."""
+    schema = schema_of(asked.response_format)
+    if schema is not None:
+        grammars.json_schema(schema)  # refuses it by its own name
+        if mode == "auto" and form.trigger.lstrip("[")[:1] in ("", "{", '"'):
+            raise _refused("response_format", "cannot be told from this model's calls of tools; ask for one of both")
+    return None if mode == "required" else schema
 
 
 def _refused(param: str, problem: str) -> ApiError:
@@ -213,7 +214,9 @@ def _prompt_tool(function: FunctionDefinition) -> dict[str, Any]:
 
 
 def _calls_rules(form: CallForm, functions: Sequence[FunctionDefinition], grammars: Grammars, *, several: bool) -> str:
-    """The rules of `calls`: what comes after the opening, from the first call's name on."""
+    """The rules of `calls`: what comes after the opening, from the first call's name on. None without functions."""
+    if not functions:
+        return ""
     id = "" if form.before_id is None else f"{grammars.literal(form.before_id)} ID"
     more = f"({grammars.literal(form.between)} call)*" if several and form.between is not None else ""
     rules = [f"calls: call {more} {grammars.literal(form.closing)}"]

@@ -9,7 +9,7 @@ import pytest
 from consoles import Registered
 from served import ScriptedScheduler, make_app, running
 from test_structured import small_engine
-from tool_models import FAMILIES, save_tokenizer
+from tool_templates import FAMILIES, save_tokenizer
 
 from twinloop.domains.chat import Chat
 from twinloop.domains.returns.domain import Returns

@@ -12,8 +12,9 @@ from pydantic import BaseModel, Field
 from served import HELLO, make_app, running
 from test_chat_api import chunks_of
 from test_structured import Fails, small_engine
-from tool_models import FAMILIES, Wish, save_tokenizer
+from tool_templates import FAMILIES, save_tokenizer
 from transformers import AutoTokenizer
+from wish import Wish
 
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.grammar import Grammar
@@ -276,7 +277,10 @@ def test_an_answers_schema_holds_where_no_tool_is_called(wishing):
     if wishing.folder.name == "llama":
         error = wishing.refused(response_format=form)
         assert error["param"] == "response_format"
-        assert calls_of(wishing.ask(response_format=form, tool_choice="required"))
+    wishing.model.wish = written(wishing, ("find", {}), text="so" if wishing.folder.name == "thinking" else "")
+    forced = wishing.ask(response_format=form, tool_choice="required", parallel_tool_calls=False)
+    assert calls_of(forced) == [("find", {})]
+    if wishing.folder.name == "llama":
         return
     wishing.model.wish = "{"
     jsonschema_rs.validate(schema, json.loads(wishing.ask(response_format=form)["message"]["content"]))

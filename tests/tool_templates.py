@@ -1,20 +1,14 @@
-"""Small models with tools: chat templates in the forms of open models, and tokenizers that have their tokens."""
+"""Chat templates with tools in the forms of open models, and tokenizers that have their tokens."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from served import ScriptedStream
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.scheduler import SchedulerMetrics, Totals
 
 # Calls are marked by tokens that are no special ones, and written one by one; text may come before them.
 QWEN = (
@@ -115,42 +109,3 @@ def save_tokenizer(family: Family, folder: Path) -> ChatTokenizer:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return ChatTokenizer.load(folder)
-
-
-class Wish:
-    """A model in a scheduler's place: it writes what it is told to, as far as its constraint lets it, and then what the
-    constraint allows, at random. Where the wish has no place, it goes on as the constraint says."""
-
-    max_length = 4096
-    capacity = 4
-    running = True
-    queued = active = 0
-
-    def __init__(self, tokenizer: ChatTokenizer):
-        self.wish = ""
-        self.prompts: list[list[int]] = []
-        self._tokenizer = tokenizer
-        self._raw = Tokenizer.from_str(tokenizer._tokenizer.to_str())  # reads special tokens by their names
-
-    def metrics(self) -> SchedulerMetrics:
-        return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals())
-
-    @contextmanager
-    def reserve(self) -> Iterator[Wish]:
-        yield self
-
-    def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
-        self.prompts.append(list(prompt))
-        stop = self._tokenizer.stop_id
-        wished, random = self._raw.encode(self.wish, add_special_tokens=False).ids, np.random.default_rng(params.seed)
-        state = params.constraint.start() if params.constraint is not None else None
-        tokens: list[int] = []
-        while len(tokens) < params.max_tokens and stop not in tokens:
-            wish = wished.pop(0) if wished else stop
-            if state is not None:
-                allowed = np.flatnonzero(np.unpackbits(state.allowed(), bitorder="little"))
-                if wish not in allowed:
-                    wished, wish = [], int(random.choice(allowed))
-                state.accept(wish)
-            tokens.append(wish)
-        return ScriptedStream(tokens, 0.0, "stop" if stop in tokens else "length")
