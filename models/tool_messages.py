@@ -114,6 +114,7 @@ class _Texts:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._marks: dict[str, str] = {}
+        self._id_marks: dict[str, str] = {}
 
     def mark(self, text: str) -> str:
         """Nothing for nothing: templates ask whether there is any content."""
@@ -124,8 +125,10 @@ class _Texts:
 
     def mark_id(self, text: str) -> str:
         """A mark as long as the ids that templates expect."""
-        self.texts.append(text)
-        return mark(len(self.texts) - 1, length=CALL_ID_LENGTH)
+        if text not in self._id_marks:
+            self._id_marks[text] = mark(len(self.texts), length=CALL_ID_LENGTH)
+            self.texts.append(text)
+        return self._id_marks[text]
 
 
 def _named_results(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -107,3 +107,23 @@ def test_nothing_that_a_caller_says_of_a_tool_becomes_a_special_token(tokenizer_
         return [id for id in encode_tool_prompt(tokenizer, messages, tools) if id in tokenizer.special_ids]
 
     assert prompt(bad) == prompt("x")
+
+
+def test_templates_may_compare_what_callers_wrote(tokenizer_of):
+    """As some do, to find the call of a result, or what a schema requires."""
+    compare = (
+        "{% set calls = messages[1].tool_calls %}{% set function = tools[0].function %}"
+        "{% if calls[1].id == messages[2].tool_call_id %}{{ calls[1].function.name }} returned{% endif %}"
+        "{% for name, each in function.parameters.properties.items() if name in function.parameters.required %}"
+        "{{ name }} is {{ each.type == 'integer' }}{% endfor %}|{{ messages[2].name }}"
+    )
+    tokenizer = tokenizer_of(replace(QWEN, template=compare))
+    properties = {"days": {"type": "integer"}, "note": {"type": "string"}}
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": properties, "required": ["days"]}}]
+    calls = [{"id": id, "type": "function", "function": {"name": f"f_{id}", "arguments": {}}} for id in ("a", "b")]
+    messages = [
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "b", "content": "1"},
+    ]
+    assert tokenizer.decode(encode_tool_prompt(tokenizer, messages, tools)) == "f_b returneddays is True|f_b"
