@@ -95,10 +95,9 @@ def served(request, folders):
 @pytest.fixture(scope="module", params=FAMILIES)
 def wishing(request, folders):
     """A model that writes what a test wants, where it may."""
-    tokenizer = ChatTokenizer.load(folders / request.param)
-    wish = Wish(tokenizer)
-    with running(make_app(folders / request.param, wish, tokenizer)) as client:
-        yield Served(client, wish, tokenizer, folders / request.param)
+    wish = Wish(folders / request.param)
+    with running(make_app(folders / request.param, wish, wish.tokenizer)) as client:
+        yield Served(client, wish, wish.tokenizer, folders / request.param)
 
 
 def written(served, *calls, text=""):

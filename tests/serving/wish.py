@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from served import ScriptedStream
@@ -23,11 +24,12 @@ class Wish:
     running = True
     queued = active = 0
 
-    def __init__(self, tokenizer: ChatTokenizer):
+    def __init__(self, folder: Path):
+        """folder: of its tokenizer."""
         self.wish = ""
         self.prompts: list[list[int]] = []
-        self._tokenizer = tokenizer
-        self._raw = Tokenizer.from_str(tokenizer._tokenizer.to_str())  # reads special tokens by their names
+        self.tokenizer = ChatTokenizer.load(folder)
+        self._by_name = Tokenizer.from_file(str(folder / "tokenizer.json"))  # special tokens too
 
     def metrics(self) -> SchedulerMetrics:
         return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals())
@@ -38,8 +40,11 @@ class Wish:
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         self.prompts.append(list(prompt))
-        stop = self._tokenizer.stop_id
-        wished, random = self._raw.encode(self.wish, add_special_tokens=False).ids, np.random.default_rng(params.seed)
+        stop = self.tokenizer.stop_id
+        wished, random = (
+            self._by_name.encode(self.wish, add_special_tokens=False).ids,
+            np.random.default_rng(params.seed),
+        )
         state = params.constraint.start() if params.constraint is not None else None
         tokens: list[int] = []
         while len(tokens) < params.max_tokens and stop not in tokens:
