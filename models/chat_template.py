@@ -15,9 +15,9 @@ MARK = re.compile("\ue000(\\d+)(j?)\ue001")
 """In the place of a text while a template is rendered: its index, and whether the template writes it inside of JSON."""
 
 
-def mark(index: int) -> str:
-    """The placeholder of a text while the template is rendered."""
-    return f"\ue000{index}\ue001"
+def mark(index: int, length: int = 3) -> str:
+    """The placeholder of a text while the template is rendered, of at least so many characters."""
+    return f"\ue000{index:0{length - 2}}\ue001"
 
 
 def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:

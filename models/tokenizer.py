@@ -202,26 +202,53 @@ class ChatTokenizer:
                 raise UserError(f'messages[{index}]: a message needs "role" and "content", both text')
         return self._render([dict(message) for message in messages], add_generation_prompt)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         tokens = {name: _token_text(self._settings.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token")}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-        except TemplateError as error:
+            return self._template.render(
+                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **tokens
+            )
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:  # of its expressions too
             raise UserError(f"chat template: {error}") from error
 
-    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A prompt of messages in the template's own form, not looked at here. Raises UserError, see `render`."""
-        return self._render([dict(message) for message in messages], add_generation_prompt=True)
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """A prompt of messages in the template's own form, not looked at here. Raises UserError, see `render`.
 
-    def encode_marked(self, messages: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[int]:
-        """A prompt of messages, as `render_marked` takes them, in which `mark(i)` is the place of texts[i]."""
-        pieces = MARK.split(self.render_marked(messages))
-        ids = self._encode_template(pieces[0])
-        for index, in_json, template in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-            text = texts[int(index)]
-            ids += self.encode(json.dumps(text, ensure_ascii=False)[1:-1] if in_json else text)
-            ids += self._encode_template(template)
-        return ids
+        tools: those that the model may call, in the template's own form too.
+        """
+        return self._render([dict(message) for message in messages], add_generation_prompt=True, tools=tools)
+
+    def encode_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i].
+
+        What is between two special tokens is encoded as one text, as a model with tools was trained.
+        """
+        pieces = MARK.split(self.render_marked(messages, tools))
+        ids: list[int] = []
+        run = ""
+        for position, piece in enumerate(pieces):  # the template's text, and between it index and form of a text
+            if position % 3 == 1:
+                text = texts[int(piece)]
+                run += json.dumps(text, ensure_ascii=False)[1:-1] if pieces[position + 1] else text
+            elif position % 3 == 0:
+                head, *rest = self._special_pattern.split(piece)
+                run += head
+                for special, text in zip(rest[::2], rest[1::2], strict=True):
+                    ids += [*self.encode(run), self._special_ids[special]]
+                    run = text
+        return ids + self.encode(run)
 
     def _encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
         try:
