@@ -34,7 +34,7 @@ from twinloop.tasks.recipe import BaseSettings, TrainStage
 from twinloop.training.settings import PackedSettings, RolloutSettings
 from twinloop.training.weights import get_weights, new_decoder
 
-PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0")
+PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0", "accelerate==1.15.0")
 HERE = Path(__file__).parent
 MEDIUM_DEPTH, MEDIUM_WIDTH = 8, 320
 WANTED = {"pretrain": 1.3, "sft": 1.5, "dpo": 2.0, "grpo": 2.5}
@@ -134,7 +134,6 @@ def describe(
         "steps": steps,
         "warm_steps": WARM_STEPS,
         "learning_rate": 1e-4,
-        "lora_rank": 0,
     }
     rows = [encoded(workload, stage.name, record) for record in records]
     Path(job["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
