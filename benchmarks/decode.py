@@ -69,7 +69,7 @@ def step_rows(workload: Workload, precision: Precision) -> list[Row]:
     with TemporaryDirectory() as folder:
         model, exported = Path(folder) / "model", Path(folder) / "exported"
         save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
-        export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
+        export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
         for slots in SLOTS:
             times = time_steps(exported, slots, workload.context)
             setting = f"{precision}, {slots} x {workload.context} tokens"
@@ -177,7 +177,7 @@ def watch_cache(exported: Path, slots: int, context: int) -> CacheStep:
     with recorded_bindings() as found:
         engine.decode(0, np.zeros(slots, np.int64), np.ones(slots, bool))  # binds, and appends position `context`
     (step,) = found.values()
-    itemsize = 4 if engine.precision in ("fp32", "int8") else 2
+    itemsize = 4 if engine.precision in ("fp32", "int8", "int4") else 2
     copied = sum(
         int(np.prod(shape)) * itemsize
         for (name, (at, shape)), written in zip(step.past.items(), step.written_at(), strict=True)
@@ -228,7 +228,7 @@ def rollout_rows(workload: Workload) -> list[Row]:
     engine = BoundSampler(network, max_length=longest, prompts=len(prompts), group=settings.group_size, threads=threads)
     torch_sampler = TorchSampler(network)
     sampled = SamplingParams(
-        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(workload.tokenizer.stop_id,)
+        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=workload.tokenizer.stop_ids
     )
     greedy = replace(sampled, temperature=0.0)
 

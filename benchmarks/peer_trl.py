@@ -20,6 +20,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
@@ -77,6 +78,13 @@ def _common(job: dict[str, Any], out: str) -> dict[str, Any]:
     }
 
 
+def _lora(job: dict[str, Any]) -> Any:
+    if not job["lora_rank"]:
+        return None
+    rank = job["lora_rank"]
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def _sft(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
     packed = job["setting"] == "packed"
     config = SFTConfig(
@@ -93,7 +101,8 @@ def _sft(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch
             watch.units += float(inputs["input_ids"].numel() if mask is None else (mask > 0).sum())
             return super().compute_loss(model, inputs, *args, **options)
 
-    return Counting(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return Counting(model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                    peft_config=_lora(job))  # fmt: skip
 
 
 def _dpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
@@ -110,7 +119,8 @@ def _dpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch
             watch.units += inputs["input_ids"].shape[0] / 2
             return super().compute_loss(model, inputs, *args, **options)
 
-    return Counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return Counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                    peft_config=_lora(job))  # fmt: skip
 
 
 def _grpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
@@ -127,7 +137,8 @@ def _grpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watc
         watch.units += len(completions)
         return [float(zlib.crc32(text.encode()) % 2) for text in completions]
 
-    return GRPOTrainer(model, reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return GRPOTrainer(model, reward, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                       peft_config=_lora(job))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.tasks.recipe import BaseSettings, TrainStage
+from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.recipe import TrainStage
 from twinloop.training.settings import PackedSettings, RolloutSettings
 from twinloop.training.weights import get_weights, new_decoder
 
-PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0", "accelerate==1.15.0")
+PACKAGES = ("torch==2.13.0", "trl==1.16.0", "transformers==5.24.0", "peft==0.21.2", "accelerate==1.15.0")
 HERE = Path(__file__).parent
 MEDIUM_DEPTH, MEDIUM_WIDTH = 8, 320
 WANTED = {"pretrain": 1.3, "sft": 1.5, "dpo": 2.0, "grpo": 2.5}
@@ -113,7 +114,7 @@ def save_untrained(workload: Workload, size: str, out: Path) -> Path:
 def network(workload: Workload, size: str) -> DecoderConfig:
     if size == "small":
         return workload.config
-    medium = BaseSettings(depth=MEDIUM_DEPTH, hidden_size=MEDIUM_WIDTH, max_length=workload.recipe.base.max_length)
+    medium = NewBase(depth=MEDIUM_DEPTH, hidden_size=MEDIUM_WIDTH, max_length=workload.base.max_length)
     return medium.decoder_config(workload.tokenizer.vocab_size)
 
 
@@ -131,9 +132,11 @@ def describe(
         "domain": workload.recipe.domain,
         "settings": settings.model_dump(mode="json", exclude_computed_fields=True),
         "threads": threads,
+        "runtime": workload.runtime.model_copy(update={"threads": threads}).model_dump(),
         "steps": steps,
         "warm_steps": WARM_STEPS,
         "learning_rate": 1e-4,
+        "lora_rank": 0,
     }
     rows = [encoded(workload, stage.name, record) for record in records]
     Path(job["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

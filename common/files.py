@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -22,6 +23,12 @@ def has_space(path: Path) -> bool:
     return free_bytes(path) >= MIN_FREE_BYTES
 
 
+def file_digest(path: Path) -> str:
+    """Sha256. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fsync(path: Path) -> None:
     """Return when the file, or the folder's list of names, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -29,6 +36,14 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def link_or_copy(original: Path, place: Path) -> None:
+    """Hard-link a file that nobody writes to, or copy it where that cannot be."""
+    try:
+        place.hardlink_to(original)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(original, place)
 
 
 def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:

@@ -120,7 +120,7 @@ def run_cases(
     """
     if not cases:
         raise UserError("cases: there are none to run; a model cannot be judged without them")
-    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))
+    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=tokenizer.stop_ids)
     if not domain.has("verify"):
         shown = _sampled(cases)
         completions = engine.generate([tokenizer.encode_prompt(case.prompt) for case in shown], greedy)
@@ -142,7 +142,7 @@ def run_cases(
         for index, (case, completion) in enumerate(zip(batch, completions, strict=True)):
             outputs = [tokenizer.decode(completion.tokens)]
             outputs += [tokenizer.decode(one.tokens) for one in sampled[index * several : (index + 1) * several]]
-            verdicts = [_verdict(domain, output, case) for output in outputs]
+            verdicts = [verdict_of(domain, output, case) for output in outputs]
             confidence = math.exp(math.fsum(completion.logprobs))
             answered.append(_Answered(case, outputs, verdicts, completion.finish_reason, confidence))
         if on_progress:
@@ -166,7 +166,7 @@ def _facts(domain: Domain, record: Mapping[str, Any]) -> Any:
         return domain.read_facts(record)
 
 
-def _verdict(domain: Domain, output: str, case: Case) -> Verdict:
+def verdict_of(domain: Domain, output: str, case: Case) -> Verdict:
     with domain_code(domain, "verify", f"case {case.case_id}"):
         verdict = domain.verify(output, case.facts)
         if not isinstance(verdict, Verdict):

@@ -71,11 +71,12 @@ def init(
 @app.command()
 def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
+    from twinloop.tasks.base_source import resolve_base
     from twinloop.tasks.recipe import load_recipe
 
     project = _project()
     path = _recipe(project, recipe)
-    load_recipe(path, project)  # a mistake is reported before anything starts
+    resolve_base(load_recipe(path, project), project)  # a mistake is reported before anything starts
     quiet_prefect()
     from twinloop.flows.run import run_lifecycle
 
@@ -144,6 +145,37 @@ def gate(
 
 
 @app.command()
+def parity(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a number, or champion, candidate, previous")],
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="merged, fp32, fp16, bf16, int8, int4, gguf or llama.cpp; may be repeated. "
+            "By default all that the release has and all that have "
+            "a limit",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the report, for programs")] = False,
+) -> int:
+    """Compare every form of a release with the trained network. Exit code 1 where a limit is broken.
+
+    The same prompts, of the evaluation cases, go through the network and through each form that it was released in. A
+    line a form says: the share of greedy tokens alike; the largest difference of a logit; how many prompts get an
+    answer with another verdict, how many other token ids (tokenizer, template); whether its stop token is the trained
+    one; and how many of its answers end with it. Limits are under `parity` in the gate rules. A form that is not in
+    the registry is exported for the comparison; what was measured of the same bytes before is not measured again.
+    """
+    from twinloop.flows.parity import show_parity
+
+    project = _project()
+    return show_parity(project, _recipe(project, recipe), version, form or [], as_json=as_json)
+
+
+@app.command()
 def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = None) -> int:
     """Make a version that passed the gate the champion."""
     from twinloop.flows.status import promote_version
@@ -171,6 +203,23 @@ def report(
 
     project = _project()
     return write_version_report(project, _model(project, model), version)
+
+
+@app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="a number, or an alias such as champion")],
+    directory: Annotated[Path, typer.Argument(help="a new or empty folder", metavar="DIR")],
+    to: Annotated[str, typer.Option(help="huggingface, gguf, genai or peft")],
+    type: Annotated[
+        str | None, typer.Option(help="of the weights: f32, f16 or bf16; of a GGUF file also q8_0 or q4_0")
+    ] = None,
+    model: ModelName = None,
+) -> int:
+    """Write a version for other tools, once it is seen to choose the same tokens there."""
+    from twinloop.flows.status import export_version
+
+    project = _project()
+    return export_version(project, _model(project, model), version, to, directory, type=type)
 
 
 @app.command()

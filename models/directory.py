@@ -1,12 +1,16 @@
 """The model directory: what `transformers` calls a checkpoint, read and written without torch.
 
 config.json, model.safetensors, generation_config.json, and the tokenizer's tokenizer.json and tokenizer_config.json.
+
+An adapted model has no weights of its own, but two folders: `base/`, the model directory that was adapted, its files
+hard-linked so that they take no space again, and `adapter/`, in PEFT's form. Its weights are the two merged.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,15 +20,23 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import link_or_copy
+from twinloop.models.adapter import ADAPTER_CONFIG, Adapter, read_adapter, save_adapter
 from twinloop.models.config import DecoderConfig
+from twinloop.models.family import read_config, write_config
+from twinloop.models.shapes import weight_shapes
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+BASE, ADAPTER = "base", "adapter"
 
 
 class SavesItself(Protocol):
+    @property
+    def stop_ids(self) -> Sequence[int]: ...
+
     def save(self, directory: Path, /, *, max_length: int) -> object: ...
 
 
@@ -33,11 +45,13 @@ def save_model(
 ) -> None:
     """Write a model directory. tensors: by Hugging Face's names, `lm_head.weight` absent where it is tied.
 
+    What ends an answer is what the tokenizer says, where there is one: it may be more tokens than the config has.
     The directory is made if need be. Whoever needs it whole or not at all writes beside and renames.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / CONFIG, config.to_huggingface())
-    stop = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    _write_json(directory / CONFIG, write_config(config))
+    stop_ids = [config.eos_token_id] if tokenizer is None else list(tokenizer.stop_ids)
+    stop = {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids if stop_ids[1:] else stop_ids[0]}
     _write_json(directory / GENERATION_CONFIG, {"do_sample": False, "pad_token_id": config.pad_token_id, **stop})
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})  # transformers asks for the format
@@ -45,22 +59,50 @@ def save_model(
         tokenizer.save(directory, max_length=config.max_position_embeddings)
 
 
+def save_adapted(directory: Path, source: Path, adapter: Adapter, *, skip: str) -> None:
+    """Write an adapted model. source: the model directory that the adapter was trained on top of, itself adapted or
+    not: adapters on each other become one on the same base. skip: the name of a file of `source` that is not its own.
+    """
+    base = source
+    if is_adapted(source):
+        base = source / BASE
+        adapter = read_adapter(source / ADAPTER, load_config(source)).then(adapter)
+    (directory / BASE).mkdir(parents=True)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.name != skip:
+            link_or_copy(path, directory / BASE / path.name)
+            if not path.name.startswith(WEIGHTS.partition(".")[0]):
+                shutil.copyfile(path, directory / path.name)
+    save_adapter(directory / ADAPTER, adapter, base=f"../{BASE}")
+
+
+def is_adapted(directory: Path) -> bool:
+    return (directory / ADAPTER / ADAPTER_CONFIG).is_file() and (directory / BASE).is_dir()
+
+
 def load_config(directory: Path) -> DecoderConfig:
     """The network's shape. Raises UserError where config.json is missing, broken, or of another architecture."""
     fields = _read_json(directory / CONFIG)
     try:
-        return DecoderConfig.from_huggingface(fields)
+        return read_config(fields)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
 
 
 def load_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All weights by name, in the type they are stored in; of one file, or of the shards that an index names.
+    """All weights by name, in the type they are stored in; of one file, or of the shards that an index names. Those of
+    an adapted model are merged, in float32.
 
     Raises UserError where a file is missing or corrupt.
     """
+    if is_adapted(directory):
+        config, weights = load_config(directory), load_tensors(directory / BASE)
+        shapes = {name: array.shape for name, array in weights.items()}
+        where = str(directory / BASE)
+        check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=where)
+        return read_adapter(directory / ADAPTER, config).merge(weights)
     tensors: dict[str, np.ndarray] = {}
-    for name in _weight_files(directory):
+    for name in weight_files(directory):
         try:
             tensors |= load_file(_existing(directory / name))
         except (SafetensorError, OSError) as error:
@@ -86,7 +128,8 @@ def check_tensors(
             )
 
 
-def _weight_files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files of a model directory. Raises UserError where the index of shards is broken."""
     index = directory / WEIGHTS_INDEX
     if not index.exists():
         return [WEIGHTS]

@@ -3,7 +3,7 @@
 Weights, scales, gradients, optimizer state and KV cache are exact. Activations, runtime buffers and time are estimates:
 they depend on kernels, and say so in their names' documentation.
 
-Shapes: D width, F MLP width, H query heads, K key-value heads, E head width, V vocabulary, N layers.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from twinloop.common.errors import UserError
-from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
+from twinloop.models.adapter_form import AdapterForm
+from twinloop.models.chunks import PREFILL_CHUNK, logit_chunk
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_graph import compute_type, slot_capacity
-from twinloop.models.onnx_quantize import choose_block_size
-from twinloop.models.shapes import hidden_matrices
+from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
+from twinloop.models.onnx_quantize import FOUR_BIT_BLOCK, choose_block_size, takes_four_bits
+from twinloop.models.shapes import hidden_matrices, is_hidden_matrix, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,26 @@ def serving_memory(
 ) -> ServingMemory:
     """Memory to serve `slots` requests of up to `max_length` tokens each, prompt and answer together.
 
-    In int8 the matrices are quantised in blocks, with one float32 scale a block; the embedding table is looked up in
-    float32 and, where it is also the output projection, quantised once more beside that. The cache has the type of the
-    activations and holds a slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one
-    prefill chunk, its attention scores, and the logits of every slot.
+    In int8 and int4 the matrices are quantised in blocks, with one float32 scale a block, and a zero point where they
+    have four bits; the output projection has eight in both. The embedding table is looked up in float32 and, where it
+    is also that projection, quantised once more beside that. The cache has the type of the activations and holds a
+    slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one prefill chunk, its
+    attention scores, and the logits of every slot.
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
     cell = compute_type(precision)[1].itemsize
-    matrices = hidden_matrices(config)
-    projection = (config.vocab_size, config.hidden_size)
-    in_matrices = sum(rows * columns for rows, columns in matrices)
+    in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
     embedding = config.vocab_size * config.hidden_size
     vectors = config.num_parameters - in_matrices - embedding * (1 if config.tie_word_embeddings else 2)
-    if precision == "int8":
-        blocked = [(rows, *_blocks(columns)) for rows, columns in [*matrices, projection]]
-        weights = sum(rows * blocks * size for rows, blocks, size in blocked) + cell * (embedding + vectors)
-        scales = 4 * sum(rows * blocks for rows, blocks, _ in blocked)
+    if precision in QUANTIZED:
+        matrices = {name: shape for name, shape in weight_shapes(config).items() if is_hidden_matrix(name, shape)}
+        blocked = [
+            _blocked(*shape, four_bits=precision == "int4" and takes_four_bits(name))
+            for name, shape in matrices.items()
+        ]
+        blocked.append(_blocked(config.vocab_size, config.hidden_size, four_bits=False))
+        weights = sum(values for values, _ in blocked) + cell * (embedding + vectors)
+        scales = sum(scales for _, scales in blocked)
     else:
         weights, scales = cell * config.num_parameters, 0
     chunk = min(prefill_chunk, max_length)
@@ -95,60 +100,74 @@ def training_memory(
     config: DecoderConfig,
     *,
     micro_batch_tokens: int,
-    seq_len: int,
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
+    lora: AdapterForm | None = None,
 ) -> TrainingMemory:
     """Memory of one training step on float32 master weights; on CUDA it computes in bf16.
 
     Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
     frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
-    layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32;
+    layers keep for the backward pass without recomputation (on CPU, where scores are capped, those of every head too);
     and one chunk of the vocabulary's logits with their gradient.
+
+    With `lora` gradients and moments are those of the adapter, AdamW's, and the reference is the base itself.
     """
-    _positive(micro_batch_tokens=micro_batch_tokens, seq_len=seq_len)
-    parameters = config.num_parameters
-    muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
-    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len)
+    _positive(micro_batch_tokens=micro_batch_tokens)
+    adapter = lora.num_parameters(config) if lora else 0
+    trained = adapter or config.num_parameters
+    in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
+    muon = in_matrices if optimizer == "muon" and not lora else 0
+    scores = 0 if config.attention_softcap is None else 2 * config.num_attention_heads * config.num_hidden_layers
+    cell, capped = (2, 0) if device == "cuda" else (4, scores * min(micro_batch_tokens, config.max_position_embeddings))
     return TrainingMemory(
-        weights_bytes=4 * parameters,
-        gradients_bytes=4 * parameters,
-        optimizer_bytes=4 * muon + 8 * (parameters - muon),
-        reference_bytes=4 * parameters if reference else 0,
-        activations_bytes=micro_batch_tokens * (cell * _kept_activations(config) + masks),
-        logits_bytes=2 * 4 * min(LOGIT_CHUNK, micro_batch_tokens) * config.vocab_size,
+        weights_bytes=4 * (config.num_parameters + adapter),
+        gradients_bytes=4 * trained,
+        optimizer_bytes=4 * muon + 8 * (trained - muon),
+        reference_bytes=4 * config.num_parameters if reference and not lora else 0,
+        activations_bytes=micro_batch_tokens * cell * (_kept_activations(config) + capped),
+        logits_bytes=2 * 4 * min(logit_chunk(config.vocab_size), micro_batch_tokens) * config.vocab_size,
     )
 
 
-def flops_per_token(config: DecoderConfig, *, context: float, training: bool) -> float:
+def flops_per_token(config: DecoderConfig, *, context: float, training: bool, frozen: bool = False) -> float:
     """Floating-point operations for one token that attends to `context` tokens.
 
     Two for each weight it is multiplied with (the input embedding is looked up, the output projection is not), and
     four a head's width for each token attended to; a backward pass costs twice the forward one: 6N and attention.
-    For whole documents of L tokens the mean context is L / 2.
+    For whole documents of L tokens the mean context is L / 2. A layer with a window reaches no further than that.
+    frozen: the weights take no gradient, as below an adapter, whose own few products are left out.
     """
     projection = config.vocab_size * config.hidden_size
     weights = sum(rows * columns for rows, columns in hidden_matrices(config)) + projection
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-    return (2 * weights + attention) * (3 if training else 1)
+    reached = sum(min(context, kind.window or context) for kind in config.layer_kinds)
+    attention = 4 * config.num_attention_heads * config.head_dim * reached
+    if not training:
+        return 2 * weights + attention
+    return 2 * weights * (2 if frozen else 3) + 3 * attention
 
 
-def _blocks(columns: int) -> tuple[int, int]:
-    """(blocks a row, values a block) of a quantised matrix; a row is filled up to whole blocks."""
-    size = choose_block_size(columns)
-    return -(-columns // size), size
+def _blocked(rows: int, columns: int, *, four_bits: bool) -> tuple[int, int]:
+    """Bytes of a quantised matrix: (values, scales and zero points). A row is filled up to whole blocks."""
+    size = FOUR_BIT_BLOCK if four_bits else choose_block_size(columns)
+    blocks = -(-columns // size)
+    if four_bits:
+        return rows * blocks * size // 2, rows * (4 * blocks + -(-blocks // 2))
+    return rows * blocks * size, 4 * rows * blocks
 
 
 def _kept_activations(config: DecoderConfig) -> int:
     """Values a token keeps for the backward pass.
 
-    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them (on CPU with one
-    key-value head a query head), and its output; gate, up, the activated gate and their product. Then the final norm's
-    input and output.
+    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them, and its output;
+    gate, up, the activated gate and their product; the normed outputs of attention and MLP where they have a norm. Then
+    the final norm's input and output.
     """
-    D, F, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    return config.num_hidden_layers * (4 * D + 4 * queries + 4 * F) + 2 * D
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
+    norms = 6 if config.post_norms else 4
+    return config.num_hidden_layers * (norms * D + heads * E + 4 * F) + 2 * D
 
 
 def _positive(**sizes: float) -> None:

@@ -11,8 +11,6 @@ A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer'
     logits                 float32 [N, V]
     present.i.key / .value           [B, K, M, E]
 
-What was left out: biases on the output and MLP projections, rotary scaling, sliding windows.
-
 Shapes: letters as in `models.shapes`.
 """
 
@@ -27,20 +25,25 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_quantize import quantize_blocks
+from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
+from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTIZED: frozenset[Precision] = frozenset(("int8", "int4"))
+"""Their weights are made anew, and cannot be somebody else's tensors."""
 
 MICROSOFT = "com.microsoft"
 
-# What flows between the nodes. int8 quantises weights; activations and the cache stay float32.
+# What flows between the nodes. int8 and int4 quantise weights; activations and the cache stay float32.
 _COMPUTE: dict[Precision, tuple[int, np.dtype]] = {
     "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
     "int8": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "int4": (TensorProto.FLOAT, np.dtype(np.float32)),
 }
 
 
@@ -64,20 +67,23 @@ def build_graph(
     precision: Precision,
     capacity: int,
     weights_type: int | None = None,
+    lora: AdapterForm | None = None,
 ) -> ModelProto:
     """The graph with its weights; with `tensors=None`, weights are declared without data, to be bound by the caller.
 
     capacity: positions M of a cache slot, which is also the reach of the rotary tables.
     weights_type: ONNX element type of the bound weights where it differs from the precision's (a trainer's float32
     masters under bf16): the graph then casts them in every run.
+    lora: an adapter beside the bound weights, whose A and B are bound too; that of a model directory is merged.
 
     Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`). Raises UserError for a
     head width that the attention operator does not take.
     """
     if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
         raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
-    assert tensors is not None or precision != "int8", "bound weights cannot be quantised"
-    graph = _Graph(config, tensors, precision, capacity, weights_type)
+    assert tensors is not None or precision not in QUANTIZED, "bound weights cannot be quantised"
+    assert tensors is None or lora is None, "an adapter is merged into weights that are not bound"
+    graph = _Graph(config, tensors, precision, capacity, weights_type, lora)
     return graph.build()
 
 
@@ -101,20 +107,22 @@ class _Graph:
     precision: Precision
     capacity: int
     weights_type: int | None
+    lora: AdapterForm | None
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     declared_bytes: int = 0
     casts: set[str] = field(default_factory=set)
+    rotary_tables: dict[Rope | None, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.element_type, self.dtype = _COMPUTE[self.precision]
-        self.shapes = weight_shapes(self.config)
+        self.shapes = weight_shapes(self.config) | (self.lora.shapes(self.config) if self.lora else {})
         if self.weights_type is None or self.tensors is not None:
             self.weights_type = self.element_type
 
     def build(self) -> ModelProto:
         config = self.config
-        self._rotary_tables()
+        self._make_rotary_tables()
         self._constant("flat_shape", np.array([-1, config.hidden_size], np.int64))
         if config.qk_norm:
             for kind, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
@@ -123,11 +131,17 @@ class _Graph:
 
         residual = self._embedding()
         normed = self._norm(residual, "model.layers.0.input_layernorm.weight")
+        # The norm that reads the sum of residual and attention, and the ones of the sublayers' own outputs.
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
         for index in range(config.num_hidden_layers):
             layer = f"model.layers.{index}"
             attended = self._attention(normed, layer, index)
-            normed, residual = self._add_norm(attended, residual, f"{layer}.post_attention_layernorm.weight")
+            if config.post_norms:
+                attended = self._norm(attended, f"{layer}.post_attention_layernorm.weight")
+            normed, residual = self._add_norm(attended, residual, f"{layer}.{before_mlp}.weight")
             fed = self._mlp(normed, layer)
+            if config.post_norms:
+                fed = self._norm(fed, f"{layer}.post_feedforward_layernorm.weight")
             last = index + 1 == config.num_hidden_layers
             following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
             normed, residual = self._add_norm(fed, residual, following)
@@ -139,8 +153,11 @@ class _Graph:
     def _embedding(self) -> str:
         # The table is gathered before it is cast: a few rows, not the vocabulary.
         name = "model.embed_tokens.weight"
-        rows = self._node("Gather", [self._stored(name), "input_ids"], "embedded")
-        return self._to_compute(rows)
+        rows = self._to_compute(self._node("Gather", [self._stored(name), "input_ids"], "embedded"))
+        scale = self.config.embedding_scale
+        if scale == 1:
+            return rows
+        return self._node("Mul", [rows, self._constant("embedding_scale", np.array(scale, self.dtype))], "scaled")
 
     def _attention(self, x: str, layer: str, index: int) -> str:
         config = self.config
@@ -151,18 +168,28 @@ class _Graph:
                 normed = self._norm(split, f"{layer}.self_attn.{kind}_norm.weight")
                 heads[kind] = self._node("Reshape", [normed, f"{kind}_flat_shape"], f"{layer}.{kind}_normed")
         past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        layer_kind = config.layer_kinds[index]
+        optional: dict[str, Any] = {}
+        if layer_kind.window is not None:
+            optional["local_window_size"] = layer_kind.window
+        if config.query_scale is not None:
+            optional["scale"] = config.query_scale
+        if config.attention_softcap is not None:
+            optional["softcap"] = config.attention_softcap
+        rotary = self.rotary_tables.get(layer_kind.rope, ())
         attended = f"{layer}.attended"
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                [*heads.values(), *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+                [*heads.values(), *past, "seqlens_k", "total_sequence_length", *rotary],
                 [attended, f"present.{index}.key", f"present.{index}.value"],
                 name=attended,
                 domain=MICROSOFT,
                 num_heads=config.num_attention_heads,
                 kv_num_heads=config.num_key_value_heads,
-                do_rotary=1,
+                do_rotary=int(layer_kind.rope is not None),
                 rotary_interleaved=0,
+                **optional,
             )
         )
         return self._linear(attended, f"{layer}.self_attn.o_proj")
@@ -170,8 +197,11 @@ class _Graph:
     def _mlp(self, x: str, layer: str) -> str:
         gate = self._linear(x, f"{layer}.mlp.gate_proj")
         up = self._linear(x, f"{layer}.mlp.up_proj")
-        # x * sigmoid(alpha * x): SiLU in one node.
-        gate = self._node("QuickGelu", [gate], f"{layer}.mlp.silu", domain=MICROSOFT, alpha=1.0)
+        if self.config.activation == "silu":
+            # x * sigmoid(alpha * x): SiLU in one node.
+            gate = self._node("QuickGelu", [gate], f"{layer}.mlp.silu", domain=MICROSOFT, alpha=1.0)
+        else:
+            gate = self._node("Gelu", [gate], f"{layer}.mlp.gelu", approximate="tanh")
         return self._linear(self._node("Mul", [gate, up], f"{layer}.mlp.gated"), f"{layer}.mlp.down_proj")
 
     def _logits(self, normed: str) -> None:
@@ -179,18 +209,29 @@ class _Graph:
         rows = self._node("Gather", [flat, "logit_rows"], "hidden_rows")
         tied = self.config.tie_word_embeddings
         scored = self._linear(rows, "model.embed_tokens" if tied else "lm_head")
-        if self.element_type == TensorProto.FLOAT:
-            self.nodes[-1].output[0] = "logits"
-        else:
-            self._node("Cast", [scored], "logits", to=TensorProto.FLOAT)
+        cap = self.config.logit_softcap
+        if self.element_type != TensorProto.FLOAT:
+            scored = self._node("Cast", [scored], "logits" if cap is None else "logits_fp32", to=TensorProto.FLOAT)
+        if cap is not None:
+            size = self._constant("logit_softcap", np.array(cap, np.float32))
+            bounded = self._node("Tanh", [self._node("Div", [scored, size], "logits_by_cap")], "logits_bounded")
+            self._node("Mul", [bounded, size], "logits_capped")
+        self.nodes[-1].output[0] = "logits"
 
-    def _rotary_tables(self) -> None:
-        """cos and sin [M, E/2] of every position that a slot can hold."""
-        config = self.config
-        frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-        angles = np.arange(self.capacity, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-        self._constant("cos_cache", np.cos(angles).astype(self.dtype))
-        self._constant("sin_cache", np.sin(angles).astype(self.dtype))
+    def _make_rotary_tables(self) -> None:
+        """cos and sin [M, E/2] of every position that a slot can hold, for each kind of layer that turns."""
+        head_dim = self.config.head_dim
+        for rope in dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope is not None):
+            frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+            factors = rope.frequency_factors(head_dim)
+            if factors is not None:
+                frequencies = frequencies * factors
+            angles = np.arange(self.capacity, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+            ending = f"_{len(self.rotary_tables)}" if self.rotary_tables else ""
+            self.rotary_tables[rope] = (
+                self._constant(f"cos_cache{ending}", np.cos(angles).astype(self.dtype)),
+                self._constant(f"sin_cache{ending}", np.sin(angles).astype(self.dtype)),
+            )
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
@@ -201,35 +242,44 @@ class _Graph:
     def _linear(self, x: str, name: str) -> str:
         """x @ W.T (+ b), W [out, in] as torch keeps it."""
         weight, output = f"{name}.weight", f"{name}.out"
-        if self.precision == "int8":
+        if self.precision in QUANTIZED:
             product = self._quantized(x, weight, output)
         else:
             inputs = [x, self._to_compute(self._stored(weight))]
             product = self._node("FusedMatMul", inputs, output, domain=MICROSOFT, transB=1)
+        if self.lora and f"{name}.{LORA_A}" in self.shapes:
+            product = self._node("Add", [product, self._adapted(x, name, self.lora.scale)], f"{name}.adapted")
         if f"{name}.bias" not in self.shapes:
             return product
         return self._node("Add", [product, self._to_compute(self._stored(f"{name}.bias"))], f"{name}.biased")
 
+    def _adapted(self, x: str, name: str, scale: float) -> str:
+        """x @ A.T @ B.T * scale"""
+        a, b = (self._to_compute(self._stored(f"{name}.{kind}")) for kind in (LORA_A, LORA_B))
+        down = self._node("FusedMatMul", [x, a], f"{name}.lora_A.out", domain=MICROSOFT, transB=1, alpha=scale)
+        return self._node("FusedMatMul", [down, b], f"{name}.lora_B.out", domain=MICROSOFT, transB=1)
+
     def _quantized(self, x: str, weight: str, output: str) -> str:
         assert self.tensors is not None
         out_features, in_features = self.shapes[weight]
-        blocks = quantize_blocks(np.asarray(self.tensors[weight], np.float32))
-        self._constant(f"{weight}.int8", blocks.values)
-        self._constant(f"{weight}.scales", blocks.scales)
+        four = self.precision == "int4" and takes_four_bits(weight)
+        blocks = (quantize_four_bit_blocks if four else quantize_blocks)(np.asarray(self.tensors[weight], np.float32))
+        parts = {f"int{blocks.bits}": blocks.values, "scales": blocks.scales, "zero_points": blocks.zero_points}
+        stored = [self._constant(f"{weight}.{part}", array) for part, array in parts.items() if array is not None]
         return self._node(
             "MatMulNBits",
-            [x, f"{weight}.int8", f"{weight}.scales"],
+            [x, *stored],
             output,
             domain=MICROSOFT,
             K=in_features,
             N=out_features,
-            bits=8,
+            bits=blocks.bits,
             block_size=blocks.block_size,
             accuracy_level=4,  # int8 activations inside the kernel; level 0 is 50 times slower on CPU (1.31)
         )
 
     def _norm(self, x: str, weight: str) -> str:
-        scale = self._to_compute(self._stored(weight))
+        scale = self._norm_weight(weight)
         return self._node(
             "SimplifiedLayerNormalization",
             [x, scale],
@@ -241,7 +291,7 @@ class _Graph:
 
     def _add_norm(self, x: str, residual: str, weight: str) -> tuple[str, str]:
         """Returns norm(x + residual) and x + residual."""
-        scale = self._to_compute(self._stored(weight))
+        scale = self._norm_weight(weight)
         normed, summed = f"{weight}.normed", f"{weight}.residual"
         self.nodes.append(
             helper.make_node(
@@ -254,6 +304,17 @@ class _Graph:
             )
         )
         return normed, summed
+
+    def _norm_weight(self, name: str) -> str:
+        """What the norm multiplies by: the weight, or 1 + the weight, added in float32 where that can be."""
+        if not self.config.norm_plus_one:
+            return self._to_compute(self._stored(name))
+        if self.tensors is not None:
+            return self._constant(
+                f"{name}.plus_one", (1 + np.asarray(self.tensors[name], np.float32)).astype(self.dtype)
+            )
+        one = self._constant("one", np.array(1, self.dtype))
+        return self._node("Add", [self._to_compute(self._stored(name)), one], f"{name}.plus_one")
 
     def _to_compute(self, name: str) -> str:
         if self.weights_type == self.element_type:

@@ -32,10 +32,16 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (E,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (E,)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (D, queries)
+        if config.attention_output_bias:
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (D,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+        if config.post_norms:
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (D,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (D,)
+        for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+            shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
+            if config.mlp_bias:
+                shapes[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
     shapes["model.norm.weight"] = (D,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
@@ -43,8 +49,9 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised."""
-    return len(shape) == 2 and "embed_tokens" not in name and "lm_head" not in name
+    """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised. A factor of an
+    adapter is none: what Muon would orthogonalise is their product."""
+    return len(shape) == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "lora_"))
 
 
 def hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:

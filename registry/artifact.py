@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from twinloop.common.files import fsync, write_whole
+from twinloop.common.files import file_digest, fsync, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -239,13 +239,13 @@ def hash_files(folder: Path) -> dict[str, str]:
     paths = [path for path in _walk(folder) if path != folder / MANIFEST]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing and reading release the interpreter's lock
         return dict(
-            zip([path.relative_to(folder).as_posix() for path in paths], pool.map(_hash_file, paths), strict=True)
+            zip([path.relative_to(folder).as_posix() for path in paths], pool.map(file_digest, paths), strict=True)
         )
 
 
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def content_digest(folder: Path) -> str:
+    """The digest that an artifact of these files has. Raises OSError."""
+    return _digest(hash_files(folder))
 
 
 def integrity_error(path: Path, manifest: Manifest) -> str | None:

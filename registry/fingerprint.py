@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder of the package `twinloop`."""
 # Their release decides what comes out of a stage. One import name may come from one of several distributions.
 LIBRARIES = {
+    "gguf": ("gguf",),
     "numpy": ("numpy",),
     "onnx": ("onnx",),
     "onnx_ir": ("onnx-ir",),
@@ -39,6 +40,8 @@ UNHASHED = frozenset(
         "twinloop.registry.artifact",
         "twinloop.registry.fingerprint",
         "twinloop.registry.tracking",
+        "twinloop.tasks.base_settings",
+        "twinloop.tasks.base_source",
         "twinloop.tasks.context",
         "twinloop.tasks.recipe",
         "twinloop.training.method",
@@ -46,6 +49,9 @@ UNHASHED = frozenset(
         "twinloop.training.settings",
     }
 )
+
+FOUND_BY_NAME = frozenset({"twinloop.models.families"})
+"""Packages whose modules are imported by a name that a file states: all of them count."""
 
 
 @cache
@@ -62,6 +68,9 @@ def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
         if module in seen or (module in ignore and module not in modules):
             continue
         seen.add(module)
+        if module in FOUND_BY_NAME:
+            files = _source(module).parent.glob("*.py")
+            pending += [f"{module}.{file.stem}" for file in files if file.stem != "__init__"]
         for imported in _imports(module):
             top = imported.partition(".")[0]
             if top == PACKAGE:

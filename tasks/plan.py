@@ -21,10 +21,14 @@ import psutil
 
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.directory import load_config
 from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base import base_stage
+from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
+from twinloop.tasks.imported_base import import_stage
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
@@ -75,12 +79,16 @@ class Plan:
         return self.busy_cores > BUSY_CORES
 
 
-def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artifact) -> Plan:
+def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> Plan:
     """data: validated. Raises UserError where a stage cannot be built on it."""
     records = [stage.method.records for stage in recipe.train]
-    tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
-    base = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
-    config, max_length = recipe.base.decoder_config(tokenizer.metrics["vocab_size"]), recipe.base.max_length
+    if isinstance(recipe.base, NewBase):
+        tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
+        model = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
+    else:
+        model = import_stage(context, base)
+    config = load_config(model.path)
+    max_length = config.max_position_embeddings
     others = OtherProcesses()
     stages = []
     for stage in recipe.train:
@@ -90,13 +98,14 @@ def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artif
         memory = training_memory(
             config,
             micro_batch_tokens=rows * seq_len,
-            seq_len=seq_len,
             optimizer=stage.settings.optimizer,
             device=runtime.device,
             reference=stage.settings.has_reference(),
+            lora=stage.settings.lora.form if stage.settings.lora else None,
         )
-        cost = _Prober(context.domain, stage, runtime, data.path, base.path).measure()
-        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True)
+        cost = _Prober(context.domain, stage, runtime, data.path, model.path).measure()
+        frozen = stage.settings.lora is not None
+        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
@@ -149,14 +158,15 @@ class _Prober:
         return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
     def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
-        import torch
-
+        from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
-        torch.set_num_threads(self._runtime.threads)
+        self._runtime.use()
         settings, domain = self._as_trained(records, tokenizer)
         network = load_decoder(self._model)
+        if settings.lora:
+            attach_adapter(network, settings.lora.form, seed=self._runtime.seed, stage=self._stage.name)
         started = time.perf_counter()
         objective, batches = self._stage.method.build(records, network, tokenizer, settings, self._runtime, domain)
         built = time.perf_counter()

@@ -12,64 +12,23 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_validator
+from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationError, model_validator
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
-from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.config import Precision
 from twinloop.records import DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
+from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
 from twinloop.training.method import Method, load_method
-from twinloop.training.runtime import Runtime, cuda_is_here
+from twinloop.training.runtime import Runtime, cuda_is_here, fastest_library
 from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
 
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
 MOST_REPORTED = 5
 """Mistakes reported at once."""
-
-
-class BaseSettings(StrictModel):
-    """A new network: `depth` derives every size, and a size beside it overrides what was derived; and its tokenizer."""
-
-    depth: Annotated[int, Field(ge=1, le=128)]
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    max_length: Annotated[int, Field(ge=32)] = 512
-    qk_norm: bool = False
-    vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
-    """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
-
-    def decoder_config(self, vocab_size: int) -> DecoderConfig:
-        """The shape of the network: width 32 a layer up to 1024, then 64; two query heads share a key-value head."""
-        width = self.hidden_size or self.depth * (32 if self.depth <= 16 else 64)
-        head_dim = 32 if width < 512 else 64 if width < 2048 else 128
-        heads = self.num_attention_heads or max(1, width // head_dim)
-        if self.num_attention_heads:
-            head_dim = width // heads
-        kv_heads = self.num_key_value_heads or (heads // 2 if heads % 2 == 0 else heads)
-        return DecoderConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=self.intermediate_size or width * 3,
-            num_hidden_layers=self.depth,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=self.max_length,
-            qk_norm=self.qk_norm,
-        )
-
-    @model_validator(mode="after")
-    def _network_exists(self) -> Self:
-        try:
-            self.decoder_config(512)
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return self
 
 
 class ValidateSettings(StrictModel):
@@ -130,11 +89,14 @@ class Recipe(StrictModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    backward: Literal["float32", "bfloat16"] = "float32"
+    """What the products of the backward pass round their factors to, on CPU. bfloat16 is faster where the CPU has it;
+    measure to the gate what it costs: in small networks it was seen to."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     """What a crash may cost. Changes no result."""
     data: Annotated[str, Field(pattern=r"^(\.|[\w-]+(/[\w-]+)*)$")] = "."
     """The folder whose data.dvc versions the data, relative to the project: `.` where the project has one data set."""
-    base: BaseSettings
+    base: SerializeAsAny[InstanceOf[BaseSettings]]
     validate_: Annotated[ValidateSettings, Field(alias="validate")] = ValidateSettings()
     train: tuple[InstanceOf[TrainStage], ...]
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -145,19 +107,24 @@ class Recipe(StrictModel):
     def _fits_together(self) -> Self:
         if self.name.endswith(CHECKPOINTS):
             raise ValueError(f"name: {self.name}: {CHECKPOINTS} is for the registered model of a recipe's checkpoints")
-        if self.evaluate.max_new_tokens >= self.base.max_length:
-            raise ValueError(
-                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
-                f"base.max_length ({self.base.max_length})"
-            )
-        for stage in self.train:
-            try:
-                stage.settings.check_context(self.base.max_length)
-            except ValueError as error:
-                raise ValueError(f"{stage.place}.{error}") from None
+        if self.base.max_length is not None:
+            self.check_context(self.base.max_length)
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
         return self
+
+    def check_context(self, max_length: int) -> None:
+        """Raises ValueError where the settings do not fit a model of so many tokens."""
+        if self.evaluate.max_new_tokens >= max_length:
+            raise ValueError(
+                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
+                f"base.max_length ({max_length})"
+            )
+        for stage in self.train:
+            try:
+                stage.settings.check_context(max_length)
+            except ValueError as error:
+                raise ValueError(f"{stage.place}.{error}") from None
 
     @property
     def dataset(self) -> str:
@@ -188,7 +155,8 @@ class Recipe(StrictModel):
             raise UserError(
                 f"export.precisions: {wrong} runs on CUDA only, and this machine has no GPU; take fp32 or int8"
             )
-        return Runtime(seed=self.seed, threads=self.threads, device=device)
+        library = fastest_library() if device == "cpu" else "blas"
+        return Runtime(seed=self.seed, threads=self.threads, device=device, library=library, backward=self.backward)
 
 
 def default_recipe(project: Path) -> Path:
@@ -250,23 +218,35 @@ def load_recipe(path: Path, project: Path | None = None) -> Recipe:
     fields = read_yaml(path, SUCH_AS)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a recipe is a mapping, such as `name: my-model` and `train: [{{method: sft, ...}}]`")
-    for key in ("base", "model"):
-        if isinstance(value := fields.get(key), dict) and value.keys() & {"path", "version"}:
-            raise UserError(
-                f"{path}: {key}: to start from a model that is there (`path`, `version`) is not supported yet; "
-                "`base: {depth: 4}` makes a new network"
-            )
     problems: list[str] = []
+    if (base := _read_base(fields.get("base"), problems)) is not None:
+        fields["base"] = base
     stages = _read_stages(fields.get("train"), project or Path.cwd(), problems)
     if stages is not None:
         fields["train"] = tuple(stages)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = [each for each in _explain_all(error, fields, Recipe) if not each.startswith("train: ")] + problems
+        explained = _explain_all(error, fields, Recipe)
+        problems = [each for each in explained if not each.startswith(("train: ", "base: "))] + problems
     if problems:
         raise UserError(f"{path}: {'; '.join(problems[:MOST_REPORTED])}")
     return recipe
+
+
+def _read_base(fields: Any, problems: list[str]) -> BaseSettings | None:
+    """The key `base`; what is wrong with it is added to `problems`, and None returned."""
+    if not isinstance(fields, dict):
+        problems.append(f"base: {'missing' if fields is None else 'not a mapping'}; {FORMS}")
+        return None
+    try:
+        kind = kind_of_base(fields)
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems += _explain_all(error, fields, kind, "base")
+    except ValueError as error:
+        problems.append(str(error))
+    return None
 
 
 def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:
@@ -329,6 +309,8 @@ def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place
         near = difflib.get_close_matches(str(value), [w.strip("' ") for w in re.split(r",| or ", context["expected"])])
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: {value!r} is not one of {context['expected'].replace(' or ', ', ')}{hint}"
+    if problem["type"] == "model_type":
+        return f"{key}: {value!r}: not a mapping; known in it: {', '.join(_keys(model, location))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
@@ -339,7 +321,9 @@ def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys that a section knows."""
     for part in location:
         found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
-        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
+        kinds = get_args(found.annotation) or (found.annotation,) if found else ()  # of `Section | None`, the section
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
             return []
-        model = found.annotation
+        model = section
     return [field.alias or name for name, field in model.model_fields.items()]

@@ -17,11 +17,12 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
-from twinloop.models.onnx_graph import compute_type, slot_capacity
-from twinloop.models.tokenizer import read_vocab_size
+from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
+from twinloop.models.vocabulary import read_vocab_size
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
 
@@ -115,6 +116,7 @@ class ModelRunner:
         precision: Precision | None = None,
         threads: int | None = None,
         vocab_size: int | None = None,
+        lora: AdapterForm | None = None,
     ) -> Self:
         """The same graph over the caller's own tensors: a change made in place shows in the next run.
 
@@ -122,11 +124,12 @@ class ModelRunner:
         one device, contiguous, of one float type. They must outlive the runner. Work on a CUDA weight must be finished
         (synchronised) before it is used. precision: float32 on CPU, bf16 on CUDA unless given; weights of
         another type are cast in every run. vocab_size: of the tokenizer, where that has fewer ids than the network.
+        lora: the form of an adapter whose A and B are among the initializers.
         """
         device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
         precision = precision or ("fp32" if device == "cpu" else "bf16")
-        if precision == "int8":
-            raise UserError("engine: int8 needs weights of its own; export the model, or bind the weights as fp32")
+        if precision in QUANTIZED:
+            raise UserError(f"engine: {precision} needs weights of its own; export the model, or bind them as fp32")
         choose_device(precision, device)
         session = open_bound(
             config,
@@ -135,6 +138,7 @@ class ModelRunner:
             capacity=slot_capacity(max_length),
             device=device,
             threads=threads,
+            lora=lora,
         )
         runner = cls(
             session,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model, read_exported
-from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
+from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks, quantize_four_bit_blocks, takes_four_bits
+from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
 
@@ -35,6 +37,20 @@ SHAPES = {
     "qwen3": {"qk_norm": True},
     "wide heads": {"head_dim": 32, "num_key_value_heads": 1},
     "odd width": {"hidden_size": 72, "intermediate_size": 100},
+    "windows, no positions": {"family": "smollm3", "windows": (9, None), "rotary_layers": (True, False)},
+    "biases": {"family": "llama", "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "gemma3": {
+        "family": "gemma3_text",
+        "activation": "gelu_tanh",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "qk_norm": True,
+        "embedding_scale": 8.0,
+        "query_scale": 0.2,
+        "logit_softcap": 30.0,
+        "windows": (9, None),
+        "window_rope": Rope(theta=100.0),
+    },
 }
 MAX_LENGTH = 64
 
@@ -77,6 +93,18 @@ def test_fp32_logits_equal_the_networks_by_teacher_forcing(changes, tmp_path):
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_the_engine_follows_weights_that_it_is_bound_to(changes):
+    model = network(**changes)
+    weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in model.state_dict().items()}
+    engine = Engine.from_weights(model.config, weights, max_length=MAX_LENGTH, slots=1, threads=1)
+    np.testing.assert_allclose(engine.score(some_tokens()), forced_logits(model, some_tokens()), atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)
+    np.testing.assert_allclose(engine.score(some_tokens()), forced_logits(model, some_tokens()), atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_int8_logits_stay_within_five_percent_of_the_networks(changes, tmp_path):
     """Root mean square of the error against the spread of the logits: weights and activations have 255 steps each."""
     model = network(**changes)
@@ -84,6 +112,40 @@ def test_int8_logits_stay_within_five_percent_of_the_networks(changes, tmp_path)
     expected = forced_logits(model, some_tokens())
     error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
     assert error < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_int4_computes_with_the_weights_that_its_blocks_stand_for(changes, tmp_path):
+    """Against the network with those weights nothing but eight bits, of the others and of activations, differs."""
+    model = network(**changes)
+    engine = Engine.load(export(model, tmp_path, "int4"), slots=1)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and takes_four_bits(name):
+            weight.copy_(torch.from_numpy(four_bits(weight.numpy())))
+    expected = forced_logits(model, some_tokens())
+    error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
+    assert error < 0.05 * expected.std()
+
+
+def four_bits(weight: np.ndarray) -> np.ndarray:
+    """The weight that its four-bit blocks stand for, by the operator's definition."""
+    blocks = quantize_four_bit_blocks(weight)
+    assert blocks.zero_points is not None
+    steps, zeros = (np.stack([x & 15, x >> 4], -1).reshape(len(x), -1) for x in (blocks.values, blocks.zero_points))
+    steps = steps.reshape(len(weight), -1, blocks.block_size).astype(np.float32)
+    restored = (steps - zeros[:, : steps.shape[1], None]) * blocks.scales[..., None]
+    return restored.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+def test_four_bit_blocks_are_closer_than_one_symmetric_grid():
+    rng = np.random.default_rng(0)
+    for weight in (rng.standard_normal((64, 100)), rng.random((64, 100)) + 1, np.zeros((2, 32))):
+        weight = weight.astype(np.float32)
+        scale = np.abs(np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32))).reshape(len(weight), -1, 32)).max(-1) / 7
+        scale = np.repeat(scale, 32, axis=1)[:, : weight.shape[1]]
+        symmetric = np.rint(weight / np.where(scale == 0, 1, scale)) * scale
+        error, plain = (np.square(each - weight).sum() for each in (four_bits(weight), symmetric))
+        assert error <= 0.75 * plain
 
 
 def test_blocks_reproduce_a_weight_within_half_a_step():

@@ -38,14 +38,14 @@ def build(records, model, tokenizer, settings, runtime, domain):
     import torch
 
     from twinloop.training.methods import sft
-    from twinloop.training.tree import attention_mask
+    from twinloop.training.tree import attention_plan
 
     class SmoothedLoss:
         def normaliser(self, batch):
             return batch.total_weight
 
         def loss(self, model, batch):
-            hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch))
+            hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
             hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
             logprobs_NV = model.logits(hidden_ND).float().log_softmax(-1)
             target_N = logprobs_NV.gather(1, batch.target_N[:, None])[:, 0]
@@ -135,6 +135,18 @@ def test_without_smoothing_it_is_sft(smoothed: Method, tiny, tokenizer: ChatToke
     _, ours = run(smoothed, tiny, tokenizer, smoothing=0.0, epochs=2)
     _, sft = run(load_method("sft", PROJECT), tiny, tokenizer)
     assert ours.loss == pytest.approx(sft.loss, abs=1e-4)
+
+
+def test_sft_trains_every_answer_of_a_conversation(tiny, tokenizer: ChatTokenizer) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
+    sft = load_method("sft", PROJECT)
+    settings = sft.settings.model_validate(SETTINGS["sft"])
+    _, batches = sft.build([{"messages": messages}], tiny, tokenizer, settings, Runtime(seed=1, threads=1), Parity())
+    (batch,) = batches.next().micro_batches
+    answers = [*tokenizer.encode_answer("text 1"), *tokenizer.encode_answer("text 3")]
+    assert batch.target_N.tolist() == answers
+    assert batch.num_tokens == sft.lengths({"messages": messages}, tokenizer).packed
 
 
 def test_what_the_checks_and_the_plan_ask_has_defaults(smoothed: Method, tokenizer: ChatTokenizer) -> None:

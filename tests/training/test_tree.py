@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twinloop.common.errors import UserError
 from twinloop.training.packing import cut, pack
 from twinloop.training.tree import (
     Segment,
     Tree,
-    attention_mask,
+    attention_plan,
     collate,
     document,
     example,
@@ -44,7 +45,7 @@ def test_packed_documents_score_as_each_alone(tiny, texts):
 def test_packed_logits_equal_unpacked_logits(tiny, texts):
     first, second = texts.run(9, 9), texts.run(13, 13)
     batch = collate([(document(first), document(second))], 32)
-    packed = tiny.logits(tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch)))[0]
+    packed = tiny.logits(tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch)))[0]
     for tokens, logits in ((first, packed[:9]), (second, packed[9:22])):
         unpacked = tiny.logits(tiny.hidden(torch.tensor([tokens]), torch.arange(len(tokens))[None]))[0]
         torch.testing.assert_close(logits, unpacked, atol=2e-6, rtol=1e-5)
@@ -164,3 +165,24 @@ def test_logprobs_at_a_temperature_are_those_of_the_sharpened_distribution(tiny)
     logits = tiny.logits(tiny.hidden(torch.tensor([[10, 11, 20]]), torch.arange(3)[None]))[0, 1:]
     expected = (logits / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor([20, STOP])]
     torch.testing.assert_close(scored_logprobs(tiny, collate([(row,)], 8, temperature=0.7)), expected)
+
+
+def test_rows_for_a_gpu_hold_the_same_tokens_and_see_the_same(tiny, texts):
+    rows = pack([*texts.documents(6), *texts.pairs(5)], 48).rows
+    batch = collate(rows, 48)
+    laid_out = batch.in_rows()
+    count, length = laid_out.tokens_BL.shape
+    assert (count & (count - 1), length) == (0, 48)
+    order = torch.arange(length)
+    until = laid_out.visible_until_BL[:, None, :]
+    seen_BLL = (order <= order[:, None]) & (order[:, None] < until)
+    assert seen_BLL.diagonal(dim1=1, dim2=2).all()
+
+    class Masked:
+        def attend(self, q, k, v, scores):
+            mask = seen_BLL[:, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale, enable_gqa=True)
+
+    hidden_ND = tiny.hidden(laid_out.tokens_BL, laid_out.positions_BL, Masked()).flatten(0, 1)[laid_out.predict_from_N]
+    found = tiny.logits(hidden_ND).log_softmax(-1).gather(1, laid_out.target_N[:, None])[:, 0]
+    torch.testing.assert_close(found, scored_logprobs(tiny, batch), atol=5e-6, rtol=1e-5)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import computed_field
-
 from twinloop.domains.domain import Domain
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import Count, PackedSettings
@@ -22,11 +20,7 @@ RECORDS = "corpus"
 
 class Settings(PackedSettings):
     tokens: Count
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.batch_size * self.seq_len))
+    """Trained on, over all epochs."""
 
 
 def build(
@@ -44,11 +38,11 @@ def build(
     # As encode_document, but on all cores: 17 MB take one core 8 s.
     encoded = tokenizer.encode_batch([record["text"] for record in records])
     batches = BatchStream(
-        [document([tokenizer.bos_id, *ids, tokenizer.stop_id]) for ids in encoded],
+        [document([tokenizer.bos_id, *ids, tokenizer.eos_id]) for ids in encoded],
         seq_len=settings.seq_len,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,
-        steps=settings.steps,
+        tokens=settings.tokens,
         seed=runtime.seed,
     )
     return CausalLMLoss(), batches
