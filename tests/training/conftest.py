@@ -1,14 +1,14 @@
 import pytest
-import torch
 from small import TINY, Texts
 
 from twinloop.models.decoder import Decoder
+from twinloop.training.runtime import Runtime
 from twinloop.training.weights import new_decoder
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+def _one_runtime():
+    Runtime(seed=0, threads=1).use()
 
 
 @pytest.fixture

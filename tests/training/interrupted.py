@@ -5,11 +5,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import torch
 from small import TINY, Texts
 
 from twinloop.training.loop import run_training
 from twinloop.training.objectives import CausalLMLoss
+from twinloop.training.runtime import Runtime
 from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import BatchStream
 from twinloop.training.weights import new_decoder
@@ -20,7 +20,7 @@ def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, 
     model = new_decoder(TINY, seed=0)
     stream = BatchStream(Texts().documents(66), seq_len=64, batch_size=5, seed=2, steps=steps)
     assert stream.steps_per_epoch == 4
-    torch.set_num_threads(1)
+    Runtime(seed=0, threads=1).use()
     settings = TrainSettings(learning_rate=0.01, optimizer=optimizer)
     result = run_training(
         model,
