@@ -93,6 +93,18 @@ class CaseMaker:
             if is_held_out_phrasing(choice) == held_out
         ]
 
+    def ids_of_policies(self, count: int) -> list[str]:
+        """Different ones. In training every fourth has one digit: drawn evenly, these few are the last to be learned,
+        and their case is the one that counts (P-7)."""
+        if self.held_out:
+            return self.rng.sample(self.policy_ids, count)
+        ids: list[str] = []
+        while len(ids) < count:
+            (policy_id,) = self.rng.choices(self.policy_ids, [4 if len(name) == 3 else 1 for name in self.policy_ids])
+            if policy_id not in ids:
+                ids.append(policy_id)
+        return ids
+
     def order_id(self) -> str:
         while True:
             order_id = f"{self.rng.choice('ABCDEFGH')}{self.rng.randrange(10000, 100000)}"
@@ -150,7 +162,7 @@ class CaseMaker:
     def policies(self, reason: str, window: int) -> tuple[Policy, tuple[Policy, ...]]:
         """The policy that applies, and all passages in the order in which they were retrieved."""
         others = self.rng.sample([r for r in REASONS if r != reason], RETRIEVED_PASSAGES - 1)
-        ids = self.rng.sample(self.policy_ids, RETRIEVED_PASSAGES)
+        ids = self.ids_of_policies(RETRIEVED_PASSAGES)
         windows = [window, *(self.window() for _ in others)]
         passages = [
             Policy(policy_id, self.policy_text(of, days))

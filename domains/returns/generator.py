@@ -111,7 +111,7 @@ def index_document(maker: CaseMaker) -> str:
     rng = maker.rng
     kind = rng.choices(("full", "window", "words"), weights=(4, 2, 4))[0]
     reasons = rng.sample(REASONS, 5 if kind == "window" else 3)
-    ids = rng.sample(maker.policy_ids, len(reasons))
+    ids = maker.ids_of_policies(len(reasons))
     few_words = rng.sample(POLICY_WORDS, 4)
 
     def line(reason: str, policy_id: str) -> str:
@@ -139,7 +139,7 @@ def repeat_document(rng: random.Random, vocabulary: Sequence[str], maker: CaseMa
         elif roll < 0.85:
             span.append(str(maker.window()))
         else:
-            span.append(f"({rng.choice(maker.policy_ids)})")
+            span.append(f"({maker.ids_of_policies(1)[0]})")
     text = " ".join(span)
     return f"{text}\n{text}\n{text}"
 
