@@ -80,6 +80,7 @@ def test_without_a_model_status_says_none(project: Path) -> None:
     assert "champion   none" in done.stdout
 
 
+@pytest.mark.slow
 def test_plan_builds_the_data_and_takes_a_few_steps_of_each_stage(project: Path) -> None:
     write_recipe(project)
     done = twinloop(project, "plan", "recipes/small.yaml")

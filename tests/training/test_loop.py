@@ -38,6 +38,7 @@ def stop_at(step):
     return on_step
 
 
+@pytest.mark.slow
 def test_killed_training_resumes_bit_for_bit(tmp_path):
     """kill -9 at random moments, of a process that does little but write checkpoints, until it has finished."""
     steps, kills, moments = 200, 0, random.Random(0)
