@@ -347,6 +347,7 @@ def test_rollback_brings_back_the_champion_before(
     assert status(project)["champion"]["digest"] == before
 
 
+@pytest.mark.slow
 def test_a_rollback_killed_while_it_moves_the_champion_and_repeated_goes_back_once(
     first: tuple[Path, object], changed: tuple[Path, object], tmp_path: Path
 ) -> None:

@@ -82,6 +82,7 @@ def files(database: Path, ending: str) -> list[Path]:
     return sorted(database.parent.glob(f"{database.name}{ending}"))
 
 
+@pytest.mark.slow
 def test_what_prefect_left_half_made_is_moved_aside_and_made_anew(database: Path) -> None:
     upgrade_by_prefect_alone(database, MIGRATION_IN_TWO_PARTS)
     execute(database, FIRST_PART)
@@ -95,6 +96,7 @@ def test_what_prefect_left_half_made_is_moved_aside_and_made_anew(database: Path
     assert files(database, ".new*") == []
 
 
+@pytest.mark.slow
 def test_the_database_of_an_earlier_prefect_is_upgraded(database: Path) -> None:
     upgrade_by_prefect_alone(database, OLD_REVISION)
     execute(database, "INSERT INTO flow (id, name) VALUES ('f1', 'lifecycle')")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from small_project import environment
 
 CODE = """
@@ -63,6 +64,7 @@ with embedded_server(project):
 """
 
 
+@pytest.mark.slow
 def test_only_this_projects_dead_runs_are_marked(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CODE, str(tmp_path)], env=environment(), capture_output=True, text=True, check=False

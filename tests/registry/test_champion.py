@@ -92,6 +92,7 @@ def test_a_promotion_reaches_a_running_server_without_a_request_lost(
         assert seen == {("1", first.digest), ("2", second.digest)}
 
 
+@pytest.mark.slow
 def test_a_corrupt_champion_is_refused_and_the_one_before_goes_on(
     project: Path, release: Callable[..., Version]
 ) -> None:

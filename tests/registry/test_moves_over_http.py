@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from releases import history, serving, ship, wait_for
 
 from twinloop.flows.releases import ProjectReleases
@@ -23,6 +24,7 @@ def served(client) -> str:
     return client.get("/health").json()["model"]["version"]
 
 
+@pytest.mark.slow
 def test_a_champion_is_rolled_back_and_promoted_again_over_http(
     project: Path, registry: Registry, release: Release
 ) -> None:

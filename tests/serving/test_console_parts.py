@@ -176,6 +176,7 @@ def test_recent_answers_are_filtered_and_opened(browser, tmp_path, tokenizer):
 # --- load
 
 
+@pytest.mark.slow
 def test_the_load_is_read_only_while_it_is_shown(browser, tmp_path, tokenizer):
     with console(browser, tmp_path, tokenizer, Tickets(), "<i>") as (page, _):
         asked: list[str] = []
