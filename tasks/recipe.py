@@ -90,8 +90,8 @@ class Recipe(StrictModel):
     threads: Annotated[int, Field(ge=1, le=1024)] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backward: Literal["float32", "bfloat16"] = "float32"
-    """What the products of the backward pass round their factors to, on CPU. bfloat16 is faster where the CPU has it;
-    measure to the gate what it costs: in small networks it was seen to."""
+    """What the products of the backward pass may round their factors to, on CPU: bfloat16 where a measurement at start
+    finds it faster, as on CPUs that have it, and float32 elsewhere. Measure to the gate what it costs."""
     checkpoint_every_s: Annotated[float, Field(ge=0)] = 20.0
     """What a crash may cost. Changes no result."""
     data: Annotated[str, Field(pattern=r"^(\.|[\w-]+(/[\w-]+)*)$")] = "."

@@ -43,6 +43,18 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
     assert load_recipe(path).name == path.stem
 
 
+@pytest.mark.parametrize(
+    ("allowed", "fastest", "backward"),
+    [("bfloat16", "bfloat16", "bfloat16"), ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "float32")],
+)
+def test_backward_is_rounded_where_the_recipe_allows_it_and_the_cpu_gains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: str, fastest: str, backward: str
+) -> None:
+    monkeypatch.setattr(recipe_module, "fastest_products", lambda: ("onednn", fastest))
+    runtime = load_recipe(write(tmp_path, fields(backward=allowed, device="cpu"))).runtime()
+    assert (runtime.library, runtime.backward) == ("onednn", backward)
+
+
 def test_all_linear_is_every_layer_and_the_default(tmp_path: Path) -> None:
     from twinloop.models.adapter_form import TARGETS
 
