@@ -20,7 +20,6 @@ def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, 
     model = new_decoder(TINY, seed=0)
     stream = BatchStream(Texts().documents(66), seq_len=64, batch_size=5, seed=2, steps=steps)
     assert stream.steps_per_epoch == 4
-    Runtime(seed=0, threads=1).use()
     settings = TrainSettings(learning_rate=0.01, optimizer=optimizer)
     result = run_training(
         model,
@@ -36,4 +35,5 @@ def run(checkpoint_dir: Path, steps: int, on_step=None, checkpoint_every_s=0.0, 
 
 
 if __name__ == "__main__":
+    Runtime(seed=0, threads=1).use()
     run(Path(sys.argv[1]), int(sys.argv[2]), on_step=lambda report: print(report.step, flush=True))
