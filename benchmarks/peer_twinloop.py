@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks.training import First, PaidByChance
 from twinloop.domains.loader import load_domain
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.training.adapters import attach_adapter
 from twinloop.training.loop import StepReport, run_training
 from twinloop.training.method import load_method
 from twinloop.training.runtime import Runtime
@@ -49,6 +50,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     runtime = Runtime.model_validate(job["runtime"])
     runtime.use()
     network, tokenizer = load_decoder(Path(job["model"])), ChatTokenizer.load(job["model"])
+    if settings.lora:
+        attach_adapter(network, settings.lora.form, seed=runtime.seed)
     domain = PaidByChance(load_domain(job["domain"], Path.cwd()).domain)
     records = (json.loads(line) for line in Path(job["records"]).read_text().splitlines())
     objective, batches = method.build(records, network, tokenizer, settings, runtime, domain)

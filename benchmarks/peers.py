@@ -1,6 +1,6 @@
 """Training speed beside that of TRL and nanochat, on the same network, records and cores, as ratios in one run.
 
-    python -m benchmarks.peers [--threads 1 2] [--sizes small medium] [--methods pretrain sft dpo grpo]
+    python -m benchmarks.peers [RECIPE] [--threads 1 2] [--sizes small medium] [--methods pretrain sft dpo grpo]
                                [--nanochat CHECKOUT] [--rounds 3] [--steps 8] [--peers .peers]
 
 The peers live in an environment of their own, which the first run makes (a gigabyte). nanochat is no package: it takes
@@ -8,7 +8,9 @@ part where a checkout is named. Contestants take turns, round after round; each 
 many records on both sides; a peer has AdamW, the optimizer that it uses by default. RL rewards at random,
 and its answers run to the limit.
 
-small: the network of the recipe (0.93M in recipes/returns.yaml); medium: 10M, the same vocabulary.
+small: the network of the recipe (0.93M in recipes/returns.yaml); medium: 10M, the same vocabulary. A recipe with a base
+that is there already, such as recipes/smollm2.yaml, is measured on that alone; where a stage trains an adapter, TRL
+trains one of its rank with PEFT.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.recipe import TrainStage
 from twinloop.training.settings import PackedSettings, RolloutSettings
 from twinloop.training.weights import get_weights, new_decoder
@@ -40,6 +43,9 @@ HERE = Path(__file__).parent
 MEDIUM_DEPTH, MEDIUM_WIDTH = 8, 320
 WANTED = {"pretrain": 1.3, "sft": 1.5, "dpo": 2.0, "grpo": 2.5}
 """Times the best peer."""
+WANTED_OF_ADAPTERS = 1.5
+SCALE = 0.5
+"""Of the recipe's data set."""
 WARM_STEPS = 2
 
 
@@ -75,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         python = make_environment(options.peers)
-        with open_workload(options) as workload, tempfile.TemporaryDirectory(prefix="twinloop-peers-") as folder:
+        with open_workload(options, SCALE) as workload, tempfile.TemporaryDirectory(prefix="twinloop-peers-") as folder:
             show(measure(workload, options, python, Path(folder)))
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -96,8 +102,13 @@ def make_environment(folder: Path) -> Path:
 
 
 def measure(workload: Workload, options: argparse.Namespace, python: Path, folder: Path) -> Iterator[Row]:
-    for size in options.sizes:
-        model = save_untrained(workload, size, folder / size)
+    base = resolve_base(workload.recipe, Path.cwd())
+    for size in ["base"] if base.source else options.sizes:
+        if base.source:
+            model = folder / size
+            save_model(model, base.config, base.source.load_weights(), workload.tokenizer)
+        else:
+            model = save_untrained(workload, size, folder / size)
         for stage in workload.recipe.train:
             if stage.name not in options.methods:
                 continue
@@ -136,7 +147,7 @@ def describe(
         "steps": steps,
         "warm_steps": WARM_STEPS,
         "learning_rate": 1e-4,
-        "lora_rank": 0,
+        "lora_rank": settings.lora.rank if settings.lora else 0,
     }
     rows = [encoded(workload, stage.name, record) for record in records]
     Path(job["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -201,7 +212,7 @@ def compare(size: str, job: dict[str, Any], runners: list[Contestant], rounds: i
         yield Row(f"· {name}", setting, f"{score.wall:,.1f}", unit)
     ratio = min(ours.wall / score.wall for score in scores.values())
     by_cpu = min(ours.cpu / score.cpu for score in scores.values())
-    wanted = WANTED[job["method"]]
+    wanted = WANTED_OF_ADAPTERS if job["lora_rank"] else WANTED[job["method"]]
     yield Row("· ratio to the best of them", f"{setting}; by CPU time {by_cpu:.2f}", f"{ratio:.2f}", "times",
               promise(f"at least {wanted}", ratio >= wanted))  # fmt: skip
 

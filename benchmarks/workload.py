@@ -24,6 +24,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.recipe import Recipe, TrainStage, default_recipe, load_recipe
 from twinloop.training.objectives import Objective
 from twinloop.training.runtime import Runtime
@@ -89,12 +90,15 @@ class Workload:
 
 
 def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workload:
-    """Train the tokenizer on the data; torch uses the recipe's threads from here on."""
+    """With a tokenizer trained on the data, or that of the recipe's base. Torch then uses the recipe's threads."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU on this machine")
-    with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
-        texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
-        tokenizer = train_tokenizer(texts, new_base_of(recipe).vocab_size)
+    if source := resolve_base(recipe, Path.cwd()).source:
+        tokenizer = source.load_tokenizer()
+    else:
+        with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
+            texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
+            tokenizer = train_tokenizer(texts, new_base_of(recipe).vocab_size)
     runtime = recipe.model_copy(update={"device": device}).runtime()
     runtime.use()
     return Workload(recipe, load_domain(recipe.domain, Path.cwd()).domain, runtime, tokenizer, data)
@@ -107,9 +111,9 @@ def new_base_of(recipe: Recipe) -> NewBase:
     return recipe.base
 
 
-def make_data(out: Path, scale: float) -> Path:
-    """The data set of params.yaml, its counts multiplied."""
-    params = read_yaml("params.yaml", "run this in the project's folder")["generate"]
+def make_data(out: Path, scale: float, dataset: str = ".") -> Path:
+    """The data set of the folder's params.yaml, its counts multiplied."""
+    params = read_yaml(Path(dataset) / "params.yaml", "run this in the project's folder")["generate"]
     counts = {name: value for name, value in params.items() if name != "seed" and isinstance(value, int)}
     generate(GeneratorParams(**params | {name: max(8, int(value * scale)) for name, value in counts.items()}), out)
     return out
@@ -124,10 +128,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def open_workload(options: argparse.Namespace) -> Iterator[Workload]:
+def open_workload(options: argparse.Namespace, scale: float = SCALE) -> Iterator[Workload]:
     """For `arguments`, in a temporary folder."""
+    recipe = load_recipe(options.recipe)
     with TemporaryDirectory(prefix="twinloop-bench-") as folder:
-        yield prepare(load_recipe(options.recipe), options.device, make_data(Path(folder) / "raw", SCALE))
+        yield prepare(recipe, options.device, make_data(Path(folder) / "raw", scale, recipe.data))
 
 
 def machine(device: str, threads: int) -> str:
