@@ -97,6 +97,7 @@ def ask(url: str, secret: str | None = None, **headers: str) -> int:
     ).status_code
 
 
+@pytest.mark.slow
 def test_the_server_of_a_run_asks_for_the_secret(embedded: tuple[str, str]) -> None:
     url, secret = embedded
     assert ask(url, secret) == 200
@@ -105,12 +106,14 @@ def test_the_server_of_a_run_asks_for_the_secret(embedded: tuple[str, str]) -> N
     assert ask(url, secret, Origin=url.removesuffix("/api")) == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:1", "https://127.0.0.1"])
 def test_the_server_of_a_run_refuses_foreign_pages_even_with_the_secret(embedded: tuple[str, str], origin: str) -> None:
     url, secret = embedded
     assert ask(url, secret, Origin=origin) == 403
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "host", ["evil.example", "a{b.example.com:8080", "", "127.0.0.1.evil.example", "10.evil.example", "localhost.evil"]
 )
@@ -153,6 +156,7 @@ def test_only_known_ports_listen_and_on_this_machine_only(running: Services) -> 
                 assert client.recv(1024) == b""
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "host", ["evil.example", "a{b.example.com:8080", "10.evil.example", "192.168.0.1.evil.example"]

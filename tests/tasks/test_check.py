@@ -118,7 +118,7 @@ def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) 
     side = longest[key("dpo")]["path"]["tokens"]
     assert side < longest[key("dpo")]["packed"]["tokens"]
     with pytest.raises(UserError, match=r"base\.max_length is \d+, and train\[2\]\.seq_len of dpo is 4096"):
-        check(recipe(max_length=side - 1), longest | {key("grpo"): {}})
+        check(recipe(max_length=side - 1), longest | {key("sft"): {}, key("grpo"): {}})
 
 
 def test_of_all_records_that_do_not_fit_the_longest_is_named(longest) -> None:
