@@ -124,9 +124,11 @@ class GGUFForm:
         """The fields of config.json that metadata tell, by keys as `metadata` gives them. Llama 3's rotary scaling is
         not among them: see `rope_freqs`."""
         fields = {name: metadata[key] for key, name in _SIZES.items() if key in metadata}
-        kind = metadata.get("rope.scaling.type", "none")
+        # Older files call the factor by its kind. Where none is named it is linear, and a factor of 0 is none.
+        factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear"))
+        kind = metadata.get("rope.scaling.type", "linear" if factor else "none")
         if kind != "none":
-            fields["rope_scaling"] = {"rope_type": kind, "factor": metadata.get("rope.scaling.factor")}
+            fields["rope_scaling"] = {"rope_type": kind, "factor": factor}
         return fields | self.own_fields(metadata)
 
     def rope_freqs(self, config: DecoderConfig) -> np.ndarray | None:

@@ -54,6 +54,9 @@ def read_network(file: GGUFFile) -> DecoderConfig:
         **form.fields(own),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        # No metadata tell of these two; a family that has biases anyway, or never, does not ask.
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
     }
     try:
         config = read_config(fields)
