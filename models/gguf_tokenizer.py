@@ -30,6 +30,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-2": (GPT2,),
     "smollm": (NUMBERS, GPT2),
     "llama-bpe": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),  # SmolLM3
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
     # As llama.cpp splits where a file names none: marks alone, then as GPT-2, then digits by threes.
     DEFAULT: (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -39,6 +40,9 @@ _NORMALISED = ("qwen2",)
 """Those that compose characters first (NFC)."""
 WHOLE_WORDS = ("llama-bpe",)
 """Those in which a word that is a token is one, whatever its merges say."""
+
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""What llama.cpp takes for the end of a turn where a file names none, as the first files of Gemma 3."""
 
 SPACE = "▁"
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
@@ -81,7 +85,13 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
 
 def read_stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """What ends an answer: the end of a turn, of a message (a call of a tool), or of a text, as a file names them."""
-    named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos"))
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos")]
+    if named[0] is None:
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        ids = {
+            token: id for id, token in enumerate(tokens if isinstance(tokens, list) else ()) if token in ENDS_OF_TURN
+        }
+        named[0] = next((ids[token] for token in ENDS_OF_TURN if token in ids), None)
     return tuple(dict.fromkeys(id for id in named if isinstance(id, int)))
 
 
