@@ -112,6 +112,7 @@ class HuggingFaceSource:
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
+        self.config = config
         self.config = _with_tokens(config, self.load_tokenizer(), path)
         names = (CONFIG, GENERATION_CONFIG, TOKENIZER, WEIGHTS_INDEX)
         self._files = [*(path / name for name in names), *settings_files(path), *files]
@@ -124,7 +125,7 @@ class HuggingFaceSource:
 
     def load_tokenizer(self) -> ChatTokenizer:
         try:
-            return ChatTokenizer.load(self.path)
+            return ChatTokenizer.load(self.path, rows=self.config.vocab_size)
         except UserError as error:
             raise _in_directory(self.path, error) from None
 

@@ -40,7 +40,7 @@ class Vocabulary:
 
         Raises UserError for what is no tokenizer, and for one that would lose text.
         """
-        data = _parsed(source, where)
+        data = parsed(source, where)
         _refuse_lossy(data, where)
         specials = _specials(data, set(named), named_ids)
         if blank := [token for token in specials if not _VISIBLE.search(token)]:
@@ -90,7 +90,7 @@ def read_vocab_size(directory: Path) -> int | None:
     """Rows that the tokenizer of a model directory needs of an embedding, also of one that cannot chat; None: it has
     no tokenizer. Raises UserError where it is broken."""
     path = directory / TOKENIZER
-    return _size(_built(_parsed(read_source(path), str(path)), str(path)).get_vocab()) if path.exists() else None
+    return _size(_built(parsed(read_source(path), str(path)), str(path)).get_vocab()) if path.exists() else None
 
 
 def read_source(path: Path) -> str:
@@ -102,7 +102,8 @@ def read_source(path: Path) -> str:
         raise UserError(f"{path}: not a tokenizer ({error})") from error
 
 
-def _parsed(source: str, where: str) -> dict[str, Any]:
+def parsed(source: str, where: str) -> dict[str, Any]:
+    """The content of tokenizer.json. Raises UserError for what is none."""
     try:
         data = json.loads(source)
     except (ValueError, RecursionError) as error:

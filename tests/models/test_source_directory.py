@@ -121,6 +121,38 @@ def test_the_digest_follows_what_older_and_newer_exporters_keep_beside_the_setti
     assert open_source(small).digest() == without
 
 
+def add_token(folder: Path, token: str, **settings: Any) -> int:
+    """A special token behind the embedding's last row, as the text-only models of Gemma 3 have one for images."""
+    shorten_embedding(folder, TOKENIZER.vocab_size)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entry = content["added_tokens"][0] | {"id": TOKENIZER.vocab_size, "content": token}
+    rewrite(folder, "tokenizer.json", added_tokens=[*content["added_tokens"], entry])
+    listed = {str(entry["id"]): {"content": token, "special": True}}
+    rewrite(folder, "tokenizer_config.json", added_tokens_decoder=listed, **settings)
+    return int(entry["id"])
+
+
+def test_a_special_token_that_no_row_and_no_chat_has_is_left_out(small: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    add_token(small, "<image>", image_token="<image>", additional_special_tokens=["<image>", "<|user|>"])
+    source = open_source(small)
+    save_model(tmp_path / "out", source.config, source.load_weights(), source.load_tokenizer())
+    assert open_source(tmp_path / "out").config == source.config
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(theirs) == TOKENIZER.vocab_size
+    assert source.load_tokenizer().encode("a <image> <|user|>") == TOKENIZER.encode("a <image> <|user|>")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"eos_token": "<image>"}, {"chat_template": CHAT_TEMPLATE + "{% if images %}<image>{% endif %}"}]
+)
+def test_one_that_a_chat_may_hold_needs_its_row(small: Path, settings: dict[str, Any]) -> None:
+    id = add_token(small, "<image>", **settings)
+    with pytest.raises(UserError, match=f"the tokenizer has ids up to {id}, but the embedding has {id} rows"):
+        open_source(small)
+
+
 def changing(name: str) -> Adapter:
     """An adapter of rank 2 of one layer of the small model."""
     a, b = np.full((2, 64), 0.5, np.float32), np.full((64, 2), 0.25, np.float32)
@@ -174,9 +206,9 @@ def change_tensors(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-def shorten_embedding(folder: Path) -> None:
-    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:200]}))
-    rewrite(folder, "config.json", vocab_size=200)
+def shorten_embedding(folder: Path, rows: int = 200) -> None:
+    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:rows]}))
+    rewrite(folder, "config.json", vocab_size=rows)
 
 
 def cut(folder: Path) -> None:
