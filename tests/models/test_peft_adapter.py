@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.models.adapter import read_adapter, save_adapter
@@ -167,6 +168,17 @@ def test_more_than_a_and_b_is_refused_by_name(saved, change, message):
 
 
 @pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"]
+)
+def test_an_adapter_of_embeddings_or_the_head_is_refused_by_name(saved, name):
+    """As PEFT writes them for new tokens, and for targets beside the layers."""
+    path = saved / "adapter_model.safetensors"
+    save_file(load_file(path) | {f"base_model.model.{name}": np.ones((4, 64), np.float32)}, path)
+    with pytest.raises(UserError, match=f"{name}: changed embeddings and heads are not supported"):
+        read_adapter(saved, CONFIG)
+
+
+@pytest.mark.parametrize(
     ("other", "message"),
     [
         ({"hidden_size": 48}, "the base's is .*; the adapter is of another base"),
@@ -196,8 +208,6 @@ def test_damaged_missing_and_pickled_weights_are_refused(saved):
 
 
 def test_half_a_pair_is_refused(saved):
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(saved / "adapter_model.safetensors")
     tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
     save_file(tensors, saved / "adapter_model.safetensors")
