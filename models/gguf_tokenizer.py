@@ -9,13 +9,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from twinloop.common.errors import UserError, one_line
+from twinloop.models.vocabulary import BYTE_TOKEN
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
 _TEMPLATE = "tokenizer.chat_template"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
 """A token that can be in the pattern of a post-processor."""
 
@@ -171,7 +171,7 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
     """Every pair of pieces that is a piece, the best score first (SentencePiece merges by the score of the whole)."""
     found = []
     for piece, id in vocabulary.items():
-        if _BYTE.fullmatch(piece):  # only ever means a byte, however a text spells it
+        if BYTE_TOKEN.fullmatch(piece):  # only ever means a byte, however a text spells it
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         halves = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]

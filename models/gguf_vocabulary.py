@@ -9,7 +9,6 @@ is neither would get other ids there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from gguf import TokenType
 from twinloop.common.errors import UserError
 from twinloop.models.gguf_tokenizer import DEFAULT, GPT2, NUMBERS, PRE_TOKENIZERS, WHOLE_WORDS
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.vocabulary import TOKENIZER
+from twinloop.models.vocabulary import BYTE_TOKEN, TOKENIZER
 
 _Step: TypeAlias = tuple[str, Any]
 """One step of splitting: a regular expression whose matches are pieces of their own, or whatever else it is."""
@@ -28,7 +27,6 @@ _Step: TypeAlias = tuple[str, Any]
 _KNOWN = {(patterns, name in WHOLE_WORDS): name for name, patterns in PRE_TOKENIZERS.items() if name != DEFAULT}
 """Names of `tokenizer.ggml.pre`, by the splitting of each and whether a piece that is a token skips the merges."""
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _NFC = {"type": "NFC"}
 _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREFIX = {"type": "Prepend", "prepend": "▁"}
@@ -204,4 +202,4 @@ def _type(id: int, named: Mapping[int, str], added: Mapping[int, Mapping[str, An
         return TokenType.CONTROL if added[id]["special"] else TokenType.USER_DEFINED
     if id not in named:
         return TokenType.UNUSED
-    return TokenType.BYTE if _BYTE.fullmatch(named[id]) else TokenType.NORMAL
+    return TokenType.BYTE if BYTE_TOKEN.fullmatch(named[id]) else TokenType.NORMAL

@@ -20,7 +20,8 @@ from twinloop.common.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 
-_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""A token that means a byte, in tokenizers with byte fallback."""
 _VISIBLE = re.compile(r'[^\s"\\\x00-\x1f]')
 _PRIVATE_PLANE, _PRIVATE_CHARACTERS = 0x100000, 0xFFFE
 _NAME_LENGTH = 6  # characters that are drawn: 96 bits, so no text holds a name
@@ -110,7 +111,11 @@ def parsed(source: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not a tokenizer ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer (it has no model)")
-    return {"added_tokens": [], "decoder": None} | data
+    data = {"added_tokens": [], "decoder": None} | data
+    entries, known = data["added_tokens"], {"id", "content", "special"}
+    if not isinstance(entries, list) or not all(isinstance(each, dict) and known <= each.keys() for each in entries):
+        raise UserError(f"{where}: not a tokenizer (its added_tokens are none)")
+    return data
 
 
 def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
@@ -129,6 +134,9 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
     kind = data["model"].get("type", "BPE")
     if kind != "BPE":
         raise UserError(f"{where}: model {kind} is not supported; byte-level BPE and BPE with byte fallback are")
+    vocabulary, merges = data["model"].get("vocab"), data["model"].get("merges", [])
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise UserError(f"{where}: not a tokenizer (its model has no vocabulary, or no merges)")
     steps = {step["type"] for step in _steps(data["decoder"])}
     if "ByteLevel" in steps:
         return
@@ -206,7 +214,7 @@ def _token_bytes(ids: Mapping[str, int], steps: Sequence[Mapping[str, Any]], add
     spaces = {step.get("replacement", "▁"): " " for step in steps if step["type"] == "Metaspace"}
     spaces |= {step["pattern"]["String"]: step["content"] for step in steps if step["type"] == "Replace"}
     for token, id in ids.items():
-        byte = _BYTE_TOKEN.fullmatch(token) if "ByteFallback" in kinds else None
+        byte = BYTE_TOKEN.fullmatch(token) if "ByteFallback" in kinds else None
         text = token
         for old, new in spaces.items():
             text = text.replace(old, new)
