@@ -292,6 +292,12 @@ def test_what_cannot_be_a_base_is_refused_in_one_line(small: Path, what: str) ->
     assert "\n" not in str(raised.value)
 
 
+def test_a_field_for_quantisation_that_is_null_says_nothing(small: Path) -> None:
+    fields = json.loads((small / "config.json").read_text()) | {"quantization_config": None}
+    (small / "config.json").write_text(json.dumps(fields))
+    assert open_source(small).form == "fp32"
+
+
 def test_other_paths_are_refused_in_one_line(tmp_path: Path, small: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "files").mkdir()
