@@ -19,7 +19,7 @@ from gguf import TokenType
 from twinloop.common.errors import UserError
 from twinloop.models.gguf_tokenizer import DEFAULT, GPT2, NUMBERS, PRE_TOKENIZERS, WHOLE_WORDS
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.vocabulary import BYTE_TOKEN, TOKENIZER
+from twinloop.models.vocabulary import BYTE_TOKEN, TOKENIZER, merged_pair
 
 _Step: TypeAlias = tuple[str, Any]
 """One step of splitting: a regular expression whose matches are pieces of their own, or whatever else it is."""
@@ -102,7 +102,7 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     return GGUFVocabulary(
         tokens=[named.get(id, f"[PAD{id}]") for id in range(rows)],
         types=[_type(id, named, added) for id in range(rows)],
-        merges=[" ".join(_pair(merge)) for merge in model["merges"]],
+        merges=[" ".join(merged_pair(merge)) for merge in model["merges"]],
         reading=reading,
         note=NORMALISES if content.get("normalizer") == _NFC else "",
         bos_id=tokenizer.bos_id,
@@ -141,7 +141,7 @@ def _sentencepiece(content: Mapping[str, Any]) -> Reading | None:
     model = content["model"]
     way = (content.get("normalizer"), content.get("pre_tokenizer"))
     prefix = next((prefix for known, prefix in _SPACES if known == way), None)
-    scores = _scores(model["vocab"], [_pair(merge) for merge in model["merges"]])
+    scores = _scores(model["vocab"], [merged_pair(merge) for merge in model["merges"]])
     if prefix is None or scores is None or model.get("ignore_merges"):
         return None
     return Reading("llama", DEFAULT, scores, space_prefix=prefix)
@@ -167,11 +167,6 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) ->
             if left in vocabulary and right in vocabulary and (left, right) not in known:
                 return None
     return scores
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def _flat(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:

@@ -46,6 +46,7 @@ class Vocabulary:
         specials = _specials(data, set(named), named_ids)
         if blank := [token for token in specials if not _VISIBLE.search(token)]:
             raise UserError(f"{where}: the special token {blank[0]!r} has no visible character: any text may hold it")
+        _refuse_pieces_of_text(data, specials, where)
         nonce = "".join(chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_CHARACTERS)) for _ in range(_NAME_LENGTH))
         self.private_names: Mapping[str, str] = {
             token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate(specials)
@@ -163,20 +164,36 @@ def _specials(data: Mapping[str, Any], named: Collection[str], named_ids: Collec
     return [entry["content"] for entry in entries if entry["special"] or entry["content"] in wanted]
 
 
+def _refuse_pieces_of_text(data: Mapping[str, Any], specials: Collection[str], where: str) -> None:
+    """Raise UserError for a special token without which other text could not be encoded, such as "!" for padding."""
+    try:
+        merged = {piece for merge in data["model"].get("merges", ()) for piece in merged_pair(merge)}
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: not a tokenizer (its merges are not all of two tokens)") from None
+    alphabet = _byte_alphabet()
+    pieces = [token for token in specials if token in merged or token in alphabet or BYTE_TOKEN.fullmatch(token)]
+    if pieces:
+        raise UserError(
+            f"{where}: the special token {min(pieces)!r} is a piece of ordinary text, which would be lost; "
+            "name another token in tokenizer_config.json, such as its eos_token"
+        )
+
+
 def _with_private_names(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The tokenizer in which each special token has another spelling, and nothing cuts, fills or adds to a text."""
     model = dict(data["model"])
     model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
-    model["merges"] = [merge for merge in model.get("merges", ()) if _merged(merge) not in names]
+    model["merges"] = [merge for merge in model.get("merges", ()) if "".join(merged_pair(merge)) not in names]
     model["unk_token"] = names.get(unknown := model.get("unk_token") or "", unknown or None)
     added = [entry | {"content": names.get(entry["content"], entry["content"])} for entry in data["added_tokens"]]
     unused = {"truncation": None, "padding": None, "post_processor": None}
     return {**data, **unused, "added_tokens": added, "model": model}
 
 
-def _merged(merge: str | Sequence[str]) -> str:
+def merged_pair(merge: str | Sequence[str]) -> tuple[str, str]:
     """A merge is a pair, or in older files a text with a space between the two."""
-    return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _without_prefix(part: Any) -> Any:

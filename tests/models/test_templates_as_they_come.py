@@ -234,7 +234,15 @@ def test_a_strangers_template_ends_in_no_foreign_exception(template: str, says: 
 
 @pytest.mark.parametrize(
     ("part", "value"),
-    [("added_tokens", None), ("added_tokens", [{"id": 1}]), ("vocab", ["a"]), ("vocab", {"a": "b"}), ("merges", None)],
+    [
+        ("added_tokens", None),
+        ("added_tokens", [{"id": 1}]),
+        ("vocab", ["a"]),
+        ("vocab", {"a": "b"}),
+        ("merges", None),
+        ("merges", [1]),
+        ("merges", ["a"]),
+    ],
 )
 def test_a_tokenizer_of_other_parts_is_refused_in_one_line(part: str, value: Any) -> None:
     content = json.loads(tokenizer_of("gpt2").to_str())
@@ -262,6 +270,13 @@ def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> Non
             ChatTokenizer(source.replace(old, new), settings)
     with pytest.raises(UserError, match="eos_token '<none>' is not a token"):
         ChatTokenizer(tokenizer_of("gpt2"), settings | {"eos_token": "<none>"})
+
+
+@pytest.mark.parametrize(("style", "piece"), [("gpt2", "!"), ("gpt2", "e"), ("llama2", "<0x00>")])
+def test_a_special_token_that_other_text_is_made_of_is_refused(style: str, piece: str) -> None:
+    settings = {"eos_token": "<|im_end|>" if style == "gpt2" else "</s>", "chat_template": "{{ messages }}"}
+    with pytest.raises(UserError, match=f"the special token '{piece}' is a piece of ordinary text"):
+        ChatTokenizer(tokenizer_of(style).to_str(), settings | {"pad_token": piece})
 
 
 def test_a_model_directory_keeps_all_stop_tokens(tmp_path: Path) -> None:
