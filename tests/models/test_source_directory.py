@@ -96,6 +96,16 @@ def test_the_digest_follows_the_models_bytes_and_nothing_else(small: Path) -> No
     assert open_source(small).digest() == before
 
 
+def test_one_file_of_weights_comes_before_shards_that_were_left_beside_it(small: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tensors = open_source(small).load_weights()
+    save_file({name: array + 1 for name, array in tensors.items()}, small / "model.safetensors", {"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(small).state_dict()[EMBEDDING].numpy()
+    assert (open_source(small).load_weights()[EMBEDDING] == theirs).all()
+    assert (theirs == tensors[EMBEDDING] + 1).all()
+
+
 def test_what_transformers_wrote_beside_the_weights_is_left_out(tmp_path: Path) -> None:
     make(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
