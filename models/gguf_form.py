@@ -34,6 +34,8 @@ _SIZES = {
 
 ROPE_FREQS = "rope_freqs.weight"
 """The tensor that holds Llama 3's rotary scaling: what each frequency is divided by."""
+TRAINED_CONTEXT = "rope.scaling.original_context_length"
+"""Beside it: for the reader in `gguf_model`; llama.cpp has the tensor."""
 
 _NETWORK = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -118,6 +120,8 @@ class GGUFForm:
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind == "linear":
             metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+        elif scaling is not None:
+            metadata[TRAINED_CONTEXT] = scaling.original_max_position_embeddings
         return metadata | self.own_metadata(config)
 
     def fields(self, metadata: Mapping[str, Any]) -> dict[str, Any]:

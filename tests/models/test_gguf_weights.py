@@ -168,6 +168,7 @@ def test_the_model_directory_keeps_the_sources_shape_tokenizer_and_template(tmp_
 
 OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "llama": {"rope_scaling": LLAMA3_SCALING | {"factor": 20.0, "original_max_position_embeddings": 100}},
     "smollm3": {"num_hidden_layers": 4},
     "gemma3_text": {"num_hidden_layers": 6, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 9},
 }
@@ -180,6 +181,8 @@ def test_a_family_comes_back_from_the_form_that_it_states(tmp_path: Path, family
     weights, form = random_weights(config), find_family(family).GGUF
     metadata = {f"{form.architecture}.{key}": value for key, value in form.metadata(config).items()}
     tensors = {each.name: (each.to_gguf(weights[name]), "F32") for name, each in form.tensors(config).items()}
+    if (freqs := form.rope_freqs(config)) is not None:
+        tensors["rope_freqs.weight"] = (freqs, "F32")
     path = write_gguf(tmp_path / "m.gguf", form.architecture, config, {}, metadata=metadata, tensors=tensors)
     source = open_source(path)
     same = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "family": None}
