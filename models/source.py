@@ -111,7 +111,7 @@ class HuggingFaceSource:
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
-        self.config = config
+        self.config = config  # the tokenizer is read for its number of rows
         self.config = _with_tokens(config, self.load_tokenizer(), path)
         names = (CONFIG, GENERATION_CONFIG, TOKENIZER, WEIGHTS_INDEX)
         self._files = [*(path / name for name in names), *settings_files(path), *files]

@@ -112,11 +112,11 @@ def parsed(source: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: not a tokenizer ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer (it has no model)")
-    data = {"added_tokens": [], "decoder": None} | data
-    entries, known = data["added_tokens"], {"id", "content", "special"}
+    whole: dict[str, Any] = {"added_tokens": [], "decoder": None} | data
+    entries, known = whole["added_tokens"], {"id", "content", "special"}
     if not isinstance(entries, list) or not all(isinstance(each, dict) and known <= each.keys() for each in entries):
         raise UserError(f"{where}: not a tokenizer (its added_tokens are none)")
-    return data
+    return whole
 
 
 def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
