@@ -100,7 +100,7 @@ def _byte_level(
 ) -> Tokenizer:
     """added: tokens that are found in a text before it is split."""
     pre = metadata.get("tokenizer.ggml.pre", DEFAULT)
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, "tokenizer.ggml.merges", where)]
     if any(len(merge) != 2 for merge in merges):

@@ -45,6 +45,7 @@ def refusal(path: Path) -> str:
         ({"metadata": {"tokenizer.chat_template": None}}, "chat_template"),
         ({"metadata": {"tokenizer.ggml.model": "t5"}}, ": tokenizer.ggml.model 't5' is not read"),
         ({"metadata": {"tokenizer.ggml.pre": "chatglm-bpe"}}, ": tokenizer.ggml.pre 'chatglm-bpe' is not one of gpt-2"),
+        ({"metadata": {"tokenizer.ggml.pre": ["gpt-2"]}}, ": tokenizer.ggml.pre ['gpt-2'] is not one of gpt-2"),
         ({"metadata": {"tokenizer.ggml.tokens": None}}, ": no tokenizer.ggml.tokens in its metadata"),
         ({"metadata": {"tokenizer.ggml.merges": None}}, ": no tokenizer.ggml.merges in its metadata"),
         ({"metadata": {"tokenizer.ggml.merges": ["q z"]}}, ": its tokenizer does not fit together"),
