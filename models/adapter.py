@@ -29,7 +29,7 @@ from twinloop.models.config import DecoderConfig
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FAITHFUL_STARTS = (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_FAITHFUL_STARTS = (True, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's initialisations that leave the base as it is."""
 _NEUTRAL = {
     "use_dora": "DoRA",

@@ -151,6 +151,7 @@ def saved(tmp_path, base):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base too"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' changed the base too"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA is"),
         ({"r": 8}, "has rank 4, adapter_config.json says 8"),
         ({"lora_alpha": None}, "lora_alpha is None; it must be a number more than 0"),
