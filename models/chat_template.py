@@ -233,7 +233,8 @@ def _may_join(text: str, specials: Collection[str]) -> bool:
 def _by_name(source: Any) -> dict[str, str]:
     named = source if isinstance(source, Mapping) else {"default": source}
     if isinstance(source, Sequence) and not isinstance(source, str):
-        named = {each.get("name"): each.get("template") for each in source if isinstance(each, Mapping)}
+        entries = [each for each in source if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
+        named = {each["name"]: each.get("template") for each in entries}
     if not isinstance(named.get("default"), str) or not all(isinstance(text, str) for text in named.values()):
         raise UserError("tokenizer_config.json: no chat_template; add the template that the model is trained with")
     return dict(named)

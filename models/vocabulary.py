@@ -65,7 +65,10 @@ class Vocabulary:
             for step in steps
         )
 
-    def id_of(self, token: str) -> int | None:
+    def id_of(self, token: Any) -> int | None:
+        """None for what is no token, such as a number in a settings file."""
+        if not isinstance(token, str):
+            return None
         id: int | None = self._tokenizer.token_to_id(self.private_names.get(token, token))
         return id
 

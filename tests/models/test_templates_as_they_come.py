@@ -272,6 +272,20 @@ def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> Non
         ChatTokenizer(tokenizer_of("gpt2"), settings | {"eos_token": "<none>"})
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"eos_token": 2}, "eos_token 2 is not a token of tokenizer.json"),
+        ({"pad_token": ["<s>"]}, r"pad_token \['<s>'\] is not a token"),
+        ({"bos_token": {"content": None}, "eos_token": {"content": 4}}, "eos_token 4 is not a token"),
+        ({"chat_template": [{"name": ["default"], "template": "x"}]}, "no chat_template"),
+    ],
+)
+def test_settings_of_other_types_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"^tokenizer_config.json: {says}"):
+        ChatTokenizer(tokenizer_of("llama2"), {"eos_token": "</s>", "chat_template": "{{ messages }}"} | settings)
+
+
 @pytest.mark.parametrize(("style", "piece"), [("gpt2", "!"), ("gpt2", "e"), ("llama2", "<0x00>")])
 def test_a_special_token_that_other_text_is_made_of_is_refused(style: str, piece: str) -> None:
     settings = {"eos_token": "<|im_end|>" if style == "gpt2" else "</s>", "chat_template": "{{ messages }}"}
