@@ -40,6 +40,9 @@ _SPACES: list[tuple[tuple[Any, Any], bool]] = [
     (({"type": "Sequence", "normalizers": [_PREFIX, _SPACE]}, None), True),
 ]
 
+MOST_STOP_TOKENS = 3
+"""The end of a text, of a turn and of a message."""
+
 NORMALISES = "text that is not in Unicode's form NFC is normalised by the model's own tokenizer, but not by llama.cpp"
 
 
@@ -92,6 +95,11 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     named = {id: token for token, id in model["vocab"].items()} | {id: each["content"] for id, each in added.items()}
     if max(named) >= rows:
         raise UserError(f"{directory / TOKENIZER}: it has the id {max(named)}, but the embedding has {rows} rows")
+    if (stops := len({tokenizer.eos_id, *tokenizer.stop_ids})) > MOST_STOP_TOKENS:
+        raise UserError(
+            f"gguf: a file names at most {MOST_STOP_TOKENS} tokens that end an answer, and this model has {stops}; "
+            "leave those in eos_token_id of its generation_config.json that it is trained with"
+        )
     reading = find_reading(content)
     if reading is None:
         raise UserError(
