@@ -29,7 +29,7 @@ from twinloop.models.config import DecoderConfig
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_FAITHFUL_STARTS = (True, "gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_FAITHFUL_STARTS = (True, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's initialisations that leave the base as it is."""
 _NEUTRAL = {
     "use_dora": "DoRA",
@@ -181,6 +181,11 @@ def _factors(
     directory: Path, tensors: Mapping[str, np.ndarray], layers: Mapping[str, tuple[int, int]]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """A and B by linear layer. Raises UserError unless the tensors are pairs that fit the base's layers."""
+    if others := sorted(name for name in tensors if "embed_tokens" in name or name.startswith("lm_head")):
+        raise UserError(
+            f"{directory}: {others[0]}: changed embeddings and heads are not supported, only linear layers inside the "
+            "network's layers are; merge the adapter with `peft`"
+        )
     names = {name.removesuffix(f".{LORA_A}").removesuffix(f".{LORA_B}") for name in tensors}
     if unknown := sorted(name for name in names if name not in layers):
         raise UserError(f"{directory}: {unknown[0]} is no linear layer of the base; the adapter is of another one")

@@ -23,7 +23,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from twinloop.common.errors import UserError
+from twinloop.common.errors import UserError, one_line
 
 Message = Mapping[str, Any]
 
@@ -87,8 +87,8 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._templates = {name: environment.from_string(text) for name, text in self.sources.items()}
-        except TemplateError as error:
-            raise UserError(f"chat template: it does not parse ({error})") from error
+        except Exception as error:  # Jinja makes Python of it, whose compiler has limits of its own
+            raise UserError(f"chat template: it does not parse ({one_line(error)})") from error
         self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
         # A plain token that holds a special one comes before it, as wherever text is split at added tokens.
         within = _any_of(special)
@@ -99,9 +99,11 @@ class ChatTemplate:
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
         given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return self._templates[name].render(messages=messages, **given, **self._tokens)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-            raise UserError(f"chat template: {error}") from error  # its expressions raise what Python raises
+            rendered = self._templates[name].render(messages=messages, **given, **self._tokens)
+            rendered.encode()  # it may write a lone surrogate
+        except Exception as error:  # it is a program: it raises what Python raises, also for want of memory
+            raise UserError(f"chat template: {one_line(error)}") from error
+        return rendered
 
     def trace(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         """As `render`, for messages of role and content, and where their content is.
@@ -231,7 +233,8 @@ def _may_join(text: str, specials: Collection[str]) -> bool:
 def _by_name(source: Any) -> dict[str, str]:
     named = source if isinstance(source, Mapping) else {"default": source}
     if isinstance(source, Sequence) and not isinstance(source, str):
-        named = {each.get("name"): each.get("template") for each in source if isinstance(each, Mapping)}
+        entries = [each for each in source if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
+        named = {each["name"]: each.get("template") for each in entries}
     if not isinstance(named.get("default"), str) or not all(isinstance(text, str) for text in named.values()):
         raise UserError("tokenizer_config.json: no chat_template; add the template that the model is trained with")
     return dict(named)

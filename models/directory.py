@@ -129,9 +129,10 @@ def check_tensors(
 
 
 def weight_files(directory: Path) -> list[str]:
-    """The safetensors files of a model directory. Raises UserError where the index of shards is broken."""
+    """The safetensors files of a model directory: the single one before shards, as `transformers` takes them. Raises
+    UserError where the index of shards is broken."""
     index = directory / WEIGHTS_INDEX
-    if not index.exists():
+    if (directory / WEIGHTS).exists() or not index.exists():
         return [WEIGHTS]
     content = _read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None

@@ -83,7 +83,7 @@ def read_config(fields: Any) -> DecoderConfig:
     family = find_family(fields.get("model_type"))
     if fields.get("quantization_config"):
         raise UserError(
-            "config.json: quantization_config: quantised weights cannot be read; use the checkpoint without"
+            "config.json: a quantised checkpoint (quantization_config) is not read; take the original, or a GGUF file"
         )
     stated = {name: value for name, value in fields.items() if value is not None or name in _NULL_COUNTS}
     fields = {"tie_word_embeddings": False, **family.DEFAULTS, **stated}

@@ -34,6 +34,8 @@ _SIZES = {
 
 ROPE_FREQS = "rope_freqs.weight"
 """The tensor that holds Llama 3's rotary scaling: what each frequency is divided by."""
+TRAINED_CONTEXT = "rope.scaling.original_context_length"
+"""Beside it: for the reader in `gguf_model`; llama.cpp has the tensor."""
 
 _NETWORK = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -118,15 +120,19 @@ class GGUFForm:
         scaling = config.rope_scaling
         if scaling is not None and scaling.kind == "linear":
             metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+        elif scaling is not None:
+            metadata[TRAINED_CONTEXT] = scaling.original_max_position_embeddings
         return metadata | self.own_metadata(config)
 
     def fields(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of config.json that metadata tell, by keys as `metadata` gives them. Llama 3's rotary scaling is
         not among them: see `rope_freqs`."""
         fields = {name: metadata[key] for key, name in _SIZES.items() if key in metadata}
-        kind = metadata.get("rope.scaling.type", "none")
+        # Older files call the factor by its kind. Where none is named it is linear, and a factor of 0 is none.
+        factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear"))
+        kind = metadata.get("rope.scaling.type", "linear" if factor else "none")
         if kind != "none":
-            fields["rope_scaling"] = {"rope_type": kind, "factor": metadata.get("rope.scaling.factor")}
+            fields["rope_scaling"] = {"rope_type": kind, "factor": factor}
         return fields | self.own_fields(metadata)
 
     def rope_freqs(self, config: DecoderConfig) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.family import find_gguf_family, read_config
 from twinloop.models.gguf_file import GGUFFile
-from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
+from twinloop.models.gguf_form import ROPE_FREQS, TRAINED_CONTEXT, GGUFForm
 
 _REQUIRED = (
     "block_count",
@@ -29,8 +29,8 @@ LLAMA3_SCALING: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-LLAMA3_FACTORS = (8.0, 32.0)
-"""Of Llama 3.1 and 3.3, and of Llama 3.2."""
+"""Of every Llama 3, where the file does not say the context that was trained. The factor is the largest of the file's:
+8 in Llama 3.1 and 3.3, 32 in Llama 3.2."""
 
 
 def read_network(file: GGUFFile) -> DecoderConfig:
@@ -54,6 +54,9 @@ def read_network(file: GGUFFile) -> DecoderConfig:
         **form.fields(own),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        # No metadata tell of these two; a family that has biases anyway, or never, does not ask.
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
     }
     try:
         config = read_config(fields)
@@ -64,14 +67,17 @@ def read_network(file: GGUFFile) -> DecoderConfig:
 
 
 def _with_llama3_scaling(file: GGUFFile, form: GGUFForm, fields: dict[str, Any]) -> DecoderConfig:
-    """The file has no more of Llama 3's rotary scaling than what each frequency is divided by."""
+    """The file has little more of Llama 3's rotary scaling than what each frequency is divided by."""
     factors_F = file.load(ROPE_FREQS)
-    for factor in LLAMA3_FACTORS:
-        config = read_config(fields | {"rope_scaling": {**LLAMA3_SCALING, "factor": factor}})
-        expected = form.rope_freqs(config)
-        if expected is not None and factors_F.shape == expected.shape and np.allclose(factors_F, expected, rtol=1e-4):
-            return config
-    raise UserError(f"{ROPE_FREQS} is not the rotary scaling of Llama 3.1, 3.2 or 3.3; only that is read")
+    scaling = LLAMA3_SCALING | {"factor": round(float(factors_F.max(initial=0)), 4)}
+    if trained := file.metadata.get(f"{form.architecture}.{TRAINED_CONTEXT}"):
+        scaling["original_max_position_embeddings"] = trained
+    config = read_config(fields | {"rope_scaling": scaling})
+    expected = form.rope_freqs(config)
+    assert expected is not None
+    if factors_F.shape != expected.shape or not np.allclose(factors_F, expected, rtol=1e-4):
+        raise UserError(f"{ROPE_FREQS} is not the rotary scaling of a Llama 3; only that is read")
+    return config
 
 
 def network_shapes(file: GGUFFile, config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -9,13 +9,13 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from twinloop.common.errors import UserError, one_line
+from twinloop.models.vocabulary import BYTE_TOKEN
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
 _TEMPLATE = "tokenizer.chat_template"
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
 """A token that can be in the pattern of a post-processor."""
 
@@ -30,6 +30,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "gpt-2": (GPT2,),
     "smollm": (NUMBERS, GPT2),
     "llama-bpe": (_LLAMA3,),
+    "smaug-bpe": (_LLAMA3,),  # SmolLM3
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
     # As llama.cpp splits where a file names none: marks alone, then as GPT-2, then digits by threes.
     DEFAULT: (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
@@ -39,6 +40,9 @@ _NORMALISED = ("qwen2",)
 """Those that compose characters first (NFC)."""
 WHOLE_WORDS = ("llama-bpe",)
 """Those in which a word that is a token is one, whatever its merges say."""
+
+ENDS_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+"""What llama.cpp takes for the end of a turn where a file names none, as the first files of Gemma 3."""
 
 SPACE = "▁"
 ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
@@ -81,7 +85,13 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
 
 def read_stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """What ends an answer: the end of a turn, of a message (a call of a tool), or of a text, as a file names them."""
-    named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos"))
+    named = [metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos")]
+    if named[0] is None:
+        tokens = metadata.get("tokenizer.ggml.tokens")
+        ids = {
+            token: id for id, token in enumerate(tokens if isinstance(tokens, list) else ()) if token in ENDS_OF_TURN
+        }
+        named[0] = next((ids[token] for token in ENDS_OF_TURN if token in ids), None)
     return tuple(dict.fromkeys(id for id in named if isinstance(id, int)))
 
 
@@ -90,7 +100,7 @@ def _byte_level(
 ) -> Tokenizer:
     """added: tokens that are found in a text before it is split."""
     pre = metadata.get("tokenizer.ggml.pre", DEFAULT)
-    if pre not in PRE_TOKENIZERS:
+    if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, "tokenizer.ggml.merges", where)]
     if any(len(merge) != 2 for merge in merges):
@@ -161,7 +171,7 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
     """Every pair of pieces that is a piece, the best score first (SentencePiece merges by the score of the whole)."""
     found = []
     for piece, id in vocabulary.items():
-        if _BYTE.fullmatch(piece):  # only ever means a byte, however a text spells it
+        if BYTE_TOKEN.fullmatch(piece):  # only ever means a byte, however a text spells it
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         halves = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]

@@ -9,7 +9,6 @@ is neither would get other ids there.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from gguf import TokenType
 from twinloop.common.errors import UserError
 from twinloop.models.gguf_tokenizer import DEFAULT, GPT2, NUMBERS, PRE_TOKENIZERS, WHOLE_WORDS
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.vocabulary import TOKENIZER
+from twinloop.models.vocabulary import BYTE_TOKEN, TOKENIZER, merged_pair
 
 _Step: TypeAlias = tuple[str, Any]
 """One step of splitting: a regular expression whose matches are pieces of their own, or whatever else it is."""
@@ -28,7 +27,6 @@ _Step: TypeAlias = tuple[str, Any]
 _KNOWN = {(patterns, name in WHOLE_WORDS): name for name, patterns in PRE_TOKENIZERS.items() if name != DEFAULT}
 """Names of `tokenizer.ggml.pre`, by the splitting of each and whether a piece that is a token skips the merges."""
 
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _NFC = {"type": "NFC"}
 _SPACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _PREFIX = {"type": "Prepend", "prepend": "▁"}
@@ -41,6 +39,9 @@ _SPACES: list[tuple[tuple[Any, Any], bool]] = [
     (({"type": "Sequence", "normalizers": [_SPACE]}, None), False),
     (({"type": "Sequence", "normalizers": [_PREFIX, _SPACE]}, None), True),
 ]
+
+MOST_STOP_TOKENS = 3
+"""The end of a text, of a turn and of a message."""
 
 NORMALISES = "text that is not in Unicode's form NFC is normalised by the model's own tokenizer, but not by llama.cpp"
 
@@ -94,6 +95,11 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     named = {id: token for token, id in model["vocab"].items()} | {id: each["content"] for id, each in added.items()}
     if max(named) >= rows:
         raise UserError(f"{directory / TOKENIZER}: it has the id {max(named)}, but the embedding has {rows} rows")
+    if (stops := len({tokenizer.eos_id, *tokenizer.stop_ids})) > MOST_STOP_TOKENS:
+        raise UserError(
+            f"gguf: a file names at most {MOST_STOP_TOKENS} tokens that end an answer, and this model has {stops}; "
+            "leave those in eos_token_id of its generation_config.json that it is trained with"
+        )
     reading = find_reading(content)
     if reading is None:
         raise UserError(
@@ -104,7 +110,7 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     return GGUFVocabulary(
         tokens=[named.get(id, f"[PAD{id}]") for id in range(rows)],
         types=[_type(id, named, added) for id in range(rows)],
-        merges=[" ".join(_pair(merge)) for merge in model["merges"]],
+        merges=[" ".join(merged_pair(merge)) for merge in model["merges"]],
         reading=reading,
         note=NORMALISES if content.get("normalizer") == _NFC else "",
         bos_id=tokenizer.bos_id,
@@ -143,7 +149,7 @@ def _sentencepiece(content: Mapping[str, Any]) -> Reading | None:
     model = content["model"]
     way = (content.get("normalizer"), content.get("pre_tokenizer"))
     prefix = next((prefix for known, prefix in _SPACES if known == way), None)
-    scores = _scores(model["vocab"], [_pair(merge) for merge in model["merges"]])
+    scores = _scores(model["vocab"], [merged_pair(merge) for merge in model["merges"]])
     if prefix is None or scores is None or model.get("ignore_merges"):
         return None
     return Reading("llama", DEFAULT, scores, space_prefix=prefix)
@@ -169,11 +175,6 @@ def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) ->
             if left in vocabulary and right in vocabulary and (left, right) not in known:
                 return None
     return scores
-
-
-def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
-    left, right = merge.split(" ") if isinstance(merge, str) else merge
-    return left, right
 
 
 def _flat(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
@@ -204,4 +205,4 @@ def _type(id: int, named: Mapping[int, str], added: Mapping[int, Mapping[str, An
         return TokenType.CONTROL if added[id]["special"] else TokenType.USER_DEFINED
     if id not in named:
         return TokenType.UNUSED
-    return TokenType.BYTE if _BYTE.fullmatch(named[id]) else TokenType.NORMAL
+    return TokenType.BYTE if BYTE_TOKEN.fullmatch(named[id]) else TokenType.NORMAL

@@ -114,8 +114,9 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None
     writer.add_bos_token_id(vocabulary.bos_id)
     # llama.cpp ends an answer at each of these three; its templates have the first one's text as `eos_token`.
     writer.add_eos_token_id(vocabulary.eos_id)
-    writer.add_eot_token_id(vocabulary.stop_ids[0])
-    if others := [id for id in vocabulary.stop_ids[1:] if id != vocabulary.eos_id]:
+    end_of_turn, *others = [id for id in vocabulary.stop_ids if id != vocabulary.eos_id] or [vocabulary.eos_id]
+    writer.add_eot_token_id(end_of_turn)
+    if others:
         writer.add_eom_token_id(others[0])
     writer.add_pad_token_id(vocabulary.pad_id)
     if vocabulary.unknown_id is not None:

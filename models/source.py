@@ -9,9 +9,8 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -112,6 +111,7 @@ class HuggingFaceSource:
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
+        self.config = config  # the tokenizer is read for its number of rows
         self.config = _with_tokens(config, self.load_tokenizer(), path)
         names = (CONFIG, GENERATION_CONFIG, TOKENIZER, WEIGHTS_INDEX)
         self._files = [*(path / name for name in names), *settings_files(path), *files]
@@ -124,7 +124,7 @@ class HuggingFaceSource:
 
     def load_tokenizer(self) -> ChatTokenizer:
         try:
-            return ChatTokenizer.load(self.path)
+            return ChatTokenizer.load(self.path, rows=self.config.vocab_size)
         except UserError as error:
             raise _in_directory(self.path, error) from None
 
@@ -224,22 +224,15 @@ def _refuse_directory(path: Path) -> None:
             )
         if files := sorted(path.glob("*.gguf")):
             raise UserError(f"{path}: a directory of GGUF files; name one, such as {files[0].name}")
-    if (path / CONFIG).exists() and "quantization_config" in _json_object(path / CONFIG):
-        raise UserError(f"{path}: a quantised checkpoint (quantization_config); take the original, or a GGUF file")
 
 
 def _adapters_base(path: Path) -> str:
-    named = _json_object(path).get("base_model_name_or_path")
-    return f" ({named})" if isinstance(named, str) else ""
-
-
-def _json_object(path: Path) -> Mapping[str, Any]:
-    """Empty where it is none: whoever needs it reports that."""
+    """As its settings name it, in brackets; nothing where they do not."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        named = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""
+    return f" ({named})" if isinstance(named, str) else ""
 
 
 def _with_tokens(config: DecoderConfig, tokenizer: ChatTokenizer, path: Path) -> DecoderConfig:

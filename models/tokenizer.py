@@ -27,6 +27,7 @@ from twinloop.models.tokenizer_files import (
     read_settings,
     read_stop_ids,
     token_text,
+    without_unused_tokens,
 )
 from twinloop.models.vocabulary import TOKENIZER, Vocabulary, read_source
 
@@ -136,11 +137,15 @@ class ChatTokenizer:
         self._stops = {token: id for token, id in special_ids.items() if id == self.eos_id or id in stop_ids}
 
     @classmethod
-    def load(cls, directory: Path | str) -> ChatTokenizer:
-        """Read the tokenizer of a model directory. Raises UserError where a file is missing or broken."""
+    def load(cls, directory: Path | str, *, rows: int | None = None) -> ChatTokenizer:
+        """Read the tokenizer of a model directory. Raises UserError where a file is missing or broken.
+        rows: of the embedding; special tokens beyond them are left out where nothing needs them."""
         directory = Path(directory)
-        settings, path = read_settings(directory), directory / TOKENIZER
-        return cls(read_source(path), settings, stop_ids=read_stop_ids(directory), where=str(path))
+        settings, path, stop_ids = read_settings(directory), directory / TOKENIZER, read_stop_ids(directory)
+        source = read_source(path)
+        if rows is not None:
+            source, settings = without_unused_tokens(source, settings, rows, stop_ids, where=str(path))
+        return cls(source, settings, stop_ids=stop_ids, where=str(path))
 
     def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.

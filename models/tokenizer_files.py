@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from twinloop.common.errors import UserError
-from twinloop.models.vocabulary import read_source
+from twinloop.models.vocabulary import parsed, read_source
 
 SETTINGS = "tokenizer_config.json"
 _OLD_NAMES = "special_tokens_map.json"
@@ -51,6 +51,33 @@ def stop_ids_by_file(directory: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def without_unused_tokens(
+    source: str, settings: Mapping[str, Any], rows: int, stop_ids: Collection[int], *, where: str
+) -> tuple[str, dict[str, Any]]:
+    """tokenizer.json and its settings without special tokens beyond an embedding of so many rows that no chat holds.
+
+    The text-only models of Gemma 3 have one, for the images that the others see. It is left in where the template, the
+    stop tokens or a name such as `eos_token` need it: then the tokenizer does not fit the embedding.
+    """
+    data = parsed(source, where)
+    named = {token_text(settings.get(f"{name}_token")) for name in ("bos", "eos", "pad", "unk")}
+    written = json.dumps(settings.get("chat_template"), ensure_ascii=False)
+    unused = [
+        text
+        for each in data["added_tokens"]
+        if each["id"] >= rows
+        and each["special"]
+        and each["id"] not in stop_ids
+        and (text := each["content"]) not in named
+        and text not in data["model"]["vocab"]
+        and json.dumps(text, ensure_ascii=False)[1:-1] not in written
+    ]
+    if not unused:
+        return source, dict(settings)
+    kept = [each for each in data["added_tokens"] if each["content"] not in unused]
+    return json.dumps(data | {"added_tokens": kept}, indent=2, ensure_ascii=False), _without(settings, unused)
+
+
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """`eos_token` and so on, as a template may use them."""
     texts = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
@@ -66,6 +93,15 @@ def extra_special_tokens(settings: Mapping[str, Any]) -> list[str]:
 def token_text(value: Any) -> Any:
     """A token in tokenizer_config.json is text, or an object with `content`."""
     return value.get("content") if isinstance(value, Mapping) else value
+
+
+def _without(value: Any, tokens: list[str]) -> Any:
+    """Settings without these tokens, however deep they lie."""
+    if isinstance(value, list):
+        return [_without(each, tokens) for each in value if token_text(each) not in tokens]
+    if isinstance(value, Mapping):
+        return {name: _without(each, tokens) for name, each in value.items() if token_text(each) not in tokens}
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

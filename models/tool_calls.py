@@ -9,7 +9,7 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.tool_messages import CALL_ID_LENGTH, call_of, has_tools, takes_arguments_as_text
+from twinloop.models.tool_messages import CALL_ID_LENGTH, call_arguments, call_of
 
 _NAMES = ("first-function", "other-function", "final-function")
 _IDS = ("firstcall", "othercall", "finalcall")
@@ -52,7 +52,7 @@ def takes_tools(tokenizer: ChatTokenizer) -> bool:
         prompt = _Probe(tokenizer).prompt
     except UserError:
         return False
-    return all(text in prompt for text in (*_NAMES, _DESCRIPTION, _PROPERTY)) and has_tools(tokenizer)
+    return all(text in prompt for text in (*_NAMES, _DESCRIPTION, _PROPERTY)) and call_arguments(tokenizer) is not None
 
 
 def read_call_form(tokenizer: ChatTokenizer) -> CallForm:
@@ -91,7 +91,7 @@ class _Probe:
     def __init__(self, tokenizer: ChatTokenizer):
         self._tokenizer = tokenizer
         self._stop = tokenizer.token_bytes[tokenizer.stop_id].decode()
-        self._as_text = takes_arguments_as_text(tokenizer)
+        self._as_text = call_arguments(tokenizer) == "text"
         parameters = {"type": "object", "properties": {_PROPERTY: {"type": "string"}}, "required": [_PROPERTY]}
         self._tools = [
             {"type": "function", "function": {"name": name, "description": _DESCRIPTION, "parameters": parameters}}

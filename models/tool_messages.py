@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 from twinloop.common.errors import UserError
 from twinloop.models.chat_template import mark
@@ -65,14 +66,13 @@ _TYPES = frozenset({"array", "boolean", "integer", "null", "number", "object", "
 _BY_NAME = frozenset({"$defs", "definitions", "patternProperties", "properties"})
 
 
-def has_tools(tokenizer: ChatTokenizer) -> bool:
-    """Whether the chat template has a place for calls of tools and for what they return."""
-    return _takes(tokenizer, _PROBE_ARGUMENTS) or takes_arguments_as_text(tokenizer)
-
-
-def takes_arguments_as_text(tokenizer: ChatTokenizer) -> bool:
-    """Whether the chat template writes the arguments of a call only where they are JSON's text, and no object."""
-    return not _takes(tokenizer, _PROBE_ARGUMENTS) and _takes(tokenizer, json.dumps(_PROBE_ARGUMENTS))
+@lru_cache(maxsize=8)
+def call_arguments(tokenizer: ChatTokenizer) -> Literal["object", "text"] | None:
+    """How the chat template takes the arguments of a call: as an object, or only as JSON's text. None where it has no
+    place for calls of tools and for what they return."""
+    if _takes(tokenizer, _PROBE_ARGUMENTS):
+        return "object"
+    return "text" if _takes(tokenizer, json.dumps(_PROBE_ARGUMENTS)) else None
 
 
 def _takes(tokenizer: ChatTokenizer, arguments: Any) -> bool:
@@ -103,7 +103,7 @@ def encode_tool_prompt(
     Raises UserError where the template refuses them.
     """
     texts = _Texts()
-    as_text = any("tool_calls" in message for message in messages) and takes_arguments_as_text(tokenizer)
+    as_text = any("tool_calls" in message for message in messages) and call_arguments(tokenizer) == "text"
     marked = [_marked_message(message, texts, as_text) for message in _named_results(messages)]
     return tokenizer.encode_marked(marked, texts.texts, [_marked_tool(tool, texts.mark) for tool in tools] or None)
 

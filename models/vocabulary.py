@@ -20,7 +20,8 @@ from twinloop.common.errors import UserError
 
 TOKENIZER = "tokenizer.json"
 
-_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+"""A token that means a byte, in tokenizers with byte fallback."""
 _VISIBLE = re.compile(r'[^\s"\\\x00-\x1f]')
 _PRIVATE_PLANE, _PRIVATE_CHARACTERS = 0x100000, 0xFFFE
 _NAME_LENGTH = 6  # characters that are drawn: 96 bits, so no text holds a name
@@ -40,11 +41,12 @@ class Vocabulary:
 
         Raises UserError for what is no tokenizer, and for one that would lose text.
         """
-        data = _parsed(source, where)
+        data = parsed(source, where)
         _refuse_lossy(data, where)
         specials = _specials(data, set(named), named_ids)
         if blank := [token for token in specials if not _VISIBLE.search(token)]:
             raise UserError(f"{where}: the special token {blank[0]!r} has no visible character: any text may hold it")
+        _refuse_pieces_of_text(data, specials, where)
         nonce = "".join(chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_CHARACTERS)) for _ in range(_NAME_LENGTH))
         self.private_names: Mapping[str, str] = {
             token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate(specials)
@@ -63,7 +65,10 @@ class Vocabulary:
             for step in steps
         )
 
-    def id_of(self, token: str) -> int | None:
+    def id_of(self, token: Any) -> int | None:
+        """None for what is no token, such as a number in a settings file."""
+        if not isinstance(token, str):
+            return None
         id: int | None = self._tokenizer.token_to_id(self.private_names.get(token, token))
         return id
 
@@ -90,7 +95,7 @@ def read_vocab_size(directory: Path) -> int | None:
     """Rows that the tokenizer of a model directory needs of an embedding, also of one that cannot chat; None: it has
     no tokenizer. Raises UserError where it is broken."""
     path = directory / TOKENIZER
-    return _size(_built(_parsed(read_source(path), str(path)), str(path)).get_vocab()) if path.exists() else None
+    return _size(_built(parsed(read_source(path), str(path)), str(path)).get_vocab()) if path.exists() else None
 
 
 def read_source(path: Path) -> str:
@@ -102,14 +107,19 @@ def read_source(path: Path) -> str:
         raise UserError(f"{path}: not a tokenizer ({error})") from error
 
 
-def _parsed(source: str, where: str) -> dict[str, Any]:
+def parsed(source: str, where: str) -> dict[str, Any]:
+    """The content of tokenizer.json. Raises UserError for what is none."""
     try:
         data = json.loads(source)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not a tokenizer ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer (it has no model)")
-    return {"added_tokens": [], "decoder": None} | data
+    whole: dict[str, Any] = {"added_tokens": [], "decoder": None} | data
+    entries, known = whole["added_tokens"], {"id", "content", "special"}
+    if not isinstance(entries, list) or not all(isinstance(each, dict) and known <= each.keys() for each in entries):
+        raise UserError(f"{where}: not a tokenizer (its added_tokens are none)")
+    return whole
 
 
 def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
@@ -128,6 +138,9 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
     kind = data["model"].get("type", "BPE")
     if kind != "BPE":
         raise UserError(f"{where}: model {kind} is not supported; byte-level BPE and BPE with byte fallback are")
+    vocabulary, merges = data["model"].get("vocab"), data["model"].get("merges", [])
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list):
+        raise UserError(f"{where}: not a tokenizer (its model has no vocabulary, or no merges)")
     steps = {step["type"] for step in _steps(data["decoder"])}
     if "ByteLevel" in steps:
         return
@@ -154,20 +167,36 @@ def _specials(data: Mapping[str, Any], named: Collection[str], named_ids: Collec
     return [entry["content"] for entry in entries if entry["special"] or entry["content"] in wanted]
 
 
+def _refuse_pieces_of_text(data: Mapping[str, Any], specials: Collection[str], where: str) -> None:
+    """Raise UserError for a special token without which other text could not be encoded, such as "!" for padding."""
+    try:
+        merged = {piece for merge in data["model"].get("merges", ()) for piece in merged_pair(merge)}
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: not a tokenizer (its merges are not all of two tokens)") from None
+    alphabet = _byte_alphabet()
+    pieces = [token for token in specials if token in merged or token in alphabet or BYTE_TOKEN.fullmatch(token)]
+    if pieces:
+        raise UserError(
+            f"{where}: the special token {min(pieces)!r} is a piece of ordinary text, which would be lost; "
+            "name another token in tokenizer_config.json, such as its eos_token"
+        )
+
+
 def _with_private_names(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """The tokenizer in which each special token has another spelling, and nothing cuts, fills or adds to a text."""
     model = dict(data["model"])
     model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
-    model["merges"] = [merge for merge in model.get("merges", ()) if _merged(merge) not in names]
+    model["merges"] = [merge for merge in model.get("merges", ()) if "".join(merged_pair(merge)) not in names]
     model["unk_token"] = names.get(unknown := model.get("unk_token") or "", unknown or None)
     added = [entry | {"content": names.get(entry["content"], entry["content"])} for entry in data["added_tokens"]]
     unused = {"truncation": None, "padding": None, "post_processor": None}
     return {**data, **unused, "added_tokens": added, "model": model}
 
 
-def _merged(merge: str | Sequence[str]) -> str:
+def merged_pair(merge: str | Sequence[str]) -> tuple[str, str]:
     """A merge is a pair, or in older files a text with a space between the two."""
-    return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
 
 
 def _without_prefix(part: Any) -> Any:
@@ -205,7 +234,7 @@ def _token_bytes(ids: Mapping[str, int], steps: Sequence[Mapping[str, Any]], add
     spaces = {step.get("replacement", "▁"): " " for step in steps if step["type"] == "Metaspace"}
     spaces |= {step["pattern"]["String"]: step["content"] for step in steps if step["type"] == "Replace"}
     for token, id in ids.items():
-        byte = _BYTE_TOKEN.fullmatch(token) if "ByteFallback" in kinds else None
+        byte = BYTE_TOKEN.fullmatch(token) if "ByteFallback" in kinds else None
         text = token
         for old, new in spaces.items():
             text = text.replace(old, new)

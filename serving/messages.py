@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.tool_messages import encode_tool_prompt, has_tools
+from twinloop.models.tool_messages import call_arguments, encode_tool_prompt
 from twinloop.serving.errors import ApiError
 
 
@@ -93,7 +93,7 @@ def encode_messages(
     tool_field = next((field for index, each in enumerate(messages) if (field := _tool_field(index, each))), None)
     if tool_field is None and not tools:
         return tokenizer.encode_prompt([{"role": _role(each), "content": _text(each)} for each in messages])
-    if tool_field is not None and not has_tools(tokenizer):
+    if tool_field is not None and call_arguments(tokenizer) is None:
         problem = f"{tool_field}: the chat template of this model has no tools; send their results as a user's text"
         raise ApiError(400, problem, code="unsupported_message", param=tool_field)
     return encode_tool_prompt(tokenizer, [_with_tools(each) for each in messages], tools)

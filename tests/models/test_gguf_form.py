@@ -155,6 +155,8 @@ def test_rotary_scaling_is_written_as_llama_cpp_reads_it():
     assert freqs is not None
     assert (freqs[0], freqs[-1]) == (1.0, 8.0)
     assert "rope.scaling.type" not in form.metadata(config)
+    assert form.metadata(config)["rope.scaling.original_context_length"] == 64
+    assert gguf.Keys.Rope.SCALING_ORIG_CTX_LEN == "{arch}.rope.scaling.original_context_length"
     linear = {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
     config = read_config({**WRITTEN["llama"].to_dict(), **linear})
     assert form.rope_freqs(config) is None

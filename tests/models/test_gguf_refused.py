@@ -45,6 +45,7 @@ def refusal(path: Path) -> str:
         ({"metadata": {"tokenizer.chat_template": None}}, "chat_template"),
         ({"metadata": {"tokenizer.ggml.model": "t5"}}, ": tokenizer.ggml.model 't5' is not read"),
         ({"metadata": {"tokenizer.ggml.pre": "chatglm-bpe"}}, ": tokenizer.ggml.pre 'chatglm-bpe' is not one of gpt-2"),
+        ({"metadata": {"tokenizer.ggml.pre": ["gpt-2"]}}, ": tokenizer.ggml.pre ['gpt-2'] is not one of gpt-2"),
         ({"metadata": {"tokenizer.ggml.tokens": None}}, ": no tokenizer.ggml.tokens in its metadata"),
         ({"metadata": {"tokenizer.ggml.merges": None}}, ": no tokenizer.ggml.merges in its metadata"),
         ({"metadata": {"tokenizer.ggml.merges": ["q z"]}}, ": its tokenizer does not fit together"),
@@ -58,6 +59,7 @@ def refusal(path: Path) -> str:
         ({"tensors": {"blk.0.attn_qkv.weight": (np.ones((4, 64), np.float32), "F32")}}, ": blk.0.attn_qkv.weight has"),
         ({"tensors": {"output_norm.weight": (np.ones(32, np.float32), "F32")}}, ": model.norm.weight has shape (32,)"),
         ({"tensors": {"rope_freqs.weight": (np.full(8, 3, np.float32), "F32")}}, "only that is read"),
+        ({"tensors": {"rope_freqs.weight": (np.full(8, np.nan, np.float32), "F32")}}, "factor: Input should be"),
         (
             {"tensors": {"blk.0.ffn_up.weight": (np.zeros((96, 84), np.uint8), "Q2_K")}},
             ": blk.0.ffn_up.weight is of type Q2_K; these are read: F32, F16, BF16, Q8_0",

@@ -80,7 +80,7 @@ def gpt2() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "smaug-bpe", "qwen2"])
 def test_byte_level_ids_are_those_of_transformers(tmp_path: Path, gpt2: dict[str, Any], pre: str) -> None:
     path = write(tmp_path, gpt2 | {"tokenizer.ggml.pre": pre})
     found, _ = read_tokenizer(GGUFFile(path).metadata, "here")
@@ -187,6 +187,18 @@ def test_a_chat_stops_at_the_end_of_a_turn_where_the_file_names_one(tmp_path: Pa
     assert source.config.eos_token_id == TOKENIZER.stop_id
     tokenizer = source.load_tokenizer()
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, (TOKENIZER.stop_id, 1, 3))
+
+
+def test_the_end_of_a_turn_is_known_by_its_name_where_the_file_names_only_the_end_of_a_text(tmp_path: Path) -> None:
+    def renamed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [renamed(each) for each in value]
+        return value.replace("<|end|>", "<end_of_turn>") if isinstance(value, str) else value
+
+    named = {key: renamed(value) for key, value in vocabulary(TOKENIZER).items()} | {"tokenizer.ggml.eos_token_id": 1}
+    source = open_source(write(tmp_path, named))
+    assert source.config.eos_token_id == TOKENIZER.stop_id
+    assert source.load_tokenizer().stop_ids == (TOKENIZER.stop_id, 1)
 
 
 def test_a_sentencepiece_file_is_a_base(tmp_path: Path, llama: dict[str, Any]) -> None:

@@ -34,6 +34,38 @@ def test_every_tensor_of_a_family_is_found_by_its_name(tmp_path: Path, family: s
             np.testing.assert_array_equal(read[name], array)
 
 
+def test_a_llamas_biases_are_told_by_its_tensors(tmp_path: Path) -> None:
+    """No metadata have them."""
+    config = config_of("llama", attention_bias=True, attention_output_bias=True, mlp_bias=True)
+    config = config.model_copy(update={"family": "llama"})
+    weights = random_weights(config)
+    source = open_source(write_gguf(tmp_path / "small.gguf", "llama", config, weights))
+    assert source.config == config
+    read = source.load_weights()
+    assert read.keys() == weights.keys()
+    for name, array in weights.items():
+        np.testing.assert_array_equal(read[name], array)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),
+        ({"rope.scaling.factor": 0.0}, None),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+    ],
+)
+def test_a_rotary_factor_is_linear_where_no_kind_is_named(
+    tmp_path: Path, metadata: dict[str, Any], factor: float | None
+) -> None:
+    config = config_of("llama")
+    changed = {f"llama.{key}": value for key, value in metadata.items()}
+    path = write_gguf(tmp_path / "small.gguf", "llama", config, random_weights(config), metadata=changed)
+    found = open_source(path).config.rope_scaling
+    assert (None if found is None else (found.kind, found.factor)) == (None if factor is None else ("linear", factor))
+
+
 @pytest.mark.parametrize(("family", "type"), [("llama", "Q8_0"), ("qwen2", "Q4_1"), ("qwen3", "F16")])
 def test_logits_are_those_of_transformers_own_reader(tmp_path: Path, family: str, type: str) -> None:
     from transformers import AutoModelForCausalLM
@@ -136,6 +168,7 @@ def test_the_model_directory_keeps_the_sources_shape_tokenizer_and_template(tmp_
 
 OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "llama": {"rope_scaling": LLAMA3_SCALING | {"factor": 20.0, "original_max_position_embeddings": 100}},
     "smollm3": {"num_hidden_layers": 4},
     "gemma3_text": {"num_hidden_layers": 6, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 9},
 }
@@ -148,6 +181,8 @@ def test_a_family_comes_back_from_the_form_that_it_states(tmp_path: Path, family
     weights, form = random_weights(config), find_family(family).GGUF
     metadata = {f"{form.architecture}.{key}": value for key, value in form.metadata(config).items()}
     tensors = {each.name: (each.to_gguf(weights[name]), "F32") for name, each in form.tensors(config).items()}
+    if (freqs := form.rope_freqs(config)) is not None:
+        tensors["rope_freqs.weight"] = (freqs, "F32")
     path = write_gguf(tmp_path / "m.gguf", form.architecture, config, {}, metadata=metadata, tensors=tensors)
     source = open_source(path)
     same = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "family": None}

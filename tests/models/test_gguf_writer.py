@@ -128,6 +128,20 @@ def test_the_metadata_are_all_that_llama_cpp_asks_for(tmp_path: Path) -> None:
     assert types.count(gguf.TokenType.NORMAL) == len(types) - 8
 
 
+def test_all_that_end_an_answer_come_back_up_to_the_three_that_a_file_names(tmp_path: Path) -> None:
+    """Llama 3.1's models have three: the end of a text, of a message and of a turn, which is their `eos_token`."""
+    folder = tmp_path / "model"
+    rows = make_model(folder, known_tokenizer()).config.vocab_size
+    for stops in ([1], [1, 0], [1, 0, rows - 1]):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        vocabulary = read_vocabulary(folder, rows)
+        write_gguf(folder, tmp_path / "m.gguf", vocabulary, type="f16", name="small 1")
+        assert open_source(tmp_path / "m.gguf").load_tokenizer().stop_ids == tuple(stops)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 1, rows - 2, rows - 1]}))
+    with pytest.raises(UserError, match="a file names at most 3 tokens that end an answer, and this model has 4"):
+        read_vocabulary(folder, rows)
+
+
 @pytest.mark.parametrize("name", SPLITTING)
 def test_a_splitting_that_llama_cpp_knows_has_its_name(tmp_path: Path, name: str) -> None:
     known_tokenizer(name).save(tmp_path)
@@ -137,7 +151,8 @@ def test_a_splitting_that_llama_cpp_knows_has_its_name(tmp_path: Path, name: str
     assert find_reading(content | {"normalizer": {"type": "Lowercase"}}) is None
     assert find_reading(content | {"pre_tokenizer": None}) is None
     other = content["model"] | {"ignore_merges": not content["model"]["ignore_merges"]}
-    assert find_reading(content | {"model": other}) is None
+    # Llama 3's without whole words has a name of its own there.
+    assert find_reading(content | {"model": other}) == (Reading("gpt2", "smaug-bpe") if name == "llama-bpe" else None)
     stripping = [each | {"rstrip": True} for each in content["added_tokens"]]
     assert find_reading(content | {"added_tokens": stripping}) is None
     first, *rest = content["pre_tokenizer"]["pretokenizers"]

@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.models.adapter import read_adapter, save_adapter
@@ -150,6 +151,7 @@ def saved(tmp_path, base):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\]"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base too"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga' changed the base too"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA is"),
         ({"r": 8}, "has rank 4, adapter_config.json says 8"),
         ({"lora_alpha": None}, "lora_alpha is None; it must be a number more than 0"),
@@ -164,6 +166,17 @@ def test_more_than_a_and_b_is_refused_by_name(saved, change, message):
     with pytest.raises(UserError, match=message) as refused:
         read_adapter(saved, CONFIG)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.embed_tokens.lora_embedding_A", "lm_head.lora_A.weight"]
+)
+def test_an_adapter_of_embeddings_or_the_head_is_refused_by_name(saved, name):
+    """As PEFT writes them for new tokens, and for targets beside the layers."""
+    path = saved / "adapter_model.safetensors"
+    save_file(load_file(path) | {f"base_model.model.{name}": np.ones((4, 64), np.float32)}, path)
+    with pytest.raises(UserError, match=f"{name}: changed embeddings and heads are not supported"):
+        read_adapter(saved, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -196,8 +209,6 @@ def test_damaged_missing_and_pickled_weights_are_refused(saved):
 
 
 def test_half_a_pair_is_refused(saved):
-    from safetensors.numpy import load_file, save_file
-
     tensors = load_file(saved / "adapter_model.safetensors")
     tensors.pop("base_model.model.model.layers.0.mlp.up_proj.lora_B.weight")
     save_file(tensors, saved / "adapter_model.safetensors")

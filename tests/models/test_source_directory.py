@@ -96,6 +96,16 @@ def test_the_digest_follows_the_models_bytes_and_nothing_else(small: Path) -> No
     assert open_source(small).digest() == before
 
 
+def test_one_file_of_weights_comes_before_shards_that_were_left_beside_it(small: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tensors = open_source(small).load_weights()
+    save_file({name: array + 1 for name, array in tensors.items()}, small / "model.safetensors", {"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(small).state_dict()[EMBEDDING].numpy()
+    assert (open_source(small).load_weights()[EMBEDDING] == theirs).all()
+    assert (theirs == tensors[EMBEDDING] + 1).all()
+
+
 def test_what_transformers_wrote_beside_the_weights_is_left_out(tmp_path: Path) -> None:
     make(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -119,6 +129,38 @@ def test_the_digest_follows_what_older_and_newer_exporters_keep_beside_the_setti
     without = open_source(small).digest()  # the map of an old exporter is not read any more
     (small / "special_tokens_map.json").unlink()
     assert open_source(small).digest() == without
+
+
+def add_token(folder: Path, token: str, **settings: Any) -> int:
+    """A special token behind the embedding's last row, as the text-only models of Gemma 3 have one for images."""
+    shorten_embedding(folder, TOKENIZER.vocab_size)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    entry = content["added_tokens"][0] | {"id": TOKENIZER.vocab_size, "content": token}
+    rewrite(folder, "tokenizer.json", added_tokens=[*content["added_tokens"], entry])
+    listed = {str(entry["id"]): {"content": token, "special": True}}
+    rewrite(folder, "tokenizer_config.json", added_tokens_decoder=listed, **settings)
+    return int(entry["id"])
+
+
+def test_a_special_token_that_no_row_and_no_chat_has_is_left_out(small: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    add_token(small, "<image>", image_token="<image>", additional_special_tokens=["<image>", "<|user|>"])
+    source = open_source(small)
+    save_model(tmp_path / "out", source.config, source.load_weights(), source.load_tokenizer())
+    assert open_source(tmp_path / "out").config == source.config
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(theirs) == TOKENIZER.vocab_size
+    assert source.load_tokenizer().encode("a <image> <|user|>") == TOKENIZER.encode("a <image> <|user|>")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"eos_token": "<image>"}, {"chat_template": CHAT_TEMPLATE + "{% if images %}<image>{% endif %}"}]
+)
+def test_one_that_a_chat_may_hold_needs_its_row(small: Path, settings: dict[str, Any]) -> None:
+    id = add_token(small, "<image>", **settings)
+    with pytest.raises(UserError, match=f"the tokenizer has ids up to {id}, but the embedding has {id} rows"):
+        open_source(small)
 
 
 def changing(name: str) -> Adapter:
@@ -174,9 +216,9 @@ def change_tensors(folder: Path, change) -> None:
     save_file(tensors, path)
 
 
-def shorten_embedding(folder: Path) -> None:
-    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:200]}))
-    rewrite(folder, "config.json", vocab_size=200)
+def shorten_embedding(folder: Path, rows: int = 200) -> None:
+    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:rows]}))
+    rewrite(folder, "config.json", vocab_size=rows)
 
 
 def cut(folder: Path) -> None:
@@ -258,6 +300,12 @@ def test_what_cannot_be_a_base_is_refused_in_one_line(small: Path, what: str) ->
     assert str(raised.value).startswith(str(small))
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_field_for_quantisation_that_is_null_says_nothing(small: Path) -> None:
+    fields = json.loads((small / "config.json").read_text()) | {"quantization_config": None}
+    (small / "config.json").write_text(json.dumps(fields))
+    assert open_source(small).form == "fp32"
 
 
 def test_other_paths_are_refused_in_one_line(tmp_path: Path, small: Path) -> None:

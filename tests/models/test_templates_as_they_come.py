@@ -214,6 +214,44 @@ def test_a_template_that_would_train_something_else_is_refused_with_the_reason(
     assert check_template(ours, [messages]).problems[0].problem == str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' * 10 ** 15 }}", "MemoryError"),
+        ("{{ '\\ud800' }}", "surrogates not allowed"),
+        ("{{ raise_exception('no\\nway') }}", "no"),
+        ("{% for a in messages %}" * 30 + "{% endfor %}" * 30, "it does not parse .too many statically nested blocks"),
+        ("{{" + "(" * 3000 + ")" * 3000 + "}}", "it does not parse .maximum recursion depth"),
+    ],
+    ids=["recursion", "memory", "surrogate", "two lines", "nested blocks", "nested brackets"],
+)
+def test_a_strangers_template_ends_in_no_foreign_exception(template: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"^chat template: .*{says}") as caught:
+        ChatTokenizer(tokenizer_of("gpt2"), {"eos_token": "<|im_end|>", "chat_template": template}).render(chat("a"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("added_tokens", None),
+        ("added_tokens", [{"id": 1}]),
+        ("vocab", ["a"]),
+        ("vocab", {"a": "b"}),
+        ("merges", None),
+        ("merges", [1]),
+        ("merges", ["a"]),
+    ],
+)
+def test_a_tokenizer_of_other_parts_is_refused_in_one_line(part: str, value: Any) -> None:
+    content = json.loads(tokenizer_of("gpt2").to_str())
+    (content if part == "added_tokens" else content["model"])[part] = value
+    with pytest.raises(UserError, match=r"^tokenizer\.json: not a tokenizer") as caught:
+        ChatTokenizer(json.dumps(content), {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"})
+    assert "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> None:
     settings = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
     for old, new, says in (
@@ -232,6 +270,27 @@ def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> Non
             ChatTokenizer(source.replace(old, new), settings)
     with pytest.raises(UserError, match="eos_token '<none>' is not a token"):
         ChatTokenizer(tokenizer_of("gpt2"), settings | {"eos_token": "<none>"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"eos_token": 2}, "eos_token 2 is not a token of tokenizer.json"),
+        ({"pad_token": ["<s>"]}, r"pad_token \['<s>'\] is not a token"),
+        ({"bos_token": {"content": None}, "eos_token": {"content": 4}}, "eos_token 4 is not a token"),
+        ({"chat_template": [{"name": ["default"], "template": "x"}]}, "no chat_template"),
+    ],
+)
+def test_settings_of_other_types_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=f"^tokenizer_config.json: {says}"):
+        ChatTokenizer(tokenizer_of("llama2"), {"eos_token": "</s>", "chat_template": "{{ messages }}"} | settings)
+
+
+@pytest.mark.parametrize(("style", "piece"), [("gpt2", "!"), ("gpt2", "e"), ("llama2", "<0x00>")])
+def test_a_special_token_that_other_text_is_made_of_is_refused(style: str, piece: str) -> None:
+    settings = {"eos_token": "<|im_end|>" if style == "gpt2" else "</s>", "chat_template": "{{ messages }}"}
+    with pytest.raises(UserError, match=f"the special token '{piece}' is a piece of ordinary text"):
+        ChatTokenizer(tokenizer_of(style).to_str(), settings | {"pad_token": piece})
 
 
 def test_a_model_directory_keeps_all_stop_tokens(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tool_templates import FAMILIES, Family, save_tokenizer
 from twinloop.common.errors import UserError
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.models.tool_calls import CallForm, read_call_form, takes_tools
-from twinloop.models.tool_messages import encode_tool_prompt, has_tools, takes_arguments_as_text
+from twinloop.models.tool_messages import call_arguments, encode_tool_prompt
 
 QWEN = FAMILIES["qwen"]
 
@@ -43,7 +43,7 @@ def test_the_form_of_calls_is_read_from_the_template(tokenizer_of, name, form):
     tokenizer = tokenizer_of(FAMILIES[name])
     assert takes_tools(tokenizer)
     assert read_call_form(tokenizer) == form
-    assert takes_arguments_as_text(tokenizer) == (name == "thinking")
+    assert call_arguments(tokenizer) == ("text" if name == "thinking" else "object")
 
 
 ARGUMENTS = "{{ call.arguments | tojson }}"
@@ -88,7 +88,7 @@ def test_calls_that_are_numbered_come_one_at_a_time(tokenizer_of):
 def test_a_template_without_a_place_for_tools_has_none(tokenizer_of, change, calls):
     tokenizer = tokenizer_of(QWEN, change)
     assert not takes_tools(tokenizer)
-    assert has_tools(tokenizer) is calls
+    assert (call_arguments(tokenizer) is not None) is calls
 
 
 def test_nothing_that_a_caller_says_of_a_tool_becomes_a_special_token(tokenizer_of):
