@@ -235,18 +235,10 @@ def test_a_stop_token_is_looked_for_in_every_file_that_names_one(
     assert [problem.split(":")[0] for problem in found.problems["stop_changes"]] == [
         "config.json", "generation_config.json",
     ]  # fmt: skip
-
-
-def test_a_file_that_names_no_stop_token_any_more_is_a_change(
-    context: Context, data: Artifact, model: Artifact, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(exported(context, model).path, tmp_path / "copy")
     (copy / "generation_config.json").unlink()
-    release = Release(model, {"fp32": Copied(copy, "another")})
     found = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["fp32"]).of("fp32")
     assert found is not None
-    assert found.stop_changes == 1
-    assert found.problems["stop_changes"][0].startswith("generation_config.json: no stop token, and ")
+    assert found.problems["stop_changes"][1].startswith("generation_config.json: no stop token, and ")
 
 
 @dataclass(frozen=True)
