@@ -75,8 +75,6 @@ def parity_stage(
 
     Raises UserError for a name that no form has.
     """
-    from twinloop.tasks.llama_cpp import SERVER
-
     names = in_order(forms)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
@@ -98,7 +96,8 @@ def parity_stage(
             "cases": COMPARED_CASES,
             "max_new_tokens": settings.max_new_tokens,
             "threads": runtime.threads,
-            **({"llama_cpp": shutil.which(SERVER) or ""} if LLAMA_CPP in names else {}),
+            "device": runtime.device,
+            **({"llama_cpp": _llama_cpp_here()} if LLAMA_CPP in names else {}),
         },
         inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
         modules=("twinloop.tasks.parity", "twinloop.tasks.forms", "twinloop.tasks.llama_cpp"),
@@ -107,6 +106,14 @@ def parity_stage(
 
 
 parity = task(name="parity", persist_result=False)(parity_stage)
+
+
+def _llama_cpp_here() -> str:
+    """Its digest, empty where it is not on the path: another build of it may answer differently."""
+    from twinloop.tasks.llama_cpp import SERVER
+
+    found = shutil.which(SERVER)
+    return file_digest(Path(found)) if found else ""
 
 
 def compare_forms(

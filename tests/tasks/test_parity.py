@@ -44,10 +44,8 @@ LIMITS = {
     "parity_token_agreement": 0.99,
     "parity": {
         "network": {"stop_changes": 0, "stopped": 1},
-        "fp32": {
-            "tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
-            "stopped": 1,
-        },
+        "fp32": {"tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
+                 "stopped": 1},
     },
 }  # fmt: skip
 
@@ -326,12 +324,19 @@ def test_what_a_release_has_not_is_made_of_its_network_and_reported(
         release.forms(["int3"])
 
 
-def test_the_same_bytes_are_compared_once(context: Context, data: Artifact, model: Artifact) -> None:
-    release = Release(model, {"fp32": exported(context, model)})
-    again = [
-        parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=("fp32",)).reused for _ in range(2)
-    ]
-    assert again[1]
+def test_the_same_bytes_are_compared_once_by_the_same_tools(
+    context: Context, data: Artifact, model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reused(*forms: str, **changes: object) -> bool:
+        runtime, release = RUNTIME.model_copy(update=changes), Release(model, {})
+        return parity_stage(context, SETTINGS, runtime, data=data, release=release, forms=forms).reused
+
+    assert [reused(), reused(), reused(device="cuda")] == [False, True, False]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (server := tmp_path / "llama-server").touch(0o755)
+    assert [reused("llama.cpp"), reused("llama.cpp")] == [False, True]
+    server.write_text("a newer one")
+    assert not reused("llama.cpp")
 
 
 def adapted(context: Context, model: Artifact, **changes: object) -> Artifact:
@@ -392,6 +397,5 @@ def test_a_gguf_file_is_read_back_by_our_own_reader(
     monkeypatch.setattr(GGUFLayout, "from_gguf", lambda self, values: values)
     fault = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["gguf"])
     assert (fault.forms[1].logit_gap or 0) > 10 * gguf.logit_gap
-    own = Release(model, {})
-    refused = compare_forms(context, SETTINGS, RUNTIME, data=data, release=own, forms=["gguf"])
+    refused = compare_forms(context, SETTINGS, RUNTIME, data=data, release=Release(model, {}), forms=["gguf"])
     assert "llama.cpp cannot split text as this tokenizer does" in refused.missing["gguf"]
