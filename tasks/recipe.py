@@ -182,14 +182,16 @@ def default_model(project: Path) -> str:
 
 
 def recipe_of(model: str, project: Path) -> Recipe:
-    """The recipe that makes the registered model of this name, whatever its file is called.
+    """The recipe that makes the registered model of this name. Raises UserError where no recipe of the project does."""
+    return load_recipe(recipe_path_of(model, project), project)
 
-    Raises UserError where no recipe of the project does.
-    """
+
+def recipe_path_of(model: str, project: Path) -> Path:
+    """The recipe's file, whatever it is called. Raises UserError where no recipe of the project makes this model."""
     named = _named_recipe(project)
     for path in [*([named] if named else []), *sorted((project / "recipes").glob("*.yaml"))]:
         if _is_recipe(path) and read_yaml(path, SUCH_AS).get("name") == model:
-            return load_recipe(path, project)
+            return path
     raise UserError(f"{model}: no recipe in {project / 'recipes'} has this name; name a model that one makes")
 
 
