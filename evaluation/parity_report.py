@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-LLAMA_CPP = "llama.cpp"
-FORMS = ("network", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", LLAMA_CPP)
+REFERENCE, LLAMA_CPP = "network", "llama.cpp"
+FORMS = (REFERENCE, "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", LLAMA_CPP)
 """Names of forms: the trained network, with its adapter beside it where it has one; with the adapter merged into it;
 exported (ONNX) in each precision; and as GGUF, by our own reader and by llama.cpp."""
 

@@ -14,7 +14,7 @@ from prefect import task
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
-from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP
+from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP, REFERENCE
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact, content_digest
 from twinloop.tasks.context import Context, OnProgress, Report
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PARITY_REPORT = "parity.json"
 COMPARED_CASES = 32
-REFERENCE = "network"
 
 
 class Stored(Protocol):
