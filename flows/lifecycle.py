@@ -35,9 +35,10 @@ from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
-from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
+from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
 from twinloop.tasks.imported_base import import_base
 from twinloop.tasks.measure import measure
+from twinloop.tasks.outlook import foresee_forms, foresee_gate
 from twinloop.tasks.parity import Release, parity
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
@@ -120,6 +121,7 @@ def _release(
     tracked: Tracked, settings: Recipe, base: Base, runtime: Runtime, rules: GateRules, console: Console
 ) -> Outcome:
     """Every stage from the data to the champion's answer, and the story of it."""
+    foresee_forms(settings, runtime, rules)
     context, data, data_rows = _prepare(tracked.context, settings)
     assert context.dataset_digest is not None
     tracked.tracker.dataset(context.dataset_digest)

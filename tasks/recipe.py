@@ -49,6 +49,10 @@ class EvaluateSettings(StrictModel):
     """Of sampled answers."""
 
 
+CUDA_ONLY: tuple[Precision, ...] = ("fp16", "bf16")
+"""What the engine does not run on CPU."""
+
+
 class ExportSettings(StrictModel):
     precisions: Annotated[list[Precision], Field(min_length=1)] | None = None
     """The first is served. None: fp32 and int8 on CPU, fp16 and bf16 on CUDA, which runs no other.
@@ -60,7 +64,7 @@ class ExportSettings(StrictModel):
 
     def only_on_cuda(self) -> Precision | None:
         """The first precision asked for that the engine does not run on CPU."""
-        return next((each for each in self.precisions or [] if each in ("fp16", "bf16")), None)
+        return next((each for each in self.precisions or [] if each in CUDA_ONLY), None)
 
 
 class GateSettings(StrictModel):
