@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationErr
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import Precision
-from twinloop.records import DATA_FILE
+from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
 from twinloop.training.method import Method, load_method
@@ -134,6 +134,11 @@ class Recipe(StrictModel):
     def dataset(self) -> str:
         """The file that versions the data, relative to the project."""
         return (PurePosixPath(self.data) / DATA_FILE).as_posix()
+
+    @property
+    def data_dir(self) -> str:
+        """The folder of the data's files, relative to the project."""
+        return (PurePosixPath(self.data) / DATA_DIR).as_posix()
 
     @property
     def record_types(self) -> tuple[str, ...]:
