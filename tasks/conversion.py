@@ -27,6 +27,7 @@ from twinloop.registry.artifact import MANIFEST, Manifest
 from twinloop.registry.cards import model_card
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.snapshot import Version
+from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import Registry
 from twinloop.tasks.conversion_forms import FORMATS, Original
 
@@ -119,7 +120,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
 
 
 def _prompts(project: Path, chain: Sequence[Version], domain: Domain) -> list[list[Message]]:
-    """The domain's example, and cases of the data that the version was trained with, where they are still there.
+    """The domain's example, and cases of the data that the version was trained with, where they are there as they were.
 
     chain: the version and what it was made from.
     """
@@ -130,7 +131,7 @@ def _prompts(project: Path, chain: Sequence[Version], domain: Domain) -> list[li
     data = next((each["data"] for each in inputs if "data" in each), None)
     if data is not None and data.stage is not None and data.key is not None:
         folder = project / "artifacts" / data.stage / data.key
-        if has_records(folder, "cases"):
+        if has_records(folder, "cases") and version_error(folder, data.digest) is None:
             prompts += [case["prompt"] for case in read_records(folder, "cases")[:COMPARED_CASES]]
     return prompts
 
