@@ -39,7 +39,7 @@ def foresee_gate(context: Context, settings: EvaluateSettings, rules: GateRules,
 
 
 def foresee_forms(recipe: Recipe, runtime: Runtime, rules: GateRules) -> None:
-    """Warns where the form that is served has no limits.
+    """Warns of exported forms that have no limits.
 
     Raises UserError for a limited form that this run cannot compare here, since what is not measured blocks.
     """
@@ -53,7 +53,6 @@ def foresee_forms(recipe: Recipe, runtime: Runtime, rules: GateRules) -> None:
     problems = [f"{PARITY}.{form}: {reason}" for form in rules.forms if (reason := reasons.get(form))]
     if problems:
         raise UserError(f"{rules.source}: no model can pass: {'; '.join(problems)}")
-    served = recipe.export.on(runtime.device)[0]
-    if served not in rules.forms:
-        log.warning("%s: %s is served, and has no limits under `%s`: nothing blocks what differs in it",
-                    rules.source, served, PARITY)  # fmt: skip
+    if free := [form for form in recipe.export.on(runtime.device) if form not in rules.forms]:
+        log.warning("%s: no limits under `%s` for %s: nothing blocks what differs in it",
+                    rules.source, PARITY, " and ".join(free))  # fmt: skip
