@@ -12,14 +12,13 @@ network along greedy answers to the domain's example and some cases of its data;
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import fsync
+from twinloop.common.files import folder_beside, fsync
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request
 from twinloop.models.directory import is_adapted
@@ -68,15 +67,18 @@ def convert_version(
     if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
-        made = Path(beside) / "made"
-        made.mkdir()
-        notes = form.make(source, made, type or next(iter(form.types), ""))
-        files = {str(path.relative_to(made)): path.stat().st_size for path in sorted(made.rglob("*")) if path.is_file()}
-        for path in [*made.rglob("*"), made]:
-            fsync(path)
-        made.replace(place)
+    try:
+        with folder_beside(place) as beside:
+            made = beside / "made"
+            made.mkdir()
+            notes = form.make(source, made, type or next(iter(form.types), ""))
+            paths = sorted(made.rglob("*"))
+            files = {str(path.relative_to(made)): path.stat().st_size for path in paths if path.is_file()}
+            for path in [*paths, made]:
+                fsync(path)
+            made.replace(place)
+    except BlockingIOError:
+        raise UserError(f"export: another process writes {out}; wait for its end, or choose another folder") from None
     fsync(place.parent)
     return Converted(version, files, notes, form.load(out))
 

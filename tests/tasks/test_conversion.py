@@ -18,6 +18,7 @@ import torch
 from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import folder_beside
 from twinloop.models import directory, gguf_form
 from twinloop.models.adapter import read_adapter
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
@@ -267,6 +268,17 @@ def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     convert(project, KNOWN, "gguf", tmp_path / "empty")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "note.txt"]
+
+
+def test_what_a_killed_export_left_is_removed_and_one_that_runs_is_left_alone(
+    project: SimpleNamespace, tmp_path: Path
+) -> None:
+    (tmp_path / ".out.twinloop-new" / "made").mkdir(parents=True)
+    (tmp_path / ".out.twinloop-new" / "made" / "half.gguf").touch()
+    convert(project, KNOWN, "gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with folder_beside(tmp_path / "next"), pytest.raises(UserError, match=r"another process writes .*next; wait"):
+        convert(project, KNOWN, "gguf", tmp_path / "next")
 
 
 def test_a_form_that_answers_differently_is_not_handed_over(
