@@ -7,6 +7,7 @@ Both train all stages in full, one after the other, on data of --scale times the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,14 @@ from typing import Any
 import polars as pl
 
 from benchmarks.table import Row, percent, show
-from benchmarks.workload import Workload, arguments, make_data, prepare
+from benchmarks.workload import Workload, arguments, open_workload
+from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.records.validated import write_records
 from twinloop.serving.engine import Engine
 from twinloop.tasks import measure
-from twinloop.tasks.recipe import load_recipe
 from twinloop.training.loop import run_training
 from twinloop.training.weights import get_weights
 
@@ -32,11 +33,14 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--scale", type=float, default=1.0, help="of the data set")
     options = parser.parse_args()
-    with TemporaryDirectory(prefix="twinloop-bench-") as folder:
-        data = make_data(Path(folder) / "raw", options.scale)
-        for name in ("cases", "corpus_heldout"):
-            write_records(pl.read_ndjson(data / f"{name}.jsonl", infer_schema_length=None), data, name)
-        show(compare(prepare(load_recipe(options.recipe), options.device, data)))
+    try:
+        with open_workload(options, options.scale) as workload:
+            for name in ("cases", "corpus_heldout"):
+                records = pl.read_ndjson(workload.data / f"{name}.jsonl", infer_schema_length=None)
+                write_records(records, workload.data, name)
+            show(compare(workload))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def compare(workload: Workload) -> Iterator[Row]:

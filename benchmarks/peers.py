@@ -226,7 +226,8 @@ def run(contestant: Contestant) -> dict[str, float]:
             [*contestant.command, file.name], capture_output=True, text=True, env=environment, check=False
         )
     if done.returncode:
-        raise UserError(f"{contestant.name}, {contestant.job['method']}: {done.stderr.strip().splitlines()[-1]}")
+        words = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}, without a word"]
+        raise UserError(f"{contestant.name}, {contestant.job['method']}: {words[-1]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 

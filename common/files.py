@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MIN_FREE_BYTES = 4 * 2**20
@@ -61,6 +63,28 @@ def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
             beside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+@contextmanager
+def folder_beside(place: Path) -> Iterator[Path]:
+    """An empty folder in the one that `place` is in, for what is renamed to it once it is whole. It is removed at the
+    end; what a process that was killed left there, before.
+
+    Raises BlockingIOError where another process uses it.
+    """
+    folder = place.with_name(f".{place.name}.twinloop-new")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process, however that dies
+        for left in folder.iterdir():
+            shutil.rmtree(left)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def write_all(descriptor: int, content: bytes) -> None:

@@ -22,8 +22,8 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import Domain
 from twinloop.domains.owners import RELEASE
-from twinloop.evaluation.parity_report import FORMS
-from twinloop.evaluation.rules import OF_A_FORM, PARITY, Bound, Measured, Measurements, Rule, parity_rules, rules_of
+from twinloop.evaluation.parity_report import FORMS, LIMITED
+from twinloop.evaluation.rules import PARITY, Bound, Measured, Measurements, Rule, parity_rules, rules_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class GateRules:
 
     def of_parity(self, forms: Collection[str]) -> GateRules | None:
         """The limits of these forms alone; None where there are none."""
-        wanted = {f"{PARITY}.{form}.{field}" for form in forms for field in OF_A_FORM}
+        wanted = {f"{PARITY}.{form}.{field}" for form in forms for field in LIMITED}
         limits = {name: limit for name, limit in self.limits.items() if name in wanted}
         return replace(self, limits=limits) if limits else None
 
@@ -147,7 +147,7 @@ def _flat(limits: Any, source: str) -> Any:
         return limits
     flat = {name: limit for name, limit in limits.items() if name != PARITY}
     for form, fields in _section(limits[PARITY], FORMS, f"{source}: {PARITY}").items():
-        for field, limit in _section(fields, OF_A_FORM, f"{source}: {PARITY}.{form}").items():
+        for field, limit in _section(fields, LIMITED, f"{source}: {PARITY}.{form}").items():
             flat[f"{PARITY}.{form}.{field}"] = limit
     return flat
 

@@ -233,9 +233,11 @@ class Reference:
     def _stop_changes(self, form: Form) -> Iterator[str]:
         """Files that do not name the stop tokens that they name for the reference."""
         trained = self.form.tokenizer.stop_id
-        for file, ids in form.stop_ids.items():
-            expected = self.form.stop_ids.get(file)
-            if ids != expected if expected else trained not in ids:
+        for file in dict.fromkeys([*self.form.stop_ids, *form.stop_ids]):
+            ids, expected = form.stop_ids.get(file), self.form.stop_ids.get(file)
+            if ids is None:
+                yield f"{file}: no stop token, and {trained} was trained"
+            elif ids != expected if expected else trained not in ids:
                 named = " and ".join(map(str, sorted(ids)))
                 yield f"{file}: stop token {named}, and {trained} was trained"
 

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict
 
-LLAMA_CPP = "llama.cpp"
-FORMS = ("network", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", LLAMA_CPP)
+REFERENCE, LLAMA_CPP = "network", "llama.cpp"
+FORMS = (REFERENCE, "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", LLAMA_CPP)
 """Names of forms: the trained network, with its adapter beside it where it has one; with the adapter merged into it;
 exported (ONNX) in each precision; and as GGUF, by our own reader and by llama.cpp."""
-LIMITED = {
-    "tokens": "tokens alike",
-    "logit_gap": "logit gap",
-    "verdict_changes": "verdicts changed",
-    "prompt_changes": "prompts changed",
-    "stop_changes": "stop token changed",
-    "stopped": "ended",
+
+
+@dataclass(frozen=True)
+class Limited:
+    """A field of FormParity that a gate may limit. title: of its column. bound, allowed: of a limit. reason: why a form
+    beyond it blocks."""
+
+    title: str
+    bound: Literal["at least", "at most"]
+    allowed: Literal["share", "count", "positive"]
+    reason: str
+
+
+LIMITED: Mapping[str, Limited] = {
+    "tokens": Limited("tokens alike", "at least", "share", "this form chooses other tokens than the network"),
+    "logit_gap": Limited("logit gap", "at most", "positive", "this form computes other logits than the network"),
+    "verdict_changes": Limited("verdicts changed", "at most", "count", "answers of this form get another verdict"),
+    "prompt_changes": Limited(
+        "prompts changed", "at most", "count", "this form's tokenizer or template writes other tokens"
+    ),
+    "stop_changes": Limited(
+        "stop token changed", "at most", "count", "this form's stop token is not the one that was trained"
+    ),
+    "stopped": Limited("ended", "at least", "share", "answers of this form do not end with its stop token"),
 }
-"""Fields of FormParity that a gate may limit: the title of a column of each."""
-SHARES = ("tokens", "stopped")
+"""By the name of the field."""
 
 
 def show_field(field: str, value: float) -> str:
     """A measured field as people read it."""
-    if field in SHARES:
+    allowed = LIMITED[field].allowed
+    if allowed == "share":
         return f"{100 * value:.2f}".removesuffix(".00") + "%"
-    return f"{value:.2g}" if field == "logit_gap" else f"{value:.0f}"
+    return f"{value:.2g}" if allowed == "positive" else f"{value:.0f}"
 
 
 class FormParity(BaseModel):
@@ -66,11 +87,6 @@ class ParityReport(BaseModel):
 
     def of(self, name: str) -> FormParity | None:
         return next((form for form in self.forms if form.form == name), None)
-
-    def worst(self) -> FormParity | None:
-        """Of the forms besides the reference, that of the largest logit gap; None where there is no other."""
-        others = [form for form in self.forms if not form.reference]
-        return max(others, key=lambda form: form.logit_gap or 0.0, default=None)
 
     def metrics(self) -> dict[str, float]:
         """By form and by what was measured, such as int8/tokens."""

@@ -14,7 +14,7 @@ from twinloop.domains.domain import CaseKind, Domain
 from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
 from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.metrics import Rate, sign_test
-from twinloop.evaluation.parity_report import FORMS, FormParity
+from twinloop.evaluation.parity_report import FORMS, LIMITED, FormParity
 
 SIGNIFICANCE = 0.05
 """A loss of cases that chance explains no better than this blocks, however small it is."""
@@ -139,15 +139,6 @@ GENERIC: Mapping[str, Rule] = {
 
 PARITY = "parity"
 """In a rule file: limits by form, and for each form by what is limited."""
-OF_A_FORM: Mapping[str, tuple[Bound, Allowed, str]] = {
-    "tokens": ("at least", "share", "this form chooses other tokens than the network"),
-    "logit_gap": ("at most", "positive", "this form computes other logits than the network"),
-    "verdict_changes": ("at most", "count", "answers of this form get another verdict"),
-    "prompt_changes": ("at most", "count", "this form's tokenizer or template writes other tokens"),
-    "stop_changes": ("at most", "count", "this form's stop token is not the one that was trained"),
-    "stopped": ("at least", "share", "answers of this form do not end with its stop token"),
-}
-"""Fields of FormParity."""
 
 
 def rules_of(domain: Domain) -> dict[str, Rule]:
@@ -194,9 +185,9 @@ def _violations_rule(name: str, domain: Domain) -> Rule:
 def parity_rules(domain: Domain) -> dict[str, Rule]:
     """By name, such as parity.int8.tokens."""
     return {
-        f"{PARITY}.{form}.{field}": Rule(bound, allowed, reason, EXPORT, _of_form(form, field))
+        f"{PARITY}.{form}.{field}": Rule(each.bound, each.allowed, each.reason, EXPORT, _of_form(form, field))
         for form in FORMS
-        for field, (bound, allowed, reason) in OF_A_FORM.items()
+        for field, each in LIMITED.items()
         if field != "verdict_changes" or domain.has("verify")
     }
 

@@ -152,13 +152,10 @@ def parity(
         typer.Option(
             metavar="NAME",
             help="merged, fp32, fp16, bf16, int8, int4, gguf or llama.cpp; may be repeated. "
-            "By default all that the release has and all that have "
-            "a limit",
+            "By default all that the release has and all that have a limit",
         ),
     ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
-    ] = None,
+    model: ModelName = None,
     as_json: Annotated[bool, typer.Option("--json", help="the report, for programs")] = False,
 ) -> int:
     """Compare every form of a release with the trained network. Exit code 1 where a limit is broken.
@@ -170,9 +167,11 @@ def parity(
     the registry is exported for the comparison; what was measured of the same bytes before is not measured again.
     """
     from twinloop.flows.parity import show_parity
+    from twinloop.tasks.recipe import recipe_path_of
 
     project = _project()
-    return show_parity(project, _recipe(project, recipe), version, form or [], as_json=as_json)
+    path = recipe_path_of(model, project) if model else _recipe(project, None)
+    return show_parity(project, path, version, form or [], as_json=as_json)
 
 
 @app.command()

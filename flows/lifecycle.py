@@ -35,9 +35,10 @@ from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
-from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
+from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
 from twinloop.tasks.imported_base import import_base
 from twinloop.tasks.measure import measure
+from twinloop.tasks.outlook import foresee_forms, foresee_gate
 from twinloop.tasks.parity import Release, parity
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
@@ -63,16 +64,15 @@ def lifecycle(recipe: str | None = None) -> Outcome:
             params.yaml names.
     """
     project, path, settings = _open(recipe)
-    base = resolve_base(settings, project)
-    runtime = settings.runtime()
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
-    with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
+    job = _Job(settings, resolve_base(settings, project), settings.runtime(), rules)
+    with ReportedDisplay(make_display()) as display, gpu_slot(project, job.runtime):
         context = Context.of(project, path, settings, display)
         if any(stage.method.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
         with tracked_lifecycle(context, settings) as tracked:
-            outcome = _release(tracked, settings, base, runtime, rules, display.console)
+            outcome = _release(tracked, job, display.console)
     show_outcome(outcome, display.console)
     if outcome.failure:
         raise NotShippedError(f"{settings.name}: {outcome.failure}")
@@ -116,17 +116,27 @@ def data_refresh(recipe: str | None = None) -> None:
         _prepare(Context.of(project, path, settings, display), settings)
 
 
-def _release(
-    tracked: Tracked, settings: Recipe, base: Base, runtime: Runtime, rules: GateRules, console: Console
-) -> Outcome:
+@dataclass(frozen=True)
+class _Job:
+    """What a lifecycle goes by, read and checked before anything runs. base: what training starts from."""
+
+    recipe: Recipe
+    base: Base
+    runtime: Runtime
+    rules: GateRules
+
+
+def _release(tracked: Tracked, job: _Job, console: Console) -> Outcome:
     """Every stage from the data to the champion's answer, and the story of it."""
+    settings, base, runtime, rules = job.recipe, job.base, job.runtime, job.rules
+    foresee_forms(settings, runtime, rules)
     context, data, data_rows = _prepare(tracked.context, settings)
     assert context.dataset_digest is not None
     tracked.tracker.dataset(context.dataset_digest)
     outlook = foresee_gate(context, settings.evaluate, rules, data=data)
     if asked := outlook.text():
         console.print(asked, highlight=False, markup=False, soft_wrap=True)
-    trained = _train(context, settings, base, runtime, data=data)
+    trained = _train(context, job, data=data)
     exported = [
         export(context, precision, base.max_length, model=trained.checkpoints[-1])
         for precision in settings.export.on(runtime.device)
@@ -135,7 +145,7 @@ def _release(
     candidate, *others = exported
     release = Release(trained.checkpoints[-1], {each.metrics["precision"]: each for each in exported})
     compared = parity(context, settings.evaluate, runtime, data=data, release=release, forms=release.forms(rules.forms))
-    judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate, compared=compared)
+    judged, release_rows = _judge(context, job, data=data, exported=candidate, compared=compared)
     made = Made(trained.checkpoints, others, candidate, base.tags(trained.start), base.parent)
     published = _publish(context, judged, made, data=data)
     answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
@@ -170,9 +180,10 @@ class _Trained:
     rows: list[StageRow]
 
 
-def _train(context: Context, settings: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> _Trained:
+def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
     """The base, and every stage of the recipe on what the one before it made; each is measured."""
-    start, rows = _start(context, settings, base, data=data)
+    settings, runtime = job.recipe, job.runtime
+    start, rows = _start(context, settings, job.base, data=data)
     model = start
     checked = check_records(context, settings, data=data, model=model)
     rows.append(StageRow.of(checked))
@@ -201,29 +212,23 @@ def _start(context: Context, settings: Recipe, base: Base, *, data: Artifact) ->
 
 
 def _judge(
-    context: Context,
-    settings: Recipe,
-    runtime: Runtime,
-    rules: GateRules,
-    *,
-    data: Artifact,
-    exported: Artifact,
-    compared: Artifact,
+    context: Context, job: _Job, *, data: Artifact, exported: Artifact, compared: Artifact
 ) -> tuple[Artifact, list[StageRow]]:
     """Evaluate the exported model, and the version that it is to beat, and judge: the gate's artifact, and the rows."""
-    found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
+    settings, runtime = job.recipe.evaluate, job.runtime
+    found = evaluate(context, settings, runtime, data=data, exported=exported.path, digest=exported)
     publish_cases(context, data=data, evaluation=found)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
     baseline = version_to_beat(Registry(context.mlruns, context.recipe), exported.digest)
     baseline_evaluation = (
-        evaluate(context, settings.evaluate, runtime, data=data, exported=baseline.path, digest=baseline.digest)
+        evaluate(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
         if baseline
         else None
     )
     judged = gate(
         context,
-        rules,
+        job.rules,
         exported=exported,
         evaluation=found,
         parity=compared,

@@ -88,8 +88,8 @@ def _table(found: ParityReport, verdict: GateReport | None) -> Table:
     checks = {check.rule: check for check in verdict.checks} if verdict else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("form", no_wrap=True)
-    for title in LIMITED.values():
-        table.add_column(title, justify="right", no_wrap=True)
+    for each in LIMITED.values():
+        table.add_column(each.title, justify="right", no_wrap=True)
     for form in found.forms:
         cells = [_cell(field, getattr(form, field), checks.get(f"parity.{form.form}.{field}")) for field in LIMITED]
         table.add_row(form.form, *cells)

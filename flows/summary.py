@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twinloop.domains.domain import Domain
+from twinloop.evaluation.parity_report import REFERENCE
 from twinloop.flows.outcome import Outcome
 from twinloop.report.rows import StageRow
 
@@ -134,7 +135,7 @@ def _made(metrics: Mapping[str, Any]) -> str:
     if "refused" in metrics:
         return f"verifier refused all {metrics['refused']:,} wrong answers"
     if "compared_forms" in metrics:
-        return _compared(metrics)
+        return compared(metrics)
     if "bytes" in metrics:
         return f"{metrics['bytes'] / 2**20:.1f} MiB"
     if "parameters" in metrics:
@@ -142,15 +143,18 @@ def _made(metrics: Mapping[str, Any]) -> str:
     return ""
 
 
-def _compared(metrics: Mapping[str, Any]) -> str:
-    """Tokens alike and largest logit gap of each form that was compared with the network."""
-    forms = [name.removesuffix("/logit_gap") for name in metrics if name.endswith("/logit_gap")]
+def compared(metrics: Mapping[str, Any]) -> str:
+    """Tokens alike of each form that was compared with the network, and the largest logit gap where it is a number.
+
+    llama.cpp tells no logits.
+    """
+    forms = [form for name in metrics if (form := name.removesuffix("/tokens")) not in (name, REFERENCE)]
+    gaps = {form: metrics.get(f"{form}/logit_gap") for form in forms}
     words = [
-        f"{form} {_percent(metrics[f'{form}/tokens'])} within {metrics[f'{form}/logit_gap']:.1e}"
+        f"{form} {_percent(metrics[f'{form}/tokens'])}" + ("" if gaps[form] is None else f" within {gaps[form]:.1e}")
         for form in forms
-        if metrics[f"{form}/logit_gap"]
     ]
-    return f"tokens alike: {', '.join(words)}"
+    return f"tokens alike: {', '.join(words)}" if words else "no form was compared"
 
 
 def _token_counts(longest: Mapping[str, Mapping[str, Any]]) -> list[int]:

@@ -128,6 +128,12 @@ def check_tensors(
             )
 
 
+def check_float16(name: str, array: np.ndarray, where: str) -> None:
+    """Raises UserError where a value would become infinite in float16."""
+    if np.abs(array).max() > np.finfo(np.float16).max:
+        raise UserError(f"{where}: {name} has values that float16 cannot hold; use --type bf16 or f32")
+
+
 def weight_files(directory: Path) -> list[str]:
     """The safetensors files of a model directory: the single one before shards, as `transformers` takes them. Raises
     UserError where the index of shards is broken."""

@@ -13,9 +13,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
-from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.directory import check_float16, check_tensors, load_config, load_tensors
 from twinloop.models.family import find_family
 from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
 from twinloop.models.gguf_vocabulary import GGUFVocabulary
@@ -54,8 +53,8 @@ def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type:
     for each, tensor in layout.items():
         array = tensor.to_gguf(np.asarray(tensors[each], np.float32))
         stored = _stored_type(each, array, type)
-        if stored == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo(np.float16).max:
-            raise UserError(f"{model_dir}: {each} has values that float16 cannot hold; use --type bf16 or f32")
+        if stored == GGMLQuantizationType.F16:
+            check_float16(each, array, str(model_dir))
         writer.add_tensor(tensor.name, gguf.quants.quantize(array, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -92,7 +92,7 @@ def build_data(project: Path, *, wait_s: float = 600.0) -> DataVersion:
     if version := current_version(project):
         return version
     if not (project / PIPELINE).is_file() and not (project / DATA_FILE).is_file() and not _files_of(project):
-        raise UserError(f"{project}: no dvc.yaml here; run this in the project's folder, or name it")
+        raise UserError(f"{project}: no dvc.yaml here; name the folder that has one, in a recipe by its setting `data`")
     with open_project(project) as dvc:
         own = _is_new(dvc)
         if not own and not _is_generated(dvc):

@@ -81,7 +81,7 @@ def _render(template: str, story: Story, **more: Any) -> str:
         samples=_samples(story),
         settings=list(flatten(story.recipe).items()),
         serving=_serving(story),
-        forms=LIMITED,
+        forms={name: each.title for name, each in LIMITED.items()},
         most_failures=MOST_FAILURES,
         **more,
     )

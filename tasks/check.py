@@ -16,6 +16,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
+from twinloop.records import DATA_DIR
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import Recipe
@@ -54,8 +55,8 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
 
         tokenizer = ChatTokenizer.load(model.path)
         for method in methods:
-            check_conversations(method, tokenizer, data.path)
-        longest = measure_lengths(methods, tokenizer, data.path)
+            check_conversations(method, tokenizer, data.path, recipe.data_dir)
+        longest = measure_lengths(methods, tokenizer, data.path, recipe.data_dir)
         (out / LENGTHS).write_text(json.dumps(longest, indent=1) + "\n")
         return {"longest": longest}
 
@@ -71,9 +72,9 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     return checked
 
 
-def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path) -> None:
+def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR) -> None:
     """Raises UserError where the stop token of an answer would not be trained, or where the tokens of its prompt do not
-    begin those of the conversation. data: the directory of a validate artifact."""
+    begin those of the conversation. data: the directory of a validate artifact. folder: of the user's files."""
     from twinloop.models.template_check import check_template
     from twinloop.records.validated import read_records, source_line
 
@@ -88,14 +89,16 @@ def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path) ->
         first = checked.problems[0]
         file, line = source_line(data, method.records, rows[first.index])
         raise UserError(
-            f"data/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "
+            f"{folder}/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "
             "trained wrongly"
         )
 
 
-def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path) -> dict[str, Any]:
+def measure_lengths(
+    methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR
+) -> dict[str, Any]:
     """`Longest` as plain values: by a method's module, its `packed` and `path`; of cases, the prompts' `path`."""
-    from twinloop.records.validated import read_records
+    from twinloop.records.validated import read_records, source_line
 
     found: dict[str, dict[str, Any]] = {}
     for method in methods:
@@ -104,19 +107,14 @@ def measure_lengths(methods: Sequence[Method], tokenizer: ChatTokenizer, data: P
             tokens = [getattr(each, kind) if each else 0 for each in lengths]
             if any(tokens):
                 found.setdefault(method.found.name, {})[kind] = _longest(data, method.records, tokens)
-    prompts = [_prompt_length(data, row, case, tokenizer) for row, case in enumerate(read_records(data, CASES))]
+    prompts = []
+    for row, case in enumerate(read_records(data, CASES)):
+        try:
+            prompts.append(len(tokenizer.encode_prompt(case["prompt"])))
+        except UserError as error:  # the chat template refuses the prompt: the server would too
+            file, line = source_line(data, CASES, row)
+            raise UserError(f"{folder}/{file} line {line}: {error}") from None
     return found | {CASES: {"path": _longest(data, CASES, prompts)}}
-
-
-def _prompt_length(data: Path, row: int, case: Mapping[str, Any], tokenizer: ChatTokenizer) -> int:
-    """Raises UserError where the chat template refuses the prompt: the server would too."""
-    from twinloop.records.validated import source_line
-
-    try:
-        return len(tokenizer.encode_prompt(case["prompt"]))
-    except UserError as error:
-        file, line = source_line(data, CASES, row)
-        raise UserError(f"data/{file} line {line}: {error}") from None
 
 
 def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:
@@ -135,8 +133,8 @@ def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]], *, m
         worst = max(too_long, key=lambda each: each.record.tokens)
         record = worst.record
         raise UserError(
-            f"data/{record.file} line {record.line}: a record of {record.tokens} tokens, the longest that does not "
-            f"fit: {worst.settings}; shorten it, or raise the setting that is too small"
+            f"{recipe.data_dir}/{record.file} line {record.line}: a record of {record.tokens} tokens, the longest that "
+            f"does not fit: {worst.settings}; shorten it, or raise the setting that is too small"
         )
 
 

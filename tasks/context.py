@@ -91,9 +91,11 @@ class Context:
     def of(cls, project: Path, path: Path, recipe: Recipe, progress: Progress) -> Context:
         """An execution that begins now. path: the recipe's file.
 
-        Raises UserError for a domain or a split key that there is not.
+        Raises UserError for a domain, a split key or a folder of data that there is not.
         """
         loaded_domain = load_domain(recipe.domain, project)
+        if not (project / recipe.data).is_dir():
+            raise UserError(f"{path}: data: {recipe.data}: no such folder in {project}")
         try:
             chosen_split_keys(loaded_domain.domain, recipe.validate_.split_keys)
         except UserError as error:

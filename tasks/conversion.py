@@ -12,14 +12,13 @@ network along greedy answers to the domain's example and some cases of its data;
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import fsync
+from twinloop.common.files import folder_beside, fsync
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request
 from twinloop.models.directory import is_adapted
@@ -27,6 +26,7 @@ from twinloop.registry.artifact import MANIFEST, Manifest
 from twinloop.registry.cards import model_card
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.snapshot import Version
+from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import Registry
 from twinloop.tasks.conversion_forms import FORMATS, Original
 
@@ -67,15 +67,18 @@ def convert_version(
     if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
-        made = Path(beside) / "made"
-        made.mkdir()
-        notes = form.make(source, made, type or next(iter(form.types), ""))
-        files = {str(path.relative_to(made)): path.stat().st_size for path in sorted(made.rglob("*")) if path.is_file()}
-        for path in [*made.rglob("*"), made]:
-            fsync(path)
-        made.replace(place)
+    try:
+        with folder_beside(place) as beside:
+            made = beside / "made"
+            made.mkdir()
+            notes = form.make(source, made, type or next(iter(form.types), ""))
+            paths = sorted(made.rglob("*"))
+            files = {str(path.relative_to(made)): path.stat().st_size for path in paths if path.is_file()}
+            for path in [*paths, made]:
+                fsync(path)
+            made.replace(place)
+    except BlockingIOError:
+        raise UserError(f"export: another process writes {out}; wait for its end, or choose another folder") from None
     fsync(place.parent)
     return Converted(version, files, notes, form.load(out))
 
@@ -119,7 +122,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
 
 
 def _prompts(project: Path, chain: Sequence[Version], domain: Domain) -> list[list[Message]]:
-    """The domain's example, and cases of the data that the version was trained with, where they are still there.
+    """The domain's example, and cases of the data that the version was trained with, where they are there as they were.
 
     chain: the version and what it was made from.
     """
@@ -130,7 +133,7 @@ def _prompts(project: Path, chain: Sequence[Version], domain: Domain) -> list[li
     data = next((each["data"] for each in inputs if "data" in each), None)
     if data is not None and data.stage is not None and data.key is not None:
         folder = project / "artifacts" / data.stage / data.key
-        if has_records(folder, "cases"):
+        if has_records(folder, "cases") and version_error(folder, data.digest) is None:
             prompts += [case["prompt"] for case in read_records(folder, "cases")[:COMPARED_CASES]]
     return prompts
 

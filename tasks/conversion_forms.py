@@ -7,6 +7,7 @@ it. Without it a Hugging Face directory is read back by our own reader; the othe
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,14 +72,17 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     import ml_dtypes
     import numpy as np
 
-    from twinloop.models.directory import CONFIG, load_tensors, save_model
+    from twinloop.models.directory import CONFIG, check_float16, load_tensors, save_model
     from twinloop.tasks.forms import network_logits
     from twinloop.training.weights import load_decoder
 
     dtypes = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
     dtype = dtypes[type]
-    tensors = {name: array.astype(dtype) for name, array in load_tensors(source.checkpoint).items()}
-    save_model(out, source.config, tensors, source.tokenizer)
+    tensors = load_tensors(source.checkpoint)
+    if type == "f16":
+        for name, array in tensors.items():
+            check_float16(name, array, str(source.version))
+    save_model(out, source.config, {name: array.astype(dtype) for name, array in tensors.items()}, source.tokenizer)
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(source.card(_CODE), encoding="utf-8")
@@ -87,7 +91,9 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
         how = "read back here; transformers is not installed"
         return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
     with _run_by("transformers", source):
-        return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
+        model = _transformers_model(out)
+        _check_stop_ids(source, model)
+        return [_agrees(source, _logits_of(model), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
 def _gguf(source: Original, out: Path, type: GGUFType) -> list[str]:
@@ -139,7 +145,9 @@ def _peft(source: Original, out: Path, type: str) -> list[str]:
     source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
     (out / "README.md").write_text(source.card(_PEFT_CODE, library="peft"), encoding="utf-8")
     with _run_by("peft", source):
-        return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
+        base = _transformers_model(out / BASE)
+        _check_stop_ids(source, base)
+        return [_agrees(source, _logits_of(_with_adapter(base, out)), "in peft"), _same_ids(source, out)]
 
 
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -181,6 +189,8 @@ def _agrees(source: Original, logits: Logits, how: str, *, at_least: float = 1.0
     size = source.tokenizer.vocab_size
     found = compare_exchanges(source.reference.logits, logits, source.exchanges, vocab_size=size, name=how)
     words = f"{found.alike} of {found.tokens} greedy tokens are the network's ({how})"
+    if found.logit_gap == math.inf:
+        raise UserError(f"{source.version}: not handed over: some of its logits are no numbers ({how}); report this")
     if found.alike < at_least * found.tokens:
         advice = "choose a --type with more bits" if at_least < 1 else "report this"
         raise UserError(f"{source.version}: not handed over: only {words}; {advice}")
@@ -302,10 +312,6 @@ def _genai_tokenizer(source: Original, out: Path) -> str:
     return _ids_note(source, encode, encode_prompt, "onnxruntime_genai.Tokenizer", "onnxruntime_genai.Tokenizer")
 
 
-def _transformers_logits(out: Path) -> Logits:
-    return _logits_of(_transformers_model(out))
-
-
 def _transformers_model(out: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -316,12 +322,24 @@ def _transformers_model(out: Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
 
-def _peft_logits(out: Path) -> Logits:
+def _with_adapter(base: Any, out: Path) -> Any:
     from peft import PeftModel
 
-    model = _transformers_model(out / BASE)
     with _without_deprecations():  # PEFT 0.21 and transformers 5.23 warn of each other
-        return _logits_of(PeftModel.from_pretrained(model, out))
+        return PeftModel.from_pretrained(base, out)
+
+
+def _check_stop_ids(source: Original, model: Any) -> None:
+    """Raises UserError where `generate` of transformers would end an answer at other tokens than our engine."""
+    found = model.generation_config.eos_token_id
+    ids = set(found) if isinstance(found, list) else {found}
+    if ids != set(source.tokenizer.stop_ids):
+        named = " and ".join(map(str, sorted(ids, key=str)))
+        wanted = " and ".join(map(str, sorted(source.tokenizer.stop_ids)))
+        raise UserError(
+            f"{source.version}: not handed over: transformers ends answers at token {named}, not at {wanted}; "
+            "report this"
+        )
 
 
 @contextmanager

@@ -20,10 +20,8 @@ from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
 from twinloop.tasks.parity import read_parity
-from twinloop.tasks.recipe import EvaluateSettings
 
 if TYPE_CHECKING:
-    from twinloop.evaluation.outlook import Outlook
     from twinloop.evaluation.parity_report import ParityReport
 
 log = logging.getLogger(__name__)
@@ -64,23 +62,6 @@ def gate_stage(
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
-
-
-def foresee_gate(context: Context, settings: EvaluateSettings, rules: GateRules, *, data: Artifact) -> Outlook:
-    """What the rules need of the cases, before anything is trained. Raises UserError where no model can pass them."""
-    from twinloop.evaluation.cases import read_cases
-    from twinloop.evaluation.outlook import foresee
-    from twinloop.records.validated import has_records, read_records
-
-    outlook = foresee(
-        rules,
-        read_cases(read_records(data.path, "cases"), context.domain),
-        has_texts=has_records(data.path, "corpus_heldout"),
-        samples=settings.samples,
-    )
-    for warning in outlook.warnings:
-        log.warning("%s", warning)
-    return outlook
 
 
 gate = task(name="gate", persist_result=False)(gate_stage)

@@ -13,10 +13,11 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-from twinloop.common.errors import UserError
+from twinloop.common.errors import UserError, one_line
 from twinloop.evaluation.parity import Form
 from twinloop.evaluation.parity_report import LLAMA_CPP
 
@@ -83,7 +84,7 @@ class LlamaCppForm(Form):
             try:
                 with urllib.request.urlopen(f"{self._url}/health", timeout=5):
                     return
-            except OSError:  # it does not listen yet, or loads
+            except (OSError, HTTPException):  # it does not listen yet, or loads
                 time.sleep(0.1)
         raise UserError(f"{SERVER} does not start on the GGUF file; try it yourself on what `twinloop export` writes")
 
@@ -97,8 +98,8 @@ class LlamaCppForm(Form):
         try:
             with urllib.request.urlopen(request, timeout=ANSWERS_WITHIN_S) as answer:
                 content: dict[str, Any] = json.load(answer)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{SERVER}{path}: {error}") from error
+        except (OSError, HTTPException, ValueError) as error:
+            raise UserError(f"{SERVER}{path}: {one_line(error)}") from error
         return content
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,11 @@ from prefect import task
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
-from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP
+from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP, REFERENCE
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact, content_digest
-from twinloop.tasks.context import Context, Report
+from twinloop.tasks.context import Context, OnProgress, Report
+from twinloop.tasks.measure import Workload, choose_cases
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 PARITY_REPORT = "parity.json"
 COMPARED_CASES = 32
-REFERENCE = "network"
 
 
 class Stored(Protocol):
@@ -75,17 +75,17 @@ def parity_stage(
 
     Raises UserError for a name that no form has.
     """
-    from twinloop.tasks.llama_cpp import SERVER
-
     names = in_order(forms)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(runtime.threads)
-        found = compare_forms(
-            context, settings, runtime, data=data, release=release, forms=names, report=report, scratch=keep
-        )
+        workload = Workload(context.domain, settings, data.path, limit=COMPARED_CASES)
+        with tempfile.TemporaryDirectory(prefix="forms-", dir=keep) as folder:
+            found = compare_forms(FormMaker(release, Path(folder), runtime.threads), workload, names, report.moved)
+        missing = {name: why.replace(f"{context.project}/", "") for name, why in found.missing.items()}
+        found = found.model_copy(update={"missing": missing})
         (out / PARITY_REPORT).write_text(found.to_json())
         return {"compared_cases": len(found.cases), "compared_forms": len(found.forms), **found.metrics()}
 
@@ -98,7 +98,8 @@ def parity_stage(
             "cases": COMPARED_CASES,
             "max_new_tokens": settings.max_new_tokens,
             "threads": runtime.threads,
-            **({"llama_cpp": shutil.which(SERVER) or ""} if LLAMA_CPP in names else {}),
+            "device": runtime.device,
+            **({"llama_cpp": _llama_cpp_here()} if LLAMA_CPP in names else {}),
         },
         inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
         modules=("twinloop.tasks.parity", "twinloop.tasks.forms", "twinloop.tasks.llama_cpp"),
@@ -109,44 +110,40 @@ def parity_stage(
 parity = task(name="parity", persist_result=False)(parity_stage)
 
 
+def _llama_cpp_here() -> str:
+    """Its digest, empty where it is not on the path: another build of it may answer differently."""
+    from twinloop.tasks.llama_cpp import SERVER
+
+    found = shutil.which(SERVER)
+    return file_digest(Path(found)) if found else ""
+
+
 def compare_forms(
-    context: Context,
-    settings: EvaluateSettings,
-    runtime: Runtime,
-    *,
-    data: Artifact,
-    release: Release,
-    forms: Iterable[str],
-    report: Report | None = None,
-    scratch: Path | None = None,
+    maker: FormMaker, workload: Workload, forms: Sequence[str], on_progress: OnProgress = lambda done, total: None
 ) -> ParityReport:
     """Compare now. A form that cannot be made or read is missing, with the reason.
 
-    scratch: where what is made only to be compared lies meanwhile, by default in the system's temporary folder.
+    Raises UserError where there are no cases, or the network itself cannot be read.
     """
     from twinloop.evaluation.cases import read_cases
     from twinloop.evaluation.parity import Reference, cases_digest
     from twinloop.evaluation.parity_report import ParityReport
     from twinloop.records.validated import read_records
-    from twinloop.tasks.measure import choose_cases
 
-    records = choose_cases(read_records(data.path, "cases"), context.domain, COMPARED_CASES)
-    cases = read_cases(records, context.domain)
+    domain = workload.domain
+    cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
     if not cases:
         raise UserError("cases: there are none to compare forms on; add some to the data")
-    with tempfile.TemporaryDirectory(prefix="forms-", dir=scratch) as folder:
-        makers = _Makers(release, Path(folder), runtime.threads)
-        reference = Reference(makers.make(REFERENCE), cases, context.domain, settings.max_new_tokens)
-        found, missing = [reference.parity()], {}
-        others = [name for name in forms if name != REFERENCE]
-        for done, name in enumerate(others):
-            if report:
-                report.moved(done, len(others))
-            try:
-                with closing(makers.make(name)) as form:
-                    found.append(reference.compare(form))
-            except UserError as error:
-                missing[name] = str(error).replace(folder, name).replace(f"{context.project}/", "")
+    reference = Reference(maker.make(REFERENCE), cases, domain, workload.settings.max_new_tokens)
+    found, missing = [reference.parity()], {}
+    others = [name for name in forms if name != REFERENCE]
+    for done, name in enumerate(others):
+        on_progress(done, len(others))
+        try:
+            with closing(maker.make(name)) as form:
+                found.append(reference.compare(form))
+        except UserError as error:
+            missing[name] = str(error).replace(str(maker.folder), name)
     return ParityReport(
         cases=tuple(case.case_id for case in cases),
         cases_digest=cases_digest(cases),
@@ -156,7 +153,7 @@ def compare_forms(
 
 
 @dataclass(frozen=True)
-class _Makers:
+class FormMaker:
     """Forms by name, each made when it is asked for, so that one at a time is in memory. folder: for what is exported
     only to be compared."""
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationErr
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import Precision
-from twinloop.records import DATA_FILE
+from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
 from twinloop.training.method import Method, load_method
@@ -49,6 +49,10 @@ class EvaluateSettings(StrictModel):
     """Of sampled answers."""
 
 
+CUDA_ONLY: tuple[Precision, ...] = ("fp16", "bf16")
+"""What the engine does not run on CPU."""
+
+
 class ExportSettings(StrictModel):
     precisions: Annotated[list[Precision], Field(min_length=1)] | None = None
     """The first is served. None: fp32 and int8 on CPU, fp16 and bf16 on CUDA, which runs no other.
@@ -60,7 +64,7 @@ class ExportSettings(StrictModel):
 
     def only_on_cuda(self) -> Precision | None:
         """The first precision asked for that the engine does not run on CPU."""
-        return next((each for each in self.precisions or [] if each in ("fp16", "bf16")), None)
+        return next((each for each in self.precisions or [] if each in CUDA_ONLY), None)
 
 
 class GateSettings(StrictModel):
@@ -132,6 +136,11 @@ class Recipe(StrictModel):
         return (PurePosixPath(self.data) / DATA_FILE).as_posix()
 
     @property
+    def data_dir(self) -> str:
+        """The folder of the data's files, relative to the project."""
+        return (PurePosixPath(self.data) / DATA_DIR).as_posix()
+
+    @property
     def record_types(self) -> tuple[str, ...]:
         """The data files that are read, by name: what the stages learn from, and what they are measured on."""
         trained = dict.fromkeys(stage.method.records for stage in self.train)
@@ -182,14 +191,16 @@ def default_model(project: Path) -> str:
 
 
 def recipe_of(model: str, project: Path) -> Recipe:
-    """The recipe that makes the registered model of this name, whatever its file is called.
+    """The recipe that makes the registered model of this name. Raises UserError where no recipe of the project does."""
+    return load_recipe(recipe_path_of(model, project), project)
 
-    Raises UserError where no recipe of the project does.
-    """
+
+def recipe_path_of(model: str, project: Path) -> Path:
+    """The recipe's file, whatever it is called. Raises UserError where no recipe of the project makes this model."""
     named = _named_recipe(project)
     for path in [*([named] if named else []), *sorted((project / "recipes").glob("*.yaml"))]:
         if _is_recipe(path) and read_yaml(path, SUCH_AS).get("name") == model:
-            return load_recipe(path, project)
+            return path
     raise UserError(f"{model}: no recipe in {project / 'recipes'} has this name; name a model that one makes")
 
 

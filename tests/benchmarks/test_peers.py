@@ -9,8 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from benchmarks.peer_twinloop import measure
-from benchmarks.peers import describe, encoded, save_untrained
+from benchmarks.peers import Contestant, describe, encoded, run, save_untrained
 from benchmarks.workload import make_data, prepare
+from twinloop.common.errors import UserError
 from twinloop.tasks.recipe import load_recipe
 
 PROJECT = Path(__file__).parents[2]
@@ -43,3 +44,11 @@ def test_each_stage_is_a_job_that_trains(workload, tmp_path):
         assert result["wall_s"] > 0, stage.name
         if stage.name != "grpo":  # whose groups differ in number
             assert job["examples"] >= 1, stage.name
+
+
+@pytest.mark.parametrize(
+    ("script", "said"), [("kill -9 $$", "it ended with code -9"), ("echo a >&2; echo why >&2; exit 1", "why$")]
+)
+def test_a_contestant_that_fails_is_one_line(script: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"^TRL, sft: {said}"):
+        run(Contestant("TRL", ["sh", "-c", script], {}, {"method": "sft"}))

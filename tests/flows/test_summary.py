@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from twinloop.flows.summary import change
+from twinloop.flows.summary import change, compared
 
 TITLES = {"parsed": "JSON", "days": "days"}
 
@@ -27,3 +27,13 @@ def rates(parsed: float, days: float, bits: float | None = None) -> dict[str, ob
 )
 def test_a_stage_is_told_by_what_it_changed_most_for_better_or_worse(before, after, words) -> None:
     assert change(before, after, TITLES) == words
+
+
+def test_every_form_that_was_compared_is_named_also_without_a_gap() -> None:
+    metrics = {
+        "compared_forms": 4, "network/tokens": 1.0, "network/logit_gap": 0.0, "merged/tokens": 1.0,
+        "merged/logit_gap": 0.0, "int8/tokens": 0.985, "int8/logit_gap": 0.5, "llama.cpp/tokens": 0.9,
+    }  # fmt: skip
+    words = "merged 100% within 0.0e+00, int8 98.5% within 5.0e-01, llama.cpp 90%"
+    assert compared(metrics) == f"tokens alike: {words}"
+    assert compared({"compared_forms": 1, "network/tokens": 1.0}) == "no form was compared"

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from silent import Silent
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
@@ -41,14 +42,6 @@ CONFIG = DecoderConfig(
     head_dim=16,
     max_position_embeddings=4096,
 )
-
-
-class Silent:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,11 @@ def test_of_all_records_that_do_not_fit_the_longest_is_named(longest) -> None:
     """Not that of the first stage."""
     lengths = {name: longest[key(name)]["packed" if name in ("sft", "dpo") else "path"] for name in ("sft", "dpo")}
     assert lengths["sft"]["tokens"] < lengths["dpo"]["tokens"]
-    with pytest.raises(UserError) as raised:
-        check(recipe(sft={"seq_len": 32}, dpo={"seq_len": 32}), longest)
-    dpo = lengths["dpo"]
-    assert str(raised.value).startswith(f"data/{dpo['file']} line {dpo['line']}: a record of {dpo['tokens']} tokens")
+    dpo, limited = lengths["dpo"], recipe(sft={"seq_len": 32}, dpo={"seq_len": 32})
+    where = re.escape(f"{dpo['file']} line {dpo['line']}: a record of {dpo['tokens']} tokens")
+    for dataset, folder in ((".", "data"), ("mine", "mine/data")):
+        with pytest.raises(UserError, match=f"^{folder}/{where}"):
+            check(limited.model_copy(update={"data": dataset}), longest)
 
 
 def test_a_case_that_the_chat_template_refuses_is_named_by_its_line(
@@ -139,9 +141,9 @@ def test_a_case_that_the_chat_template_refuses_is_named_by_its_line(
 
     monkeypatch.setattr(ChatTokenizer, "encode_prompt", refuse)
     with pytest.raises(
-        UserError, match=r"^data/cases\.jsonl line 1: chat template: conversation roles must alternate$"
+        UserError, match=r"^mine/data/cases\.jsonl line 1: chat template: conversation roles must alternate$"
     ):
-        measure_lengths([], tokenizer, data)
+        measure_lengths([], tokenizer, data, "mine/data")
 
 
 def test_a_document_of_any_length_fits(longest) -> None:
@@ -159,8 +161,8 @@ def test_an_answer_that_would_be_trained_wrongly_is_reported_by_line(
     """A template that puts something between an answer and its stop token."""
     encode = ChatTokenizer.encode_answer
     monkeypatch.setattr(ChatTokenizer, "encode_answer", lambda self, text: [7, *encode(self, text)])
-    with pytest.raises(UserError, match=r"data/preferences\.jsonl line 1: the answer and its stop token do not follow"):
-        check_conversations(METHODS["dpo"], tokenizer, data)
+    with pytest.raises(UserError, match=r"^mine/data/preferences\.jsonl line 1: the answer and its stop token do "):
+        check_conversations(METHODS["dpo"], tokenizer, data, "mine/data")
 
 
 def test_two_methods_of_the_same_file_name_have_their_own_lengths(

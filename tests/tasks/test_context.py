@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from silent import Silent
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
@@ -17,20 +18,20 @@ from twinloop.training.checkpoint import Checkpoint, save
 PROJECT = Path(__file__).parents[2]
 
 
-class Unwatched:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
-
-
 def test_a_split_key_that_the_domain_has_not_is_refused_by_its_name(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((PROJECT / "recipes" / "tiny.yaml").read_text().replace("order_id", "ordr_id"))
     with pytest.raises(UserError) as raised:
-        Context.of(tmp_path, recipe, load_recipe(recipe), Unwatched())
+        Context.of(tmp_path, recipe, load_recipe(recipe), Silent())
     assert str(raised.value) == f"{recipe}: validate.split_keys: 'ordr_id' is no split key; did you mean order_id?"
+
+
+def test_a_folder_of_data_that_is_not_there_is_refused_by_its_setting(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((PROJECT / "recipes" / "tiny.yaml").read_text() + "data: nowhere\n")
+    with pytest.raises(UserError) as raised:
+        Context.of(tmp_path, recipe, load_recipe(recipe), Silent())
+    assert str(raised.value) == f"{recipe}: data: nowhere: no such folder in {tmp_path}"
 
 
 def test_a_stage_that_goes_on_from_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -41,7 +42,7 @@ def test_a_stage_that_goes_on_from_a_checkpoint_says_so(tmp_path: Path, caplog: 
         recipe_path=None,
         loaded_domain=load_domain("returns", tmp_path),
         dataset_digest=None,
-        progress=Unwatched(),
+        progress=Silent(),
         code=CodeVersion("a" * 40),
         checkpoint_every_s=1.0,
     )

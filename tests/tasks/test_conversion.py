@@ -18,9 +18,10 @@ import torch
 from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
-from twinloop.models import gguf_form
+from twinloop.common.files import folder_beside
+from twinloop.models import directory, gguf_form
 from twinloop.models.adapter import read_adapter
-from twinloop.models.directory import load_config, save_adapted
+from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import MANIFEST, ArtifactStore
@@ -141,8 +142,13 @@ def test_cases_of_the_data_that_it_was_trained_with_are_compared_too(project: Si
     registry = Registry(project.registry.mlruns, "cased")
     register(project.folder, registry, lambda out: make_model(out, known_tokenizer()), [CONVERSATION[:1]] * 9)
     example = convert(project, KNOWN, "gguf", tmp_path / "example", type="f32")
-    done = convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "gguf", tmp_path / "out", type="f32")
+    cased = SimpleNamespace(folder=project.folder, registry=registry)
+    done = convert(cased, "1", "gguf", tmp_path / "out", type="f32")
     assert greedy_tokens(done.notes) >= greedy_tokens(example.notes) + COMPARED_CASES
+    (cases,) = project.folder.glob("artifacts/validate/*/cases.parquet")
+    cases.write_bytes(cases.read_bytes()[:-8])  # what was changed is not read
+    done = convert(cased, "1", "gguf", tmp_path / "again", type="f32")
+    assert greedy_tokens(done.notes) == greedy_tokens(example.notes)
 
 
 def test_a_tokenizer_that_transformers_reads_as_another_one_is_not_handed_over(
@@ -264,6 +270,17 @@ def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "note.txt"]
 
 
+def test_what_a_killed_export_left_is_removed_and_one_that_runs_is_left_alone(
+    project: SimpleNamespace, tmp_path: Path
+) -> None:
+    (tmp_path / ".out.twinloop-new" / "made").mkdir(parents=True)
+    (tmp_path / ".out.twinloop-new" / "made" / "half.gguf").touch()
+    convert(project, KNOWN, "gguf", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with folder_beside(tmp_path / "next"), pytest.raises(UserError, match=r"another process writes .*next; wait"):
+        convert(project, KNOWN, "gguf", tmp_path / "next")
+
+
 def test_a_form_that_answers_differently_is_not_handed_over(
     project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +297,33 @@ def test_a_gguf_file_that_ends_answers_otherwise_is_not_handed_over(
     with pytest.raises(UserError, match="small version 2: not handed over: the file's tokenizer has other tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_ends_answers_otherwise_is_not_handed_over(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(out: Path, config: Any, tensors: Any, tokenizer: Any) -> None:
+        save_model(out, config, tensors, tokenizer)
+        settings = out / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"eos_token_id": 3}))
+
+    monkeypatch.setattr(directory, "save_model", other)
+    with pytest.raises(UserError, match="small version 2: not handed over: transformers ends answers at token 3, not"):
+        convert(project, KNOWN, "huggingface", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_a_type_cannot_hold_are_not_handed_over(project: SimpleNamespace, tmp_path: Path) -> None:
+    def large(out: Path) -> None:
+        make_model(out, known_tokenizer())
+        tensors = load_tensors(out)
+        tensors["model.embed_tokens.weight"][-1, 0] = 1e6  # of a token that no answer has
+        save_model(out, load_config(out), tensors)
+
+    registry = Registry(project.registry.mlruns, "large")
+    register(project.folder, registry, large)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has values that float16 cannot hold; use --type bf16"):
+        convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "huggingface", tmp_path, type="f16")
 
 
 def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_written(

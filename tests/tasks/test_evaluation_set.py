@@ -8,21 +8,13 @@ from typing import Any
 
 import polars as pl
 import pytest
+from silent import Silent
 
 from twinloop.domains.loader import load_domain
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.evaluation_set import publish_cases
-
-
-class Silent:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
-
 
 CASES = [
     {

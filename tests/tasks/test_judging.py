@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
+from silent import Silent
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
@@ -35,14 +36,6 @@ from twinloop.training.runtime import Runtime
 LABELS = Path(__file__).parents[1] / "evaluation" / "labels.py"
 SETTINGS = EvaluateSettings(max_new_tokens=8, slots=2, samples=2, stage_cases=2)
 RUNTIME = Runtime(seed=1, threads=1, device="cpu")
-
-
-class Silent:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
 
 
 def with_domain(context: Context, source: str, folder: Path) -> Context:

@@ -7,17 +7,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from silent import Silent
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.gate import GateReport, load_rules
+from twinloop.evaluation.parity_report import ParityReport
 from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import linear_layers
 from twinloop.models.config import DecoderConfig
@@ -29,8 +32,8 @@ from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.context import Context
 from twinloop.tasks.export import export_stage
 from twinloop.tasks.gate import gate_stage, read_gate_report
-from twinloop.tasks.measure import write_cases
-from twinloop.tasks.parity import Release, compare_forms, parity_stage, read_parity
+from twinloop.tasks.measure import Workload, write_cases
+from twinloop.tasks.parity import FormMaker, Release, compare_forms, parity_stage, read_parity
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 from twinloop.training.weights import get_weights, new_decoder
@@ -40,24 +43,13 @@ SETTINGS = EvaluateSettings(max_new_tokens=8)
 RUNTIME = Runtime(seed=1, threads=1, device="cpu")
 ANSWERS = {"late": "delivery", "twice": "billing", "prize": "spam", "lost": "delivery", "refund": "billing"}
 LIMITS = {
-    "parity_logit_gap": 0.05,
-    "parity_token_agreement": 0.99,
+    "parity_logit_gap": 0.05, "parity_token_agreement": 0.99,
     "parity": {
         "network": {"stop_changes": 0, "stopped": 1},
-        "fp32": {
-            "tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
-            "stopped": 1,
-        },
+        "fp32": {"tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
+                 "stopped": 1},
     },
 }  # fmt: skip
-
-
-class Silent:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +157,7 @@ def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, 
     """What the gate says of a release of these."""
     rules = load_rules(context.project / "gate.yaml", context.domain)
     release = Release(model, {each.metrics["precision"]: each for each in (served, *others)})
-    compared = parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=release.forms(rules.forms))
+    parity = parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=release.forms(rules.forms))
 
     def write(out: Path) -> dict[str, Any]:
         nothing: dict[str, Any] = {"by_kind": {}, "pairs": {}, "by_predicate": {}, "violations": {}, "measured": {}}
@@ -176,10 +168,15 @@ def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, 
     evaluation = stored(context, "evaluate", {}, write)
     return read_gate_report(
         gate_stage(
-            context, rules, exported=served, evaluation=evaluation, parity=compared, champion=None,
+            context, rules, exported=served, evaluation=evaluation, parity=parity, champion=None,
             champion_version=None,
         )
     )  # fmt: skip
+
+
+def compared(context: Context, data: Artifact, release: Release, *forms: str) -> ParityReport:
+    with TemporaryDirectory() as folder:
+        return compare_forms(FormMaker(release, Path(folder), 1), Workload(context.domain, SETTINGS, data.path), forms)
 
 
 def blocked(report: GateReport) -> dict[str, str]:
@@ -229,12 +226,16 @@ def test_a_stop_token_is_looked_for_in_every_file_that_names_one(
     edit(copy / "config.json", eos_token_id=tokenizer.pad_id)
     edit(copy / "generation_config.json", eos_token_id=[tokenizer.stop_id, tokenizer.pad_id])
     release = Release(model, {"fp32": Copied(copy, "another")})
-    found = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["fp32"]).of("fp32")
+    found = compared(context, data, release, "fp32").of("fp32")
     assert found is not None
     assert found.stop_changes == 2
     assert [problem.split(":")[0] for problem in found.problems["stop_changes"]] == [
         "config.json", "generation_config.json",
     ]  # fmt: skip
+    (copy / "generation_config.json").unlink()
+    found = compared(context, data, release, "fp32").of("fp32")
+    assert found is not None
+    assert found.problems["stop_changes"][1].startswith("generation_config.json: no stop token, and ")
 
 
 @dataclass(frozen=True)
@@ -322,12 +323,19 @@ def test_what_a_release_has_not_is_made_of_its_network_and_reported(
         release.forms(["int3"])
 
 
-def test_the_same_bytes_are_compared_once(context: Context, data: Artifact, model: Artifact) -> None:
-    release = Release(model, {"fp32": exported(context, model)})
-    again = [
-        parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=("fp32",)).reused for _ in range(2)
-    ]
-    assert again[1]
+def test_the_same_bytes_are_compared_once_by_the_same_tools(
+    context: Context, data: Artifact, model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def reused(*forms: str, **changes: object) -> bool:
+        runtime, release = RUNTIME.model_copy(update=changes), Release(model, {})
+        return parity_stage(context, SETTINGS, runtime, data=data, release=release, forms=forms).reused
+
+    assert [reused(), reused(), reused(device="cuda")] == [False, True, False]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (server := tmp_path / "llama-server").touch(0o755)
+    assert [reused("llama.cpp"), reused("llama.cpp")] == [False, True]
+    server.write_text("a newer one")
+    assert not reused("llama.cpp")
 
 
 def adapted(context: Context, model: Artifact, **changes: object) -> Artifact:
@@ -379,15 +387,14 @@ def test_a_gguf_file_is_read_back_by_our_own_reader(
 ) -> None:
     like = llama_like(context, model)
     release = Release(like, {"fp32": exported(context, like)})
-    found = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["gguf", "llama.cpp", "merged"])
+    found = compared(context, data, release, "gguf", "llama.cpp", "merged")
     _, gguf = found.forms[:2]
     assert (gguf.form, gguf.prompt_changes, gguf.stop_changes, gguf.verdict_changes) == ("gguf", 0, 0, 0), gguf.problems
     assert gguf.logit_gap is not None
     assert gguf.logit_gap < 0.1  # its matrices are float16
     assert "no adapter to merge" in found.missing["merged"]
     monkeypatch.setattr(GGUFLayout, "from_gguf", lambda self, values: values)
-    fault = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["gguf"])
+    fault = compared(context, data, release, "gguf")
     assert (fault.forms[1].logit_gap or 0) > 10 * gguf.logit_gap
-    own = Release(model, {})
-    refused = compare_forms(context, SETTINGS, RUNTIME, data=data, release=own, forms=["gguf"])
+    refused = compared(context, data, Release(model, {}), "gguf")
     assert "llama.cpp cannot split text as this tokenizer does" in refused.missing["gguf"]

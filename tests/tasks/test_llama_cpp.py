@@ -1,0 +1,105 @@
+"""A GGUF file in llama.cpp's server, here one that answers as llama-server does, from a script."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import save_model
+from twinloop.models.tokenizer import train_tokenizer
+from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
+
+SERVER = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+ANSWERS = json.loads({answers!r})
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply({{"status": "ok"}})
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.reply(ANSWERS[self.path])
+
+    def reply(self, body):
+        if body == "half":
+            self.wfile.write(b"no HTTP at all\\r\\n\\r\\n")
+            return
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_): ...
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What our own reader says of the file."""
+    directory = tmp_path_factory.mktemp("gguf")
+    tokenizer = train_tokenizer(["late", "lost"], 270)
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    save_model(directory, config, {}, tokenizer)
+    return directory
+
+
+def serving(described: Path, folder: Path, answers: dict[str, object]) -> LlamaCppForm:
+    server = folder / "llama-server"
+    server.write_text(SERVER.format(python=sys.executable, answers=json.dumps(answers)))
+    server.chmod(0o755)
+    return LlamaCppForm(described, "digest", str(server), folder / "model.gguf", threads=1)
+
+
+@pytest.fixture
+def alive(described: Path, tmp_path: Path) -> Iterator[LlamaCppForm]:
+    answers = {
+        "/apply-template": {"prompt": "user: late"},
+        "/tokenize": {"tokens": [5, 6]},
+        "/completion": {"tokens": [7, 8], "stop_type": "eos"},
+    }
+    with closing(serving(described, tmp_path, answers)) as form:
+        yield form
+
+
+def test_prompts_are_those_of_its_own_template_and_answers_end_with_their_stop_token(alive: LlamaCppForm) -> None:
+    assert alive.prompt_ids([{"role": "user", "content": "late"}]) == [5, 6]
+    assert alive.generate([[5, 6]], 4) == [[7, 8, alive.tokenizer.stop_id]]
+    assert alive.logits([5, 6]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"), [("half", "/completion: "), ({"content": "x"}, "its answer has no tokens")]
+)
+def test_an_answer_that_is_none_is_one_line(described: Path, tmp_path: Path, answer: object, said: str) -> None:
+    broken = closing(serving(described, tmp_path, {"/completion": answer}))
+    with broken as form, pytest.raises(UserError, match=said) as raised:
+        form.generate([[5, 6]], 4)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_server_that_ends_at_once_does_not_start(described: Path, tmp_path: Path) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text("#!/bin/sh\nexit 1\n")
+    server.chmod(0o755)
+    with pytest.raises(UserError, match="does not start on the GGUF file"):
+        LlamaCppForm(described, "digest", str(server), tmp_path / "model.gguf", threads=1)
+
+
+def test_without_a_server_on_the_path_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"install llama\.cpp"):
+        find_server()
