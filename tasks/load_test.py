@@ -8,7 +8,6 @@ since the memory of one that has trained is no measure.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from twinloop.common.memory import peak_bytes
 from twinloop.evaluation.metrics import percentile
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
@@ -83,17 +83,8 @@ def _serve(
         ttft_ms=tuple(first_tokens_ms),
         answer_ms=tuple(answers_ms),
         tokens_per_s=sum(tokens for *_, tokens in answers) / seconds,
-        memory_gib=_peak_bytes() / 2**30,
+        memory_gib=peak_bytes() / 2**30,
     )
-
-
-def _peak_bytes() -> int:
-    """The most memory that this process held. On Linux ru_maxrss may be the parent's, so the kernel's mark is read."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        marks = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(marks["VmHWM"].split()[0]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
 def _main(exported_dir: str, slots: str, threads: str) -> None:

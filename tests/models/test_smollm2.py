@@ -88,19 +88,19 @@ def test_the_engine_answers_sensibly(source: Source, model: Path, tmp_path: Path
 def test_importing_holds_no_more_than_the_model_and_a_tensor(source: Source, tmp_path: Path) -> None:
     """Beyond what the libraries take: the weights as float32, the file's mapped bytes, and the largest tensor."""
     program = f"""
-import resource
 from pathlib import Path
 import numpy, safetensors.numpy, tokenizers, gguf
+from twinloop.common.memory import peak_bytes
 from twinloop.models.directory import save_model
 from twinloop.models.source import open_source
 source = open_source(Path({str(FOLDER / NAME)!r}))
 tokenizer = source.load_tokenizer()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 save_model(Path({str(tmp_path / "out")!r}), source.config, source.load_weights(), tokenizer)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak_bytes() - before)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    used = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    used = int(done.stdout)
     largest = 4 * source.config.vocab_size * source.config.hidden_size
     mapped = (FOLDER / NAME).stat().st_size
     assert used < 4 * source.config.num_parameters + largest + mapped

@@ -56,10 +56,10 @@ def test_a_large_vocabulary_has_fewer_positions_at_once():
 
 
 STEP = """
-import resource
 from pathlib import Path
 import sys
 import numpy as np, torch
+from twinloop.common.memory import peak_bytes
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.config import DecoderConfig
 from twinloop.training.adapters import attach_adapter
@@ -88,7 +88,7 @@ else:
         [document(each) for each in tokens], seq_len=512, batch_size=2, seed=0, steps=2, micro_batch_size=1
     )
     run_training(model, CausalLMLoss(), stream, TrainSettings(learning_rate=1e-4), checkpoint_dir=folder / "kept")
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(peak_bytes())
 """
 
 
