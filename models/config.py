@@ -102,9 +102,14 @@ class DecoderConfig(BaseModel):
         return self.query_scale or self.head_dim**-0.5
 
     @property
+    def rope(self) -> Rope:
+        """The angles of the layers without a window, and of those with one unless they have their own."""
+        return Rope(theta=self.rope_theta, scaling=self.rope_scaling)
+
+    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """Of each layer. A window that reaches over every position is none."""
-        rope = Rope(theta=self.rope_theta, scaling=self.rope_scaling)
+        rope = self.rope
         windows = self.windows or (None,) * self.num_hidden_layers
         rotary = self.rotary_layers or (True,) * self.num_hidden_layers
         return tuple(

@@ -30,56 +30,51 @@ def read_activation(fields: Fields) -> str:
     )
 
 
-def read_rope(rope: Any, fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
-    """`rope_theta` and `rope_scaling` of DecoderConfig. rope: `rope_parameters`, or `rope_scaling` as it was before
-    transformers 5."""
-    if not isinstance(rope, dict):
-        raise UserError(f"config.json: rope_parameters: {rope!r} is not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def read_rope(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` of DecoderConfig, where all layers turn by the same angles."""
+    # Before transformers 5 the scaling stood alone, beside rope_theta.
+    rope = parse_rope(fields.get("rope_parameters") or fields.get("rope_scaling") or {}, fields, plain)
+    return {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
+
+
+def parse_rope(given: Any, fields: Fields, plain: DecoderConfig) -> Rope:
+    """The angles that one object of config.json describes; `rope_theta` may stand in `fields` instead."""
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"config.json: rope_parameters: {given!r} is not an object with the angles' base and scaling")
+    kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise UserError(
-            f"config.json: rotary scaling {kind!r} is not supported; only linear and llama3 are: use a checkpoint "
+            f"config.json: rotary scaling {kind!r} is not supported, only linear and llama3 are; use a checkpoint "
             "without it"
         )
-    turned = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
-    if turned not in (None, 1, 1.0):
+    turned = given.get("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if turned not in (None, 1):
         raise UserError(f"config.json: partial_rotary_factor {turned!r} is not supported; whole heads are turned")
-    theta = rope.get("rope_theta") or fields.get("rope_theta") or plain.rope_theta
-    scaling: dict[str, Any] = {"kind": kind, "factor": rope.get("factor")}
+    scaling: dict[str, Any] = {"kind": kind, "factor": given.get("factor")}
     if kind == "llama3":
-        scaling = {
-            **scaling,
-            "low_freq_factor": rope.get("low_freq_factor"),
-            "high_freq_factor": rope.get("high_freq_factor"),
-            "original_max_position_embeddings": fields.get("original_max_position_embeddings")
-            or rope.get("original_max_position_embeddings")
-            or plain.max_position_embeddings,
-        }
+        scaling |= {name: given.get(name) for name in ("low_freq_factor", "high_freq_factor")}
+        name = "original_max_position_embeddings"
+        scaling[name] = fields.get(name, given.get(name, plain.max_position_embeddings))
     try:
-        read = Rope(theta=theta, scaling=None if kind == "default" else RopeScaling(**scaling))
+        theta: Any = given.get("rope_theta", fields.get("rope_theta", plain.rope_theta))
+        return Rope(theta=theta, scaling=None if kind == "default" else RopeScaling(**scaling))
     except ValidationError as error:
         first = error.errors()[0]
-        name = {"theta": "rope_theta"}.get(str(first["loc"][0]), first["loc"][0]) if first["loc"] else "rope_parameters"
-        raise UserError(f"config.json: {name}: {first['msg'].removeprefix('Value error, ')}") from None
-    return {"rope_theta": read.theta, "rope_scaling": read.scaling}
+        name = "".join(f" {'rope_theta' if part == 'theta' else part}:" for part in first["loc"])
+        raise UserError(f"config.json:{name} {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {"rope_type": "default", "rope_theta": theta}
-    return {"rope_type": scaling.kind, "rope_theta": theta, **scaling.model_dump(exclude={"kind"}, exclude_none=True)}
+def write_rope(rope: Rope) -> dict[str, Any]:
+    kind = "default" if rope.scaling is None else rope.scaling.kind
+    numbers = {} if rope.scaling is None else rope.scaling.model_dump(exclude={"kind"}, exclude_none=True)
+    return {"rope_type": kind, "rope_theta": rope.theta, **numbers}
 
 
 def read_windows(fields: Fields, plain: DecoderConfig, *, slides: list[bool]) -> dict[str, Any]:
     """`windows` of DecoderConfig. slides: the layers with a window where `layer_types` does not list them."""
-    types = fields.get("layer_types")
-    layers = plain.num_hidden_layers
+    types = by_layer(fields, "layer_types", (_SLIDING, _FULL), plain.num_hidden_layers)
     if types is not None:
-        if not isinstance(types, list) or len(types) < layers or not set(types[:layers]) <= {_SLIDING, _FULL}:
-            raise UserError(
-                f"config.json: layer_types does not say {_SLIDING} or {_FULL} for each of the {layers} layers"
-            )
-        slides = [kind == _SLIDING for kind in types[:layers]]
+        slides = [kind == _SLIDING for kind in types]
     if not any(slides):
         return {}
     window = fields.get("sliding_window")
@@ -105,6 +100,17 @@ def write_windows(config: DecoderConfig) -> dict[str, Any]:
         "sliding_window": next((window for window in windows if window is not None), None),
         "layer_types": [_FULL if window is None else _SLIDING for window in windows],
     }
+
+
+def by_layer(fields: Fields, name: str, choices: tuple[str, str] | tuple[int, int], layers: int) -> list[Any] | None:
+    """One of two values for each layer, if the field is there. Raises UserError for anything else."""
+    values = fields.get(name)
+    if values is None:
+        return None
+    if not isinstance(values, list) or len(values) < layers or not all(value in choices for value in values[:layers]):
+        first, second = choices
+        raise UserError(f"config.json: {name} does not say {first} or {second} for each of the {layers} layers")
+    return values[:layers]
 
 
 def flag(fields: Fields, name: str) -> bool:

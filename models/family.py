@@ -26,7 +26,7 @@ import twinloop.models.families
 from twinloop.common.errors import UserError
 from twinloop.common.modules import modules_in
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import ACTIVATIONS, read_activation, read_rope, write_rope
+from twinloop.models.config_fields import ACTIVATIONS, read_activation, write_rope
 
 _SHARED = (
     "vocab_size",
@@ -83,8 +83,7 @@ def read_config(fields: Any) -> DecoderConfig:
     if isinstance(eos, list) and eos:
         shared["eos_token_id"] = eos[0]
     plain = _checked(shared)
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    changes = {"activation": read_activation(fields), **read_rope(rope, fields, plain), **family.read(fields, plain)}
+    changes = {"activation": read_activation(fields), **family.read(fields, plain)}
     config = _checked({**shared, **changes})
     model_type = fields["model_type"]
     return config if config.model_type == model_type else _checked({**shared, **changes, "family": model_type})
@@ -103,7 +102,7 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
             "model_type": config.model_type,
             "hidden_act": ACTIVATIONS[config.activation],
             "torch_dtype": "float32",
-            "rope_parameters": write_rope(config.rope_theta, config.rope_scaling),
+            "rope_parameters": write_rope(config.rope),
             **{name: getattr(config, name) for name in _SHARED},
         },
     )

@@ -12,7 +12,7 @@ from twinloop.models.config_fields import (
     count,
     flag,
     number,
-    read_rope,
+    parse_rope,
     read_windows,
     write_rope,
     write_windows,
@@ -80,8 +80,8 @@ def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     if pattern == 0:
         raise UserError("config.json: sliding_window_pattern: 0 is not a number of layers")
     kinds = _rope_kinds(fields)
-    full = read_rope(kinds["full_attention"], fields, plain)
-    local = read_rope(kinds["sliding_attention"], {"rope_theta": fields["rope_local_base_freq"]}, plain)
+    full = parse_rope(kinds["full_attention"], fields, plain)
+    local = {**fields, "rope_theta": fields["rope_local_base_freq"]}
     scalar = number(fields, "query_pre_attn_scalar")
     assert scalar is not None, "it has a default"
     return {
@@ -92,8 +92,9 @@ def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
         "embedding_scale": plain.hidden_size**0.5,
         "query_scale": scalar**-0.5,
         "logit_softcap": number(fields, "final_logit_softcapping"),
-        "window_rope": Rope(theta=local["rope_theta"], scaling=local["rope_scaling"]),
-        **full,
+        "rope_theta": full.theta,
+        "rope_scaling": full.scaling,
+        "window_rope": parse_rope(kinds["sliding_attention"], local, plain),
         **read_windows(fields, plain, slides=_sliding(plain.num_hidden_layers, pattern)),
     }
 
@@ -101,7 +102,7 @@ def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
 def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:
     activation = fields.pop("hidden_act")
     assert config.query_scale is not None
-    local = config.window_rope or Rope(theta=config.rope_theta, scaling=config.rope_scaling)
+    local = config.window_rope or config.rope
     return {
         **fields,
         "hidden_activation": activation,
@@ -109,7 +110,7 @@ def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:
         "final_logit_softcapping": config.logit_softcap,
         "rope_parameters": {
             "full_attention": fields["rope_parameters"],
-            "sliding_attention": write_rope(local.theta, local.scaling),
+            "sliding_attention": write_rope(local),
         },
         "rope_local_base_freq": local.theta,
         **write_windows(config),

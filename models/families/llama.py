@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import Fields, flag
+from twinloop.models.config_fields import Fields, flag, read_rope
 from twinloop.models.gguf_form import GGUFForm
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -15,7 +15,11 @@ GGUF = GGUFForm("llama", permuted=True)
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """`attention_bias` gives all four projections one."""
-    return {"attention_output_bias": plain.attention_bias, "mlp_bias": flag(fields, "mlp_bias")}
+    return {
+        "attention_output_bias": plain.attention_bias,
+        "mlp_bias": flag(fields, "mlp_bias"),
+        **read_rope(fields, plain),
+    }
 
 
 def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import Fields, read_windows
+from twinloop.models.config_fields import Fields, read_rope, read_windows
 from twinloop.models.gguf_form import GGUFForm
 
 ARCHITECTURE = "MistralForCausalLM"
@@ -24,7 +24,8 @@ GGUF = GGUFForm("llama", permuted=True)
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """There are no biases, whatever `attention_bias` says; a window of null is none."""
     slides = [fields["sliding_window"] is not None] * plain.num_hidden_layers
-    return {"attention_bias": False, **read_windows({**fields, "layer_types": None}, plain, slides=slides)}
+    windows = read_windows({**fields, "layer_types": None}, plain, slides=slides)
+    return {"attention_bias": False, **read_rope(fields, plain), **windows}
 
 
 def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import Fields, read_upper_windows, write_windows
+from twinloop.models.config_fields import Fields, read_rope, read_upper_windows, write_windows
 from twinloop.models.gguf_form import GGUFForm, differs_or_llama3
 
 ARCHITECTURE = "Qwen2ForCausalLM"
@@ -23,7 +23,7 @@ GGUF = GGUFForm("qwen2", refusal=differs_or_llama3)
 
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
-    return {"attention_bias": True, **read_upper_windows(fields, plain)}
+    return {"attention_bias": True, **read_rope(fields, plain), **read_upper_windows(fields, plain)}
 
 
 def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import Fields, read_upper_windows, write_windows
+from twinloop.models.config_fields import Fields, read_rope, read_upper_windows, write_windows
 from twinloop.models.gguf_form import GGUFForm, differs_or_llama3
 
 ARCHITECTURE = "Qwen3ForCausalLM"
@@ -24,7 +24,12 @@ GGUF = GGUFForm("qwen3", refusal=differs_or_llama3)
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """`attention_bias` gives all four projections one."""
-    return {"qk_norm": True, "attention_output_bias": plain.attention_bias, **read_upper_windows(fields, plain)}
+    return {
+        "qk_norm": True,
+        "attention_output_bias": plain.attention_bias,
+        **read_rope(fields, plain),
+        **read_upper_windows(fields, plain),
+    }
 
 
 def write(config: DecoderConfig, fields: dict[str, Any]) -> dict[str, Any]:

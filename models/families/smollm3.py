@@ -7,7 +7,7 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
-from twinloop.models.config_fields import Fields, count, flag, read_windows, write_windows
+from twinloop.models.config_fields import Fields, by_layer, count, flag, read_rope, read_windows, write_windows
 from twinloop.models.gguf_form import GGUFForm, differs_or_llama3
 
 ARCHITECTURE = "SmolLM3ForCausalLM"
@@ -36,20 +36,19 @@ GGUF = GGUFForm("smollm3", permuted=True, refusal=_refusal)
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """`attention_bias` gives all four projections one. `no_rope_layers` says 1 where a layer does turn."""
     layers = plain.num_hidden_layers
-    turns = fields.get("no_rope_layers")
+    turns = by_layer(fields, "no_rope_layers", (0, 1), layers)
     if turns is None:
         interval = count(fields, "no_rope_layer_interval", 4)
         if interval == 0:
             raise UserError("config.json: no_rope_layer_interval: 0 is not a number of layers")
         turns = [int((index + 1) % interval != 0) for index in range(layers)]
-    if not isinstance(turns, list) or len(turns) < layers or not set(turns[:layers]) <= {0, 1}:
-        raise UserError(f"config.json: no_rope_layers does not say 0 or 1 for each of the {layers} layers")
-    rotary = tuple(bool(turn) for turn in turns[:layers])
+    rotary = tuple(bool(turn) for turn in turns)
     windowed = flag(fields, "use_sliding_window") and fields.get("sliding_window") is not None
     return {
         "attention_output_bias": plain.attention_bias,
         "mlp_bias": flag(fields, "mlp_bias"),
         "rotary_layers": rotary,
+        **read_rope(fields, plain),
         **read_windows(fields, plain, slides=[windowed and not turn for turn in rotary]),
     }
 

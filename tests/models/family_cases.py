@@ -41,7 +41,11 @@ def random_config(family: str, seed: int) -> PreTrainedConfig:
     if family in ("qwen2", "qwen3"):
         kind = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[family]
         first = int(rng.integers(0, layers))
-        windowed = {"use_sliding_window": bool(rng.random() < 0.7), "sliding_window": window, "max_window_layers": first}
+        windowed = {
+            "use_sliding_window": bool(rng.random() < 0.7),
+            "sliding_window": window,
+            "max_window_layers": first,
+        }
         if windowed["use_sliding_window"] and rng.integers(2):
             windowed["layer_types"] = _layer_types(rng, layers)
         bias = {"attention_bias": biases["attention_bias"]} if family == "qwen3" else {}
