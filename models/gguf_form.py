@@ -1,19 +1,39 @@
-"""How a family's tensors lie in a GGUF file: llama.cpp's name of each, and what it changes of the values.
+"""How a family's network lies in a GGUF file: llama.cpp's names of sizes and tensors, and what it changes of values.
 
-A family's module holds its `GGUFForm`; whoever reads or writes a GGUF file asks it for `tensors(config)`. The names are
-those of the `gguf` package, as a test compares; it is not imported here, since the server imports this.
+A family's module holds its `GGUFForm`, and whoever reads or writes a GGUF file goes by that. The names are those of the
+`gguf` package, as a test compares; it is not imported here, since the server imports this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.shapes import weight_shapes
+
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+"""Keys of the metadata, without the architecture before them, and the fields that are called alike in config.json."""
+
+ROPE_FREQS = "rope_freqs.weight"
+"""The tensor that holds Llama 3's rotary scaling: what each frequency is divided by."""
 
 _NETWORK = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -77,18 +97,52 @@ class GGUFForm:
 
     architecture: llama.cpp's name. permuted: whether llama.cpp turns neighbouring values, not halves, so that the rows
     of queries and keys are in another order. layer_names: what differs from the usual names of a layer's tensors.
-    refusal: why llama.cpp would compute something else for a network, if it would.
+    own_metadata: of a network, beside the usual sizes; own_fields: the fields of config.json that the metadata tell
+    beside them. refusal: why llama.cpp would compute something else for a network, if it would.
     """
 
     architecture: str
     permuted: bool = False
     layer_names: Mapping[str, str] = field(default_factory=dict)
+    own_metadata: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+    own_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
     refusal: Callable[[DecoderConfig], str | None] = differs
 
+    def metadata(self, config: DecoderConfig) -> dict[str, Any]:
+        """The network's numbers by key, without the architecture before it.
+
+        Raises UserError for a network that llama.cpp does not have.
+        """
+        self._check(config)
+        metadata = {key: getattr(config, name) for key, name in _SIZES.items()}
+        scaling = config.rope_scaling
+        if scaling is not None and scaling.kind == "linear":
+            metadata |= {"rope.scaling.type": "linear", "rope.scaling.factor": scaling.factor}
+        return metadata | self.own_metadata(config)
+
+    def fields(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of config.json that metadata tell, by keys as `metadata` gives them. Llama 3's rotary scaling is
+        not among them: see `rope_freqs`."""
+        fields = {name: metadata[key] for key, name in _SIZES.items() if key in metadata}
+        kind = metadata.get("rope.scaling.type", "none")
+        if kind != "none":
+            fields["rope_scaling"] = {"rope_type": kind, "factor": metadata.get("rope.scaling.factor")}
+        return fields | self.own_fields(metadata)
+
+    def rope_freqs(self, config: DecoderConfig) -> np.ndarray | None:
+        """The tensor `ROPE_FREQS` [E/2], float32, where the network has Llama 3's rotary scaling."""
+        if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+            return None
+        factors = config.rope.frequency_factors(config.head_dim)
+        assert factors is not None
+        return 1 / factors
+
     def tensors(self, config: DecoderConfig) -> dict[str, GGUFTensor]:
-        """Every tensor of a checkpoint, by Hugging Face's name. Raises UserError for a network that it cannot hold."""
-        if reason := self.refusal(config):
-            raise UserError(f"gguf: {reason}; export the model as a Hugging Face directory")
+        """Every tensor of a checkpoint, by Hugging Face's name.
+
+        Raises UserError for a network that llama.cpp does not have.
+        """
+        self._check(config)
         names = _LAYER | dict(self.layer_names)
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if self.permuted else {}
         tensors = {}
@@ -105,3 +159,7 @@ class GGUFForm:
                 plus_one=config.norm_plus_one and module.endswith("norm"),
             )
         return tensors
+
+    def _check(self, config: DecoderConfig) -> None:
+        if reason := self.refusal(config):
+            raise UserError(f"gguf: {reason}; export the model as a Hugging Face directory")

@@ -3,6 +3,7 @@ and five layers with a window and angles of their own to each that sees all (Gem
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from twinloop.common.errors import UserError
@@ -41,20 +42,29 @@ DEFAULTS = {
 }
 
 
-def _refusal(config: DecoderConfig) -> str | None:
+def _gguf_scalar(layers: int | None, head_dim: int | None) -> int | None:
+    """llama.cpp's `query_pre_attn_scalar`: it knows the 27B by its 62 layers (5376 / 32 heads)."""
+    return 168 if layers == 62 else head_dim
+
+
+def _gguf_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    scalar = _gguf_scalar(metadata.get("block_count"), metadata.get("attention.key_length"))
+    return {"sliding_window": metadata.get("attention.sliding_window"), "query_pre_attn_scalar": scalar}
+
+
+def _gguf_refusal(config: DecoderConfig) -> str | None:
     """llama.cpp fixes in its code what a config.json may vary."""
-    if [kind is not None for kind in config.windows] != _sliding(config.num_hidden_layers, 6):
+    if [window is not None for window in config.windows] != _sliding(config.num_hidden_layers, 6):
         return "llama.cpp knows a gemma3 only with every sixth layer without a window"
     if config.window_rope != Rope(theta=_LOCAL_THETA):
         return f"llama.cpp turns the windowed layers of a gemma3 only by the base {_LOCAL_THETA:g}"
-    if config.query_scale != config.head_dim**-0.5:
+    if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
+        return "llama.cpp has no llama3 rotary scaling for gemma3"
+    scalar = _gguf_scalar(config.num_hidden_layers, config.head_dim)
+    if scalar is None or config.query_scale != scalar**-0.5:
         return "llama.cpp scales the queries of a gemma3 only by their head's width"
-    if config.logit_softcap is not None:
-        return "llama.cpp does not cap the logits of a gemma3"
-    if config.attention_bias:
-        return "llama.cpp has no biases in a gemma3"
-    if config.activation != "gelu_tanh":
-        return f"llama.cpp has no {config.activation} in a gemma3"
+    if config.logit_softcap is not None or config.attention_bias or config.activation != "gelu_tanh":
+        return "llama.cpp knows a gemma3 only without soft-capping and biases, and with gelu_pytorch_tanh"
     return None
 
 
@@ -65,7 +75,9 @@ GGUF = GGUFForm(
         "pre_feedforward_layernorm": "ffn_norm",
         "post_feedforward_layernorm": "post_ffw_norm",
     },
-    refusal=_refusal,
+    own_metadata=lambda config: {"attention.sliding_window": next(window for window in config.windows if window)},
+    own_fields=_gguf_fields,
+    refusal=_gguf_refusal,
 )
 
 

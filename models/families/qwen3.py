@@ -19,7 +19,13 @@ DEFAULTS = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-GGUF = GGUFForm("qwen3", refusal=differs_or_llama3)
+
+
+def _gguf_refusal(config: DecoderConfig) -> str | None:
+    return "llama.cpp has no biases in a qwen3" if config.attention_bias else differs_or_llama3(config)
+
+
+GGUF = GGUFForm("qwen3", refusal=_gguf_refusal)
 
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
