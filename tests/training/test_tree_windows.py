@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from small import TINY
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from twinloop.training.tree import Segment, Tree, collate, document, scored_logprobs
+from twinloop.models import decoder
+from twinloop.training.tree import Segment, Tree, attention_mask, collate, document, scored_logprobs
 from twinloop.training.weights import new_decoder
 
 SEES_ALL = TINY.model_copy(update={"num_hidden_layers": 3})
@@ -36,6 +38,19 @@ def test_a_tree_scores_as_its_separate_paths(config, texts):
     paths = [root + left, root + left + deep[0], root + left + deep[1], root + right]
     for path, logprobs in zip(paths, found, strict=True):
         torch.testing.assert_close(logprobs, alone(model, path)[-len(logprobs) :], atol=2e-6, rtol=1e-5)
+
+
+def test_a_block_mask_shows_what_the_boolean_mask_shows(texts, monkeypatch):
+    """FlexAttention as CUDA uses it, here not compiled."""
+    monkeypatch.setattr(decoder, "_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    model = new_decoder(CAPPED, seed=0)
+    batch = collate([texts.pairs(2), texts.documents(2)], 96)
+    until_BL = batch.visible_until_BL
+    blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q < until_BL[b, k]), 2, None, 96, 96, device="cpu")
+    with torch.no_grad():
+        hidden = [model.hidden(batch.tokens_BL, batch.positions_BL, mask) for mask in (blocks, attention_mask(batch))]
+    torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_past_the_window_is_out_of_reach(texts):
