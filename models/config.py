@@ -98,10 +98,6 @@ class DecoderConfig(BaseModel):
         return "qwen2" if self.attention_bias else "llama"
 
     @property
-    def attention_scale(self) -> float:
-        return self.query_scale or self.head_dim**-0.5
-
-    @property
     def rope(self) -> Rope:
         """The angles of the layers without a window, and of those with one unless they have their own."""
         return Rope(theta=self.rope_theta, scaling=self.rope_scaling)

@@ -103,6 +103,12 @@ def test_one_file_adds_a_family(gemma2, tmp_path):
     assert load_config(tmp_path / "ours").attention_softcap == 1.5
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_familys_file_is_short(family):
+    file = Path(next(iter(twinloop.models.families.__path__)), f"{family}.py")
+    assert len(file.read_text().splitlines()) <= 150
+
+
 def test_without_the_file_the_family_is_unknown():
     with pytest.raises(UserError, match=r"model_type 'gemma2' is not one of gemma3_text, llama, mistral, qwen2, qwen3"):
         read_config({"model_type": "gemma2"})
