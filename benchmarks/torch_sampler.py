@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinloop.models.decoder import Attention, Decoder, Layer, rotary_tables, rotate
+from twinloop.models.rope import Rope
 from twinloop.serving.engine.sampling import SamplingParams, uniform_draws
 
 Cache = list[tuple[Tensor, Tensor]]
@@ -83,7 +84,7 @@ class TorchSampler:
         """Hidden states [B, L, D]; keys and values are written at their positions. reach None: a first prompt."""
         network = self.network
         x_BLD = network.model.embed_tokens(tokens_BL)
-        cos, sin = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_tables(positions_BL, self.config.head_dim, Rope(theta=self.config.rope_theta))
         mask = None
         if reach is not None:
             mask = (torch.arange(reach, device=self.device) <= positions_BL)[:, None, None]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
+from twinloop.models.family import read_config, write_config
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -36,7 +37,7 @@ def save_model(
     The directory is made if need be. Whoever needs it whole or not at all writes beside and renames.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / CONFIG, config.to_huggingface())
+    _write_json(directory / CONFIG, write_config(config))
     stop = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
     _write_json(directory / GENERATION_CONFIG, {"do_sample": False, "pad_token_id": config.pad_token_id, **stop})
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
@@ -49,7 +50,7 @@ def load_config(directory: Path) -> DecoderConfig:
     """The network's shape. Raises UserError where config.json is missing, broken, or of another architecture."""
     fields = _read_json(directory / CONFIG)
     try:
-        return DecoderConfig.from_huggingface(fields)
+        return read_config(fields)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from None
 

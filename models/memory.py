@@ -104,13 +104,15 @@ def training_memory(
 
     Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
     frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
-    layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32;
-    and one chunk of the vocabulary's logits with their gradient.
+    layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32
+    (where scores are capped, those and what they become, of every head); and one chunk of the vocabulary's logits with
+    their gradient.
     """
     _positive(micro_batch_tokens=micro_batch_tokens, seq_len=seq_len)
     parameters = config.num_parameters
     muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
-    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len)
+    scores = 1 if config.attention_softcap is None else 2 * config.num_attention_heads
+    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len * scores)
     return TrainingMemory(
         weights_bytes=4 * parameters,
         gradients_bytes=4 * parameters,
@@ -126,11 +128,12 @@ def flops_per_token(config: DecoderConfig, *, context: float, training: bool) ->
 
     Two for each weight it is multiplied with (the input embedding is looked up, the output projection is not), and
     four a head's width for each token attended to; a backward pass costs twice the forward one: 6N and attention.
-    For whole documents of L tokens the mean context is L / 2.
+    For whole documents of L tokens the mean context is L / 2. A layer with a window reaches no further than that.
     """
     projection = config.vocab_size * config.hidden_size
     weights = sum(rows * columns for rows, columns in hidden_matrices(config)) + projection
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
+    reached = sum(min(context, kind.window or context) for kind in config.layer_kinds)
+    attention = 4 * config.num_attention_heads * config.head_dim * reached
     return (2 * weights + attention) * (3 if training else 1)
 
 
@@ -144,11 +147,12 @@ def _kept_activations(config: DecoderConfig) -> int:
     """Values a token keeps for the backward pass.
 
     A layer keeps: the input and output of both norms; queries, keys and values as attention reads them (on CPU with one
-    key-value head a query head), and its output; gate, up, the activated gate and their product. Then the final norm's
-    input and output.
+    key-value head a query head), and its output; gate, up, the activated gate and their product; the normed outputs of
+    attention and MLP where they have a norm. Then the final norm's input and output.
     """
     D, F, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
-    return config.num_hidden_layers * (4 * D + 4 * queries + 4 * F) + 2 * D
+    norms = 6 if config.post_norms else 4
+    return config.num_hidden_layers * (norms * D + 4 * queries + 4 * F) + 2 * D
 
 
 def _positive(**sizes: float) -> None:

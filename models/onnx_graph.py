@@ -11,8 +11,6 @@ A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer'
     logits                 float32 [N, V]
     present.i.key / .value           [B, K, M, E]
 
-What was left out: biases on the output and MLP projections, rotary scaling, sliding windows.
-
 Shapes: letters as in `models.shapes`.
 """
 
@@ -29,6 +27,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_quantize import quantize_blocks
+from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -105,6 +104,7 @@ class _Graph:
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     declared_bytes: int = 0
     casts: set[str] = field(default_factory=set)
+    rotary_tables: dict[Rope | None, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.element_type, self.dtype = _COMPUTE[self.precision]
@@ -114,7 +114,7 @@ class _Graph:
 
     def build(self) -> ModelProto:
         config = self.config
-        self._rotary_tables()
+        self._make_rotary_tables()
         self._constant("flat_shape", np.array([-1, config.hidden_size], np.int64))
         if config.qk_norm:
             for kind, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
@@ -123,11 +123,17 @@ class _Graph:
 
         residual = self._embedding()
         normed = self._norm(residual, "model.layers.0.input_layernorm.weight")
+        # The norm that reads the sum of residual and attention, and the ones of the sublayers' own outputs.
+        before_mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
         for index in range(config.num_hidden_layers):
             layer = f"model.layers.{index}"
             attended = self._attention(normed, layer, index)
-            normed, residual = self._add_norm(attended, residual, f"{layer}.post_attention_layernorm.weight")
+            if config.post_norms:
+                attended = self._norm(attended, f"{layer}.post_attention_layernorm.weight")
+            normed, residual = self._add_norm(attended, residual, f"{layer}.{before_mlp}.weight")
             fed = self._mlp(normed, layer)
+            if config.post_norms:
+                fed = self._norm(fed, f"{layer}.post_feedforward_layernorm.weight")
             last = index + 1 == config.num_hidden_layers
             following = "model.norm.weight" if last else f"model.layers.{index + 1}.input_layernorm.weight"
             normed, residual = self._add_norm(fed, residual, following)
@@ -139,8 +145,11 @@ class _Graph:
     def _embedding(self) -> str:
         # The table is gathered before it is cast: a few rows, not the vocabulary.
         name = "model.embed_tokens.weight"
-        rows = self._node("Gather", [self._stored(name), "input_ids"], "embedded")
-        return self._to_compute(rows)
+        rows = self._to_compute(self._node("Gather", [self._stored(name), "input_ids"], "embedded"))
+        scale = self.config.embedding_scale
+        if scale == 1:
+            return rows
+        return self._node("Mul", [rows, self._constant("embedding_scale", np.array(scale, self.dtype))], "scaled")
 
     def _attention(self, x: str, layer: str, index: int) -> str:
         config = self.config
@@ -151,18 +160,28 @@ class _Graph:
                 normed = self._norm(split, f"{layer}.self_attn.{kind}_norm.weight")
                 heads[kind] = self._node("Reshape", [normed, f"{kind}_flat_shape"], f"{layer}.{kind}_normed")
         past = [f"past_key_values.{index}.key", f"past_key_values.{index}.value"]
+        layer_kind = config.layer_kinds[index]
+        optional: dict[str, Any] = {}
+        if layer_kind.window is not None:
+            optional["local_window_size"] = layer_kind.window
+        if config.query_scale is not None:
+            optional["scale"] = config.query_scale
+        if config.attention_softcap is not None:
+            optional["softcap"] = config.attention_softcap
+        rotary = self.rotary_tables.get(layer_kind.rope, ())
         attended = f"{layer}.attended"
         self.nodes.append(
             helper.make_node(
                 "GroupQueryAttention",
-                [*heads.values(), *past, "seqlens_k", "total_sequence_length", "cos_cache", "sin_cache"],
+                [*heads.values(), *past, "seqlens_k", "total_sequence_length", *rotary],
                 [attended, f"present.{index}.key", f"present.{index}.value"],
                 name=attended,
                 domain=MICROSOFT,
                 num_heads=config.num_attention_heads,
                 kv_num_heads=config.num_key_value_heads,
-                do_rotary=1,
+                do_rotary=int(layer_kind.rope is not None),
                 rotary_interleaved=0,
+                **optional,
             )
         )
         return self._linear(attended, f"{layer}.self_attn.o_proj")
@@ -170,8 +189,11 @@ class _Graph:
     def _mlp(self, x: str, layer: str) -> str:
         gate = self._linear(x, f"{layer}.mlp.gate_proj")
         up = self._linear(x, f"{layer}.mlp.up_proj")
-        # x * sigmoid(alpha * x): SiLU in one node.
-        gate = self._node("QuickGelu", [gate], f"{layer}.mlp.silu", domain=MICROSOFT, alpha=1.0)
+        if self.config.activation == "silu":
+            # x * sigmoid(alpha * x): SiLU in one node.
+            gate = self._node("QuickGelu", [gate], f"{layer}.mlp.silu", domain=MICROSOFT, alpha=1.0)
+        else:
+            gate = self._node("Gelu", [gate], f"{layer}.mlp.gelu", approximate="tanh")
         return self._linear(self._node("Mul", [gate, up], f"{layer}.mlp.gated"), f"{layer}.mlp.down_proj")
 
     def _logits(self, normed: str) -> None:
@@ -179,18 +201,29 @@ class _Graph:
         rows = self._node("Gather", [flat, "logit_rows"], "hidden_rows")
         tied = self.config.tie_word_embeddings
         scored = self._linear(rows, "model.embed_tokens" if tied else "lm_head")
-        if self.element_type == TensorProto.FLOAT:
-            self.nodes[-1].output[0] = "logits"
-        else:
-            self._node("Cast", [scored], "logits", to=TensorProto.FLOAT)
+        cap = self.config.logit_softcap
+        if self.element_type != TensorProto.FLOAT:
+            scored = self._node("Cast", [scored], "logits" if cap is None else "logits_fp32", to=TensorProto.FLOAT)
+        if cap is not None:
+            size = self._constant("logit_softcap", np.array(cap, np.float32))
+            bounded = self._node("Tanh", [self._node("Div", [scored, size], "logits_by_cap")], "logits_bounded")
+            self._node("Mul", [bounded, size], "logits_capped")
+        self.nodes[-1].output[0] = "logits"
 
-    def _rotary_tables(self) -> None:
-        """cos and sin [M, E/2] of every position that a slot can hold."""
-        config = self.config
-        frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-        angles = np.arange(self.capacity, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
-        self._constant("cos_cache", np.cos(angles).astype(self.dtype))
-        self._constant("sin_cache", np.sin(angles).astype(self.dtype))
+    def _make_rotary_tables(self) -> None:
+        """cos and sin [M, E/2] of every position that a slot can hold, for each kind of layer that turns."""
+        head_dim = self.config.head_dim
+        for rope in dict.fromkeys(kind.rope for kind in self.config.layer_kinds if kind.rope is not None):
+            frequencies = rope.theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+            factors = rope.frequency_factors(head_dim)
+            if factors is not None:
+                frequencies = frequencies * factors
+            angles = np.arange(self.capacity, dtype=np.float32)[:, None] * frequencies.astype(np.float32)
+            ending = f"_{len(self.rotary_tables)}" if self.rotary_tables else ""
+            self.rotary_tables[rope] = (
+                self._constant(f"cos_cache{ending}", np.cos(angles).astype(self.dtype)),
+                self._constant(f"sin_cache{ending}", np.sin(angles).astype(self.dtype)),
+            )
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
@@ -229,7 +262,7 @@ class _Graph:
         )
 
     def _norm(self, x: str, weight: str) -> str:
-        scale = self._to_compute(self._stored(weight))
+        scale = self._norm_weight(weight)
         return self._node(
             "SimplifiedLayerNormalization",
             [x, scale],
@@ -241,7 +274,7 @@ class _Graph:
 
     def _add_norm(self, x: str, residual: str, weight: str) -> tuple[str, str]:
         """Returns norm(x + residual) and x + residual."""
-        scale = self._to_compute(self._stored(weight))
+        scale = self._norm_weight(weight)
         normed, summed = f"{weight}.normed", f"{weight}.residual"
         self.nodes.append(
             helper.make_node(
@@ -254,6 +287,17 @@ class _Graph:
             )
         )
         return normed, summed
+
+    def _norm_weight(self, name: str) -> str:
+        """What the norm multiplies by: the weight, or 1 + the weight, added in float32 where that can be."""
+        if not self.config.norm_plus_one:
+            return self._to_compute(self._stored(name))
+        if self.tensors is not None:
+            return self._constant(
+                f"{name}.plus_one", (1 + np.asarray(self.tensors[name], np.float32)).astype(self.dtype)
+            )
+        one = self._constant("one", np.array(1, self.dtype))
+        return self._node("Add", [self._to_compute(self._stored(name)), one], f"{name}.plus_one")
 
     def _to_compute(self, name: str) -> str:
         if self.weights_type == self.element_type:

@@ -32,10 +32,16 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{layer}.self_attn.q_norm.weight"] = (E,)
             shapes[f"{layer}.self_attn.k_norm.weight"] = (E,)
         shapes[f"{layer}.self_attn.o_proj.weight"] = (D, queries)
+        if config.attention_output_bias:
+            shapes[f"{layer}.self_attn.o_proj.bias"] = (D,)
         shapes[f"{layer}.post_attention_layernorm.weight"] = (D,)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (F, D)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (D, F)
+        if config.post_norms:
+            shapes[f"{layer}.pre_feedforward_layernorm.weight"] = (D,)
+            shapes[f"{layer}.post_feedforward_layernorm.weight"] = (D,)
+        for name, shape in (("gate", (F, D)), ("up", (F, D)), ("down", (D, F))):
+            shapes[f"{layer}.mlp.{name}_proj.weight"] = shape
+            if config.mlp_bias:
+                shapes[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
     shapes["model.norm.weight"] = (D,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)

@@ -47,6 +47,9 @@ UNHASHED = frozenset(
     }
 )
 
+FOUND_BY_NAME = frozenset({"twinloop.models.families"})
+"""Packages whose modules are imported by a name that a file states: all of them count."""
+
 
 @cache
 def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
@@ -62,6 +65,9 @@ def fingerprint(*modules: str, ignore: frozenset[str] = UNHASHED) -> str:
         if module in seen or (module in ignore and module not in modules):
             continue
         seen.add(module)
+        if module in FOUND_BY_NAME:
+            files = _source(module).parent.glob("*.py")
+            pending += [f"{module}.{file.stem}" for file in files if file.stem != "__init__"]
         for imported in _imports(module):
             top = imported.partition(".")[0]
             if top == PACKAGE:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder, RMSNorm
+from twinloop.models.family import read_config, write_config
 
 TINY = {
     "vocab_size": 40,
@@ -51,7 +52,7 @@ def test_only_distances_between_positions_matter():
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not one of"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rotary scaling"),
         ({"rope_parameters": "default"}, "rope_parameters: 'default' is not an object"),
-        ({"hidden_act": "gelu"}, "only silu is"),
+        ({"hidden_act": "gelu"}, "only gelu_pytorch_tanh and silu are"),
         ({"num_attention_heads": "4"}, "num_attention_heads: Input should be a valid integer"),
         ({"num_attention_heads": 0}, "num_attention_heads: Input should be greater than 0"),
         ({"num_attention_heads": True}, "num_attention_heads: Input should be a valid integer"),
@@ -67,35 +68,35 @@ def test_only_distances_between_positions_matter():
 )
 @pytest.mark.parametrize("stated", [True, False], ids=["head_dim stated", "head_dim derived"])
 def test_a_broken_or_foreign_checkpoint_is_refused_in_one_line_that_names_the_field(change, message, stated):
-    fields = DecoderConfig(**TINY).to_huggingface()
+    fields = write_config(DecoderConfig(**TINY))
     if not stated:
         del fields["head_dim"]
     with pytest.raises(UserError, match=rf"config\.json: .*{message}") as error:
-        DecoderConfig.from_huggingface(fields | change)
+        read_config(fields | change)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "refused"),
+    ("fields", "windows"),
     [
-        ({"model_type": "mistral", "sliding_window": 1024}, True),
-        ({"model_type": "mistral", "sliding_window": "1024"}, True),
-        ({"model_type": "mistral", "sliding_window": 2048}, False),
-        ({"model_type": "mistral", "sliding_window": None}, False),
-        ({"model_type": "mistral"}, False),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, True),
-        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False}, False),
-        ({"model_type": "qwen3", "sliding_window": 1024}, False),
-        ({"model_type": "llama", "sliding_window": 1024}, False),
+        ({"model_type": "mistral", "sliding_window": 1024}, (1024, 1024)),
+        ({"model_type": "mistral", "sliding_window": None}, ()),
+        ({"model_type": "mistral"}, (4096, 4096)),
+        ({"model_type": "qwen2", "sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}, (None, 64)),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, ()),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": False, "max_window_layers": 0}, ()),
+        ({"model_type": "qwen3", "sliding_window": 1024, "max_window_layers": 0}, ()),
+        ({"model_type": "llama", "sliding_window": 1024}, ()),
     ],
 )
-def test_a_sliding_window_that_is_used_and_shorter_than_the_context_is_refused(fields, refused):
-    fields = DecoderConfig(**TINY, max_position_embeddings=2048).to_huggingface() | fields
-    if refused:
-        with pytest.raises(UserError, match=r"config\.json: sliding_window '?1024'? is shorter than .*2048"):
-            DecoderConfig.from_huggingface(fields)
-    else:
-        assert DecoderConfig.from_huggingface(fields).max_position_embeddings == 2048
+def test_each_layers_window_is_what_transformers_would_take_from_the_config(fields, windows):
+    fields = write_config(DecoderConfig(**TINY, max_position_embeddings=2048)) | fields
+    assert read_config(fields).windows == windows
+
+
+def test_a_window_over_every_position_is_none():
+    config = DecoderConfig(**TINY, max_position_embeddings=64, windows=(64, 63))
+    assert [kind.window for kind in config.layer_kinds] == [None, 63]
 
 
 @pytest.mark.parametrize("shape", [(5, 32), (2, 3, 32)])

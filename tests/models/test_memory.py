@@ -25,6 +25,11 @@ LLAMA_8B = DecoderConfig(
     num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
 
+GEMMA = DecoderConfig(
+    **TINY, qk_norm=True, post_norms=True, norm_plus_one=True, activation="gelu_tanh", windows=(9, None, 9),
+    embedding_scale=9.8, query_scale=0.2, logit_softcap=30.0,
+)  # fmt: skip
+
 
 def variants() -> list[DecoderConfig]:
     return [
@@ -32,11 +37,13 @@ def variants() -> list[DecoderConfig]:
         DecoderConfig(**TINY, tie_word_embeddings=False),
         DecoderConfig(**TINY, attention_bias=True),
         DecoderConfig(**TINY, qk_norm=True),
+        DecoderConfig(**TINY, attention_bias=True, attention_output_bias=True, mlp_bias=True),
+        GEMMA,
     ]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-@pytest.mark.parametrize("config", variants(), ids=["tied", "untied", "bias", "qk-norm"])
+@pytest.mark.parametrize("config", variants(), ids=["tied", "untied", "bias", "qk-norm", "biases", "gemma"])
 def test_weights_and_scales_are_those_of_the_exported_graph(config: DecoderConfig, precision: str) -> None:
     rng = np.random.default_rng(0)
     tensors = {name: rng.normal(size=shape).astype(np.float32) for name, shape in weight_shapes(config).items()}
@@ -66,12 +73,16 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
     assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
 
 
-def test_kept_activations_are_near_those_that_torch_keeps() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [DecoderConfig(**TINY), GEMMA, DecoderConfig(**TINY, attention_softcap=5.0)],
+    ids=["plain", "gemma", "capped scores"],
+)
+def test_kept_activations_are_near_those_that_torch_keeps(config: DecoderConfig) -> None:
     import torch
 
     from twinloop.models.decoder import Decoder
 
-    config = DecoderConfig(**TINY)
     network = Decoder(config)
     weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}
@@ -110,6 +121,18 @@ def test_compute_is_six_a_weight_and_attention() -> None:
     attention = flops_per_token(LLAMA_8B, context=100, training=False) - 2 * matrices
     assert attention == 4 * 32 * 4096 * 100
     assert flops_per_token(LLAMA_8B, context=100, training=True) == 3 * (2 * matrices + attention)
+
+
+def test_a_window_bounds_the_compute_of_its_layer() -> None:
+    plain, windowed = DecoderConfig(**TINY), DecoderConfig(**TINY, windows=(9, None, 9))
+
+    def attention(config: DecoderConfig, context: float) -> float:
+        return flops_per_token(config, context=context, training=False) - flops_per_token(
+            config, context=0, training=False
+        )
+
+    assert attention(windowed, 5) == attention(plain, 5)
+    assert attention(windowed, 90) == attention(plain, 90) * (9 + 90 + 9) / (3 * 90)
 
 
 def test_impossible_sizes_are_named() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model, read_exported
 from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
+from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
 
@@ -35,6 +37,20 @@ SHAPES = {
     "qwen3": {"qk_norm": True},
     "wide heads": {"head_dim": 32, "num_key_value_heads": 1},
     "odd width": {"hidden_size": 72, "intermediate_size": 100},
+    "windows, no positions": {"family": "smollm3", "windows": (9, None), "rotary_layers": (True, False)},
+    "biases": {"family": "llama", "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "gemma3": {
+        "family": "gemma3_text",
+        "activation": "gelu_tanh",
+        "norm_plus_one": True,
+        "post_norms": True,
+        "qk_norm": True,
+        "embedding_scale": 8.0,
+        "query_scale": 0.2,
+        "logit_softcap": 30.0,
+        "windows": (9, None),
+        "window_rope": Rope(theta=100.0),
+    },
 }
 MAX_LENGTH = 64
 
@@ -74,6 +90,18 @@ def test_fp32_logits_equal_the_networks_by_teacher_forcing(changes, tmp_path):
     expected = forced_logits(model, some_tokens())
     assert expected.std() > 0.2
     np.testing.assert_allclose(engine.score(some_tokens()), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_the_engine_follows_weights_that_it_is_bound_to(changes):
+    model = network(**changes)
+    weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in model.state_dict().items()}
+    engine = Engine.from_weights(model.config, weights, max_length=MAX_LENGTH, slots=1, threads=1)
+    np.testing.assert_allclose(engine.score(some_tokens()), forced_logits(model, some_tokens()), atol=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05)
+    np.testing.assert_allclose(engine.score(some_tokens()), forced_logits(model, some_tokens()), atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -262,6 +263,27 @@ def test_fingerprint_follows_imports_and_ignores_comments(tmp_path: Path, monkey
     first = digest("class Decoder: pass\n")
     assert digest("class Decoder:  # the network\n    pass\n", unrelated="x = 1") == first
     assert digest("class Decoder: size = 1\n") != first
+    module._tree.cache_clear()
+    fingerprint.cache_clear()
+
+
+def test_a_family_counts_though_no_import_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import twinloop.registry.fingerprint as module
+
+    def digest() -> str:
+        module._tree.cache_clear()
+        fingerprint.cache_clear()
+        return fingerprint("twinloop.models.directory")
+
+    shutil.copytree(module.ROOT / "models", tmp_path / "models")
+    shutil.copytree(module.ROOT / "common", tmp_path / "common")
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    first = digest()
+    with (tmp_path / "models" / "families" / "mistral.py").open("a") as file:
+        file.write("# a comment\n")
+    assert digest() == first
+    (tmp_path / "models" / "families" / "own.py").write_text('ARCHITECTURE = "OwnForCausalLM"\n')
+    assert digest() != first
     module._tree.cache_clear()
     fingerprint.cache_clear()
 

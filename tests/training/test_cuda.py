@@ -27,6 +27,16 @@ def test_block_mask_shows_what_the_boolean_mask_shows(tiny, texts):
     torch.testing.assert_close(on_cuda.cpu(), on_cpu, atol=2e-3, rtol=2e-3)
 
 
+def test_windows_and_capped_scores_are_the_same_in_a_block_mask(tiny, texts):
+    changes = {"windows": (7, None), "rotary_layers": (True, False), "attention_softcap": 2.0}
+    model = new_decoder(tiny.config.model_copy(update=changes), seed=0)
+    batch = collate(pack([*texts.documents(9), *texts.pairs(9)], 128).rows, 128)
+    with torch.no_grad():
+        on_cpu = scored_logprobs(model, batch)
+        on_cuda = scored_logprobs(model.to(CUDA), batch.to(CUDA))
+    torch.testing.assert_close(on_cuda.cpu(), on_cpu, atol=2e-3, rtol=2e-3)
+
+
 def test_bf16_scores_are_near_float32s(tiny, texts):
     trees = texts.pairs(9)
     on_cpu = tree_logprobs(tiny, trees, seq_len=128)

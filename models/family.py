@@ -1,0 +1,129 @@
+"""A family: what one architecture's config.json means, one module of `models/families/` each.
+
+The module's name is the `model_type` of the config.json; adding a module adds the family. It holds
+
+    ARCHITECTURE   the class of `transformers`
+    DEFAULTS       what `transformers` takes where config.json lacks a field
+    GGUF           its names in a GGUF file, see `models/gguf_names.py`
+    read(fields, plain) -> dict
+                   fields of DecoderConfig: what the family has beside the sizes and constants that all share, which
+                   are in `plain`. It raises UserError for what the network cannot do
+    write(config, fields) -> dict
+                   the config.json of a network; `fields` is what all families share of it
+
+Families only translate: what they need of the network are fields of DecoderConfig that name no family.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from pydantic import ValidationError
+
+import twinloop.models.families
+from twinloop.common.errors import UserError
+from twinloop.common.modules import modules_in
+from twinloop.models.config import DecoderConfig
+from twinloop.models.config_fields import ACTIVATIONS, read_activation, write_rope
+
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "attention_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+"""The fields of config.json that DecoderConfig has under the same name and with the same meaning in every family."""
+
+_NULL_COUNTS = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Where null says something else than a field that is not there."""
+
+
+def find_family(model_type: object) -> ModuleType:
+    """The module of a model_type. Raises UserError where there is none."""
+    known = modules_in(twinloop.models.families)
+    if model_type not in known:
+        raise UserError(f"config.json: model_type {model_type!r} is not one of {', '.join(known)}")
+    return importlib.import_module(f"{twinloop.models.families.__name__}.{model_type}")
+
+
+def read_config(fields: Any) -> DecoderConfig:
+    """The network that the content of a config.json describes.
+
+    Raises UserError for a field that is missing or of a wrong type, and for what the network does not have: another
+    architecture, activation or rotary scaling, quantised weights.
+    """
+    if not isinstance(fields, dict):
+        raise UserError(f"config.json: it holds a {type(fields).__name__}, not an object with the model's sizes")
+    family = find_family(fields.get("model_type"))
+    if fields.get("quantization_config"):
+        raise UserError(
+            "config.json: quantization_config: quantised weights cannot be read; use the checkpoint without"
+        )
+    stated = {name: value for name, value in fields.items() if value is not None or name in _NULL_COUNTS}
+    fields = {"tie_word_embeddings": False, **family.DEFAULTS, **stated}
+    shared = {name: fields[name] for name in _SHARED if name in fields}
+    width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+    shared.setdefault("num_key_value_heads", heads)
+    if _is_size(width) and _is_size(heads):
+        shared.setdefault("head_dim", width // heads)
+    eos = shared.get("eos_token_id")
+    if isinstance(eos, list) and eos:
+        shared["eos_token_id"] = eos[0]
+    plain = _checked(shared)
+    changes = {"activation": read_activation(fields), **family.read(fields, plain)}
+    config = _checked({**shared, **changes})
+    model_type = fields["model_type"]
+    return config if config.model_type == model_type else _checked({**shared, **changes, "family": model_type})
+
+
+def write_config(config: DecoderConfig) -> dict[str, Any]:
+    """The content of `config.json`, as `transformers` reads it.
+
+    Raises UserError where the family has no words for this network.
+    """
+    family = find_family(config.model_type)
+    written: dict[str, Any] = family.write(
+        config,
+        {
+            "architectures": [family.ARCHITECTURE],
+            "model_type": config.model_type,
+            "hidden_act": ACTIVATIONS[config.activation],
+            "torch_dtype": "float32",
+            "rope_parameters": write_rope(config.rope),
+            **{name: getattr(config, name) for name in _SHARED},
+        },
+    )
+    back = read_config(written)
+    for name in DecoderConfig.model_fields:
+        if getattr(back, name) != getattr(config, name):
+            raise UserError(
+                f"model: a {config.model_type} network cannot have {name} {getattr(config, name)!r}; "
+                f"its config.json would say {getattr(back, name)!r}"
+            )
+    return written
+
+
+def _checked(known: dict[str, Any]) -> DecoderConfig:
+    try:
+        return DecoderConfig(**known)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "".join(f" {part}:" for part in first["loc"])
+        raise UserError(f"config.json:{where} {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
