@@ -7,27 +7,14 @@ Shapes: letters as in `models.shapes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from twinloop.models.attention import AttentionPlan, CausalRows, Scores
 from twinloop.models.config import DecoderConfig
-
-
-@cache
-def _flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention, compiled: in eager mode it would materialise every score. Lazy: torch.compile imports for 2 s.
-
-    Each number of rows and length of a row is a kernel of its own. Past torch's default of 8 it would quietly give up
-    compiling; the stages of one run together need more.
-    """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=False)
 
 
 class _CPURMSNorm(torch.autograd.Function):
@@ -92,8 +79,9 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
+        self.scores = Scores(scale=config.head_dim**-0.5)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
         B, L, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
         k_BKLE = self.k_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
@@ -102,12 +90,7 @@ class Attention(nn.Module):
             q_BHLE, k_BKLE = self.q_norm(q_BHLE), self.k_norm(k_BKLE)
         # Autocast norms in float32; attention wants queries, keys and values alike.
         q_BHLE, k_BKLE = (rotate(x, cos, sin).to(v_BKLE.dtype) for x in (q_BHLE, k_BKLE))
-        if isinstance(mask, BlockMask):
-            attended = _flex_attention()(q_BHLE, k_BKLE, v_BKLE, block_mask=mask, enable_gqa=True)
-        else:
-            attended = F.scaled_dot_product_attention(
-                q_BHLE, k_BKLE, v_BKLE, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-            )
+        attended = plan.attend(q_BHLE, k_BKLE, v_BKLE, self.scores)
         return self.o_proj(attended.transpose(1, 2).reshape(B, L, -1))
 
 
@@ -130,8 +113,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos, sin, mask)
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, plan: AttentionPlan) -> Tensor:
+        x_BLD = x_BLD + self.self_attn(self.input_layernorm(x_BLD), cos, sin, plan)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
 
@@ -166,15 +149,16 @@ class Decoder(nn.Module):
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std * depth_scale if name.endswith(_RESIDUAL_OUTPUTS) else std)
 
-    def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states [B, L, D].
 
-        tokens_BL, positions_BL: int64. mask: None (causal), bool [B, 1, L, L] (True attends) or a BlockMask (CUDA).
+        tokens_BL, positions_BL: int64. plan: who sees whom; None: each row is one sequence.
         """
+        plan = plan or CausalRows()
         x_BLD = self.model.embed_tokens(tokens_BL)
         cos, sin = rotary_tables(positions_BL, self.config.head_dim, self.config.rope_theta)
         for layer in self.model.layers:
-            x_BLD = layer(x_BLD, cos, sin, mask)
+            x_BLD = layer(x_BLD, cos, sin, plan)
         return self.model.norm(x_BLD)
 
     def logits(self, hidden: Tensor) -> Tensor:
