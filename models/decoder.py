@@ -8,28 +8,15 @@ Shapes: letters as in `models.shapes`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from twinloop.models.config import DecoderConfig
+from twinloop.models.attention import AttentionPlan, CausalRows, Scores
+from twinloop.models.config import DecoderConfig, LayerKind
 from twinloop.models.rope import Rope
-
-
-@cache
-def _flex_attention() -> Callable[..., Tensor]:
-    """FlexAttention, compiled: in eager mode it would materialise every score. Lazy: torch.compile imports for 2 s.
-
-    Each number of rows and length of a row is a kernel of its own. Past torch's default of 8 it would quietly give up
-    compiling; the stages of one run together need more.
-    """
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(flex_attention, dynamic=False)
 
 
 class _CPURMSNorm(torch.autograd.Function):
@@ -89,27 +76,8 @@ def rotate(x_BHLE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x_BHLE * cos + torch.cat([-second, first], dim=-1) * sin).to(x_BHLE.dtype)
 
 
-def within_window(mask: Tensor | BlockMask | None, positions_BL: Tensor, window: int) -> Tensor | BlockMask:
-    """The mask with only the last `window` positions before each token left, itself among them.
-
-    Positions go on from a segment's parent, so that the distance is that along the token's own path.
-    """
-    if isinstance(mask, BlockMask):
-        rows, length = positions_BL.shape
-        sees = mask.mask_mod
-
-        def near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return sees(b, h, q, k) & (positions_BL[b, q] - positions_BL[b, k] < window)
-
-        return create_block_mask(near, rows, None, length, length, device=positions_BL.device)
-    near_BLL = positions_BL[:, :, None] - positions_BL[:, None, :] < window
-    if mask is None:
-        return near_BLL.tril()[:, None]
-    return mask & near_BLL[:, None]
-
-
 class Attention(nn.Module):
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, kind: LayerKind):
         super().__init__()
         self.head_dim = config.head_dim
         width, bias = config.hidden_size, config.attention_bias
@@ -121,9 +89,11 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, plus_one=config.norm_plus_one)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, plus_one=config.norm_plus_one)
         self.qk_norm = config.qk_norm
-        self.scale, self.softcap = config.query_scale, config.attention_softcap
+        self.scores = Scores(
+            scale=config.query_scale or config.head_dim**-0.5, window=kind.window, softcap=config.attention_softcap
+        )
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
         """rotary: cosines and sines, as `rotary_tables` gives them; None: without positions."""
         B, L, _ = x_BLD.shape
         q_BHLE = self.q_proj(x_BLD).view(B, L, -1, self.head_dim).transpose(1, 2)
@@ -135,44 +105,12 @@ class Attention(nn.Module):
             q_BHLE, k_BKLE = (rotate(x, *rotary) for x in (q_BHLE, k_BKLE))
         # Autocast norms in float32; attention wants queries, keys and values alike.
         q_BHLE, k_BKLE = (x.to(v_BKLE.dtype) for x in (q_BHLE, k_BKLE))
-        attended = attend(q_BHLE, k_BKLE, v_BKLE, mask, scale=self.scale, softcap=self.softcap)
+        attended = plan.attend(q_BHLE, k_BKLE, v_BKLE, self.scores)
         return self.o_proj(attended.transpose(1, 2).reshape(B, L, -1))
-
-
-def attend(
-    q_BHLE: Tensor,
-    k_BKLE: Tensor,
-    v_BKLE: Tensor,
-    mask: Tensor | BlockMask | None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """Attention [B, H, L, E]. mask: as in `Decoder.hidden`. scale: 1 / sqrt(E) by default."""
-    if isinstance(mask, BlockMask):
-        cap = None if softcap is None else _capped_scores(softcap)
-        return _flex_attention()(q_BHLE, k_BKLE, v_BKLE, score_mod=cap, block_mask=mask, scale=scale, enable_gqa=True)
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BHLE, k_BKLE, v_BKLE, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-        )
-    # No kernel of torch's caps scores outside of FlexAttention.
-    groups = q_BHLE.shape[1] // k_BKLE.shape[1]
-    k_BHLE, v_BHLE = (x.repeat_interleave(groups, dim=1) for x in (k_BKLE, v_BKLE))
-    scores_BHLL = (q_BHLE @ k_BHLE.transpose(2, 3)).float() * (scale or q_BHLE.shape[-1] ** -0.5)
-    visible = torch.ones_like(scores_BHLL[0, 0], dtype=torch.bool).tril() if mask is None else mask
-    scores_BHLL = soft_cap(scores_BHLL, softcap).masked_fill(~visible, float("-inf"))
-    return scores_BHLL.softmax(dim=-1).to(v_BHLE.dtype) @ v_BHLE
 
 
 def soft_cap(x: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(x / cap)
-
-
-@cache
-def _capped_scores(cap: float) -> Callable[..., Tensor]:
-    """FlexAttention compiles once for each function that it gets."""
-    return lambda score, b, h, q, k: soft_cap(score, cap)
 
 
 class MLP(nn.Module):
@@ -194,14 +132,14 @@ class Layer(nn.Module):
     """With `post_norms`, the norm after attention is `post_attention_layernorm`; else that is the one before the MLP,
     as Hugging Face's checkpoints name them."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig, kind: LayerKind):
         super().__init__()
 
         def norm() -> RMSNorm:
             return RMSNorm(config.hidden_size, config.rms_norm_eps, plus_one=config.norm_plus_one)
 
         self.input_layernorm = norm()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kind)
         self.post_attention_layernorm = norm()
         if config.post_norms:
             self.pre_feedforward_layernorm = norm()
@@ -209,8 +147,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.post_norms = config.post_norms
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, mask: Tensor | BlockMask | None) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_BLD), rotary, mask)
+    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_BLD), rotary, plan)
         if self.post_norms:
             x_BLD = x_BLD + self.post_attention_layernorm(attended)
             return x_BLD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_BLD)))
@@ -222,7 +160,7 @@ class Backbone(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, plus_one=config.norm_plus_one)
 
 
@@ -249,23 +187,20 @@ class Decoder(nn.Module):
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std * depth_scale if name.endswith(_RESIDUAL_OUTPUTS) else std)
 
-    def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+    def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states [B, L, D].
 
-        tokens_BL, positions_BL: int64. mask: None (causal), bool [B, 1, L, L] (True attends) or a BlockMask (CUDA).
+        tokens_BL, positions_BL: int64. plan: who sees whom; None: each row is one sequence.
         """
+        plan = plan or CausalRows()
         x_BLD = self.embedded(tokens_BL)
         kinds = self.config.layer_kinds
         tables: dict[Rope | None, tuple[Tensor, Tensor] | None] = {
             rope: None if rope is None else rotary_tables(positions_BL, self.config.head_dim, rope)
             for rope in {kind.rope for kind in kinds}
         }
-        masks: dict[int | None, Tensor | BlockMask | None] = {
-            window: within_window(mask, positions_BL, window) if window else mask
-            for window in {k.window for k in kinds}
-        }
         for layer, kind in zip(self.model.layers, kinds, strict=True):
-            x_BLD = layer(x_BLD, tables[kind.rope], masks[kind.window])
+            x_BLD = layer(x_BLD, tables[kind.rope], plan)
         return self.model.norm(x_BLD)
 
     def embedded(self, tokens_BL: Tensor) -> Tensor:

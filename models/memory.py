@@ -95,7 +95,6 @@ def training_memory(
     config: DecoderConfig,
     *,
     micro_batch_tokens: int,
-    seq_len: int,
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
@@ -104,21 +103,20 @@ def training_memory(
 
     Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
     frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
-    layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32
-    (where scores are capped, those and what they become, of every head); and one chunk of the vocabulary's logits with
-    their gradient.
+    layers keep for the backward pass without recomputation (on CPU, where scores are capped, those of every head too);
+    and one chunk of the vocabulary's logits with their gradient.
     """
-    _positive(micro_batch_tokens=micro_batch_tokens, seq_len=seq_len)
+    _positive(micro_batch_tokens=micro_batch_tokens)
     parameters = config.num_parameters
     muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
-    scores = 1 if config.attention_softcap is None else 2 * config.num_attention_heads
-    cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len * scores)
+    scores = 0 if config.attention_softcap is None else 2 * config.num_attention_heads * config.num_hidden_layers
+    cell, capped = (2, 0) if device == "cuda" else (4, scores * min(micro_batch_tokens, config.max_position_embeddings))
     return TrainingMemory(
         weights_bytes=4 * parameters,
         gradients_bytes=4 * parameters,
         optimizer_bytes=4 * muon + 8 * (parameters - muon),
         reference_bytes=4 * parameters if reference else 0,
-        activations_bytes=micro_batch_tokens * (cell * _kept_activations(config) + masks),
+        activations_bytes=micro_batch_tokens * cell * (_kept_activations(config) + capped),
         logits_bytes=2 * 4 * min(LOGIT_CHUNK, micro_batch_tokens) * config.vocab_size,
     )
 
@@ -146,13 +144,14 @@ def _blocks(columns: int) -> tuple[int, int]:
 def _kept_activations(config: DecoderConfig) -> int:
     """Values a token keeps for the backward pass.
 
-    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them (on CPU with one
-    key-value head a query head), and its output; gate, up, the activated gate and their product; the normed outputs of
-    attention and MLP where they have a norm. Then the final norm's input and output.
+    A layer keeps: the input and output of both norms; queries, keys and values as attention reads them, and its output;
+    gate, up, the activated gate and their product; the normed outputs of attention and MLP where they have a norm. Then
+    the final norm's input and output.
     """
-    D, F, queries = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    D, F, E = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = 2 * config.num_attention_heads + 2 * config.num_key_value_heads
     norms = 6 if config.post_norms else 4
-    return config.num_hidden_layers * (norms * D + 4 * queries + 4 * F) + 2 * D
+    return config.num_hidden_layers * (norms * D + heads * E + 4 * F) + 2 * D
 
 
 def _positive(**sizes: float) -> None:

@@ -90,7 +90,6 @@ def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artif
         memory = training_memory(
             config,
             micro_batch_tokens=rows * seq_len,
-            seq_len=seq_len,
             optimizer=stage.settings.optimizer,
             device=runtime.device,
             reference=stage.settings.has_reference(),

@@ -3,11 +3,11 @@
 A tree is a root segment and, below it, segments that continue their parent: a document (root only), an SFT example
 (root only, scored in its answer), a DPO pair (a prompt, two children), a GRPO group (a prompt, its answers). A token
 sees its own segment up to itself, and its ancestors. Positions go on from the parent's end, so a prompt is computed
-once, whatever hangs below it.
+once, whatever hangs below it. Trees never see each other.
 
-Segments are in preorder, so a subtree is one contiguous run of its row. Visibility then needs one number a token,
-where its segment's subtree ends: query q sees key k when k <= q < visible_until[k]. Rows may hold many trees; they
-never see each other.
+A batch is the trees one behind the other, as one row without padding; on CUDA, rows of one length. Segments are in
+preorder, so a subtree is one contiguous run. Visibility then needs one number a token, where its segment's subtree
+ends: query q sees key k when k <= q < visible_until[k].
 
 Shapes: letters as in `models.shapes`. S counts the scored sequences: segments with at least one target.
 """
@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils.checkpoint import checkpoint
 
 from twinloop.common.errors import UserError
+from twinloop.models.attention import AttentionPlan, Path, Span, TreeBlocks, TreePaths
 from twinloop.models.chunks import LOGIT_CHUNK
 from twinloop.models.decoder import Decoder
 
@@ -137,13 +137,14 @@ def _need(**parts: Sequence[int]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TreeBatch:
-    """Rows of trees, and what the loss needs of them.
+    """Trees one behind the other in a single row, and what the loss needs of them.
 
-    tokens_BL, positions_BL: int64. visible_until_BL: int32, the row index at which a token stops being visible.
+    tokens_BL, positions_BL: int64. visible_until_BL: int32, the index in its row at which a token stops being visible.
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
     weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
-    num_tokens: tokens that are not padding. total_weight: the sum of weight_N.
+    paths: one a segment. row_lengths: tokens of each row that they were packed into, at most seq_len.
+    total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
     """
 
@@ -157,9 +158,15 @@ class TreeBatch:
     advantage_N: Tensor | None
     old_logprobs_N: Tensor | None
     reference_logprobs_N: Tensor | None
-    num_tokens: int
+    paths: tuple[Path, ...]
+    row_lengths: tuple[int, ...]
+    seq_len: int
     total_weight: float
     temperature: float = 1.0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.row_lengths)
 
     @property
     def num_sequences(self) -> int:
@@ -176,56 +183,63 @@ class TreeBatch:
         return self.sum_by_sequence(self.reference_logprobs_N)
 
     def to(self, device: torch.device) -> TreeBatch:
-        """The batch on a device. On CUDA the rows are filled up to a power of two, so that few kernels are compiled."""
+        """The batch on a device. On CUDA it lies in rows of seq_len, a power of two of them: few kernels are compiled.
+
+        Padding sees itself alone: a token that sees nothing would make NaN in softmax.
+        """
         if device.type == "cpu":
             return self
-        rows, length = self.tokens_BL.shape
-        spare = (1 << (rows - 1).bit_length()) - rows
-        alone = torch.arange(1, length + 1, dtype=torch.int32).expand(spare, length)
-        empty = torch.zeros(spare, length, dtype=torch.int64)
-        padded = replace(
+        rows, length = 1 << (len(self.row_lengths) - 1).bit_length(), self.seq_len
+        first_token = np.cumsum([0, *self.row_lengths[:-1]])
+        before = torch.from_numpy(np.repeat(np.arange(len(first_token)) * length - first_token, self.row_lengths))
+        place = torch.arange(self.num_tokens) + before  # of each token among the rows' positions
+
+        def in_rows(values_BL: Tensor, padding: Tensor) -> Tensor:
+            return padding.repeat(rows).index_copy_(0, place, values_BL[0]).view(rows, length)
+
+        empty, order = torch.zeros(length, dtype=torch.int64), torch.arange(length, dtype=torch.int32)
+        until = self.visible_until_BL + (before - place // length * length).int()
+        laid_out = replace(
             self,
-            tokens_BL=torch.cat([self.tokens_BL, empty]),
-            positions_BL=torch.cat([self.positions_BL, empty]),
-            visible_until_BL=torch.cat([self.visible_until_BL, alone]),
+            tokens_BL=in_rows(self.tokens_BL, empty),
+            positions_BL=in_rows(self.positions_BL, empty),
+            visible_until_BL=in_rows(until, order + 1),
+            predict_from_N=place[self.predict_from_N],
         )
-        moved: dict[str, Any] = {field.name: getattr(padded, field.name) for field in fields(padded)}
+        moved: dict[str, Any] = {field.name: getattr(laid_out, field.name) for field in fields(laid_out)}
         moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
         return TreeBatch(**moved)
 
 
 def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float = 1.0) -> TreeBatch:
-    """Lay the trees of each row one behind the other. No row may hold more than seq_len tokens."""
-    tokens_BL = np.zeros((len(rows), seq_len), dtype=np.int64)
-    positions_BL = np.zeros((len(rows), seq_len), dtype=np.int64)
-    order_L = np.arange(seq_len + 1)
-    # padding sees itself alone: an empty row of the mask would make NaN in softmax
-    visible_until_BL = np.tile(order_L[1:].astype(np.int32), (len(rows), 1))
+    """Lay the trees of all rows one behind the other. No row may hold more than seq_len tokens."""
+    row_lengths = tuple(sum(tree.length for tree in row) for row in rows)
+    assert max(row_lengths) <= seq_len, "a row holds more tokens than its length"
+    tokens_L = np.zeros(sum(row_lengths), dtype=np.int64)
+    positions_L = np.zeros_like(tokens_L)
+    visible_until_L = np.zeros(len(tokens_L), dtype=np.int32)
+    order_L = np.arange(seq_len)
     predict_from: list[np.ndarray] = []
     scored_segments: list[tuple[Segment, np.ndarray]] = []
-    num_tokens = 0
-    for b, row in enumerate(rows):
-        cursor = 0
-        for tree in row:
-            starts, ends, first_positions = _layout(tree, cursor)
-            for index, segment in enumerate(tree.segments):
-                start = starts[index]
-                stop = start + len(segment.tokens)
-                assert stop <= seq_len, "a row holds more tokens than its length"
-                tokens_BL[b, start:stop] = segment.tokens
-                position = first_positions[index]
-                positions_BL[b, start:stop] = order_L[position : position + stop - start]
-                visible_until_BL[b, start:stop] = ends[index]
-                scored = np.flatnonzero(segment.weights)
-                if len(scored):
-                    before = scored + (b * seq_len + start - 1)
-                    if scored[0] == 0:  # the parent's last hidden state predicts a child's first token
-                        parent = segment.parent
-                        before[0] = b * seq_len + starts[parent] + len(tree.segments[parent].tokens) - 1
-                    predict_from.append(before)
-                    scored_segments.append((segment, scored))
-            cursor += tree.length
-        num_tokens += cursor
+    paths: list[Path] = []
+    cursor = 0
+    for tree in (tree for row in rows for tree in row):
+        tree_paths, ends = _layout(tree, cursor)
+        for segment, path, end in zip(tree.segments, tree_paths, ends, strict=True):
+            start, stop = path.queries
+            position = path.num_keys - path.num_queries
+            tokens_L[start:stop] = segment.tokens
+            positions_L[start:stop] = order_L[position : position + stop - start]
+            visible_until_L[start:stop] = end
+            scored = np.flatnonzero(segment.weights)
+            if len(scored):
+                before = scored + (start - 1)
+                if scored[0] == 0:  # the parent's last hidden state predicts a child's first token
+                    before[0] = path.before[-1][1] - 1
+                predict_from.append(before)
+                scored_segments.append((segment, scored))
+        paths += tree_paths
+        cursor += tree.length
     lengths = np.array([len(scored) for _, scored in scored_segments], dtype=np.int64)
     weight_N = _joined([segment.weights[scored] for segment, scored in scored_segments], np.float32)
     segments = [segment for segment, _ in scored_segments]
@@ -233,9 +247,9 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     reference = [segment.reference_logprobs for segment in segments]
     advantages = np.array([segment.advantage for segment in segments], dtype=np.float32)
     return TreeBatch(
-        tokens_BL=torch.from_numpy(tokens_BL),
-        positions_BL=torch.from_numpy(positions_BL),
-        visible_until_BL=torch.from_numpy(visible_until_BL),
+        tokens_BL=torch.from_numpy(tokens_L)[None],
+        positions_BL=torch.from_numpy(positions_L)[None],
+        visible_until_BL=torch.from_numpy(visible_until_L)[None],
         predict_from_N=torch.from_numpy(_joined(predict_from, np.int64)),
         target_N=torch.from_numpy(_joined([s.tokens[scored] for s, scored in scored_segments], np.int64)),
         weight_N=torch.from_numpy(weight_N),
@@ -243,26 +257,34 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         advantage_N=torch.from_numpy(np.repeat(advantages, lengths)) if _given(old) else None,
         old_logprobs_N=torch.from_numpy(_joined(_given(old), np.float32)) if _given(old) else None,
         reference_logprobs_N=torch.from_numpy(_joined(_given(reference), np.float32)) if _given(reference) else None,
-        num_tokens=num_tokens,
+        paths=tuple(paths),
+        row_lengths=row_lengths,
+        seq_len=seq_len,
         total_weight=float(weight_N.sum(dtype=np.float64)),
         temperature=temperature,
     )
 
 
-def _layout(tree: Tree, cursor: int) -> tuple[list[int], list[int], list[int]]:
-    """For each segment: where it starts in the row, where its subtree ends, and the position of its first token."""
-    starts: list[int] = []
-    first_positions: list[int] = []
+def _layout(tree: Tree, cursor: int) -> tuple[list[Path], list[int]]:
+    """For each segment: the path that it ends, and where its subtree ends."""
+    paths: list[Path] = []
+    ends: list[int] = []
     for segment in tree.segments:
-        starts.append(cursor)
+        before = () if segment.parent == ROOT else _with(paths[segment.parent].before, paths[segment.parent].queries)
+        paths.append(Path((cursor, cursor + len(segment.tokens)), before))
         cursor += len(segment.tokens)
-        parent = segment.parent
-        first_positions.append(0 if parent == ROOT else first_positions[parent] + len(tree.segments[parent].tokens))
-    ends = [start + len(segment.tokens) for start, segment in zip(starts, tree.segments, strict=True)]
+        ends.append(cursor)
     for index in range(len(ends) - 1, 0, -1):
         parent = tree.segments[index].parent
         ends[parent] = max(ends[parent], ends[index])
-    return starts, ends, first_positions
+    return paths, ends
+
+
+def _with(before: tuple[Span, ...], next_span: Span) -> tuple[Span, ...]:
+    """The spans and one more; adjacent ones are one."""
+    if before and before[-1][1] == next_span[0]:
+        return (*before[:-1], (before[-1][0], next_span[1]))
+    return (*before, next_span)
 
 
 def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
@@ -275,19 +297,11 @@ def _given(parts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
     return given if len(given) == len(parts) else []
 
 
-def attention_mask(batch: TreeBatch) -> Tensor | BlockMask:
-    """Who sees whom: bool [B, 1, L, L] for SDPA on CPU (True attends), a BlockMask for FlexAttention on CUDA."""
-    visible_until_BL = batch.visible_until_BL
-    rows, length = visible_until_BL.shape
-    if visible_until_BL.device.type == "cuda":
-
-        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (q < visible_until_BL[b, k])
-
-        return create_block_mask(sees, rows, None, length, length, device=visible_until_BL.device)
-    order_L = torch.arange(length, dtype=torch.int32)
-    earlier_LL = order_L[:, None] >= order_L
-    return (earlier_LL & (order_L[:, None] < visible_until_BL[:, None, :])).unsqueeze(1)
+def attention_plan(batch: TreeBatch) -> AttentionPlan:
+    """Who sees whom, as the batch's device computes it."""
+    if batch.visible_until_BL.device.type == "cuda":
+        return TreeBlocks(batch.visible_until_BL, batch.positions_BL)
+    return TreePaths(batch.paths)
 
 
 def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUNK) -> Tensor:
@@ -296,7 +310,7 @@ def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUN
     The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece, and again in
     the backward pass: [N, V] logits are never in memory at once.
     """
-    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch))
+    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
     # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
 

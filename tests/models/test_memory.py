@@ -60,16 +60,13 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
     config = DecoderConfig(**TINY)
     shapes = weight_shapes(config)
     hidden = sum(math.prod(shape) for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name)
-    plan = training_memory(config, micro_batch_tokens=512, seq_len=512)
+    plan = training_memory(config, micro_batch_tokens=512)
     assert plan.optimizer_bytes == 4 * hidden + 8 * (config.num_parameters - hidden)
     assert plan.weights_bytes == plan.gradients_bytes == 4 * config.num_parameters
-    adamw = training_memory(config, micro_batch_tokens=512, seq_len=512, optimizer="adamw")
+    adamw = training_memory(config, micro_batch_tokens=512, optimizer="adamw")
     assert adamw.optimizer_bytes == 8 * config.num_parameters
     assert plan.reference_bytes == 0
-    assert (
-        training_memory(config, micro_batch_tokens=512, seq_len=512, reference=True).reference_bytes
-        == plan.weights_bytes
-    )
+    assert training_memory(config, micro_batch_tokens=512, reference=True).reference_bytes == plan.weights_bytes
     assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
 
 
@@ -81,6 +78,7 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
 def test_kept_activations_are_near_those_that_torch_keeps(config: DecoderConfig) -> None:
     import torch
 
+    from twinloop.models.attention import Path, TreePaths
     from twinloop.models.decoder import Decoder
 
     network = Decoder(config)
@@ -95,9 +93,8 @@ def test_kept_activations_are_near_those_that_torch_keeps(config: DecoderConfig)
 
     tokens = torch.zeros(1, 512, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        mask = torch.ones(1, 1, 512, 512, dtype=torch.bool).tril()
-        hidden = network.hidden(tokens, torch.arange(512)[None], mask)
-    estimate = training_memory(config, micro_batch_tokens=512, seq_len=512).activations_bytes
+        hidden = network.hidden(tokens, torch.arange(512)[None], TreePaths([Path((0, 512))]))
+    estimate = training_memory(config, micro_batch_tokens=512).activations_bytes
     assert hidden.requires_grad
     assert sum(kept.values()) == pytest.approx(estimate, rel=0.15)
 
@@ -138,5 +135,5 @@ def test_a_window_bounds_the_compute_of_its_layer() -> None:
 def test_impossible_sizes_are_named() -> None:
     with pytest.raises(UserError, match="slots is 0"):
         serving_memory(LLAMA_8B, precision="fp16", slots=0, max_length=10)
-    with pytest.raises(UserError, match="seq_len is nan"):
-        training_memory(LLAMA_8B, micro_batch_tokens=1, seq_len=math.nan)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="micro_batch_tokens is nan"):
+        training_memory(LLAMA_8B, micro_batch_tokens=math.nan)  # type: ignore[arg-type]

@@ -38,14 +38,14 @@ def build(records, model, tokenizer, settings, runtime, domain):
     import torch
 
     from twinloop.training.methods import sft
-    from twinloop.training.tree import attention_mask
+    from twinloop.training.tree import attention_plan
 
     class SmoothedLoss:
         def normaliser(self, batch):
             return batch.total_weight
 
         def loss(self, model, batch):
-            hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch))
+            hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
             hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
             logprobs_NV = model.logits(hidden_ND).float().log_softmax(-1)
             target_N = logprobs_NV.gather(1, batch.target_N[:, None])[:, 0]

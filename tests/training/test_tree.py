@@ -9,7 +9,7 @@ from twinloop.training.packing import cut, pack
 from twinloop.training.tree import (
     Segment,
     Tree,
-    attention_mask,
+    attention_plan,
     collate,
     document,
     example,
@@ -44,7 +44,7 @@ def test_packed_documents_score_as_each_alone(tiny, texts):
 def test_packed_logits_equal_unpacked_logits(tiny, texts):
     first, second = texts.run(9, 9), texts.run(13, 13)
     batch = collate([(document(first), document(second))], 32)
-    packed = tiny.logits(tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch)))[0]
+    packed = tiny.logits(tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch)))[0]
     for tokens, logits in ((first, packed[:9]), (second, packed[9:22])):
         unpacked = tiny.logits(tiny.hidden(torch.tensor([tokens]), torch.arange(len(tokens))[None]))[0]
         torch.testing.assert_close(logits, unpacked, atol=2e-6, rtol=1e-5)
