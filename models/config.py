@@ -14,7 +14,9 @@ from twinloop.models.shapes import weight_shapes
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """Of an exported model's weights and arithmetic."""
 
-Size = Annotated[int, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, lt=2**31)]
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+"""Every list by layer is of this length, so that a corrupt config.json must not make it endless."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class DecoderConfig(BaseModel):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Size
+    num_hidden_layers: Layers
     num_attention_heads: Size
     num_key_value_heads: Size
     head_dim: Size

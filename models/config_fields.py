@@ -78,7 +78,7 @@ def read_windows(fields: Fields, plain: DecoderConfig, *, slides: list[bool]) ->
     if not any(slides):
         return {}
     window = fields.get("sliding_window")
-    if type(window) is not int or window <= 0:
+    if type(window) is not int or not 0 < window < 2**31:
         raise UserError(f"config.json: sliding_window: {window!r} is not a number of positions")
     return {"windows": tuple(window if slid else None for slid in slides)}
 
@@ -124,7 +124,7 @@ def flag(fields: Fields, name: str) -> bool:
 def number(fields: Fields, name: str) -> float | None:
     """A number above 0, if it is there. Raises UserError for anything else."""
     value = fields.get(name)
-    if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+    if value is not None and (type(value) not in (int, float) or not 0 < value < 1e30):
         raise UserError(f"config.json: {name}: {value!r} is not a number above 0")
     return None if value is None else float(value)
 

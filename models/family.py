@@ -59,6 +59,19 @@ def find_family(model_type: object) -> ModuleType:
     return importlib.import_module(f"{twinloop.models.families.__name__}.{model_type}")
 
 
+def find_gguf_family(architecture: object) -> ModuleType:
+    """The module of a GGUF file's `general.architecture`. Raises UserError where there is none.
+
+    A file of a Mistral says llama, which it is once no layer has a window.
+    """
+    families = [find_family(name) for name in modules_in(twinloop.models.families)]
+    known = {family.GGUF.architecture: family for family in families}
+    known |= {family.GGUF.architecture: family for family in families if family.GGUF.architecture == _name(family)}
+    if not isinstance(architecture, str) or architecture not in known:
+        raise UserError(f"general.architecture {architecture!r} is not one of {', '.join(sorted(known))}")
+    return known[architecture]
+
+
 def read_config(fields: Any) -> DecoderConfig:
     """The network that the content of a config.json describes.
 
@@ -123,6 +136,10 @@ def _checked(known: dict[str, Any]) -> DecoderConfig:
         first = error.errors()[0]
         where = "".join(f" {part}:" for part in first["loc"])
         raise UserError(f"config.json:{where} {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def _name(family: ModuleType) -> str:
+    return family.__name__.rpartition(".")[2]
 
 
 def _is_size(value: Any) -> bool:

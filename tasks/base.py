@@ -29,7 +29,7 @@ def base_stage(context: Context, settings: BaseSettings, *, seed: int, tokenizer
     return context.run(
         "base",
         work,
-        settings={"network": config.model_dump(), "seed": seed},
+        settings={"network": config.model_dump(exclude_defaults=True), "seed": seed},
         inputs={"tokenizer": tokenizer},
         modules=("twinloop.tasks.base",),
     )

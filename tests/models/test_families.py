@@ -172,6 +172,23 @@ def test_what_the_network_cannot_do_is_refused_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonsense_in_any_field_is_refused_in_one_line_or_has_no_effect(family):
+    fields = random_config(family, seed=3).to_dict()
+    nonsense = [None, "x", "9", True, -1, 0, 1.5, 10**400, float("nan"), float("inf"), [], [1], [[]], {}, {"a": {}}]
+    refused = []
+    for name in [*fields, "rope_theta", "rope_scaling", "sliding_window_pattern", "rope_local_base_freq"]:
+        for value in nonsense:
+            try:
+                config = read_config({**fields, name: value})
+            except UserError as error:
+                refused.append(str(error))
+            else:
+                assert read_config(write_config(config)) == config
+    assert len(refused) > 100
+    assert not any("\n" in line for line in refused)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

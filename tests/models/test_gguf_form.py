@@ -15,7 +15,7 @@ import twinloop.models.families
 from twinloop.common.errors import UserError
 from twinloop.common.modules import modules_in
 from twinloop.models.config import DecoderConfig
-from twinloop.models.family import find_family, read_config
+from twinloop.models.family import find_family, find_gguf_family, read_config
 from twinloop.models.gguf_form import GGUFForm
 from twinloop.training.weights import get_weights, load_decoder
 
@@ -116,6 +116,19 @@ def test_what_is_written_reads_back(family):
         stored = tensor.to_gguf(values)
         assert stored.shape == values.shape
         np.testing.assert_allclose(tensor.from_gguf(stored), values, atol=1e-6)
+
+
+def test_a_files_architecture_names_the_family():
+    found = {name: find_gguf_family(name).ARCHITECTURE for name in ("llama", "qwen2", "qwen3", "smollm3", "gemma3")}
+    assert found == {
+        "llama": "LlamaForCausalLM",
+        "qwen2": "Qwen2ForCausalLM",
+        "qwen3": "Qwen3ForCausalLM",
+        "smollm3": "SmolLM3ForCausalLM",
+        "gemma3": "Gemma3ForCausalLM",
+    }
+    with pytest.raises(UserError, match=r"'gpt2' is not one of gemma3, llama, qwen2, qwen3, smollm3"):
+        find_gguf_family("gpt2")
 
 
 def test_a_bias_keeps_to_the_rows_of_its_matrix():
