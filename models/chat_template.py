@@ -14,6 +14,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -170,12 +171,17 @@ class ChatTemplate:
 
     def _own_texts(self, content: str) -> list[tuple[int, int]]:
         """Where content has texts that the template may look for, apart from those near to a special token."""
-        trees = map(self._environment.parse, self._sources.values())
-        constants = chain.from_iterable(tree.find_all(nodes.Const) for tree in trees)
-        texts = {node.value for node in constants if isinstance(node.value, str) and node.value.strip()}
-        pattern = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
-        runs = [match.span() for match in re.finditer(f"(?:{pattern})+", content)] if texts else []
+        runs = [match.span() for match in self._constants.finditer(content)]
         return [(start, end) for start, end in runs if not _may_join(content[start:end], self._special)]
+
+    @cached_property
+    def _constants(self) -> re.Pattern[str]:
+        """Runs of the texts that the template's expressions hold."""
+        trees = map(self._environment.parse, self._sources.values())
+        values = (node.value for node in chain.from_iterable(tree.find_all(nodes.Const) for tree in trees))
+        texts = {value for value in values if isinstance(value, str) and value.strip()}
+        allowed = [text for text in texts if not _may_join(text, self._special)]
+        return re.compile(f"(?:{'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True))) or '(?!)'})+")
 
 
 def _nothing(_: str) -> list[tuple[int, int]]:
