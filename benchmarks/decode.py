@@ -228,7 +228,7 @@ def rollout_rows(workload: Workload) -> list[Row]:
     engine = BoundSampler(network, max_length=longest, prompts=len(prompts), group=settings.group_size, threads=threads)
     torch_sampler = TorchSampler(network)
     sampled = SamplingParams(
-        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=(workload.tokenizer.stop_id,)
+        max_tokens=settings.max_new_tokens, temperature=settings.temperature, stop=workload.tokenizer.stop_ids
     )
     greedy = replace(sampled, temperature=0.0)
 

@@ -178,7 +178,7 @@ def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
     seconds = time.perf_counter() - began
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in workload.records("cases")][:COMPARED_PROMPTS]
-    greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=(tokenizer.stop_id,))
+    greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=tokenizer.stop_ids)
     same = parity(model, exported, prompts, greedy, threads=threads)
     found, speed = answer(workload, exported)
     engine = Engine.load(exported, slots=1, threads=threads)

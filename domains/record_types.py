@@ -221,7 +221,7 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             optional=frozenset(facts),
             optional_fields=fact_fields,
             examine=facts_hold,
-            about="Conversations to fine-tune on; the last message is the assistant's, and only that is trained.",
+            about="Conversations to fine-tune on, which end with an assistant's answer; all its answers are trained.",
             meanings={"messages": f"who says what; a role is one of {', '.join(ROLES)}", **about_facts},
         ),
         RecordType(

@@ -120,7 +120,7 @@ def run_cases(
     """
     if not cases:
         raise UserError("cases: there are none to run; a model cannot be judged without them")
-    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=(tokenizer.stop_id,))
+    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=tokenizer.stop_ids)
     if not domain.has("verify"):
         shown = _sampled(cases)
         completions = engine.generate([tokenizer.encode_prompt(case.prompt) for case in shown], greedy)

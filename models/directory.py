@@ -6,7 +6,7 @@ config.json, model.safetensors, generation_config.json, and the tokenizer's toke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,9 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 class SavesItself(Protocol):
+    @property
+    def stop_ids(self) -> Sequence[int]: ...
+
     def save(self, directory: Path, /, *, max_length: int) -> object: ...
 
 
@@ -34,11 +37,13 @@ def save_model(
 ) -> None:
     """Write a model directory. tensors: by Hugging Face's names, `lm_head.weight` absent where it is tied.
 
+    What ends an answer is what the tokenizer says, where there is one: it may be more tokens than the config has.
     The directory is made if need be. Whoever needs it whole or not at all writes beside and renames.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_json(directory / CONFIG, write_config(config))
-    stop = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    stop_ids = [config.eos_token_id] if tokenizer is None else list(tokenizer.stop_ids)
+    stop = {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids if stop_ids[1:] else stop_ids[0]}
     _write_json(directory / GENERATION_CONFIG, {"do_sample": False, "pad_token_id": config.pad_token_id, **stop})
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})  # transformers asks for the format

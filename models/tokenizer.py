@@ -1,8 +1,8 @@
-"""Byte-level BPE with one token a digit, and the one chat template that training, evaluation and serving share.
+"""A model's tokenizer and chat template, as training, evaluation and serving share them; and a new model's own.
 
 Two kinds of text enter here and never mix. The template's own text may hold special tokens; content (a corpus line, a
-customer's message, an answer) is always plain: no text in it can become a special id. So a conversation is
-never rendered to one string and encoded; the template is encoded around places where plain content goes.
+customer's message, an answer) is always plain: no text in it can become a special id. A conversation is encoded as one
+text, as `transformers` encodes it, in which only the template's special tokens are special.
 """
 
 from __future__ import annotations
@@ -10,20 +10,25 @@ from __future__ import annotations
 import codecs
 import json
 import random
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twinloop.common.errors import UserError
-from twinloop.models.chat_template import MARK, compile_template, mark
-
-Message = Mapping[str, str]
+from twinloop.models.chat_template import ChatTemplate, Message, Rendered, Turn
+from twinloop.models.tokenizer_files import (
+    SETTINGS,
+    extra_special_tokens,
+    named_tokens,
+    read_settings,
+    read_stop_ids,
+    token_text,
+)
+from twinloop.models.vocabulary import TOKENIZER, Vocabulary, read_source
 
 PAD, BOS, SYSTEM, USER, ASSISTANT, END = (
     "<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -46,8 +51,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-
-TOKENIZER = "tokenizer.json"
 
 # Merges of a small vocabulary no longer change long before this; of a larger corpus a sample is taken.
 TRAINING_CHARACTERS = 16_000_000
@@ -92,42 +95,52 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
 
 
 class ChatTokenizer:
-    """A `tokenizers` tokenizer and its chat template. Thread-safe: nothing in it changes after construction."""
+    """A tokenizer and its chat template. Thread-safe: nothing in it changes after construction.
 
-    def __init__(self, tokenizer: Tokenizer, settings: Mapping[str, Any]):
-        """`settings` is the content of tokenizer_config.json. Raises UserError for one that cannot chat."""
-        if not isinstance(tokenizer.decoder, decoders.ByteLevel):
-            raise UserError("tokenizer.json: the decoder is not ByteLevel; only byte-level tokenizers are lossless")
-        # Not kept in tokenizer.json, so set here always: text that spells a special token is encoded as text.
-        tokenizer.encode_special_tokens = True
-        self._tokenizer = tokenizer
+    eos_id: of the token that ends a text. bos_id, pad_id: where there is none of these, `eos_id`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | str,
+        settings: Mapping[str, Any],
+        *,
+        stop_ids: Collection[int] = (),
+        where: str = TOKENIZER,
+    ):
+        """tokenizer: or the content of tokenizer.json. settings: the content of tokenizer_config.json.
+
+        stop_ids: with which the model ends its answers, as its generation_config.json has them, besides `eos_token`.
+        Raises UserError for a tokenizer that loses text or has no `eos_token`, and for settings without a template.
+        """
+        self._source = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str(pretty=True)
         self._settings = dict(settings)
-        self._special_ids = {
-            token.content: id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
-        by_length = sorted(self._special_ids, key=len, reverse=True)
-        self._special_pattern = re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
-        self._bytes_of = _token_bytes(tokenizer)
-        self._template = compile_template(settings.get("chat_template"))
-        self.stop_id = self._named_id("eos_token")
-        # Qwen has no BOS and many have no PAD: both then are the stop token, as those models were trained.
-        self.bos_id = self._named_id("bos_token", default=self.stop_id)
-        self.pad_id = self._named_id("pad_token", default=self.stop_id)
-        self._skeleton = lru_cache(maxsize=256)(self._build_skeleton)
+        tokens = named_tokens(settings)
+        self._vocabulary = Vocabulary(
+            self._source,
+            named=[*tokens.values(), *extra_special_tokens(settings)],
+            named_ids=frozenset(stop_ids),
+            where=where,
+        )
+        self._template = ChatTemplate(
+            settings.get("chat_template"),
+            tokens=tokens,
+            added=self._vocabulary.added,
+            special=self._vocabulary.special_ids.keys(),
+        )
+        self.eos_id = self._named_id("eos_token")
+        # Qwen has no BOS and many have no PAD: both then are the token that ends a text, as those models were trained.
+        self.bos_id = self._named_id("bos_token", default=self.eos_id)
+        self.pad_id = self._named_id("pad_token", default=self.eos_id)
+        special_ids = self._vocabulary.special_ids
+        self._stops = {token: id for token, id in special_ids.items() if id == self.eos_id or id in stop_ids}
 
     @classmethod
     def load(cls, directory: Path | str) -> ChatTokenizer:
-        """Read tokenizer.json and tokenizer_config.json. Raises UserError when one is missing or broken."""
+        """Read the tokenizer of a model directory. Raises UserError where a file is missing or broken."""
         directory = Path(directory)
-        try:
-            settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-            if "chat_template" not in settings and (directory / "chat_template.jinja").exists():
-                settings["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
-        except OSError as error:
-            raise _no_tokenizer(error) from error
-        except ValueError as error:
-            raise UserError(f"{directory / 'tokenizer_config.json'}: not valid JSON ({error})") from error
-        return cls(_read_tokenizer(directory / TOKENIZER), settings)
+        settings, path = read_settings(directory), directory / TOKENIZER
+        return cls(read_source(path), settings, stop_ids=read_stop_ids(directory), where=str(path))
 
     def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
@@ -136,227 +149,228 @@ class ChatTokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / TOKENIZER).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (directory / TOKENIZER).write_bytes(self._source.encode())
         limit = {} if max_length is None else {"model_max_length": max_length}
         text = json.dumps(limit | self._settings, indent=2, ensure_ascii=False) + "\n"
-        (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        (directory / SETTINGS).write_text(text, encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
         """Rows that an embedding needs, and may have more of: one more than the largest id."""
-        return len(self._bytes_of)
+        return len(self._vocabulary.bytes_of)
 
     @property
     def token_bytes(self) -> Sequence[bytes]:
         """What each id means, by id: UTF-8, maybe a part of a character only. Empty for an id of no token."""
-        return self._bytes_of
+        return self._vocabulary.bytes_of
 
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that only the template can produce."""
-        return frozenset(self._special_ids.values())
+        return frozenset(self._vocabulary.special_ids.values())
+
+    @cached_property
+    def stop_id(self) -> int:
+        """Of the token that the template puts after an answer; `eos_id` where that is no stop token."""
+        try:
+            return self.encode_answer("answer")[-1]
+        except UserError:
+            return self.eos_id
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """All that end an answer, `stop_id` first."""
+        return (self.stop_id, *sorted(set(self._stops.values()) - {self.stop_id}))
 
     def encode(self, text: str) -> list[int]:
         """Plain text to ids, none of them special. Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
-        return self._tokenizer.encode(_valid_unicode(text), add_special_tokens=False).ids
+        return self._vocabulary.encode(_valid_unicode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode` for each text, on all cores."""
-        clean = [_valid_unicode(text) for text in texts]
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(clean, add_special_tokens=False)]
+        return self._vocabulary.encode_batch([_valid_unicode(text) for text in texts])
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """As `encode`, for text that goes on after other text: SentencePiece's tokenizers put no space before it."""
+        return self._vocabulary.encode_continuation(_valid_unicode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text. A stop token at the end is not shown; any other special token is, by its name."""
-        if len(ids) and ids[-1] == self.stop_id:
+        stream = self.decoder_stream()
+        if len(ids) and ids[-1] in self._stops.values():
             ids = ids[:-1]
-        return b"".join(map(self._bytes_of.__getitem__, ids)).decode("utf-8", errors="replace")
+        return stream.push_bytes(b"".join(map(self.token_bytes.__getitem__, ids))) + stream.finish()
 
     def decoder_stream(self) -> DecoderStream:
         """A decoder that takes one id at a time and gives text as soon as its characters are whole."""
-        return DecoderStream(self._bytes_of, self.stop_id)
+        stops = frozenset(self._stops.values())
+        return DecoderStream(self.token_bytes, stops, drops_first_space=self._vocabulary.drops_first_space)
 
     def encode_document(self, text: str) -> list[int]:
-        """A pretraining document: BOS, text, stop token."""
-        return [self.bos_id, *self.encode(text), self.stop_id]
+        """A pretraining document: BOS, text, the token that ends it."""
+        return [self.bos_id, *self.encode(text), self.eos_id]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """BOS, the messages, then the header after which the assistant answers. Raises UserError, see `render`."""
-        return self._encode_messages(messages, add_generation_prompt=True)
+        return self._encode(self._template.trace(_checked(messages), add_generation_prompt=True))
 
     def encode_answer(self, text: str) -> list[int]:
-        """What the assistant has to produce: text and stop token."""
-        return [*self.encode(text), self.stop_id]
+        """What the assistant has to produce: text and stop token, with what the template writes around the text.
+
+        Raises UserError for a template that would train something else than it asks for.
+        """
+        return self._answer(self._turn([*self._question, {"role": "assistant", "content": text}]))
 
     def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
-        """The whole conversation. Begins with encode_prompt(messages[:-1]) + encode_answer(its last content)."""
-        return self._encode_messages(messages, add_generation_prompt=False)
+        """The whole conversation. Begins with encode_prompt(messages[:-1]) + encode_answer(its last content) where the
+        last is the assistant's. Raises UserError as these do."""
+        checked = _checked(messages)
+        if not checked or checked[-1]["role"] != "assistant":
+            return self._encode(self._template.trace(checked, add_generation_prompt=False))
+        turn = self._turn(checked)
+        after = self._encode(turn.whole, turn.stop)[1:]
+        return [*self._encode(turn.whole, 0, turn.begin), *self._answer(turn), *after]
+
+    def encode_turns(self, messages: Sequence[Message]) -> list[TrainedTurns]:
+        """The assistant's answers with what each was asked with: in one sequence where the template leaves a
+        conversation as it was when it goes on, else in several (thinking blocks that are dropped from earlier answers).
+
+        The last answer is always there, in the first sequence. Not there are earlier ones that are empty or that the
+        template would not train as it asks for them, and one before any question. Raises UserError as `encode_answer`.
+        """
+        found: list[TrainedTurns] = []
+        checked = _checked(messages)
+        for index in reversed(range(len(checked))):
+            if checked[index]["role"] != "assistant" or (found and not (index and checked[index]["content"])):
+                continue
+            try:
+                turn = self._turn(checked[: index + 1])
+            except UserError:
+                if not found:
+                    raise
+                continue
+            prompt = self._encode(turn.whole, 0, turn.begin)
+            ids = [*prompt, *self._answer(turn)]
+            answer = range(len(prompt), len(ids))
+            same = next((at for at, longer in enumerate(found) if longer.ids[: len(ids)] == ids), None)
+            if same is None:
+                found.append(TrainedTurns(ids, (answer,)))
+            else:
+                found[same] = TrainedTurns(found[same].ids, (answer, *found[same].answers))
+        return found
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as one string, for people to read; encode it with `encode_prompt`, never from here.
 
         Raises UserError for an unknown role, or a message that is not {"role": str, "content": str}.
         """
-        for index, message in enumerate(messages):
-            fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
-            if not all(isinstance(field, str) for field in fields):
-                raise UserError(f'messages[{index}]: a message needs "role" and "content", both text')
-        return self._render([dict(message) for message in messages], add_generation_prompt)
+        return self._template.render(_checked(messages), add_generation_prompt=add_generation_prompt)
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        tokens = {name: _token_text(self._settings.get(name)) or "" for name in ("bos_token", "eos_token", "pad_token")}
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """A prompt of messages in the template's own form, not looked at here. Raises UserError, see `render`.
+
+        tools: those that the model may call, in the template's own form too.
+        """
+        return self._template.render([dict(message) for message in messages], add_generation_prompt=True, tools=tools)
+
+    def encode_marked(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        texts: Sequence[str],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[int]:
+        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i]."""
+        clean = [_valid_unicode(text) for text in texts]
+        return self._encode(Rendered.from_marks(self.render_marked(messages, tools), clean))
+
+    @cached_property
+    def _question(self) -> list[dict[str, str]]:
+        """Messages that an answer may follow. Some templates take none without a system's message."""
+        question = [{"role": "user", "content": "question"}]
         try:
-            return self._template.render(messages=messages, add_generation_prompt=add_generation_prompt, **tokens)
-        except TemplateError as error:
-            raise UserError(f"chat template: {error}") from error
+            self.render(question)
+        except UserError:
+            return [{"role": "system", "content": "system"}, *question]
+        return question
 
-    def render_marked(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """A prompt of messages in the template's own form, not looked at here. Raises UserError, see `render`."""
-        return self._render([dict(message) for message in messages], add_generation_prompt=True)
+    def _turn(self, messages: Sequence[Message]) -> Turn:
+        return self._template.turn(_checked(messages), self._stops)
 
-    def encode_marked(self, messages: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> list[int]:
-        """A prompt of messages, as `render_marked` takes them, in which `mark(i)` is the place of texts[i]."""
-        pieces = MARK.split(self.render_marked(messages))
-        ids = self._encode_template(pieces[0])
-        for index, in_json, template in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
-            text = texts[int(index)]
-            ids += self.encode(json.dumps(text, ensure_ascii=False)[1:-1] if in_json else text)
-            ids += self._encode_template(template)
-        return ids
+    def _answer(self, turn: Turn) -> list[int]:
+        """Ids of an answer, as they follow those of its prompt: no token of it is merged with one of the prompt's."""
+        header = 0
+        for match in self._template.specials(turn.whole.shadow, 0, turn.begin):
+            header = match.start()  # text begins anew at a special token, so what is before it has no influence
+        answer = self._private(turn.whole, turn.begin, turn.end)
+        before = self._private(turn.whole, header, turn.begin)
+        prompt, both = self._vocabulary.encode(before), self._vocabulary.encode(before + answer)
+        if both[: len(prompt)] == prompt:
+            return both[len(prompt) :]
+        return self._vocabulary.encode_continuation(answer)
 
-    def _encode_messages(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        try:
-            contents = [message["content"] for message in messages]
-            skeleton = self._skeleton(tuple(message["role"] for message in messages), add_generation_prompt)
-            encoded = [self.encode(content) for content in contents]
-        except (KeyError, TypeError, AttributeError):
-            self.render(messages)  # names the message that is broken
-            raise
-        ids: list[int] = []
-        for part in skeleton:
-            ids.extend(encoded[part] if isinstance(part, int) else part)
-        return ids
+    def _encode(self, rendered: Rendered, start: int = 0, end: int | None = None) -> list[int]:
+        return self._vocabulary.encode(self._private(rendered, start, end))
 
-    def _build_skeleton(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list[tuple[int, ...] | int]:
-        """The template for these roles: ids of its own text, and the index of each message between them."""
-        # Content is not in the string that is split, so nothing in it can look like one of these marks.
-        marked = [{"role": role, "content": mark(index)} for index, role in enumerate(roles)]
-        pieces = MARK.split(self._render(marked, add_generation_prompt))
-        skeleton: list[tuple[int, ...] | int] = [tuple(self._encode_template(pieces[0]))]
-        for index, template in zip(pieces[1::3], pieces[3::3], strict=True):
-            skeleton += [int(index), tuple(self._encode_template(template))]
-        return skeleton
-
-    def _encode_template(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for piece in self._special_pattern.split(text):
-            ids.extend([self._special_ids[piece]] if piece in self._special_ids else self.encode(piece))
-        return ids
+    def _private(self, rendered: Rendered, start: int, end: int | None) -> str:
+        """The text of a rendered conversation, with private names in the place of the template's special tokens."""
+        pieces: list[str] = []
+        for match in self._template.specials(rendered.shadow, start, end):
+            pieces += [rendered.text[start : match.start()], self._vocabulary.private_names[match[0]]]
+            start = match.end()
+        return "".join([*pieces, rendered.text[start:end]])
 
     def _named_id(self, name: str, default: int | None = None) -> int:
-        text = _token_text(self._settings.get(name))
-        id = default if text is None else self._tokenizer.token_to_id(text)
+        text = token_text(self._settings.get(name))
+        id = default if text is None else self._vocabulary.id_of(text)
         if id is None:
             raise UserError(f"tokenizer_config.json: {name} {text!r} is not a token of tokenizer.json")
         return id
 
 
+@dataclass(frozen=True)
+class TrainedTurns:
+    """A sequence of ids, and where in it the assistant's answers are, their stop tokens included."""
+
+    ids: list[int]
+    answers: tuple[range, ...]
+
+
 class DecoderStream:
     """Incremental decoding: the pushed texts and `finish()` together are what `decode` of the same answer gives."""
 
-    def __init__(self, bytes_of: Sequence[bytes], stop_id: int):
+    def __init__(self, bytes_of: Sequence[bytes], stop_ids: Collection[int], *, drops_first_space: bool = False):
         self._bytes_of = bytes_of
-        self._stop_id = stop_id
+        self._stop_ids = stop_ids
+        self._drops_space = drops_first_space
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, id: int) -> str:
-        """Text that is certain after this token; empty while a character is unfinished, and for the stop token."""
-        return "" if id == self._stop_id else self._decoder.decode(self._bytes_of[id])
+        """Text that is certain after this token; empty while a character is unfinished, and for a stop token."""
+        return "" if id in self._stop_ids else self.push_bytes(self._bytes_of[id])
+
+    def push_bytes(self, piece: bytes) -> str:
+        text = self._decoder.decode(piece)
+        if not (text and self._drops_space):
+            return text
+        self._drops_space = False
+        return text.removeprefix(" ")
 
     def finish(self) -> str:
         """What an unfinished character at the end is shown as (U+FFFD), or nothing."""
         return self._decoder.decode(b"", final=True)
 
 
-@dataclass(frozen=True)
-class TemplateProblem:
-    """One example that would be trained wrongly: its index, and why."""
-
-    index: int
-    problem: str
-
-
-@dataclass(frozen=True)
-class TemplateReport:
-    """What `check_template` saw."""
-
-    examples: int
-    problems: tuple[TemplateProblem, ...]
-
-    @property
-    def passed(self) -> bool:
-        return not self.problems
-
-
-def check_template(
-    tokenizer: ChatTokenizer, examples: Iterable[Sequence[Message]], *, max_length: int | None = None
-) -> TemplateReport:
-    """Check that conversations which end in an assistant's message will be trained as they will be asked.
-
-    For each: the prompt's tokens begin the conversation's tokens; what follows them is the answer and the stop token;
-    the answer has tokens of its own to learn; nothing is longer than `max_length` tokens, so nothing is cut.
-    """
-    count = 0
-    problems: list[TemplateProblem] = []
-    for index, messages in enumerate(examples):
-        count += 1
-        try:
-            whole, problem = _check_example(tokenizer, messages)
-        except UserError as error:
-            whole, problem = [], str(error)
-        if problem is None and max_length is not None and len(whole) > max_length:
-            problem = f"{len(whole)} tokens, longer than {max_length}: it would be cut"
-        if problem is not None:
-            problems.append(TemplateProblem(index, problem))
-    return TemplateReport(count, tuple(problems))
-
-
-def _check_example(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tuple[list[int], str | None]:
-    whole = tokenizer.encode_conversation(messages)
-    if not messages or messages[-1]["role"] != "assistant":
-        return whole, "the last message is not the assistant's: nothing to learn"
-    prompt = tokenizer.encode_prompt(messages[:-1])
-    answer = tokenizer.encode_answer(messages[-1]["content"])
-    if whole[: len(prompt)] != prompt:
-        return whole, "the prompt's tokens are not a prefix of the conversation's"
-    if len(answer) == 1:
-        return whole, "the answer is empty: all targets are masked"
-    if whole[len(prompt) : len(prompt) + len(answer)] != answer:
-        return whole, "the answer and its stop token do not follow the prompt: the stop token would not be trained"
-    return whole, None
-
-
-def read_vocab_size(directory: Path) -> int | None:
-    """`ChatTokenizer.vocab_size` of the tokenizer in a model directory, also of one that cannot chat; None: it has
-    none. Raises UserError where it is broken."""
-    path = directory / TOKENIZER
-    return _vocab_size(_read_tokenizer(path)) if path.exists() else None
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _no_tokenizer(error) from error
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{path}: not a tokenizer ({error})") from error
-
-
-def _no_tokenizer(error: OSError) -> UserError:
-    return UserError(f"{error.filename}: no tokenizer to read here ({error.strerror})")
-
-
-def _vocab_size(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
+    """The messages' roles and contents. Raises UserError for one that has not both."""
+    checked = []
+    for index, message in enumerate(messages):
+        fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
+        if not all(isinstance(field, str) for field in fields):
+            raise UserError(f'messages[{index}]: a message needs "role" and "content", both text')
+        checked.append({"role": message["role"], "content": _valid_unicode(message["content"])})
+    return checked
 
 
 def _valid_unicode(text: str) -> str:
@@ -374,20 +388,3 @@ def _sample(texts: list[str]) -> list[str]:
     """About TRAINING_CHARACTERS of the corpus, from all over it and the same ones each time."""
     share = TRAINING_CHARACTERS / max(1, sum(map(len, texts)))
     return texts if share >= 1 else random.Random(0).sample(texts, max(1, round(share * len(texts))))
-
-
-def _token_bytes(tokenizer: Tokenizer) -> list[bytes]:
-    """What each id means, by id. GPT-2's byte alphabet writes unprintable bytes as characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    byte_of = {chr(byte): byte for byte in printable}
-    byte_of |= {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
-    added = tokenizer.get_added_tokens_decoder()
-    table = [b""] * _vocab_size(tokenizer)
-    for token, id in tokenizer.get_vocab(with_added_tokens=True).items():
-        table[id] = token.encode() if id in added else bytes(byte_of[character] for character in token)
-    return table
-
-
-def _token_text(value: Any) -> str | None:
-    """A token in tokenizer_config.json is text, or an object with `content`."""
-    return value.get("content") if isinstance(value, Mapping) else value

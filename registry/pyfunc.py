@@ -106,7 +106,7 @@ class ChatModel:
 
     def _ask(self, prompt: list[int], max_tokens: int) -> TextStream:
         available = min(max_tokens, self._scheduler.max_length - len(prompt))
-        params = SamplingParams(max_tokens=available, stop=(self._tokenizer.stop_id,))
+        params = SamplingParams(max_tokens=available, stop=self._tokenizer.stop_ids)
         return TextStream(self._scheduler.submit(prompt, params), self._tokenizer, started=0.0)
 
 

@@ -92,7 +92,7 @@ def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message
     available = scheduler.max_length - len(prompt)
     if available < 1:
         raise UserError(f"{exported}: it loads and answers nothing (its example has more tokens than it can read)")
-    params = SamplingParams(max_tokens=min(GREETING_TOKENS, available), stop=(tokenizer.stop_id,))
+    params = SamplingParams(max_tokens=min(GREETING_TOKENS, available), stop=tokenizer.stop_ids)
     text = TextStream(scheduler.submit(prompt, params), tokenizer, started=time.perf_counter())
     answer = "".join(text)
     if not text.completion_tokens:

@@ -222,7 +222,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=body.seed,
-        stop=(tokenizer.stop_id,),
+        stop=tokenizer.stop_ids,
         constraint=constraint,
     )
     stream = place.submit(prompt, params)

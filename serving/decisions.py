@@ -250,7 +250,7 @@ class PendingDecision:
             words = f"the request has {len(prompt)} tokens, too many for this model to read (at most {limit - 1})"
             self._failures = {"prompt": words}
             return
-        params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=(service.tokenizer.stop_id,))
+        params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=service.tokenizer.stop_ids)
         stream = place.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 

@@ -50,7 +50,7 @@ class TextStream:
             for token in tokens:
                 self.completion_tokens += 1
                 held += decoder.push(token)
-                end = len(held) if token == self._tokenizer.stop_id else self._stop_at(held)
+                end = len(held) if token in self._tokenizer.stop_ids else self._stop_at(held)
                 if end is not None:
                     self.finish_reason = "stop"
                     self.cancel()

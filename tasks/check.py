@@ -72,7 +72,7 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
 def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path) -> None:
     """Raises UserError where the stop token of an answer would not be trained, or where the tokens of its prompt do not
     begin those of the conversation. data: the directory of a validate artifact."""
-    from twinloop.models.tokenizer import check_template
+    from twinloop.models.template_check import check_template
     from twinloop.records.validated import read_records, source_line
 
     rows: list[int] = []

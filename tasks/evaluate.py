@@ -62,7 +62,7 @@ def evaluate_exported(
     settings, tokenizer = workload.settings, ChatTokenizer.load(exported)
     cases = read_records(workload.data, "cases")[:SERVED_PROMPTS]
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in cases]
-    greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=(tokenizer.stop_id,))
+    greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids)
     load = run_load_test(exported, prompts, greedy, slots=settings.slots, threads=runtime.threads)
     engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
     report, metrics = measure_engine(engine, tokenizer, workload, on_progress)

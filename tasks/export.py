@@ -39,7 +39,7 @@ def export_stage(
             model.path,
             out,
             [tokenizer.encode_prompt(case["prompt"]) for case in cases],
-            SamplingParams(max_tokens=COMPARED_TOKENS, stop=(tokenizer.stop_id,)),
+            SamplingParams(max_tokens=COMPARED_TOKENS, stop=tokenizer.stop_ids),
             threads=runtime.threads,
         )
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())

@@ -44,10 +44,13 @@ def conversations(record: Record) -> list[list[Message]]:
 
 def lengths(record: Record, tokenizer: ChatTokenizer) -> Lengths | None:
     """None for a document, which is cut into rows."""
-    *prompt, last = record.get("messages") or [*record.get("prompt", ()), None]
+    if "messages" in record:
+        longest = max(len(turns.ids) for turns in tokenizer.encode_turns(record["messages"]))
+        return Lengths(longest, longest)
+    prompt = record.get("prompt")
     if not prompt:
         return None
-    answers = [last["content"]] if last else [record[answer] for answer in ANSWERS if answer in record]
+    answers = [record[answer] for answer in ANSWERS if answer in record]
     asked = len(tokenizer.encode_prompt(prompt))
     answered = [len(tokenizer.encode_answer(answer)) for answer in answers]
     return Lengths(asked + sum(answered), asked + max(answered, default=0))

@@ -94,8 +94,14 @@ def document(tokens: Sequence[int] | np.ndarray) -> Tree:
 def example(prompt: Sequence[int], answer: Sequence[int]) -> Tree:
     """An SFT example: only the answer, its stop token included, is scored."""
     _need(prompt=prompt, answer=answer)
-    segment = _segment([*prompt, *answer], scored=True)
-    segment.weights[: len(prompt)] = 0.0
+    return conversation([*prompt, *answer], [range(len(prompt), len(prompt) + len(answer))])
+
+
+def conversation(tokens: Sequence[int], answers: Sequence[range]) -> Tree:
+    """A conversation of which only the answers, their stop tokens included, are scored. answers: where they are."""
+    segment = _segment(tokens, scored=False)
+    for answer in answers:
+        segment.weights[answer.start : answer.stop] = 1.0
     return Tree((segment,))
 
 

@@ -21,7 +21,7 @@ from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
 from twinloop.models.onnx_graph import compute_type, slot_capacity
-from twinloop.models.tokenizer import read_vocab_size
+from twinloop.models.vocabulary import read_vocab_size
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from twinloop.common.errors import UserError
-from twinloop.models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, check_template, train_tokenizer
+from twinloop.models.template_check import check_template
+from twinloop.models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, train_tokenizer
 
 CORPUS = [
     f"P-{n % 40}: damaged items reported within {n % 30} days are eligible.\nThe order was damaged, {n} days old. é🙂"

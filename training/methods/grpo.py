@@ -63,7 +63,7 @@ def build(
         tokenizer.decode,
         settings,
         runtime,
-        stop_ids=[tokenizer.stop_id],
+        stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
         reference=copy.deepcopy(model) if settings.has_reference() else None,
     )

@@ -1,4 +1,8 @@
-"""Supervised fine-tuning (Ouyang et al., 2022): only the answer is learned, its stop token included."""
+"""Supervised fine-tuning (Ouyang et al., 2022): only the assistant's answers are learned, their stop tokens included.
+
+Every answer of a conversation is. Where the template shows earlier answers in another way than they were given (without
+their thinking), each is learned from the prompt that it was given for, in a sequence of its own.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,13 @@ def build(
 ) -> tuple[CausalLMLoss, BatchStream]:
     from twinloop.training.objectives import CausalLMLoss
     from twinloop.training.stream import BatchStream
-    from twinloop.training.tree import example
+    from twinloop.training.tree import conversation
 
-    trees = []
-    for record in records:
-        *prompt, answer = record["messages"]
-        trees.append(example(tokenizer.encode_prompt(prompt), tokenizer.encode_answer(answer["content"])))
+    trees = [
+        conversation(turns.ids, turns.answers)
+        for record in records
+        for turns in tokenizer.encode_turns(record["messages"])
+    ]
     batches = BatchStream(
         trees,
         seq_len=settings.seq_len,

@@ -1,0 +1,78 @@
+"""The files that say which of a tokenizer's tokens have a meaning of their own: settings, templates, stop tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from twinloop.common.errors import UserError
+from twinloop.models.vocabulary import read_source
+
+SETTINGS = "tokenizer_config.json"
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, with what older and newer exporters keep beside it.
+
+    Raises UserError where a file is missing or broken.
+    """
+    settings = _read_json(directory / SETTINGS)
+    if "added_tokens_decoder" not in settings and (directory / "special_tokens_map.json").exists():
+        # of old exporters, read in the place of what the settings say
+        named = _read_json(directory / "special_tokens_map.json").items()
+        settings |= {name: text for name, value in named if isinstance(text := token_text(value), str)}
+    return settings | _template_files(directory)
+
+
+def read_stop_ids(directory: Path) -> frozenset[int]:
+    """With which a model ends its answers. Generation settings come before those of the network."""
+    for name in ("generation_config.json", "config.json"):
+        if (directory / name).exists():
+            ids = _read_json(directory / name).get("eos_token_id")
+            ids = ids if isinstance(ids, list) else [ids]
+            if ids := [id for id in ids if type(id) is int]:
+                return frozenset(ids)
+    return frozenset()
+
+
+def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`eos_token` and so on, as a template may use them."""
+    texts = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def extra_special_tokens(settings: Mapping[str, Any]) -> list[str]:
+    values = [settings.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens")]
+    lists = [value.values() if isinstance(value, Mapping) else value for value in values]
+    return [text for each in lists for value in each if isinstance(text := token_text(value), str)]
+
+
+def token_text(value: Any) -> Any:
+    """A token in tokenizer_config.json is text, or an object with `content`."""
+    return value.get("content") if isinstance(value, Mapping) else value
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{error.filename}: no tokenizer to read here ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: it holds a {type(content).__name__}, not an object with settings")
+    return content
+
+
+def _template_files(directory: Path) -> dict[str, Any]:
+    """The chat templates that are files of their own; they come before those of the settings."""
+    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
+    if (directory / "chat_template.jinja").exists():
+        files["default"] = directory / "chat_template.jinja"
+    sources = {name: read_source(path) for name, path in files.items()}
+    if not sources:
+        return {}
+    several = [{"name": name, "template": source} for name, source in sources.items()]
+    return {"chat_template": sources["default"] if sources.keys() == {"default"} else several}

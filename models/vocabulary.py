@@ -1,0 +1,216 @@
+"""The vocabulary of a tokenizer.json: text to ids of which none is special, and what each id means in bytes.
+
+A special token takes part in encoding under a private name that no text can know, in the same place and with the same
+rules as in `transformers` (what it strips, where text begins anew after it). Its own spelling is plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from twinloop.common.errors import UserError
+
+TOKENIZER = "tokenizer.json"
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_PRIVATE_PLANE, _PRIVATE_CHARACTERS = 0x100000, 0xFFFE
+_NAME_LENGTH = 6  # characters that are drawn: 96 bits, so no text holds a name
+
+
+class Vocabulary:
+    """Encodes as `transformers` does with add_special_tokens=False. Thread-safe; nothing in it changes.
+
+    bytes_of: what each id means, by id: UTF-8, maybe a part of a character only; empty for an id of no token.
+    special_ids: id by token, of tokens that no text can produce. private_names: what to write in a text for each.
+    added: all added tokens, plain ones too.
+    drops_first_space: decoding leaves out one space at the beginning, which encoding had put there.
+    """
+
+    def __init__(self, source: str, *, named: Iterable[str] = (), named_ids: Collection[int] = (), where: str):
+        """source: the content of tokenizer.json. named, named_ids: tokens that are special wherever they are listed.
+
+        Raises UserError for what is no tokenizer, and for one that would lose text.
+        """
+        data = _parsed(source, where)
+        _refuse_lossy(data, where)
+        specials = _specials(data, set(named), named_ids)
+        nonce = "".join(chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_CHARACTERS)) for _ in range(_NAME_LENGTH))
+        self.private_names: Mapping[str, str] = {
+            token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate(specials)
+        }
+        self.added = frozenset(token["content"] for token in data["added_tokens"])
+        self._data = _with_private_names(data, self.private_names)
+        self._tokenizer = _built(self._data, where)
+        token_of = {name: token for token, name in self.private_names.items()}
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.special_ids: Mapping[str, int] = {token: ids[name] for token, name in self.private_names.items()}
+        self._ids: Mapping[str, int] = {token_of.get(token, token): id for token, id in ids.items()}
+        steps = list(_steps(data["decoder"]))
+        self.bytes_of: Sequence[bytes] = _token_bytes(self._ids, steps, self.added | self.special_ids.keys())
+        self.drops_first_space = any(
+            (step["type"] == "Strip" and step["start"] > 0)
+            or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+            for step in steps
+        )
+
+    def id_of(self, token: str) -> int | None:
+        return self._ids.get(token)
+
+    def encode(self, text: str) -> list[int]:
+        """text: valid Unicode, with private names for special tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """As `encode`, for text that goes on after other text: no space is put before it."""
+        return self._continued.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _continued(self) -> Tokenizer:
+        parts = {name: _without_prefix(self._data.get(name)) for name in ("normalizer", "pre_tokenizer")}
+        changed = any(self._data.get(name) != part for name, part in parts.items())
+        return _built(self._data | parts, TOKENIZER) if changed else self._tokenizer
+
+
+def read_vocab_size(directory: Path) -> int | None:
+    """Rows that the tokenizer of a model directory needs of an embedding, also of one that cannot chat; None: it has
+    no tokenizer. Raises UserError where it is broken."""
+    path = directory / TOKENIZER
+    return _size(_built(_parsed(read_source(path), str(path)), str(path)).get_vocab()) if path.exists() else None
+
+
+def read_source(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{error.filename}: no tokenizer to read here ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _parsed(source: str, where: str) -> dict[str, Any]:
+    try:
+        data = json.loads(source)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not a tokenizer ({error})") from error
+    if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
+        raise UserError(f"{where}: not a tokenizer (it has no model)")
+    return {"added_tokens": [], "decoder": None} | data
+
+
+def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{where}: not a tokenizer ({error})") from error
+
+
+def _size(ids: Mapping[str, int]) -> int:
+    return max(ids.values(), default=-1) + 1
+
+
+def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
+    """Raise UserError unless any text can be encoded, and decoded from the bytes of its tokens."""
+    kind = data["model"].get("type", "BPE")
+    if kind != "BPE":
+        raise UserError(f"{where}: model {kind} is not supported; byte-level BPE and BPE with byte fallback are")
+    steps = {step["type"] for step in _steps(data["decoder"])}
+    if "ByteLevel" in steps:
+        return
+    if not steps or not steps <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
+        names = ", ".join(sorted(steps)) or "none"
+        raise UserError(
+            f"{where}: the decoder ({names}) is neither byte-level nor SentencePiece's, so text would be lost"
+        )
+    if not data["model"].get("byte_fallback"):
+        raise UserError(f"{where}: BPE without byte_fallback loses text that it has no token for")
+
+
+def _specials(data: Mapping[str, Any], named: Collection[str], named_ids: Collection[int]) -> list[str]:
+    """Tokens that are special: by their own entry, or because something names them. Each gets an entry."""
+    entries, vocabulary = data["added_tokens"], data["model"]["vocab"]
+    known = {entry["content"] for entry in entries}
+    of_ids = {entry["content"] for entry in entries if entry["id"] in named_ids}
+    of_ids |= {token for token, id in vocabulary.items() if id in named_ids} if named_ids else set()
+    wanted = {*named, *of_ids}
+    for token in sorted(wanted - known):
+        if token in vocabulary:
+            flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+            entries.append({"id": vocabulary[token], "content": token, **flags})
+    return [entry["content"] for entry in entries if entry["special"] or entry["content"] in wanted]
+
+
+def _with_private_names(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The tokenizer in which each special token has another spelling, and nothing cuts, fills or adds to a text."""
+    model = dict(data["model"])
+    model["vocab"] = {names.get(token, token): id for token, id in model["vocab"].items()}
+    model["merges"] = [merge for merge in model.get("merges", ()) if _merged(merge) not in names]
+    model["unk_token"] = names.get(unknown := model.get("unk_token") or "", unknown or None)
+    added = [entry | {"content": names.get(entry["content"], entry["content"])} for entry in data["added_tokens"]]
+    unused = {"truncation": None, "padding": None, "post_processor": None}
+    return {**data, **unused, "added_tokens": added, "model": model}
+
+
+def _merged(merge: str | Sequence[str]) -> str:
+    """A merge is a pair, or in older files a text with a space between the two."""
+    return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer or pre-tokenizer that puts no space before a text."""
+    if part is None or part["type"] == "Prepend":
+        return None
+    for key in ("normalizers", "pretokenizers"):
+        if key in part:
+            return part | {key: [kept for each in part[key] if (kept := _without_prefix(each)) is not None]}
+    if part["type"] == "Metaspace":
+        return part | {"prepend_scheme": "never"}
+    return part | {"add_prefix_space": False} if part["type"] == "ByteLevel" else part
+
+
+def _steps(decoder: Mapping[str, Any] | None) -> Iterable[Mapping[str, Any]]:
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for each in decoder["decoders"]:
+            yield from _steps(each)
+    else:
+        yield decoder
+
+
+def _token_bytes(ids: Mapping[str, int], steps: Sequence[Mapping[str, Any]], added: Collection[str]) -> list[bytes]:
+    """What each id means, by id."""
+    table = [b""] * _size(ids)
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        byte_of = _byte_alphabet()
+        for token, id in ids.items():
+            plain = token in added or not byte_of.keys() >= set(token)
+            table[id] = token.encode() if plain else bytes(byte_of[character] for character in token)
+        return table
+    spaces = {step.get("replacement", "▁"): " " for step in steps if step["type"] == "Metaspace"}
+    spaces |= {step["pattern"]["String"]: step["content"] for step in steps if step["type"] == "Replace"}
+    for token, id in ids.items():
+        byte = _BYTE_TOKEN.fullmatch(token) if "ByteFallback" in kinds else None
+        text = token
+        for old, new in spaces.items():
+            text = text.replace(old, new)
+        table[id] = bytes([int(byte[1], 16)]) if byte else text.encode()
+    return table
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's: unprintable bytes are written as characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    byte_of = {chr(byte): byte for byte in printable}
+    return byte_of | {chr(0x100 + n): byte for n, byte in enumerate(b for b in range(256) if b not in printable)}
