@@ -10,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
@@ -21,9 +21,16 @@ from starlette.types import Receive, Scope, Send
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.domains.examples import GREETING
-from twinloop.models.tool_messages import has_tools
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import CHAT_RESPONSES, AnswerMessage, ChatCompletion, Choice, Usage
+from twinloop.serving.described import (
+    CHAT_RESPONSES,
+    AnsweredCall,
+    AnsweredFunction,
+    AnswerMessage,
+    ChatCompletion,
+    Choice,
+    Usage,
+)
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
 from twinloop.serving.engine.scheduler import Place
 from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
@@ -32,7 +39,9 @@ from twinloop.serving.health import refuse_other_model, routes_of
 from twinloop.serving.messages import ChatMessage, encode_messages
 from twinloop.serving.metrics import CHAT, Metrics
 from twinloop.serving.model_manager import ModelManager
-from twinloop.serving.response_format import ResponseFormat, constraint_of
+from twinloop.serving.response_format import constraint_of
+from twinloop.serving.tool_calls import ArgumentsPiece, CallStart, Piece, read_calls
+from twinloop.serving.tools import FormFields, ToolUse, tool_use
 from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
@@ -41,12 +50,9 @@ MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 100
 
 NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "tools": [], "n": 1,
+    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "n": 1,
 }  # fmt: skip
 """Parameters that are accepted only with the value that changes nothing (or null)."""
-
-OF_TOOLS: dict[str, tuple[Any, ...]] = {"tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
-"""Parameters of a request with tools, and the values that change nothing in one without."""
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Parameters that do not concern the answer."""
@@ -65,13 +71,12 @@ class StreamOptions(BaseModel):
 
 def _describe_others(schema: dict[str, Any]) -> None:
     """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
-    values = {name: [value] for name, value in NEUTRAL.items()} | {name: [*each] for name, each in OF_TOOLS.items()}
-    schema["properties"] |= {name: {"enum": [*allowed, None]} for name, allowed in values.items()}
+    schema["properties"] |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
     schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
     schema["additionalProperties"] = False
 
 
-class ChatRequest(BaseModel):
+class ChatRequest(FormFields):
     """The part of OpenAI's request that is served. Temperature 0 is greedy."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
@@ -86,7 +91,6 @@ class ChatRequest(BaseModel):
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
 
     @property
     def stop_texts(self) -> list[str]:
@@ -96,8 +100,9 @@ class ChatRequest(BaseModel):
 class Completion:
     """One accepted request, and the objects that OpenAI's clients expect of it."""
 
-    def __init__(self, text: TextStream, prompt_tokens: int, model: ModelInfo):
+    def __init__(self, text: TextStream, prompt_tokens: int, model: ModelInfo, use: ToolUse | None):
         self.text = text
+        self._use = use if use is not None and use.may_call else None
         self._prompt_tokens = prompt_tokens
         self._model = model
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
@@ -123,24 +128,50 @@ class Completion:
 
     def whole(self) -> ChatCompletion:
         """Wait for the answer and return the completion object."""
-        message = AnswerMessage(role="assistant", content="".join(self.text), refusal=None)
-        choice = Choice(index=0, message=message, logprobs=None, finish_reason=self.text.finish_reason)
+        content, calls = "", list[AnsweredCall]()
+        for piece in self._pieces():
+            if isinstance(piece, str):
+                content += piece
+            elif isinstance(piece, CallStart):
+                function = AnsweredFunction(name=piece.name, arguments="")
+                calls.append(AnsweredCall(id=piece.id, type="function", function=function))
+            else:
+                calls[piece.index].function.arguments += piece.text
+        called = {"tool_calls": calls} if calls else {}  # an answer of text has no such field
+        message = AnswerMessage(role="assistant", content=content or (None if calls else ""), refusal=None, **called)
+        choice = Choice(index=0, message=message, logprobs=None, finish_reason=self._finish_reason(bool(calls)))
         return ChatCompletion(**self._object("chat.completion", [choice]), usage=self.usage())
+
+    def _pieces(self) -> Iterator[Piece]:
+        return iter(self.text) if self._use is None else read_calls(self.text, self._use)
+
+    def _finish_reason(self, called: bool) -> Literal["stop", "length", "tool_calls"]:
+        reason = self.text.finish_reason
+        return "tool_calls" if called and reason == "stop" else reason
 
     def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
         """The same answer as chunk objects, each as soon as its text is there."""
         no_usage = {"usage": None} if include_usage else {}
 
-        def chunk(delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
             choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
             return self._object("chat.completion.chunk", [choice]) | no_usage
 
-        yield chunk({"role": "assistant", "content": ""})
-        for piece in self.text:
-            yield chunk({"content": piece})
-        yield chunk({}, self.text.finish_reason)
+        called = False
+        yield chunk({"role": "assistant", "content": "" if self._use is None else None})
+        for piece in self._pieces():
+            called = called or not isinstance(piece, str)
+            yield chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [_call_delta(piece)]})
+        yield chunk({}, self._finish_reason(called))
         if include_usage:
             yield self._object("chat.completion.chunk", []) | {"usage": self.usage().model_dump()}
+
+
+def _call_delta(piece: CallStart | ArgumentsPiece) -> dict[str, Any]:
+    if isinstance(piece, ArgumentsPiece):
+        return {"index": piece.index, "function": {"arguments": piece.text}}
+    function = {"name": piece.name, "arguments": ""}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
 class _EventStream(StreamingResponse):
@@ -188,7 +219,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
             return _EventStream(events(completion, include_usage, started), completion.text.cancel)
         answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
         observe(completion, started)
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return router
 
@@ -201,10 +232,12 @@ def _submit(service: DecisionService, body: ChatRequest, started: float) -> Comp
 
 
 def _submit_in(place: Place, service: DecisionService, body: ChatRequest, started: float) -> Completion:
-    constraint = constraint_of(body.response_format, service.grammars)
+    grammars = service.grammars
+    use = tool_use(body, service.tool_support, grammars)
+    constraint = constraint_of(body.response_format, grammars) if use is None else use.constraint
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
-        prompt = encode_messages(body.messages, tokenizer)
+        prompt = encode_messages(body.messages, tokenizer, () if use is None else use.prompt_tools)
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
     available = longest - len(prompt)
@@ -226,8 +259,9 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         constraint=constraint,
     )
     stream = place.submit(prompt, params)
-    text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
-    return Completion(text, len(prompt), service.model)
+    calls = use.form.trigger if use is not None and use.may_call else None
+    text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls)
+    return Completion(text, len(prompt), service.model, use)
 
 
 def closed_route(path: str, domain: Domain) -> APIRouter:
@@ -246,22 +280,16 @@ def _refuse_unserved(body: ChatRequest, service: DecisionService) -> None:
     if body.model is not None:
         refuse_other_model(body.model, service.model)
     extra = body.model_extra or {}
-    if extra.get("tools") and not has_tools(service.tokenizer):
-        problem = "tools: the chat template of this model has no tools; say in a message what it may answer with"
-        raise ApiError(400, problem, code="unsupported_parameter", param="tools")
     for name, problem in _unserved(extra):
         raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
 
 
 def _unserved(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameters that cannot be served, and why. Those of tools come last: the tools themselves are what is amiss."""
+    """Parameters that cannot be served, and why."""
     for name, value in extra.items():
-        if name in IGNORED or name in OF_TOOLS or value is None or (name in NEUTRAL and _same(value, NEUTRAL[name])):
+        if name in IGNORED or value is None or (name in NEUTRAL and _same(value, NEUTRAL[name])):
             continue
         yield name, f"only {json.dumps(NEUTRAL[name])} is served" if name in NEUTRAL else "is not a known parameter"
-    for name, neutral in OF_TOOLS.items():
-        if (value := extra.get(name)) is not None and not any(_same(value, each) for each in neutral):
-            yield name, f"only {' or '.join(map(json.dumps, neutral))} is served without tools"
 
 
 def _same(value: Any, other: Any) -> bool:

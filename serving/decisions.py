@@ -25,6 +25,7 @@ from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Place, QueueFullError, Scheduler
 from twinloop.serving.generation import GivenUpError, TextStream
 from twinloop.serving.knowledge.documents import DocumentStore, DocumentStoreError, SearchResult
+from twinloop.serving.tools import ToolSupport
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
@@ -272,6 +273,7 @@ class DecisionService:
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
+        self.tool_support = ToolSupport(tokenizer)
         self.documents = documents
         self.model = model
         self.domain = domain

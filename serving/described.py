@@ -82,17 +82,33 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class AnsweredFunction(BaseModel):
+    """What the model calls. `arguments` is a JSON object as text, cut where `finish_reason` is `length`."""
+
+    name: str
+    arguments: str
+
+
+class AnsweredCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: AnsweredFunction
+
+
 class AnswerMessage(BaseModel):
+    """`content` is null and `tool_calls` there where the model calls tools without a text before."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnsweredCall] | None = None
 
 
 class Choice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(BaseModel):

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Match
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.scheduler import QueueFullError
-from twinloop.serving.generation import GivenUpError
+from twinloop.serving.generation import CallError, GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,8 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
 
 def constraint_body(error: ConstraintError) -> dict[str, Any]:
     """The error object for an answer that cannot have the form that was asked for."""
-    return error_body(400, f"response_format: {error}", code="unsupported_parameter", param="response_format")
+    param = "tools" if isinstance(error, CallError) else "response_format"
+    return error_body(400, f"{param}: {error}", code="unsupported_parameter", param=param)
 
 
 def describe_validation(

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.slots import FinishReason
 from twinloop.serving.engine.stream import Stream
 
@@ -14,16 +15,29 @@ class GivenUpError(Exception):
     """The answer was cancelled before its end; what there is of it must not pass for the whole."""
 
 
+class CallError(ConstraintError):
+    """The calls of an answer cannot be held to their tools any further."""
+
+
 class TextStream:
     """The text of one answer, piece by piece; all pieces together are the same whether or not anybody streams them.
     A piece is what all tokens that are ready make: a reader slower than the engine gets fewer and longer ones.
 
-    `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back.
+    `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
+    `calls` on, where the answer comes to it, they are a part like any other.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
     is in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
     """
 
-    def __init__(self, stream: Stream, tokenizer: ChatTokenizer, *, started: float, stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        stream: Stream,
+        tokenizer: ChatTokenizer,
+        *,
+        started: float,
+        stop: Sequence[str] = (),
+        calls: str | None = None,
+    ):
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.ttft_s: float | None = None
@@ -31,6 +45,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._started = started
         self._stop = tuple(stop)
+        self._calls = (calls,) if calls and stop else ()
 
     @property
     def queue_s(self) -> float | None:
@@ -69,12 +84,17 @@ class TextStream:
 
     def _stop_at(self, text: str) -> int | None:
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        return min(places, default=None)
+        end = min(places, default=None)
+        if any(0 <= text.find(calls) <= (len(text) if end is None else end) for calls in self._calls):
+            self._stop = self._calls = ()
+            return None
+        return end
 
     def _possible_stop(self, text: str) -> int:
         """The length of the text's longest end with which a stop string begins."""
-        longest = max(map(len, self._stop), default=1) - 1
+        awaited = self._stop + self._calls
+        longest = max(map(len, awaited), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
+            if any(each.startswith(text[-length:]) for each in awaited):
                 return length
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -78,20 +78,25 @@ ChatMessage = Annotated[
 ]  # fmt: skip
 
 
-def encode_messages(messages: Sequence[ChatMessage], tokenizer: ChatTokenizer) -> list[int]:
-    """The prompt of a request. Raises ApiError for messages that the model's chat template has no place for, and
-    UserError where the template itself refuses them."""
+def encode_messages(
+    messages: Sequence[ChatMessage], tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
+    """The prompt of a request; tools: as `encode_tool_prompt` takes them.
+
+    Raises ApiError for messages that the model's chat template has no place for, and UserError where the template
+    itself refuses them.
+    """
     for index, message in enumerate(messages):
         if isinstance(message, AssistantMessage) and message.content is None and not message.tool_calls:
             path = f"messages.{index}.content"
             raise ApiError(400, f"{path}: is required without tool_calls", code="unsupported_message", param=path)
     tool_field = next((field for index, each in enumerate(messages) if (field := _tool_field(index, each))), None)
-    if tool_field is None:
+    if tool_field is None and not tools:
         return tokenizer.encode_prompt([{"role": _role(each), "content": _text(each)} for each in messages])
-    if not has_tools(tokenizer):
+    if tool_field is not None and not has_tools(tokenizer):
         problem = f"{tool_field}: the chat template of this model has no tools; send their results as a user's text"
         raise ApiError(400, problem, code="unsupported_message", param=tool_field)
-    return encode_tool_prompt(tokenizer, [_with_tools(each) for each in messages])
+    return encode_tool_prompt(tokenizer, [_with_tools(each) for each in messages], tools)
 
 
 def _tool_field(index: int, message: ChatMessage) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -45,8 +46,14 @@ class JsonSchemaFormat(_Form):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
+def schema_of(form: ResponseFormat | None) -> Mapping[str, Any] | None:
+    """The JSON Schema that the answer must follow; None for text."""
+    if isinstance(form, JsonSchemaFormat):
+        return form.json_schema.definition
+    return ANY_OBJECT if isinstance(form, JsonObjectFormat) else None
+
+
 def constraint_of(form: ResponseFormat | None, grammars: Grammars) -> Constraint | None:
     """What holds an answer to its form; None for text. Raises GrammarError for a schema that cannot be enforced."""
-    if isinstance(form, JsonSchemaFormat):
-        return grammars.json_schema(form.json_schema.definition)
-    return grammars.json_schema(ANY_OBJECT) if isinstance(form, JsonObjectFormat) else None
+    schema = schema_of(form)
+    return None if schema is None else grammars.json_schema(schema)

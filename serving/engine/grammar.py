@@ -1,13 +1,13 @@
-"""Constraints on an answer's text: which tokens may come next, so that it follows a JSON Schema to its end.
+"""Constraints on an answer's text: which tokens may come next, so that it follows a JSON Schema or grammar to its end.
 
 llguidance keeps the state and computes the sets, from the bytes of every token. Only the tokens of plain text are ever
-allowed, and the stop token where the text may end. A grammar of another kind (a regular expression, Lark) is another
-text for `Grammars._compile`.
+allowed, the special ones that a grammar names, and the stop token where the text may end.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
@@ -106,15 +106,41 @@ class Grammars:
         Raises GrammarError for a schema that cannot be enforced as a whole: no keyword of it is passed over. Keys that
         it does not name may come twice in an object; readers of JSON keep the last.
         """
-        own = {key: value for key, value in schema.items() if key != _OWN_OPTIONS}
+        own = _without_options(schema)
         try:
             text = LLMatcher.grammar_from_json_schema(json.dumps(own), overrides={"whitespace_pattern": _WHITESPACE})
         except (ValueError, RecursionError) as error:
             raise GrammarError(_one_line(str(error))) from None
         grammar = self._compile(text)
-        if any(_counts_keys(each) for each in _subschemas(own)):
-            raise GrammarError('Unimplemented keys: ["minProperties"] above the number of required properties')
+        _check_counts(own)
         return grammar
+
+    def lark(self, text: str) -> Grammar:
+        """What follows a grammar in llguidance's form of Lark. Raises GrammarError for one that it cannot compile."""
+        return self._compile(LLMatcher.grammar_from_lark(text))
+
+    def literal(self, text: str) -> str:
+        """A text in a Lark grammar, in which what spells a special token is that token."""
+        parts = self._special_pattern.split(text)
+        return " ".join(
+            f"<[{self._special_ids[part]}]>" if part in self._special_ids else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
+
+    def starts_special(self, text: str) -> bool:
+        """Whether a text begins with a special token."""
+        return self._special_pattern.match(text) is not None
+
+    @cached_property
+    def _special_ids(self) -> dict[str, int]:
+        tokenizer = self._chat_tokenizer
+        return {tokenizer.token_bytes[id].decode(): id for id in tokenizer.special_ids}
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        by_length = sorted(self._special_ids, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, by_length)) or "(?!)") + ")")
 
     def _compile_text(self, text: str) -> Grammar:
         return Grammar(self._tokenizer, text)
@@ -123,6 +149,17 @@ class Grammars:
     def _tokenizer(self) -> LLTokenizer:
         """Made with the first grammar: a second's work where the vocabulary is large."""
         return LLTokenizer(TokenizerWrapper(_Tokens(self._chat_tokenizer)), slices=LLTokenizer.json_slices())
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """What follows a schema, as `Grammars.json_schema` says, as a part of a Lark grammar. Raises GrammarError for one
+    that cannot be enforced, and `Grammars.lark` for others."""
+    _check_counts(schema)
+    return "%json " + json.dumps(_without_options(schema) | {_OWN_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+
+
+def _without_options(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key != _OWN_OPTIONS}
 
 
 class _Tokens:
@@ -147,6 +184,11 @@ class _Tokens:
 
 def _one_line(message: str) -> str:
     return " ".join(message.split())[:_MESSAGE_CHARACTERS]
+
+
+def _check_counts(schema: Mapping[str, Any]) -> None:
+    if any(_counts_keys(each) for each in _subschemas(schema)):
+        raise GrammarError('Unimplemented keys: ["minProperties"] above the number of required properties')
 
 
 def _counts_keys(schema: Mapping[str, Any]) -> bool:

@@ -84,7 +84,8 @@ def small_tokenizer() -> ChatTokenizer:
 
 
 class ScriptedStream:
-    def __init__(self, tokens: list[int], delay_s: float):
+    def __init__(self, tokens: list[int], delay_s: float, end: str = "stop"):
+        self.end = end
         self.timings = Timings()
         self.finish_reason: str | None = None
         self.cancelled = threading.Event()
@@ -105,7 +106,7 @@ class ScriptedStream:
                 self.finish_reason = "cancelled"
                 return
             yield token
-        self.finish_reason = "stop"
+        self.finish_reason = self.end
 
 
 class ScriptedScheduler:

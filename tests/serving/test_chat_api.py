@@ -118,7 +118,12 @@ def test_messages_may_come_in_parts_and_cannot_spell_special_tokens(scripted, sc
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"model": "gpt-4"}, 404, "not served here"),
         ({"n": 2}, 400, "n: only 1"),
-        ({"tools": [{"type": "function"}]}, 400, "tools: the chat template of this model has no tools"),
+        ({"tools": [{"type": "function"}]}, 400, "tools.0.function: is required"),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            400,
+            "tools: the chat template of this model has no tools",
+        ),
         ({"logprobs": True}, 400, "logprobs"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from consoles import Registered
 from served import ScriptedScheduler, make_app, running
+from test_structured import small_engine
+from tool_templates import FAMILIES, save_tokenizer
 
 from twinloop.domains.chat import Chat
 from twinloop.domains.returns.domain import Returns
+from twinloop.serving.engine.scheduler import Scheduler
 
 HOOKS = Path(__file__).with_name("openapi_hooks.py")
 
@@ -48,3 +51,13 @@ def test_the_description_is_true_of_a_server_with_an_administrators_token(tmp_pa
     with running(app) as client:
         assert_described(client, tmp_path, "--max-examples", "20", headers=["Authorization: Bearer s3cret"])
         assert_described(client, tmp_path, "--phases", "examples,coverage", "--max-examples", "5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen", "mistral"])
+def test_the_description_is_true_of_a_model_with_tools(tmp_path, family):
+    tokenizer = save_tokenizer(FAMILIES[family], tmp_path / "tokenizer")
+    scheduler = Scheduler(small_engine(tokenizer, slots=4))
+    with running(make_app(tmp_path, scheduler, tokenizer, domain=Chat())) as client:
+        assert_described(client, tmp_path, "--include-path", "/v1/chat/completions", "--max-examples", "40")
+    scheduler.close(drain=False, timeout_s=20)
