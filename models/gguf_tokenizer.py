@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from twinloop.common.errors import UserError
+from twinloop.common.errors import UserError, one_line
 
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 """`tokenizer.ggml.token_type`."""
@@ -37,6 +37,8 @@ _WHOLE_WORDS = ("llama-bpe",)
 """Those in which a word that is a token is one, whatever its merges say."""
 
 SPACE = "▁"
+ALPHABET = frozenset(pre_tokenizers.ByteLevel.alphabet())
+"""Characters of byte-level BPE, one a byte."""
 
 
 def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, dict[str, Any]]:
@@ -51,8 +53,13 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
         raise UserError(f"{where}: {len(tokens)} tokens, but {len(types)} types of tokens: the file is corrupt")
     used = [not (type == _UNUSED and _PADDING.fullmatch(token)) for token, type in zip(tokens, types, strict=True)]
     vocabulary = {token: id for id, token in enumerate(tokens) if used[id]}
+    added = {
+        token: AddedToken(token, special=type == _CONTROL, normalized=False)
+        for token, type in zip(tokens, types, strict=True)
+        if type in (_CONTROL, _USER_DEFINED)
+    }
     if kind == "gpt2":
-        tokenizer = _byte_level(metadata, vocabulary, where)
+        tokenizer = _byte_level(metadata, vocabulary, added.keys(), where)
     elif kind == "llama":
         tokenizer = _sentencepiece(metadata, tokens, vocabulary, where)
     else:
@@ -60,10 +67,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
             f"{where}: tokenizer.ggml.model {kind!r} is not read; gpt2 (BPE of bytes) and llama (BPE with byte "
             "fallback) are"
         )
-    for token, type in zip(tokens, types, strict=True):
-        if type in (_CONTROL, _USER_DEFINED):
-            special = type == _CONTROL
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+    tokenizer.add_tokens(list(added.values()))
     settings = _settings(metadata, tokens, where)
     bos = settings.get("bos_token", "")
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and _PLAIN.fullmatch(bos):
@@ -73,12 +77,21 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
     return tokenizer, settings
 
 
-def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], where: str) -> Tokenizer:
+def _byte_level(
+    metadata: Mapping[str, Any], vocabulary: dict[str, int], added: Collection[str], where: str
+) -> Tokenizer:
+    """added: tokens that are found in a text before it is split."""
     pre = metadata.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, "tokenizer.ggml.merges", where)]
-    tokenizer = Tokenizer(_bpe(where, vocab=vocabulary, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    if any(len(merge) != 2 for merge in merges):
+        raise UserError(f"{where}: tokenizer.ggml.merges are not all of two tokens: the file is corrupt")
+    spelled = {
+        token if token in added or ALPHABET.issuperset(token) else _spelled(token): id
+        for token, id in vocabulary.items()
+    }
+    tokenizer = Tokenizer(_bpe(where, vocab=spelled, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
     if pre in _NORMALISED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,6 +102,12 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: dict[str, int], where: 
     )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _spelled(token: str) -> str:
+    """In the characters that stand for bytes, where a file has it in its own."""
+    ((spelled, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(token)
+    return spelled
 
 
 def _sentencepiece(
@@ -149,7 +168,9 @@ def _bpe(where: str, **parts: Any) -> models.BPE:
     try:
         return models.BPE(**parts)
     except Exception as error:  # the library raises bare Exception: a merge of what is no token
-        raise UserError(f"{where}: its tokenizer does not fit together ({error}): the file is corrupt") from None
+        raise UserError(
+            f"{where}: its tokenizer does not fit together ({one_line(error)}): the file is corrupt"
+        ) from None
 
 
 def _settings(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> dict[str, Any]:
