@@ -111,7 +111,8 @@ def llama() -> dict[str, Any]:
     pieces.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     pieces.train_from_iterator(CORPUS[1:] * 2, trainers.BpeTrainer(vocab_size=200, show_progress=False))
     vocabulary = pieces.get_vocab()
-    learned = sorted((piece for piece in vocabulary if len(piece) > 1), key=lambda piece: vocabulary[piece])
+    longer = [piece for piece in vocabulary if len(piece) > 1 and piece != "<0x41>"]  # that one is a byte's
+    learned = sorted(longer, key=lambda piece: vocabulary[piece])
     characters = sorted(piece for piece in vocabulary if (len(piece) == 1 and piece.isascii()) or piece == "▁")
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = ["<unk>", "<s>", "</s>", *byte_tokens, *learned, *characters, "[PAD0]"]
