@@ -14,6 +14,7 @@ _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
 """A token that can stand in the pattern of a post-processor."""
 
@@ -67,7 +68,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
             f"{where}: tokenizer.ggml.model {kind!r} is not read; gpt2 (BPE of bytes) and llama (BPE with byte "
             "fallback) are"
         )
-    tokenizer.add_tokens(list(added.values()))
+    tokenizer.add_tokens([token for text, token in added.items() if tokenizer.token_to_id(text) is not None])
     settings = _settings(metadata, tokens, where)
     bos = settings.get("bos_token", "")
     if metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and _PLAIN.fullmatch(bos):
@@ -155,6 +156,8 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
     """Every pair of pieces that is a piece, the best score first (SentencePiece merges by the score of the whole)."""
     found = []
     for piece, id in vocabulary.items():
+        if _BYTE.fullmatch(piece):  # only ever stands for a byte, however a text spells it
+            continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         halves = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
         halves.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))

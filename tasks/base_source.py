@@ -127,7 +127,7 @@ class _Found:
             return cls(project / settings.path, settings.path)
         assert isinstance(settings, VersionBase)
         version, checkpoint = _registered(settings, recipe, project)
-        return cls(checkpoint.path, f"{version} (checkpoint {checkpoint.name}/{checkpoint.version})", checkpoint)
+        return cls(checkpoint.path, f"{version}, checkpoint {checkpoint.name}/{checkpoint.version}", checkpoint)
 
 
 def _package_folder(package: str) -> Path:
