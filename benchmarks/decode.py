@@ -69,7 +69,7 @@ def step_rows(workload: Workload, precision: Precision) -> list[Row]:
     with TemporaryDirectory() as folder:
         model, exported = Path(folder) / "model", Path(folder) / "exported"
         save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
-        export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
+        export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
         for slots in SLOTS:
             times = time_steps(exported, slots, workload.context)
             setting = f"{precision}, {slots} x {workload.context} tokens"

@@ -105,7 +105,7 @@ def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseRepor
         save_model(model, workload.config, get_weights(network), workload.tokenizer)
         seconds = time.perf_counter() - began
         exported = work / f"{stage.name}-{precision}"
-        export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
+        export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
         reports[stage.name], _ = answer(workload, exported)
         print_row(str(seed), stage.name, f"{seconds:.1f}", *cells, *results(reports[stage.name]), notes)
     return reports
@@ -175,7 +175,7 @@ def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     model, exported = work / workload.recipe.train[-1].name, work / precision
     threads, tokenizer = workload.runtime.threads, workload.tokenizer
     began = time.perf_counter()
-    export_model(model, exported, precision=precision, max_length=workload.recipe.base.max_length)
+    export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
     seconds = time.perf_counter() - began
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in workload.records("cases")][:COMPARED_PROMPTS]
     greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=tokenizer.stop_ids)

@@ -151,10 +151,8 @@ def run_stage(workload: Workload, tokens: int) -> Stage:
                 raw = DataVersion(md5="benchmark", path=workload.data)
                 recipe = workload.recipe
                 data = validate_data(context, recipe.validate_, needed=recipe.record_types, data=raw)
-                tokenizer = tokenize(
-                    context, workload.recipe.base.vocab_size, records=[stage.method.records], data=data
-                )
-                base = new_base(context, workload.recipe.base, seed=workload.runtime.seed, tokenizer=tokenizer)
+                tokenizer = tokenize(context, workload.base.vocab_size, records=[stage.method.records], data=data)
+                base = new_base(context, workload.base, seed=workload.runtime.seed, tokenizer=tokenizer)
                 with clock.watching(
                     run=(Context, "run"),
                     opening=(Tracker, "__enter__"),

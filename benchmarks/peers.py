@@ -30,7 +30,8 @@ from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.tasks.recipe import BaseSettings, TrainStage
+from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.recipe import TrainStage
 from twinloop.training.settings import PackedSettings, RolloutSettings
 from twinloop.training.weights import get_weights, new_decoder
 
@@ -113,7 +114,7 @@ def save_untrained(workload: Workload, size: str, out: Path) -> Path:
 def network(workload: Workload, size: str) -> DecoderConfig:
     if size == "small":
         return workload.config
-    medium = BaseSettings(depth=MEDIUM_DEPTH, hidden_size=MEDIUM_WIDTH, max_length=workload.recipe.base.max_length)
+    medium = NewBase(depth=MEDIUM_DEPTH, hidden_size=MEDIUM_WIDTH, max_length=workload.base.max_length)
     return medium.decoder_config(workload.tokenizer.vocab_size)
 
 

@@ -23,6 +23,7 @@ from twinloop.domains.returns.generator import generate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.recipe import Recipe, TrainStage, default_recipe, load_recipe
 from twinloop.training.objectives import Objective
 from twinloop.training.runtime import Runtime
@@ -48,7 +49,11 @@ class Workload:
 
     @property
     def config(self) -> DecoderConfig:
-        return self.recipe.base.decoder_config(self.tokenizer.vocab_size)
+        return self.base.decoder_config(self.tokenizer.vocab_size)
+
+    @property
+    def base(self) -> NewBase:
+        return new_base_of(self.recipe)
 
     def new_network(self) -> Decoder:
         """Untrained."""
@@ -90,9 +95,16 @@ def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workl
     torch.set_num_threads(recipe.threads)
     with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
         texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
-        tokenizer = train_tokenizer(texts, recipe.base.vocab_size)
+        tokenizer = train_tokenizer(texts, new_base_of(recipe).vocab_size)
     runtime = Runtime(seed=recipe.seed, threads=recipe.threads, device=device)
     return Workload(recipe, load_domain(recipe.domain, Path.cwd()).domain, runtime, tokenizer, data)
+
+
+def new_base_of(recipe: Recipe) -> NewBase:
+    """Raises UserError where the recipe starts from a model that is there already."""
+    if not isinstance(recipe.base, NewBase):
+        raise UserError(f"{recipe.name}: measured are recipes with a new network (`base: {{depth: 4}}`); name one")
+    return recipe.base
 
 
 def make_data(out: Path, scale: float) -> Path:

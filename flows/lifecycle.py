@@ -28,16 +28,19 @@ from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.report.rows import StageRow
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
+from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.base_source import Base, resolve_base
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
 from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
+from twinloop.tasks.imported_base import import_base
 from twinloop.tasks.measure import measure
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
-from twinloop.tasks.register import import_data_documents, promote_if_shipped, register
+from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
@@ -59,6 +62,7 @@ def lifecycle(recipe: str | None = None) -> Outcome:
             params.yaml names.
     """
     project, path, settings = _open(recipe)
+    base = resolve_base(settings, project)
     runtime = settings.runtime()
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     with ReportedDisplay(make_display()) as display, gpu_slot(project, runtime):
@@ -67,7 +71,7 @@ def lifecycle(recipe: str | None = None) -> Outcome:
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
         with tracked_lifecycle(context, settings) as tracked:
-            outcome = _release(tracked, settings, runtime, rules, display.console)
+            outcome = _release(tracked, settings, base, runtime, rules, display.console)
     show_outcome(outcome, display.console)
     if outcome.failure:
         raise NotShippedError(f"{settings.name}: {outcome.failure}")
@@ -111,7 +115,9 @@ def data_refresh(recipe: str | None = None) -> None:
         _prepare(Context.of(project, path, settings, display), settings)
 
 
-def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRules, console: Console) -> Outcome:
+def _release(
+    tracked: Tracked, settings: Recipe, base: Base, runtime: Runtime, rules: GateRules, console: Console
+) -> Outcome:
     """Every stage from the data to the champion's answer, and the story of it."""
     context, data, data_rows = _prepare(tracked.context, settings)
     assert context.dataset_digest is not None
@@ -119,15 +125,16 @@ def _release(tracked: Tracked, settings: Recipe, runtime: Runtime, rules: GateRu
     outlook = foresee_gate(context, settings.evaluate, rules, data=data)
     if asked := outlook.text():
         console.print(asked, highlight=False, markup=False, soft_wrap=True)
-    trained = _train(context, settings, runtime, data=data)
+    trained = _train(context, settings, base, runtime, data=data)
     exported = [
-        export(context, precision, settings.base.max_length, runtime, data=data, model=trained.checkpoints[-1])
+        export(context, precision, base.max_length, runtime, data=data, model=trained.checkpoints[-1])
         for precision in settings.export.on(runtime.device)
     ]
     export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
     candidate, *others = exported
     judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
-    published = _publish(context, judged, checkpoints=trained.checkpoints, others=others, exported=candidate, data=data)
+    made = Made(trained.checkpoints, others, candidate, base.tags(trained.start), base.parent)
+    published = _publish(context, judged, made, data=data)
     answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
     rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
     outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
@@ -153,19 +160,19 @@ def _prepare(context: Context, settings: Recipe) -> tuple[Context, Artifact, lis
 
 @dataclass(frozen=True)
 class _Trained:
-    """checkpoints: one a stage of training, in order."""
+    """start: the base. checkpoints: one a stage of training, in order."""
 
+    start: Artifact
     checkpoints: list[Artifact]
     rows: list[StageRow]
 
 
-def _train(context: Context, settings: Recipe, runtime: Runtime, *, data: Artifact) -> _Trained:
+def _train(context: Context, settings: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> _Trained:
     """The base, and every stage of the recipe on what the one before it made; each is measured."""
-    records = [stage.method.records for stage in settings.train]
-    tokenizer = tokenize(context, settings.base.vocab_size, records=records, data=data)
-    model = new_base(context, settings.base, seed=settings.seed, tokenizer=tokenizer)
+    start, rows = _start(context, settings, base, data=data)
+    model = start
     checked = check_records(context, settings, data=data, model=model)
-    rows = [StageRow.of(each) for each in (tokenizer, model, checked)]
+    rows.append(StageRow.of(checked))
     checkpoints: list[Artifact] = []
     audited: Artifact | None = None
     for stage in settings.train:
@@ -176,7 +183,18 @@ def _train(context: Context, settings: Recipe, runtime: Runtime, *, data: Artifa
         measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
         rows.append(StageRow.of(model, measured=measured))
         checkpoints.append(model)
-    return _Trained(checkpoints, rows)
+    return _Trained(start, checkpoints, rows)
+
+
+def _start(context: Context, settings: Recipe, base: Base, *, data: Artifact) -> tuple[Artifact, list[StageRow]]:
+    """What the first stage of training starts from. A new network has a tokenizer of its own."""
+    if not isinstance(settings.base, NewBase):
+        model = import_base(context, base)
+        return model, [StageRow.of(model, note=base.text(model.metrics["parameters"]))]
+    records = [stage.method.records for stage in settings.train]
+    tokenizer = tokenize(context, settings.base.vocab_size, records=records, data=data)
+    model = new_base(context, settings.base, seed=settings.seed, tokenizer=tokenizer)
+    return model, [StageRow.of(tokenizer), StageRow.of(model)]
 
 
 def _judge(
@@ -205,21 +223,13 @@ def _judge(
     return judged, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=decision)]
 
 
-def _publish(
-    context: Context,
-    judged: Artifact,
-    *,
-    checkpoints: list[Artifact],
-    others: list[Artifact],
-    exported: Artifact,
-    data: Artifact,
-) -> Publication:
+def _publish(context: Context, judged: Artifact, made: Made, *, data: Artifact) -> Publication:
     """Register everything; promote the exported model if the gate says SHIP."""
     report = read_gate_report(judged)
     registry = Registry(context.mlruns, context.recipe)
     before = registry.snapshot().alias(CHAMPION)
     started = time.perf_counter()
-    version = register(context, checkpoints=checkpoints, others=others, exported=exported, data=data)
+    version = register(context, made, data=data)
     registered = time.perf_counter()
     promotion, error = None, None
     try:

@@ -42,7 +42,9 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
 
 
 def _space(project: Path, recipe: Path) -> str:
+    from twinloop.tasks.base_source import resolve_base
     from twinloop.tasks.space import run_bytes
 
-    needed = run_bytes(load_recipe(recipe, project), project)
+    settings = load_recipe(recipe, project)
+    needed = run_bytes(settings, resolve_base(settings, project).config, project)
     return f"a run of {recipe.relative_to(project)} writes about {needed / 2**20:,.0f} MiB"

@@ -66,7 +66,7 @@ def load_tensors(directory: Path) -> dict[str, np.ndarray]:
     Raises UserError where a file is missing or corrupt.
     """
     tensors: dict[str, np.ndarray] = {}
-    for name in _weight_files(directory):
+    for name in weight_files(directory):
         try:
             tensors |= load_file(_existing(directory / name))
         except (SafetensorError, OSError) as error:
@@ -92,7 +92,8 @@ def check_tensors(
             )
 
 
-def _weight_files(directory: Path) -> list[str]:
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files of a model directory. Raises UserError where the index of shards is broken."""
     index = directory / WEIGHTS_INDEX
     if not index.exists():
         return [WEIGHTS]

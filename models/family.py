@@ -4,7 +4,7 @@ The module's name is the `model_type` of the config.json; adding a module adds t
 
     ARCHITECTURE   the class of `transformers`
     DEFAULTS       what `transformers` takes where config.json lacks a field
-    GGUF           its names in a GGUF file, see `models/gguf_names.py`
+    GGUF           its names in a GGUF file, see `models/gguf_form.py`
     read(fields, plain) -> dict
                    fields of DecoderConfig: what the family has beside the sizes and constants that all share, which
                    are in `plain`. It raises UserError for what the network cannot do

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder of the package `twinloop`."""
 # Their release decides what comes out of a stage. One import name may come from one of several distributions.
 LIBRARIES = {
+    "gguf": ("gguf",),
     "numpy": ("numpy",),
     "onnx": ("onnx",),
     "onnx_ir": ("onnx-ir",),
@@ -39,6 +40,8 @@ UNHASHED = frozenset(
         "twinloop.registry.artifact",
         "twinloop.registry.fingerprint",
         "twinloop.registry.tracking",
+        "twinloop.tasks.base_settings",
+        "twinloop.tasks.base_source",
         "twinloop.tasks.context",
         "twinloop.tasks.recipe",
         "twinloop.training.method",

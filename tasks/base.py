@@ -1,4 +1,4 @@
-"""The base: the model that the first stage of training starts from. Here a new network, from its seed."""
+"""The base of a recipe with a new network: made from its seed. See `imported_base` for one that is there already."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from prefect import task
 
 from twinloop.registry.artifact import Artifact
+from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.recipe import BaseSettings
 
 
-def base_stage(context: Context, settings: BaseSettings, *, seed: int, tokenizer: Artifact) -> Artifact:
+def base_stage(context: Context, settings: NewBase, *, seed: int, tokenizer: Artifact) -> Artifact:
     """A model directory: an untrained network, and the tokenizer."""
     config = settings.decoder_config(tokenizer.metrics["vocab_size"])
 

@@ -45,6 +45,8 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     Raises UserError for the first record that the chat template would train wrongly, or that is longer than the
     recipe allows.
     """
+    from twinloop.models.directory import load_config
+
     methods = list(dict.fromkeys(stage.method for stage in recipe.train))
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
         modules=("twinloop.tasks.check", "twinloop.training.forms"),
         found=[method.found for method in methods],
     )
-    check_lengths(recipe, checked.metrics["longest"])
+    check_lengths(recipe, checked.metrics["longest"], max_length=load_config(model.path).max_position_embeddings)
     return checked
 
 
@@ -125,9 +127,10 @@ def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:
     return Longest(tokens=tokens[index], file=file, line=line).model_dump()
 
 
-def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UserError for the longest record that does not fit. longest: as `measure_lengths` returns it."""
-    too_long = [each for each in _limits(recipe, longest) if each.record.tokens > each.tokens]
+def check_lengths(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]], *, max_length: int) -> None:
+    """Raises UserError for the longest record that does not fit. longest: as `measure_lengths` returns it. max_length:
+    tokens that the model takes."""
+    too_long = [each for each in _limits(recipe, longest, max_length) if each.record.tokens > each.tokens]
     if too_long:
         worst = max(too_long, key=lambda each: each.record.tokens)
         record = worst.record
@@ -146,8 +149,7 @@ class _Limit:
     settings: str
 
 
-def _limits(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]]) -> Iterator[_Limit]:
-    positions = recipe.base.max_length
+def _limits(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]], positions: int) -> Iterator[_Limit]:
     base = f"base.max_length is {positions}"
     for stage in recipe.train:
         measured, settings = longest.get(stage.method.found.name, {}), stage.settings

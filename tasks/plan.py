@@ -21,10 +21,14 @@ import psutil
 
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.directory import load_config
 from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base import base_stage
+from twinloop.tasks.base_settings import NewBase
+from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
+from twinloop.tasks.imported_base import import_stage
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
@@ -75,12 +79,16 @@ class Plan:
         return self.busy_cores > BUSY_CORES
 
 
-def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artifact) -> Plan:
+def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> Plan:
     """data: validated. Raises UserError where a stage cannot be built on it."""
     records = [stage.method.records for stage in recipe.train]
-    tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
-    base = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
-    config, max_length = recipe.base.decoder_config(tokenizer.metrics["vocab_size"]), recipe.base.max_length
+    if isinstance(recipe.base, NewBase):
+        tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
+        model = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
+    else:
+        model = import_stage(context, base)
+    config = load_config(model.path)
+    max_length = config.max_position_embeddings
     others = OtherProcesses()
     stages = []
     for stage in recipe.train:
@@ -94,7 +102,7 @@ def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artif
             device=runtime.device,
             reference=stage.settings.has_reference(),
         )
-        cost = _Prober(context.domain, stage, runtime, data.path, base.path).measure()
+        cost = _Prober(context.domain, stage, runtime, data.path, model.path).measure()
         flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
         step = f"{1000 * cost.step_s:,.0f} ms a step"

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, InstanceOf, ValidationError, model_validator
+from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationError, model_validator
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
-from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.config import Precision
 from twinloop.records import DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
+from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here
 from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
@@ -28,48 +29,6 @@ from twinloop.training.settings import Count, Positive, Share, StrictModel, Trai
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
 MOST_REPORTED = 5
 """Mistakes reported at once."""
-
-
-class BaseSettings(StrictModel):
-    """A new network: `depth` derives every size, and a size beside it overrides what was derived; and its tokenizer."""
-
-    depth: Annotated[int, Field(ge=1, le=128)]
-    hidden_size: Count | None = None
-    intermediate_size: Count | None = None
-    num_attention_heads: Count | None = None
-    num_key_value_heads: Count | None = None
-    max_length: Annotated[int, Field(ge=32)] = 512
-    qk_norm: bool = False
-    vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
-    """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
-
-    def decoder_config(self, vocab_size: int) -> DecoderConfig:
-        """The shape of the network: width 32 a layer up to 1024, then 64; two query heads share a key-value head."""
-        width = self.hidden_size or self.depth * (32 if self.depth <= 16 else 64)
-        head_dim = 32 if width < 512 else 64 if width < 2048 else 128
-        heads = self.num_attention_heads or max(1, width // head_dim)
-        if self.num_attention_heads:
-            head_dim = width // heads
-        kv_heads = self.num_key_value_heads or (heads // 2 if heads % 2 == 0 else heads)
-        return DecoderConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=self.intermediate_size or width * 3,
-            num_hidden_layers=self.depth,
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            max_position_embeddings=self.max_length,
-            qk_norm=self.qk_norm,
-        )
-
-    @model_validator(mode="after")
-    def _network_exists(self) -> Self:
-        try:
-            self.decoder_config(512)
-        except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return self
 
 
 class ValidateSettings(StrictModel):
@@ -134,7 +93,7 @@ class Recipe(StrictModel):
     """What a crash may cost. Changes no result."""
     data: Annotated[str, Field(pattern=r"^(\.|[\w-]+(/[\w-]+)*)$")] = "."
     """The folder whose data.dvc versions the data, relative to the project: `.` where the project has one data set."""
-    base: BaseSettings
+    base: SerializeAsAny[InstanceOf[BaseSettings]]
     validate_: Annotated[ValidateSettings, Field(alias="validate")] = ValidateSettings()
     train: tuple[InstanceOf[TrainStage], ...]
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -145,19 +104,24 @@ class Recipe(StrictModel):
     def _fits_together(self) -> Self:
         if self.name.endswith(CHECKPOINTS):
             raise ValueError(f"name: {self.name}: {CHECKPOINTS} is for the registered model of a recipe's checkpoints")
-        if self.evaluate.max_new_tokens >= self.base.max_length:
-            raise ValueError(
-                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
-                f"base.max_length ({self.base.max_length})"
-            )
-        for stage in self.train:
-            try:
-                stage.settings.check_context(self.base.max_length)
-            except ValueError as error:
-                raise ValueError(f"{stage.place}.{error}") from None
+        if self.base.max_length is not None:
+            self.check_context(self.base.max_length)
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
         return self
+
+    def check_context(self, max_length: int) -> None:
+        """Raises ValueError where the settings do not fit a model of so many tokens."""
+        if self.evaluate.max_new_tokens >= max_length:
+            raise ValueError(
+                f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
+                f"base.max_length ({max_length})"
+            )
+        for stage in self.train:
+            try:
+                stage.settings.check_context(max_length)
+            except ValueError as error:
+                raise ValueError(f"{stage.place}.{error}") from None
 
     @property
     def dataset(self) -> str:
@@ -250,23 +214,35 @@ def load_recipe(path: Path, project: Path | None = None) -> Recipe:
     fields = read_yaml(path, SUCH_AS)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: a recipe is a mapping, such as `name: my-model` and `train: [{{method: sft, ...}}]`")
-    for key in ("base", "model"):
-        if isinstance(value := fields.get(key), dict) and value.keys() & {"path", "version"}:
-            raise UserError(
-                f"{path}: {key}: to start from a model that is there (`path`, `version`) is not supported yet; "
-                "`base: {depth: 4}` makes a new network"
-            )
     problems: list[str] = []
+    if (base := _read_base(fields.get("base"), problems)) is not None:
+        fields["base"] = base
     stages = _read_stages(fields.get("train"), project or Path.cwd(), problems)
     if stages is not None:
         fields["train"] = tuple(stages)
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        problems = [each for each in _explain_all(error, fields, Recipe) if not each.startswith("train: ")] + problems
+        explained = _explain_all(error, fields, Recipe)
+        problems = [each for each in explained if not each.startswith(("train: ", "base: "))] + problems
     if problems:
         raise UserError(f"{path}: {'; '.join(problems[:MOST_REPORTED])}")
     return recipe
+
+
+def _read_base(fields: Any, problems: list[str]) -> BaseSettings | None:
+    """The key `base`; what is wrong with it is added to `problems`, and None returned."""
+    if not isinstance(fields, dict):
+        problems.append(f"base: {'missing' if fields is None else 'not a mapping'}; {FORMS}")
+        return None
+    try:
+        kind = kind_of_base(fields)
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems += _explain_all(error, fields, kind, "base")
+    except ValueError as error:
+        problems.append(str(error))
+    return None
 
 
 def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prefect import task
 
@@ -21,19 +22,29 @@ from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
 
 
-def register_stage(
-    context: Context, *, checkpoints: Sequence[Artifact], others: Sequence[Artifact], exported: Artifact, data: Artifact
-) -> Version:
-    """The version of `exported`, which is the candidate now. checkpoints: in the order in which they came to be;
-    others: exported models of the last one in precisions that are not served. They become versions of a registered
-    model of their own. data: what was validated."""
-    registry = Registry(context.mlruns, context.recipe)
-    about = _about(context, exported, data)
+@dataclass(frozen=True)
+class Made:
+    """What a lifecycle made. checkpoints: in the order in which they came to be. others: exported models of the last
+    one in precisions that are not served. base: tags that name what it started from; parent: where that is registered.
+    """
+
+    checkpoints: Sequence[Artifact]
+    others: Sequence[Artifact]
+    exported: Artifact
+    base: Mapping[str, str] = field(default_factory=dict)
     parent: VersionName | None = None
-    for checkpoint in checkpoints:
-        made = _register(context, registry.checkpoints, checkpoint, parent, about=about, alias=checkpoint.stage)
-        parent = VersionName(made.name, made.version)
-    for other in others:
+
+
+def register_stage(context: Context, made: Made, *, data: Artifact) -> Version:
+    """The version of the exported model, which is the candidate now. Checkpoints and other precisions become versions
+    of a registered model of their own, the first made from the base where that is registered. data: what was validated.
+    """
+    registry = Registry(context.mlruns, context.recipe)
+    about, exported, parent = _about(context, made, data), made.exported, made.parent
+    for checkpoint in made.checkpoints:
+        version = _register(context, registry.checkpoints, checkpoint, parent, about=about, alias=checkpoint.stage)
+        parent = VersionName(version.name, version.version)
+    for other in made.others:
         precision = other.metrics["precision"]
         alias = f"export-{precision}"
         _register(context, registry.checkpoints, other, parent, about=about | {"precision": precision}, alias=alias)
@@ -80,12 +91,11 @@ def _register(
     return version
 
 
-def _about(context: Context, exported: Artifact, data: Artifact) -> dict[str, str]:
+def _about(context: Context, made: Made, data: Artifact) -> dict[str, str]:
     """What people want to read of all versions of this execution, short."""
-    parameters = exported.metrics.get("parameters")
     return {
         "about": context.domain.description or context.domain.name,
-        "base": f"a new network of {parameters:,} parameters" if parameters else "",
+        **made.base,
         "rows": f"{data.metrics['rows']:,.0f} rows",
     }
 

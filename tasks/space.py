@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import serving_memory
 from twinloop.records import DATA_DIR
 from twinloop.tasks.recipe import Recipe
@@ -16,16 +17,17 @@ BESIDES = 64 * 2**20
 """The databases of MLflow and Prefect, figures, reports and traces of one run."""
 
 
-def run_bytes(recipe: Recipe, project: Path) -> int:
+def run_bytes(recipe: Recipe, network: DecoderConfig, project: Path) -> int:
     """About the most that a run adds to the project's folder once its data is there: validated data, a model a stage,
-    checkpoints of the running one, each exported model as an artifact and in the registry, and the records of it."""
-    network = recipe.base.decoder_config(recipe.base.vocab_size)
+    checkpoints of the running one, each exported model as an artifact and in the registry, and the records of it.
+
+    network: of the base."""
     parameters = network.num_parameters
     models = 4 * parameters * (len(recipe.train) + 1)
     checkpoints = 4 * parameters * CHECKPOINT_VALUES * CHECKPOINTS
     exported = 0
     for precision in recipe.export.on(recipe.runtime().device):
-        memory = serving_memory(network, precision=precision, slots=1, max_length=recipe.base.max_length)
+        memory = serving_memory(network, precision=precision, slots=1, max_length=network.max_position_embeddings)
         exported += 2 * (memory.weights_bytes + memory.scales_bytes)
     data = sum(path.stat().st_size for path in (project / recipe.data / DATA_DIR).rglob("*") if path.is_file())
     return models + checkpoints + exported + data + BESIDES

@@ -13,7 +13,7 @@ from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Registry
 from twinloop.tasks.context import Context, Report, Work
-from twinloop.tasks.register import register_stage
+from twinloop.tasks.register import Made, register_stage
 
 
 class Silent:
@@ -56,7 +56,7 @@ def test_the_commit_is_the_making_runs_and_the_run_names_what_it_made(context: C
     later = replace(context, code=CodeVersion("b" * 40, dirty=True))
     skipped = later.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     assert skipped.reused
-    version = register_stage(later, checkpoints=[], others=[], exported=skipped, data=validated)
+    version = register_stage(later, Made([], [], skipped), data=validated)
     assert version.tags["commit"] == "a" * 40
     assert version.run_id
     assert version.domain == "returns"
@@ -71,7 +71,7 @@ def test_without_mlflows_memory_a_version_has_no_run_and_the_commit_of_its_regis
     exported = context.run("export", work, settings={}, inputs={}, modules=("twinloop.records.validated",))
     lost = replace(exported, manifest=exported.manifest.model_copy(update={"metrics": {"mlflow_run_id": "0" * 32}}))
     later = replace(context, code=CodeVersion("b" * 40))
-    version = register_stage(later, checkpoints=[], others=[], exported=lost, data=validated)
+    version = register_stage(later, Made([], [], lost), data=validated)
     assert version.tags["commit"] == "b" * 40
     assert version.run_id is None
 
@@ -94,9 +94,12 @@ def test_checkpoints_and_precisions_that_are_not_served_are_versions_of_a_model_
 
     version = register_stage(
         context,
-        checkpoints=[made("sft", "s"), made("dpo", "d")],
-        others=[made("export", "o", precision="int8")],
-        exported=made("export", "e", precision="fp32"),
+        Made(
+            checkpoints=[made("sft", "s"), made("dpo", "d")],
+            others=[made("export", "o", precision="int8")],
+            exported=made("export", "e", precision="fp32"),
+            base={"base": "small.gguf", "base_license": "mit"},
+        ),
         data=validated,
     )
     assert str(version) == "returns version 1"
@@ -109,3 +112,4 @@ def test_checkpoints_and_precisions_that_are_not_served_are_versions_of_a_model_
         "returns-checkpoints version 2", "returns-checkpoints version 1",
     ]  # fmt: skip
     assert version.tags["rows"] == "1,200 rows"
+    assert (version.tags["base"], version.tags["base_license"]) == ("small.gguf", "mit")

@@ -70,6 +70,11 @@ def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, i
     return RECIPE.model_copy(update=update)
 
 
+def check(limited: Recipe, longest: dict[str, Any]) -> None:
+    assert limited.base.max_length
+    check_lengths(limited, longest, max_length=limited.base.max_length)
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "limited", "setting"),
     [
@@ -92,9 +97,9 @@ def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, i
 def test_a_record_fits_to_the_last_token_or_stops_the_run(longest, method: str, kind: str, limited, setting) -> None:
     found = longest[key(method)][kind]
     needed = found["tokens"]
-    check_lengths(limited(needed), longest)
+    check(limited(needed), longest)
     with pytest.raises(UserError) as raised:
-        check_lengths(limited(needed - 1), longest)
+        check(limited(needed - 1), longest)
     message = str(raised.value)
     settings = setting.format(n=needed - 1, rest=4096 - needed + 1, base="base.max_length is 4096")
     assert message == (
@@ -113,7 +118,7 @@ def test_one_side_of_a_pair_must_fit_the_network_however_long_a_row_is(longest) 
     side = longest[key("dpo")]["path"]["tokens"]
     assert side < longest[key("dpo")]["packed"]["tokens"]
     with pytest.raises(UserError, match=r"base\.max_length is \d+, and train\[2\]\.seq_len of dpo is 4096"):
-        check_lengths(recipe(max_length=side - 1), longest | {key("grpo"): {}})
+        check(recipe(max_length=side - 1), longest | {key("grpo"): {}})
 
 
 def test_of_all_records_that_do_not_fit_the_longest_is_named(longest) -> None:
@@ -121,7 +126,7 @@ def test_of_all_records_that_do_not_fit_the_longest_is_named(longest) -> None:
     lengths = {name: longest[key(name)]["packed" if name in ("sft", "dpo") else "path"] for name in ("sft", "dpo")}
     assert lengths["sft"]["tokens"] < lengths["dpo"]["tokens"]
     with pytest.raises(UserError) as raised:
-        check_lengths(recipe(sft={"seq_len": 32}, dpo={"seq_len": 32}), longest)
+        check(recipe(sft={"seq_len": 32}, dpo={"seq_len": 32}), longest)
     dpo = lengths["dpo"]
     assert str(raised.value).startswith(f"data/{dpo['file']} line {dpo['line']}: a record of {dpo['tokens']} tokens")
 

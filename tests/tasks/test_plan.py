@@ -15,6 +15,7 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.dataset import DataVersion
 from twinloop.records.validated import read_records
 from twinloop.registry.artifact import Artifact
+from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.context import Context
 from twinloop.tasks.plan import SAMPLE, OtherProcesses, Plan, make_plan
 from twinloop.tasks.prepare import validate_stage
@@ -59,7 +60,7 @@ def data(context: Context) -> Artifact:
 def plan(context: Context, data: Artifact) -> Plan:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("twinloop.tasks.plan.PROBE_S", 0.0)  # steps and tokens are tested, not their seconds
-        return make_plan(context, RECIPE, RECIPE.runtime(), data=data)
+        return make_plan(context, RECIPE, resolve_base(RECIPE, context.project), RECIPE.runtime(), data=data)
 
 
 def real_steps(recipe: Recipe, context: Context, data: Artifact, name: str) -> int:

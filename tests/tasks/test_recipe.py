@@ -210,16 +210,3 @@ load_recipe(Path({str(PROJECT / "recipes" / "returns.yaml")!r}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("key", ["base", "model"])
-@pytest.mark.parametrize("start", [{"path": "some/model"}, {"version": "champion"}])
-def test_a_base_that_is_there_already_is_said_to_be_unsupported(
-    key: str, start: dict[str, str], tmp_path: Path
-) -> None:
-    content = parse_yaml(TINY) | {key: start}
-    with pytest.raises(
-        UserError, match=rf"{key}: to start from a model that is there .* is not supported yet"
-    ) as raised:
-        load_recipe(write(tmp_path, content))
-    assert "did you mean" not in str(raised.value)

@@ -1,0 +1,101 @@
+"""The network of a GGUF file: its sizes and weights, by what its family calls them there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.family import find_family, find_gguf_family, read_config
+from twinloop.models.gguf_file import GGUFFile
+from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
+
+_REQUIRED = (
+    "block_count",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+    "context_length",
+)
+LLAMA3_SCALING: dict[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LLAMA3_FACTORS = (8.0, 32.0)
+"""Of Llama 3.1 and 3.3, and of Llama 3.2."""
+
+
+def read_network(file: GGUFFile) -> DecoderConfig:
+    """The network's shape. Raises UserError for another architecture, or where a size is missing."""
+    try:
+        family = find_gguf_family(architecture := file.metadata.get("general.architecture"))
+    except UserError as error:
+        raise UserError(f"{file.path}: {error}") from None
+    prefix = f"{architecture}."
+    metadata = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    if missing := next((key for key in _REQUIRED if metadata.get(key) is None), None):
+        raise UserError(f"{file.path}: no {prefix}{missing} in its metadata; it is no language model of this kind")
+    if "token_embd.weight" not in file.tensors:
+        raise UserError(f"{file.path}: token_embd.weight is missing; it is no whole language model")
+    fields = (
+        family.GGUF.fields(metadata)
+        | _special_ids(file)
+        | {
+            "model_type": family.__name__.rpartition(".")[2],
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        }
+    )
+    try:
+        return (
+            read_config(fields) if ROPE_FREQS not in file.tensors else _with_llama3_scaling(file, family.GGUF, fields)
+        )
+    except UserError as error:  # it names the fields as config.json does
+        raise UserError(
+            f"{file.path}: its metadata, {str(error).replace('config.json: ', 'as config.json: ', 1)}"
+        ) from None
+
+
+def _with_llama3_scaling(file: GGUFFile, form: GGUFForm, fields: dict[str, Any]) -> DecoderConfig:
+    """Of Llama 3's rotary scaling only the factors are in a file: which scaling gives them?"""
+    factors_F = file.load(ROPE_FREQS)
+    for factor in LLAMA3_FACTORS:
+        config = read_config(fields | {"rope_scaling": {**LLAMA3_SCALING, "factor": factor}})
+        expected_F = form.rope_freqs(config)
+        if (
+            expected_F is not None
+            and expected_F.shape == factors_F.shape
+            and np.allclose(factors_F, expected_F, rtol=1e-4)
+        ):
+            return config
+    raise UserError(f"{ROPE_FREQS} is not the rotary scaling of Llama 3.1, 3.2 or 3.3; only that is read")
+
+
+def _special_ids(file: GGUFFile) -> dict[str, int]:
+    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+    found = {name: file.metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    return {name: id for name, id in found.items() if id is not None}
+
+
+def network_shapes(file: GGUFFile, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors by Hugging Face's names; one that the network does not have goes by its own."""
+    names = {tensor.name: name for name, tensor in _form(config).tensors(config).items()}
+    return {names.get(name, name): tensor.shape for name, tensor in file.tensors.items() if name != ROPE_FREQS}
+
+
+def load_network(file: GGUFFile, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """All weights as float32, by Hugging Face's names."""
+    return {
+        name: np.ascontiguousarray(tensor.from_gguf(file.load(tensor.name)))
+        for name, tensor in _form(config).tensors(config).items()
+    }
+
+
+def _form(config: DecoderConfig) -> GGUFForm:
+    form: GGUFForm = find_family(config.model_type).GGUF
+    return form

@@ -1,0 +1,238 @@
+"""A model that somebody else made, as a base to train on: a Hugging Face directory or a GGUF file.
+
+`open_source` reads headers only, and refuses what could not be trained, exported and served: seconds, not gigabytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import (
+    CONFIG,
+    GENERATION_CONFIG,
+    WEIGHTS,
+    check_tensors,
+    load_config,
+    load_tensors,
+    weight_files,
+)
+from twinloop.models.gguf_file import MAGIC, GGUFFile
+from twinloop.models.gguf_model import load_network, network_shapes, read_network
+from twinloop.models.gguf_tokenizer import read_tokenizer
+from twinloop.models.shapes import weight_shapes
+from twinloop.models.tokenizer import ChatTokenizer
+
+STORED_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
+"""Of tensors in safetensors that are kept as they are, and what people call them."""
+ADAPTER = "adapter_config.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+"""What transformers wrote beside the weights before 2023, and computes today."""
+LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
+
+
+class Source(Protocol):
+    """config: the network, its special tokens those of the tokenizer. form: of the weights, such as bf16 or Q4_1.
+    license: as the source states it."""
+
+    path: Path
+    config: DecoderConfig
+    form: str
+    license: str | None
+
+    def load_weights(self) -> dict[str, np.ndarray]:
+        """By Hugging Face's names, without a second copy of a tied matrix."""
+
+    def load_tokenizer(self) -> ChatTokenizer: ...
+
+    def digest(self) -> str:
+        """sha256 over the names and bytes of the files that the model is read from."""
+
+
+def open_source(path: Path) -> Source:
+    """The model in a directory or a GGUF file, its header checked. Raises UserError for one that cannot be a base."""
+    if path.is_dir():
+        return HuggingFaceSource(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such directory or file; a base is a Hugging Face directory or a GGUF file")
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start != MAGIC and path.suffix == ".safetensors":
+        raise UserError(f"{path}: weights alone are no model; name the directory that holds them with {CONFIG}")
+    return GGUFSource(path)
+
+
+class HuggingFaceSource:
+    """config.json, safetensors (one file, or shards and their index) and the tokenizer's files."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        _refuse_directory(path)
+        config = load_config(path)
+        files = [path / name for name in weight_files(path)]
+        shapes: dict[str, tuple[int, ...]] = {}
+        types: set[str] = set()
+        for file in files:
+            for name, entry in read_safetensors_header(file).items():
+                if not BUFFERS.fullmatch(name):
+                    shapes[name] = tuple(entry["shape"])
+                    types.add(entry["dtype"])
+        if unknown := types - STORED_TYPES.keys():
+            raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
+        _refuse_too_many_layers(config, len(shapes), path)
+        check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
+        self._files = [CONFIG, *TOKENIZER_FILES, GENERATION_CONFIG, *(file.name for file in files)]
+        self.config = _with_tokens(config, self.load_tokenizer(), path)
+        self.form = " and ".join(STORED_TYPES[each] for each in sorted(types))
+        self.license = _stated_license(path)
+
+    def load_weights(self) -> dict[str, np.ndarray]:
+        wanted = weight_shapes(self.config)
+        return {name: tensor for name, tensor in load_tensors(self.path).items() if name in wanted}
+
+    def load_tokenizer(self) -> ChatTokenizer:
+        try:
+            return ChatTokenizer.load(self.path)
+        except UserError as error:
+            raise _in_directory(self.path, error) from None
+
+    def digest(self) -> str:
+        return _digest([path for name in self._files if (path := self.path / name).exists()])
+
+
+class GGUFSource:
+    """One GGUF file, tokenizer and chat template included. Its weights are float32 once they are read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = GGUFFile(path)
+        config = read_network(self._file)
+        _refuse_too_many_layers(config, len(self._file.tensors), path)
+        shapes = network_shapes(self._file, config)
+        check_tensors(weight_shapes(config), shapes, tied=False, where=str(path))
+        self.config = _with_tokens(config, self.load_tokenizer(), path)
+        matrices = [tensor for tensor in self._file.tensors.values() if len(tensor.shape) == 2]
+        sizes: dict[str, int] = {}
+        for tensor in matrices:
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.size
+        self.form = max(sizes, key=lambda each: sizes[each])
+        stated = self._file.metadata.get("general.license")
+        self.license = stated if isinstance(stated, str) else None
+
+    def load_weights(self) -> dict[str, np.ndarray]:
+        return load_network(self._file, self.config)
+
+    def load_tokenizer(self) -> ChatTokenizer:
+        tokenizer, settings = read_tokenizer(self._file.metadata, str(self.path))
+        try:
+            return ChatTokenizer(tokenizer, settings)
+        except UserError as error:
+            raise UserError(f"{self.path}: its tokenizer, {error}") from None
+
+    def digest(self) -> str:
+        return _digest([self.path])
+
+
+def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """dtype and shape of each tensor. Raises UserError for a file that is cut off or not one."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        tensors = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
+    except OSError as error:
+        raise UserError(f"{path}: no weights to read here ({error.strerror})") from None
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a safetensors file, or cut off ({error}); fetch it again") from None
+    if 8 + length + end > size:
+        raise UserError(f"{path}: cut off: {8 + length + end - size:,} bytes are missing; fetch it again")
+    return tensors
+
+
+def _refuse_directory(path: Path) -> None:
+    """Raise UserError for a directory that has other than a whole model's weights, and say what it has."""
+    if (path / ADAPTER).exists() and not (path / CONFIG).exists():
+        base = _adapters_base(path / ADAPTER)
+        raise UserError(
+            f"{path}: an adapter, not a model; name its base{base} here, and the adapter in `lora:` of a stage"
+        )
+    if not list(path.glob("*.safetensors")):
+        if pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
+            raise UserError(
+                f"{path}: {pickled[0]} is pickled, which can run any code when it is read; convert it to {WEIGHTS}"
+            )
+        if files := sorted(path.glob("*.gguf")):
+            raise UserError(f"{path}: a directory of GGUF files; name one, such as {files[0].name}")
+    if (path / CONFIG).exists() and "quantization_config" in _json_object(path / CONFIG):
+        raise UserError(f"{path}: a quantised checkpoint (quantization_config); take the original, or a GGUF file")
+
+
+def _adapters_base(path: Path) -> str:
+    named = _json_object(path).get("base_model_name_or_path")
+    return f" ({named})" if isinstance(named, str) else ""
+
+
+def _json_object(path: Path) -> Mapping[str, Any]:
+    """Empty where it is none: whoever needs it reports that."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _refuse_too_many_layers(config: DecoderConfig, tensors: int, path: Path) -> None:
+    """Before the tensors are looked at one by one: a number that is corrupt may be billions."""
+    if config.num_hidden_layers > tensors:
+        raise UserError(f"{path}: {config.num_hidden_layers} layers, but only {tensors} tensors; fetch it again")
+
+
+def _with_tokens(config: DecoderConfig, tokenizer: ChatTokenizer, path: Path) -> DecoderConfig:
+    """The special tokens of a checkpoint are those that its chats are written with."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the embedding has "
+            f"{config.vocab_size} rows: they are not of the same model"
+        )
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.stop_id, "pad_token_id": tokenizer.pad_id}
+    return config.model_copy(update=ids)
+
+
+def _in_directory(path: Path, error: UserError) -> UserError:
+    text = str(error)
+    return UserError(text if text.startswith(str(path)) else f"{path}: {text}")
+
+
+def _stated_license(path: Path) -> str | None:
+    """Of the front matter of its README.md."""
+    try:
+        text = (path / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    front = text.split("\n---", 1)[0] if text.startswith("---") else ""
+    found = LICENSE.search(front)
+    return found[1] if found else None
+
+
+def _digest(files: list[Path]) -> str:
+    content = hashlib.sha256()
+    for path in sorted(files):
+        with path.open("rb") as file:
+            content.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()

@@ -1,0 +1,111 @@
+"""The key `base` of a recipe: a new network, or a model that is there already."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from twinloop.models.config import DecoderConfig
+from twinloop.training.settings import Count, StrictModel
+
+Length = Annotated[int, Field(ge=32)]
+
+
+class BaseSettings(StrictModel):
+    """max_length: tokens of prompt and answer together, in training, evaluation and serving. None: the source says."""
+
+    max_length: Length | None
+
+
+class NewBase(BaseSettings):
+    """A new network: `depth` derives every size, and a size beside it overrides what was derived; and its tokenizer."""
+
+    depth: Annotated[int, Field(ge=1, le=128)]
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    max_length: Length = 512
+    qk_norm: bool = False
+    vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
+    """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
+
+    def decoder_config(self, vocab_size: int) -> DecoderConfig:
+        """The shape of the network: width 32 a layer up to 1024, then 64; two query heads share a key-value head."""
+        width = self.hidden_size or self.depth * (32 if self.depth <= 16 else 64)
+        head_dim = 32 if width < 512 else 64 if width < 2048 else 128
+        heads = self.num_attention_heads or max(1, width // head_dim)
+        if self.num_attention_heads:
+            head_dim = width // heads
+        kv_heads = self.num_key_value_heads or (heads // 2 if heads % 2 == 0 else heads)
+        return DecoderConfig(
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=self.intermediate_size or width * 3,
+            num_hidden_layers=self.depth,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=self.max_length,
+            qk_norm=self.qk_norm,
+        )
+
+    @model_validator(mode="after")
+    def _network_exists(self) -> Self:
+        try:
+            self.decoder_config(512)
+        except ValidationError as error:
+            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        return self
+
+
+class PathBase(BaseSettings):
+    """A Hugging Face directory or a GGUF file, relative to the project."""
+
+    path: Annotated[str, Field(min_length=1)]
+    max_length: Length | None = None
+
+
+class PackageBase(PathBase):
+    """The same, within an installed Python package."""
+
+    package: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
+def _version(value: Any) -> Any:
+    if (type(value) is int and value >= 1) or (isinstance(value, str) and value):
+        return value
+    raise ValueError("a version is a number from 1 on, or an alias such as champion")
+
+
+class VersionBase(BaseSettings):
+    """The checkpoint that a registered version was exported from: a number, or an alias such as champion."""
+
+    version: Annotated[int | str, BeforeValidator(_version)]
+    model: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")] | None = None
+    """The registered model; None: the recipe's own."""
+    max_length: Length | None = None
+
+
+KINDS: dict[str, type[BaseSettings]] = {
+    "depth": NewBase,
+    "package": PackageBase,
+    "path": PathBase,
+    "version": VersionBase,
+}
+"""By the key that only they must have; `package` comes with a `path`."""
+FORMS = "{depth: 4} makes a new network; {path: ...} or {package: ..., path: ...} and {version: champion} take one"
+
+
+def kind_of_base(fields: Mapping[str, Any]) -> type[BaseSettings]:
+    """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so."""
+    for key, kind in KINDS.items():
+        if key in fields:
+            return kind
+    for key in fields:
+        if near := difflib.get_close_matches(str(key), list(KINDS), n=1):
+            raise ValueError(f"base.{key}: unknown key; did you mean {near[0]}?")
+    raise ValueError(f"base: does not say which model; {FORMS}")

