@@ -9,11 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import FAMILIES, TOKENIZER, config_of, permute, random_weights, write_gguf
+from gguf_files import FAMILIES, TOKENIZER, config_of, random_weights, write_gguf
 
 from twinloop.models.directory import load_config, load_tensors, save_model
 from twinloop.models.gguf_file import GGUFFile
-from twinloop.models.gguf_model import LLAMA3_SCALING, _scaling, unpermute
+from twinloop.models.gguf_model import LLAMA3_SCALING, read_network
 from twinloop.models.source import open_source
 from twinloop.training.weights import load_decoder
 
@@ -123,13 +123,6 @@ def test_more_rows_than_are_dequantised_at_once(tmp_path: Path) -> None:
     np.testing.assert_array_equal(open_source(path).load_weights()[name], expected)
 
 
-def test_permuting_back_gives_each_row_its_place() -> None:
-    rows = np.arange(48.0).reshape(48, 1)
-    permuted = permute(rows, 3)
-    assert not np.array_equal(permuted, rows)
-    np.testing.assert_array_equal(unpermute(permuted, 3), rows)
-
-
 def test_the_model_directory_keeps_the_sources_shape_tokenizer_and_template(tmp_path: Path) -> None:
     config = config_of("qwen3", rms_norm_eps=1e-6, rope_theta=1_000_000.0)
     source = open_source(write_gguf(tmp_path / "small.gguf", "qwen3", config, random_weights(config), type="F16"))
@@ -155,4 +148,6 @@ def test_rotary_scaling_of_llama_3_is_known_by_its_factors(tmp_path: Path, facto
     path = write_gguf(
         tmp_path / "l3.gguf", "llama", config, random_weights(config), tensors={"rope_freqs.weight": (factors, "F32")}
     )
-    assert _scaling(GGUFFile(path), "llama") == {"rope_scaling": {**LLAMA3_SCALING, "factor": factor}}
+    scaling = read_network(GGUFFile(path)).rope_scaling
+    assert scaling is not None
+    assert (scaling.kind, scaling.factor) == ("llama3", factor)

@@ -16,6 +16,7 @@ from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.loader import load_domain
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.models.family import write_config
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion
@@ -204,7 +205,7 @@ def test_the_length_is_the_recipes_or_the_models_up_to_a_limit(project: Path) ->
     assert found.max_length == found.config.max_position_embeddings == DEFAULT_MAX_LENGTH
     assert resolve_base(recipe(project, {"path": "models/small", "max_length": 2048}), project).max_length == 2048
     config = CONFIG.model_copy(update={"max_position_embeddings": 300})
-    (project / "models/small/config.json").write_text(json.dumps(config.to_huggingface()))
+    (project / "models/small/config.json").write_text(json.dumps(write_config(config)))
     with pytest.raises(UserError, match=r"train\[0\]\.seq_len \(512\) is longer than base\.max_length \(300\)"):
         resolve_base(recipe(project, {"path": "models/small"}), project)
 
