@@ -123,6 +123,7 @@ class GGUFForm:
     def fields(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of config.json that metadata tell, by keys as `metadata` gives them. Llama 3's rotary scaling is
         not among them: see `rope_freqs`."""
+        metadata = {key: _decimal(value) for key, value in metadata.items()}
         fields = {name: metadata[key] for key, name in _SIZES.items() if key in metadata}
         kind = metadata.get("rope.scaling.type", "none")
         if kind != "none":
@@ -163,3 +164,8 @@ class GGUFForm:
     def _check(self, config: DecoderConfig) -> None:
         if reason := self.refusal(config):
             raise UserError(f"gguf: {reason}; export the model as a Hugging Face directory")
+
+
+def _decimal(value: Any) -> Any:
+    """A file holds float32: 1e-5 was written as what is 9.99999975e-06 in 64 bits."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

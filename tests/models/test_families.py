@@ -21,6 +21,7 @@ from twinloop.models.family import read_config, write_config
 from twinloop.models.rope import RopeScaling
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.training.tree import collate, document, scored_logprobs
 from twinloop.training.weights import get_weights, load_decoder
 
 FAMILIES = modules_in(twinloop.models.families)
@@ -72,6 +73,21 @@ def test_a_family_computes_what_transformers_computes(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_variant_computes_what_transformers_computes(family, seed, tmp_path):
     compare(random_config(family, seed), seed, tmp_path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_documents_gradients_are_those_of_transformers(family, tmp_path):
+    theirs = build(random_config(family, seed=1), seed=1)
+    theirs.save_pretrained(tmp_path)
+    ours = load_decoder(tmp_path)
+    tokens = torch.randint(3, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(1))
+    theirs(tokens, labels=tokens).loss.backward()
+    other = document(tokens[0, :7].tolist())  # beside it in the row
+    batch = collate([(other, document(tokens[0].tolist()))], 64)
+    (-scored_logprobs(ours, batch)[-(LENGTH - 1) :].mean()).backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 @pytest.fixture
