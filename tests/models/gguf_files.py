@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -61,11 +62,13 @@ def permute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 def vocabulary(tokenizer: ChatTokenizer) -> dict[str, Any]:
     """Its metadata, and what it ends chats with."""
-    stored = tokenizer._tokenizer
-    names = {id: token for token, id in stored.get_vocab().items()}
+    with TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        model = json.loads((Path(folder) / "tokenizer.json").read_text())["model"]
+    names = {id: token for token, id in model["vocab"].items()}
     tokens = [names[id] for id in range(len(names))]
 
-    merges = [" ".join(pair) for pair in json.loads(stored.to_str())["model"]["merges"]]
+    merges = [" ".join(pair) for pair in model["merges"]]
     return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
