@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from itertools import zip_longest
+from pathlib import Path
 
 from twinloop.common.errors import UserError, one_line
 from twinloop.registry.gates import read_gate
@@ -73,24 +74,24 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
     return "\n\n".join(parts)
 
 
-def model_card(registry: Registry, version: Version, load: str) -> str:
-    """The README.md of a version that is handed over, as model hubs read it, without the names of people.
+def model_card(registry: Registry, version: Version, code: str) -> str:
+    """The README.md of a version that is handed over, as model hubs read it, without names of people and folders.
 
-    load: how, in Python.
+    code: how it is loaded, in Python.
     """
     about = version.tags.get("about", "")
     parts = [
         "---\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
         f"# {version}",
         f"Domain `{version.tags.get('domain', '')}`" + (f": {about}" if about else ""),
-        *_facts(registry, version),
-        f"```python\n{load}\n```",
+        *_facts(registry, version, recipe=f"`{Path(version.tags.get('recipe', '')).name}`"),
+        f"```python\n{code}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _facts(registry: Registry, version: Version, **more: str) -> list[str]:
-    """What it was made from, and what its gate found. more: rows of the table."""
+    """What it was made from, and what its gate found. more: rows of the table, instead of those of the same name."""
     tags = version.tags
     chain = registry.lineage(version)[1:]
     made_from = " ← ".join(f"`{each.name}/{each.version}` ({each.stage})" for each in chain)

@@ -110,8 +110,8 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
     limits = {"vocab_size": tokenizer.vocab_size, "stop_id": tokenizer.stop_id, "max_tokens": COMPARED_TOKENS}
 
-    def card(load: str) -> str:
-        return model_card(registry, version, load)
+    def card(code: str) -> str:
+        return model_card(registry, version, code)
 
     return Source(
         version=version,

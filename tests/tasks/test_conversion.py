@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
 from twinloop.models import gguf_writer
+from twinloop.models.directory import load_config, save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
@@ -29,25 +30,44 @@ OWN, KNOWN = "1", "candidate"
 """Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
 
 
-def register(project: Path, registry: Registry, tokenizer: ChatTokenizer, *, domain: str) -> None:
-    """A checkpoint and its exported model, as two stages of a run make them."""
+def register(project: Path, registry: Registry, make: Callable[[Path], object]) -> None:
+    """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder."""
 
     def train(out: Path, work: Path) -> dict[str, Any]:
-        make_model(out, tokenizer)
+        make(out)
         return {}
 
     store = ArtifactStore(project / "artifacts")
-    checkpoint = store.run("sft", settings={"tokens": tokenizer.vocab_size}, inputs={}, code="c", build=train)
+    number = f"{registry.name} {len(registry.snapshot().versions)}"
+    checkpoint = store.run("sft", settings={"number": number}, inputs={}, code="c", build=train)
 
     def export(out: Path, work: Path) -> dict[str, Any]:
         export_model(checkpoint.path, out, precision="fp32", max_length=200)
         return {}
 
     exported = store.run("export", settings={}, inputs={"model": checkpoint}, code="c", build=export)
-    lineage = Lineage("recipes/small.yaml", domain, None, CodeVersion("c0ffee"))
+    lineage = Lineage("/home/ada/recipes/small.yaml", "chat", None, CodeVersion("c0ffee"))
     made = registry.checkpoints.register(checkpoint.path, lineage)
 
     registry.register(exported.path, replace(lineage, parent=VersionName(made.name, made.version)), servable=True)
+
+
+def make_adapted(out: Path) -> None:
+    """A base in `base/`, an adapter on it in `adapter/`, and the two merged beside them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    make_model(out / "base", known_tokenizer())
+    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    adapted.save_pretrained(out / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    weights = {name: tensor.numpy() for name, tensor in merged.items()}
+    save_model(out, load_config(out / "base"), weights, known_tokenizer())
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +76,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         registry = Registry(Mlruns(folder / "mlruns"), "small")
-        register(folder, registry, train_tokenizer(TEXTS, 300), domain="chat")
-        register(folder, registry, known_tokenizer(), domain="chat")
+        register(folder, registry, lambda out: make_model(out, train_tokenizer(TEXTS, 300)))
+        register(folder, registry, lambda out: make_model(out, known_tokenizer()))
         yield SimpleNamespace(folder=folder, registry=registry)
 
 
@@ -88,6 +108,7 @@ def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp
     assert card.startswith("---\npipeline_tag: text-generation\n")
     assert f"# small version {done.version.version}" in card
     assert "`small-checkpoints/" in card
+    assert "| recipe | `small.yaml` |" in card  # no folder of the machine
     greedy = int(done.notes[0].split()[0])
     assert done.notes[0].startswith(f"{greedy} of {greedy} greedy tokens are the network's (in transformers)")
     assert greedy > 0
@@ -129,6 +150,23 @@ def test_genai_answers_with_its_own_tokenizer_or_it_is_said_why_not(project: Sim
     generator = onnxruntime_genai.Generator(model, params)
     generator.append_tokens(np.array(ChatTokenizer.load(tmp_path / "own").encode_prompt([]), np.int32))
     generator.generate_next_token()
+
+
+def test_an_adapter_is_given_with_its_base(project: SimpleNamespace, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    registry = Registry(project.registry.mlruns, "adapted")
+    register(project.folder, registry, make_adapted)
+    done = convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "peft", tmp_path / "out")
+    assert {"adapter_config.json", "adapter_model.safetensors", "base/model.safetensors"} <= set(done.files)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    network = load_decoder(registry.checkpoints.version(1).path)
+    tokens = torch.tensor([known_tokenizer().encode_prompt(CONVERSATION)])
+    with torch.no_grad():
+        expected = network.logits(network.hidden(tokens, torch.arange(tokens.shape[1])[None]))
+        torch.testing.assert_close(theirs(tokens).logits, expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
