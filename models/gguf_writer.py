@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import check_tensors, load_config, load_tensors
-from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, Vocabulary
+from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, GGUFVocabulary, Reading
 from twinloop.models.shapes import weight_shapes
 
 GGUFType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -35,7 +35,7 @@ _BLOCK = 32
 """Neighbours in a row that share a scale in Q8_0 and Q4_0."""
 
 
-def write_gguf(model_dir: Path, path: Path, vocabulary: Vocabulary, *, type: GGUFType, name: str) -> None:
+def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type: GGUFType, name: str) -> None:
     """Write a model directory as one GGUF file. name: of the model, for people.
 
     Raises UserError for a network that llama.cpp has not, weights that float16 cannot hold, or missing tensors.
@@ -136,12 +136,16 @@ def _add_network(writer: gguf.GGUFWriter, config: DecoderConfig, type: GGUFType,
     writer.add_vocab_size(config.vocab_size)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(vocabulary.pre or UNKNOWN_PRE)
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:
+    reading = vocabulary.reading or Reading("gpt2", UNKNOWN_PRE)
+    writer.add_tokenizer_model(reading.model)
+    writer.add_tokenizer_pre(reading.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
-    writer.add_token_merges(vocabulary.merges)
+    if reading.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores([reading.scores.get(token, 0.0) for token in vocabulary.tokens])
     writer.add_bos_token_id(vocabulary.bos_id)
     writer.add_eos_token_id(vocabulary.stop_id)
     writer.add_eot_token_id(vocabulary.stop_id)
@@ -151,5 +155,5 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     # The chat template writes them itself, and a BOS that is added twice changes answers.
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(False)
+    writer.add_add_space_prefix(reading.space_prefix)
     writer.add_chat_template(vocabulary.chat_template)

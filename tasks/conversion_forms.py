@@ -88,7 +88,7 @@ def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
 
     config = source.network.config
     vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
-    if vocabulary.pre is None:
+    if vocabulary.reading is None:
         raise UserError(
             f"{source.version}: llama.cpp cannot split text as its tokenizer does, and would read other tokens; a GGUF "
             "file is written of a base with a tokenizer that llama.cpp knows, and --to huggingface or genai of this one"
@@ -100,7 +100,7 @@ def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
     set_weights(read, read_weights(path, config), where=str(path))
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     note = _agrees(source, network_logits(read), f"read back from {type}", at_least=alike)
-    splitting = f"text is split as llama.cpp's {vocabulary.pre} does"
+    splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"
     return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
-from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, pre_tokenizer_name, read_vocabulary
+from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, Reading, find_reading, read_vocabulary
 from twinloop.models.gguf_writer import read_weights, write_gguf
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.training.weights import set_weights
@@ -130,24 +130,26 @@ def test_the_metadata_are_all_that_llama_cpp_asks_for(tmp_path: Path) -> None:
 def test_a_splitting_that_llama_cpp_knows_has_its_name(tmp_path: Path, name: str) -> None:
     known_tokenizer(name).save(tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert pre_tokenizer_name(content) == name
-    assert pre_tokenizer_name(content | {"normalizer": {"type": "NFC"}}) == name
-    assert pre_tokenizer_name(content | {"normalizer": {"type": "Lowercase"}}) is None
-    assert pre_tokenizer_name(content | {"pre_tokenizer": None}) is None
+    assert find_reading(content) == Reading("gpt2", name)
+    assert find_reading(content | {"normalizer": {"type": "NFC"}}) == Reading("gpt2", name)
+    assert find_reading(content | {"normalizer": {"type": "Lowercase"}}) is None
+    assert find_reading(content | {"pre_tokenizer": None}) is None
     other = content["model"] | {"ignore_merges": not content["model"]["ignore_merges"]}
-    assert pre_tokenizer_name(content | {"model": other}) is None
+    assert find_reading(content | {"model": other}) is None
+    stripping = [each | {"rstrip": True} for each in content["added_tokens"]]
+    assert find_reading(content | {"added_tokens": stripping}) is None
     first, *rest = content["pre_tokenizer"]["pretokenizers"]
     prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     for changed in ([first, first, *rest], [prefixed], [first, *rest, {"type": "Punctuation", "behavior": "Isolated"}]):
         sequence = {"type": "Sequence", "pretokenizers": changed}
-        assert pre_tokenizer_name(content | {"pre_tokenizer": sequence}) is None
+        assert find_reading(content | {"pre_tokenizer": sequence}) is None
 
 
 def test_our_own_splitting_has_no_name_and_the_file_one_that_llama_cpp_refuses(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(TEXTS, 300)
     network = make_model(tmp_path / "model", tokenizer)
     vocabulary = read_vocabulary(tmp_path / "model", network.config.vocab_size)
-    assert vocabulary.pre is None
+    assert vocabulary.reading is None
     write_gguf(tmp_path / "model", tmp_path / "model.gguf", vocabulary, type="f32", name="small")
     assert fields(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == UNKNOWN_PRE
 

@@ -127,7 +127,7 @@ def test_a_gguf_file_is_written_of_a_tokenizer_that_llama_cpp_knows(project: Sim
 
     done = convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(done.files) == ["small-2-f32.gguf"]
-    assert done.notes[1] == "text is split as llama.cpp's smollm does"
+    assert done.notes[1] == "text becomes tokens as by llama.cpp's gpt2, smollm"
     network = load_decoder(project.registry.checkpoints.version(2).path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small-2-f32.gguf", dtype=torch.float32)
     weights = dict(theirs.state_dict())
