@@ -23,6 +23,7 @@ from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.snapshot import VersionName
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Lineage, Registry
+from twinloop.tasks import conversion_forms
 from twinloop.tasks.conversion import convert_version
 from twinloop.training.weights import load_decoder
 
@@ -207,6 +208,24 @@ def test_a_form_that_answers_differently_is_not_handed_over(
     with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_written(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion_forms, "find_spec", lambda name: None)
+    done = convert(project, KNOWN, "huggingface", tmp_path / "out")
+    assert "are the network's (read back here; transformers is not installed)" in done.notes[0]
+    with pytest.raises(UserError, match=r"is compared in onnxruntime-genai before .* install onnxruntime-genai"):
+        convert(project, KNOWN, "genai", tmp_path / "genai")
+
+
+def test_a_version_whose_checkpoint_is_gone_is_refused(project: SimpleNamespace, tmp_path: Path) -> None:
+    registry = Registry(project.registry.mlruns, "orphan")
+    register(project.folder, registry, lambda out: make_model(out, known_tokenizer()))
+    registry.mlruns.client.delete_model_version("orphan-checkpoints", "1")
+    with pytest.raises(UserError, match=r"orphan version 1: the checkpoint that it was made from is not in MLflow"):
+        convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "huggingface", tmp_path / "out")
 
 
 def test_a_checkpoint_is_given_by_its_own_name_and_a_changed_one_is_not(
