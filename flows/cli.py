@@ -175,6 +175,23 @@ def report(
 
 
 @app.command()
+def export(
+    version: Annotated[str, typer.Argument(help="a number, or an alias such as champion")],
+    directory: Annotated[Path, typer.Argument(help="a new or empty folder", metavar="DIR")],
+    to: Annotated[str, typer.Option(help="huggingface, gguf, genai or peft")],
+    type: Annotated[
+        str | None, typer.Option(help="of the weights: f32, f16 or bf16; of a GGUF file also q8_0 or q4_0")
+    ] = None,
+    model: ModelName = None,
+) -> int:
+    """Write a version for other tools, once it is seen to choose the same tokens there."""
+    from twinloop.flows.status import export_version
+
+    project = _project()
+    return export_version(project, _model(project, model), version, to, directory, type=type)
+
+
+@app.command()
 def plan(recipe: RecipePath = None) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it."""
     from twinloop.flows.status import show_plan

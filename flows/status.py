@@ -58,6 +58,19 @@ def write_version_report(project: Path, model: str, number: int | None) -> int:
     return 0
 
 
+def export_version(project: Path, model: str, version: str, form: str, out: Path, *, type: str | None) -> int:
+    from twinloop.tasks.conversion import convert_version
+
+    done = convert_version(project, Registry.of(project, model), version, form, out, type=type)
+    print(f"{done.version} in {out}:")
+    for name, size in done.files.items():
+        print(f"  {name:<28} {size:>14,} bytes")
+    for note in done.notes:
+        print(f"  {note}")
+    print(f"load it: {done.load}")
+    return 0
+
+
 def promote_version(project: Path, model: str, version: int) -> int:
     from twinloop.registry.ledger import who
     from twinloop.registry.promotion import promote

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from itertools import zip_longest
+from pathlib import Path
 
 from twinloop.common.errors import UserError, one_line
 from twinloop.registry.gates import read_gate
@@ -61,6 +62,36 @@ def describe_model(registry: Registry, version: Version | None) -> str:
 
 def describe_version(registry: Registry, contents: Contents, version: Version) -> str:
     """All that a person asks about one version."""
+    history = _history(registry, contents, version) if version.servable else ""
+    parts = [_headline(version), *_facts(registry, version, champion=history)]
+    if version.servable:
+        load = (
+            f'model = mlflow.pyfunc.load_model("models:/{registry.name}/{version.version}")\nmodel.predict([request])'
+        )
+        parts += [_code(load), f"`twinloop serve --model {registry.name}` serves the champion."]
+    elif version.stage != "export":
+        parts.append(_code(f'mlflow.transformers.load_model("models:/{registry.name}/{version.version}")'))
+    return "\n\n".join(parts)
+
+
+def model_card(registry: Registry, version: Version, code: str) -> str:
+    """The README.md of a version that is handed over, as model hubs read it, without names of people and folders.
+
+    code: how it is loaded, in Python.
+    """
+    about = version.tags.get("about", "")
+    parts = [
+        "---\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
+        f"# {version}",
+        f"Domain `{version.tags.get('domain', '')}`" + (f": {about}" if about else ""),
+        *_facts(registry, version, recipe=f"`{Path(version.tags.get('recipe', '')).name}`"),
+        f"```python\n{code}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(registry: Registry, version: Version, **more: str) -> list[str]:
+    """What it was made from, and what its gate found. more: rows of the table, instead of those of the same name."""
     tags = version.tags
     chain = registry.lineage(version)[1:]
     made_from = " ← ".join(f"`{each.name}/{each.version}` ({each.stage})" for each in chain)
@@ -70,20 +101,10 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
         "recipe": f"`{tags['recipe']}`" if tags.get("recipe") else "",
         "code": f"`{tags['commit']}`" if tags.get("commit") else "",
         "content": _digest("sha256", version.digest),
+        **more,
     }
-    if version.servable:
-        rows["champion"] = _history(registry, contents, version)
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]
-    parts = [_headline(version), "\n".join(table)]
-    if version.servable:
-        parts += _gate(registry, version)
-        load = (
-            f'model = mlflow.pyfunc.load_model("models:/{registry.name}/{version.version}")\nmodel.predict([request])'
-        )
-        parts += [_code(load), f"`twinloop serve --model {registry.name}` serves the champion."]
-    elif version.stage != "export":
-        parts.append(_code(f'mlflow.transformers.load_model("models:/{registry.name}/{version.version}")'))
-    return "\n\n".join(parts)
+    return ["\n".join(table), *(_gate(registry, version) if version.servable else [])]
 
 
 def _headline(version: Version) -> str:

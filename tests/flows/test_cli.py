@@ -28,6 +28,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["promote", "seven"], "'version': Input should be a valid integer"),
         (["promote", "7"], "no version 7"),
         (["rollback"], "nothing to roll back to"),
+        (["export", "7", "--to", "onnx", "out"], "'onnx' is not one of huggingface, gguf, genai, peft"),
         (["documents", "put", "seven", "within 7 days", "--model", "small"], "document 'seven': the id must be P-"),
         (["documents", "put", "P-7", "whenever you like", "--model", "small"], "within N days"),
         (

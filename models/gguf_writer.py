@@ -1,0 +1,159 @@
+"""A GGUF file of a model directory, as llama.cpp reads it, and its weights read back.
+
+llama.cpp has names of its own for the tensors. For the architecture `llama` it turns neighbouring pairs of a head's
+rows by their position (Su et al., 2021) where Hugging Face turns the halves, so the rows of queries and keys are
+written in another order. Vectors stay float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, GGUFVocabulary, Reading
+from twinloop.models.shapes import weight_shapes
+
+GGUFType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
+"""Of the matrices."""
+
+_TYPES: dict[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+}
+_BLOCK = 32
+"""Neighbours in a row that share a scale in Q8_0 and Q4_0."""
+
+
+def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type: GGUFType, name: str) -> None:
+    """Write a model directory as one GGUF file. name: of the model, for people.
+
+    Raises UserError for a network that llama.cpp has not, weights that float16 cannot hold, or missing tensors.
+    """
+    config = load_config(model_dir)
+    layout = gguf_tensors(config)
+    tensors = load_tensors(model_dir)
+    shapes = {each: array.shape for each, array in tensors.items()}
+    check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(model_dir))
+    writer = gguf.GGUFWriter(path, config.model_type)
+    _add_network(writer, config, type, name)
+    _add_vocabulary(writer, vocabulary)
+    for each, tensor in layout.items():
+        array = tensor.to_gguf(np.asarray(tensors[each], np.float32))
+        stored = _stored_type(each, array, type)
+        if stored == GGMLQuantizationType.F16 and np.abs(array).max() > np.finfo(np.float16).max:
+            raise UserError(f"{model_dir}: {each} has values that float16 cannot hold; use --type bf16 or f32")
+        writer.add_tensor(tensor.name, gguf.quants.quantize(array, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def read_weights(path: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """The weights of a file that `write_gguf` wrote: float32, by Hugging Face's names and in its order of rows."""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    weights = {}
+    for name, tensor in gguf_tensors(config).items():
+        found = stored[tensor.name]
+        weights[name] = tensor.from_gguf(gguf.quants.dequantize(found.data, found.tensor_type))
+    return weights
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One tensor of a file. heads: of how many heads the rows are reordered, None where they are not."""
+
+    name: str
+    heads: int | None = None
+
+    def to_gguf(self, values: np.ndarray) -> np.ndarray:
+        return values if self.heads is None else self._swapped(values, (self.heads, 2, -1))
+
+    def from_gguf(self, values: np.ndarray) -> np.ndarray:
+        return values if self.heads is None else self._swapped(values, (self.heads, -1, 2))
+
+    def _swapped(self, values: np.ndarray, rows: tuple[int, ...]) -> np.ndarray:
+        return values.reshape(*rows, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+
+
+def gguf_tensors(config: DecoderConfig) -> dict[str, GGUFTensor]:
+    """Where each tensor of a checkpoint goes, by Hugging Face's name. Raises UserError for what llama.cpp has not."""
+    if config.qk_norm and config.attention_bias:
+        raise UserError("gguf: llama.cpp's qwen3 has no biases in its attention, and this network has them")
+    architecture = next(each for each, known in gguf.MODEL_ARCH_NAMES.items() if known == config.model_type)
+    known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads: dict[str, int] = {}
+    if config.model_type == "llama":
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for name in weight_shapes(config):
+        found = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        tensors[name] = GGUFTensor(found, heads.get(name.split(".")[-2]))
+    return tensors
+
+
+def _stored_type(name: str, array: np.ndarray, type: GGUFType) -> GGMLQuantizationType:
+    """As llama.cpp's own converter chooses: what has no whole blocks is F16, and what meets the vocabulary at least
+    Q8_0."""
+    if array.ndim == 1:
+        return GGMLQuantizationType.F32
+    wanted, _ = _TYPES[type]
+    if type in ("q8_0", "q4_0") and array.shape[-1] % _BLOCK:
+        return GGMLQuantizationType.F16
+    if type == "q4_0" and ("embed_tokens" in name or "lm_head" in name):
+        return GGMLQuantizationType.Q8_0
+    return wanted
+
+
+def _add_network(writer: gguf.GGUFWriter, config: DecoderConfig, type: GGUFType, name: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(_TYPES[type][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:
+    reading = vocabulary.reading or Reading("gpt2", UNKNOWN_PRE)
+    writer.add_tokenizer_model(reading.model)
+    writer.add_tokenizer_pre(reading.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if reading.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores([reading.scores.get(token, 0.0) for token in vocabulary.tokens])
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.stop_id)
+    writer.add_eot_token_id(vocabulary.stop_id)
+    writer.add_pad_token_id(vocabulary.pad_id)
+    if vocabulary.unknown_id is not None:
+        writer.add_unk_token_id(vocabulary.unknown_id)
+    # The chat template writes them itself, and a BOS that is added twice changes answers.
+    writer.add_add_bos_token(False)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(reading.space_prefix)
+    writer.add_chat_template(vocabulary.chat_template)

@@ -1,0 +1,144 @@
+"""A registered version in the forms that other tools load. A form that would answer differently is not handed over.
+
+    huggingface   a model directory, for `transformers`
+    gguf          one file, for llama.cpp
+    genai         the exported model that is served, for onnxruntime-genai
+    peft          the adapter and the base that it was trained on, for `peft`
+
+Every byte of the version is verified first. The form is made beside its place, read back, and compared with the trained
+network along greedy answers to the domain's example and some cases of its data; then it is renamed into its place.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinloop.common.errors import UserError
+from twinloop.common.files import fsync
+from twinloop.domains.domain import Domain, Message
+from twinloop.domains.examples import example_messages, example_request
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.artifact import MANIFEST, Manifest
+from twinloop.registry.cards import model_card
+from twinloop.registry.champion import load_served_domain
+from twinloop.registry.snapshot import Version
+from twinloop.registry.versions import Registry
+from twinloop.tasks.conversion_forms import ADAPTER, FORMS, Source
+
+COMPARED_CASES = 7
+"""Beside the domain's example."""
+COMPARED_TOKENS = 32
+"""Of an answer, at most."""
+EXPORT = "export"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """files: their sizes in bytes, by their names in the directory. notes: what was compared, and what to know."""
+
+    version: Version
+    files: Mapping[str, int]
+    notes: Sequence[str]
+    load: str
+
+
+def convert_version(
+    project: Path, registry: Registry, name: str, form_name: str, out: Path, *, type: str | None = None
+) -> Converted:
+    """Write a version into `out`, which appears whole or not at all.
+
+    name: a number, or an alias such as champion. type: of the weights. Raises UserError where the form, its type or the
+    version is not known, `out` is in use, or the form would answer differently.
+    """
+    form = FORMS.get(form_name)
+    if form is None:
+        raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMS)}")
+    if type is not None and type not in form.types:
+        choice = f"one of {', '.join(form.types)}" if form.types else "not chosen here: its weights stay as they are"
+        raise UserError(f"export: --type {type} does not fit {form_name}; it is {choice}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"export: {out} is not an empty directory; remove it or choose another one")
+    version = registry.version(int(name)) if name.isdecimal() else registry.find(name)
+    checkpoint = find_checkpoint(registry, version)
+    if form_name == "peft" and not (checkpoint.path / ADAPTER).is_dir():
+        raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
+    source = _open(project, registry, version, checkpoint)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        made = Path(beside) / "made"
+        made.mkdir()
+        notes = form.make(source, made, type or next(iter(form.types), ""))
+        files = {str(path.relative_to(made)): path.stat().st_size for path in sorted(made.rglob("*")) if path.is_file()}
+        for path in [*made.rglob("*"), made]:
+            fsync(path)
+        made.replace(out)
+    fsync(out.parent)
+    return Converted(version, files, notes, form.load(out))
+
+
+def find_checkpoint(registry: Registry, version: Version) -> Version:
+    """The trained network that a version was exported from, or the version itself where it is a checkpoint.
+
+    Every byte is verified. Raises UserError where it is not there, or was changed.
+    """
+    if version.stage != EXPORT:
+        return registry.verify(version)
+    registry.verify(version)
+    _, *parents = registry.lineage(version)
+    if not parents:
+        raise UserError(
+            f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again"
+        )
+    return registry.checkpoints.verify(parents[0])
+
+
+def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Source:
+    from twinloop.tasks.agreement import greedy_exchanges
+    from twinloop.training.weights import load_decoder
+
+    tokenizer = ChatTokenizer.load(checkpoint.path)
+    network = load_decoder(checkpoint.path)
+    domain = load_served_domain(version, project).domain
+    room = network.config.max_position_embeddings - COMPARED_TOKENS
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in _prompts(project, version, domain)]
+    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    if not prompts:
+        raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
+    limits = {"vocab_size": tokenizer.vocab_size, "stop_id": tokenizer.stop_id, "max_tokens": COMPARED_TOKENS}
+
+    def card(code: str) -> str:
+        return model_card(registry, version, code)
+
+    return Source(
+        version=version,
+        checkpoint=checkpoint.path,
+        exported=version.path if version.stage == EXPORT else None,
+        tokenizer=tokenizer,
+        network=network,
+        exchanges=greedy_exchanges(network, prompts, **limits),
+        card=card,
+    )
+
+
+def _prompts(project: Path, version: Version, domain: Domain) -> list[list[Message]]:
+    """The domain's example, and cases of the data that the version was made with, where they are still there."""
+    from twinloop.records.validated import has_records, read_records
+
+    prompts = [_example(domain)]
+    data = Manifest.read(version.path / MANIFEST).inputs.get("data")
+    if data is not None and data.stage is not None and data.key is not None:
+        folder = project / "artifacts" / data.stage / data.key
+        if has_records(folder, "cases"):
+            prompts += [case["prompt"] for case in read_records(folder, "cases")[:COMPARED_CASES]]
+    return prompts
+
+
+def _example(domain: Domain) -> list[Message]:
+    if domain.request is None:
+        return example_messages(domain)
+    request = domain.request.model_validate_json(json.dumps(example_request(domain)))
+    return domain.build_prompt(request, domain.example_documents[: domain.passages])

@@ -1,0 +1,279 @@
+"""What a version is written as for other tools, and the comparison of each with the trained network.
+
+transformers, peft and onnxruntime-genai are not needed to run Twinloop. Where one is installed, its form is compared in
+it. Without it a Hugging Face directory is read back by our own reader; the other two are not written.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinloop.common.errors import UserError, one_line
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.registry.snapshot import Version
+
+if TYPE_CHECKING:
+    from twinloop.models.decoder import Decoder
+    from twinloop.models.gguf_writer import GGUFType
+    from twinloop.tasks.agreement import Exchange, Logits
+
+AWKWARD = "  Größe 你好 😀 don't\tIT'S\n\n 10234  7.5% (a_b) e\u0301 "
+"""Text that tokenizers are apt to split differently."""
+
+ROUNDED_ALIKE = 0.97
+"""Share of greedy tokens that weights of fewer bits must keep. Of SmolLM2-135M, Q8_0 keeps 99% and Q4_0 78%."""
+
+ADAPTER, BASE = "adapter", "base"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a form is made from. exported: what serves it, None for a checkpoint. card: for people, in Markdown."""
+
+    version: Version
+    checkpoint: Path
+    exported: Path | None
+    tokenizer: ChatTokenizer
+    network: Decoder
+    exchanges: Sequence[Exchange]
+    card: Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Form:
+    """make(source, out, type): fill the directory `out`, read it back and compare; returns what to tell the user.
+
+    types: of its weights, the default first; none where it has no choice. load(out): how it is loaded.
+    """
+
+    make: Callable[[Source, Path, Any], list[str]]
+    load: Callable[[Path], str]
+    types: tuple[str, ...] = ()
+
+
+def _huggingface(source: Source, out: Path, type: str) -> list[str]:
+    import ml_dtypes
+    import numpy as np
+
+    from twinloop.models.directory import CONFIG, load_tensors, save_model
+    from twinloop.tasks.agreement import network_logits
+    from twinloop.training.weights import load_decoder
+
+    dtypes = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
+    dtype = dtypes[type]
+    tensors = {name: array.astype(dtype) for name, array in load_tensors(source.checkpoint).items()}
+    save_model(out, source.network.config, tensors, source.tokenizer)
+    content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
+    (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (out / "README.md").write_text(source.card(_CODE), encoding="utf-8")
+    alike = 1.0 if type == "f32" else ROUNDED_ALIKE
+    if find_spec("transformers") is None:
+        how = "read back here; transformers is not installed"
+        return [_agrees(source, network_logits(load_decoder(out)), how, at_least=alike)]
+    return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
+
+
+def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
+    from twinloop.models.decoder import Decoder
+    from twinloop.models.gguf_vocabulary import read_vocabulary
+    from twinloop.models.gguf_writer import read_weights, write_gguf
+    from twinloop.tasks.agreement import network_logits
+    from twinloop.training.weights import set_weights
+
+    config = source.network.config
+    vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
+    if vocabulary.reading is None:
+        raise UserError(
+            f"{source.version}: llama.cpp cannot split text as its tokenizer does, and would read other tokens; a GGUF "
+            "file is written of a base with a tokenizer that llama.cpp knows, and --to huggingface or genai of this one"
+        )
+    path = out / f"{source.version.name}-{source.version.version}-{type}.gguf"
+    name = f"{source.version.name} {source.version.version}"
+    write_gguf(source.checkpoint, path, vocabulary, type=type, name=name)
+    read = Decoder(config).eval()
+    set_weights(read, read_weights(path, config), where=str(path))
+    alike = 1.0 if type == "f32" else ROUNDED_ALIKE
+    note = _agrees(source, network_logits(read), f"read back from {type}", at_least=alike)
+    splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"
+    return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
+
+
+def _genai(source: Source, out: Path, type: str) -> list[str]:
+    from twinloop.models.genai import write_genai
+
+    if source.exported is None:
+        raise UserError(f"{source.version} is a checkpoint; name a version that was exported, such as champion")
+    _need("onnxruntime_genai", "onnxruntime-genai")
+    write_genai(source.exported, out)
+    prompts = [exchange.prompt for exchange in source.exchanges]
+    try:
+        return [_same_answers(source, source.exported, out, prompts), _genai_tokenizer(source, out)]
+    except UserError:
+        raise
+    except Exception as error:  # of its C++ code
+        raise UserError(f"{source.version}: onnxruntime-genai does not run it: {one_line(error)}") from error
+
+
+def _peft(source: Source, out: Path, type: str) -> list[str]:
+    _need("transformers", "transformers")
+    _need("peft", "peft")
+    shutil.copytree(source.checkpoint / ADAPTER, out, dirs_exist_ok=True)
+    shutil.copytree(source.checkpoint / BASE, out / BASE)
+    config = out / "adapter_config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
+    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    source.tokenizer.save(out, max_length=source.network.config.max_position_embeddings)
+    (out / "README.md").write_text(source.card(_PEFT_CODE), encoding="utf-8")
+    return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
+
+
+_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)"""
+_PEFT_CODE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # where this file is
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + "/base"), folder)"""
+
+
+def _load_huggingface(out: Path) -> str:
+    return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
+
+
+def _load_peft(out: Path) -> str:
+    return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{out / BASE}"), "{out}")'
+
+
+FORMS: Mapping[str, Form] = {
+    "huggingface": Form(_huggingface, _load_huggingface, ("f32", "bf16", "f16")),
+    "gguf": Form(_gguf, lambda out: f"llama-server --jinja -m {out}/*.gguf", ("f16", "f32", "bf16", "q8_0", "q4_0")),
+    "genai": Form(_genai, lambda out: f'onnxruntime_genai.Model("{out}")'),
+    "peft": Form(_peft, _load_peft),
+}
+
+
+# --- compared -----------------------------------------------------------------------------------------------------
+
+
+def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
+    """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's."""
+    from twinloop.tasks.agreement import agreement
+
+    found = agreement(source.network, logits, source.exchanges, vocab_size=source.tokenizer.vocab_size)
+    words = f"{found.alike} of {found.tokens} greedy tokens are the network's ({how})"
+    if found.alike < at_least * found.tokens:
+        advice = "choose a --type with more bits" if at_least < 1 else "report this"
+        raise UserError(f"{source.version}: not handed over: only {words}; {advice}")
+    return f"{words}, largest logit gap {found.logit_gap:.2g}"
+
+
+def _same_ids(source: Source, out: Path) -> str:
+    """Whether `transformers` reads the texts and prompts as the same ids. Raises UserError where it does not."""
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(out)
+    messages = [{"role": "user", "content": AWKWARD.strip()}]
+    rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    if list(rendered) != source.tokenizer.encode_prompt(messages):
+        raise UserError(f"{source.version}: not handed over: transformers makes other tokens of its chat template")
+    if theirs.encode(AWKWARD, add_special_tokens=False) != source.tokenizer.encode(AWKWARD):
+        raise UserError(f"{source.version}: not handed over: transformers splits text into other tokens")
+    return "text and chat template give the same tokens in transformers"
+
+
+def _need(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f"export: this form is compared in {package} before it is handed over; install {package}")
+
+
+def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[list[int]]) -> str:
+    """Raises UserError where genai's greedy tokens are not those of our engine with the same weights."""
+    import numpy as np
+    import onnxruntime_genai
+
+    from twinloop.serving.engine import Engine
+    from twinloop.serving.engine.sampling import SamplingParams
+
+    engine = Engine.load(exported, slots=1)
+    prompts = [prompt for prompt in prompts if len(prompt) < engine.max_length]
+    longest = max(len(exchange.answer) for exchange in source.exchanges)
+    stop = source.tokenizer.stop_id
+    expected = engine.generate(prompts, SamplingParams(max_tokens=longest, stop=(stop,)))
+    model = onnxruntime_genai.Model(str(out))
+    compared = 0
+    for prompt, answer in zip(prompts, expected, strict=True):
+        params = onnxruntime_genai.GeneratorParams(model)
+        params.set_search_options(max_length=min(len(prompt) + longest, engine.max_length))
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(np.array(prompt, np.int32))
+        while not generator.is_done():
+            generator.generate_next_token()
+        found = generator.get_sequence(0)[len(prompt) :].tolist()
+        if found != [token for token in answer.tokens if token != stop]:  # genai (0.18) keeps no stop token
+            raise UserError(
+                f"{source.version}: not handed over: onnxruntime-genai chooses other tokens than our engine"
+            )
+        compared += len(found)
+    return f"{compared} of {compared} greedy tokens are those of our engine (in onnxruntime-genai)"
+
+
+def _genai_tokenizer(source: Source, out: Path) -> str:
+    """What to tell of genai's own tokenizer. Raises UserError where it makes other tokens."""
+    import onnxruntime_genai
+
+    model = onnxruntime_genai.Model(str(out))
+    try:
+        theirs = onnxruntime_genai.Tokenizer(model)
+    except Exception as error:  # of its C++ code: a regular expression that it cannot compile
+        reason = one_line(error).splitlines()[0]
+        return (
+            f"onnxruntime_genai.Tokenizer does not read this tokenizer ({reason}); "
+            "make the tokens with `tokenizers` or transformers.AutoTokenizer and give them to append_tokens"
+        )
+    messages = [{"role": "user", "content": AWKWARD.strip()}]
+    rendered = theirs.apply_chat_template(json.dumps(messages), add_generation_prompt=True)
+    pairs = ((rendered, source.tokenizer.encode_prompt(messages)), (AWKWARD, source.tokenizer.encode(AWKWARD)))
+    if any(theirs.encode(text).tolist() != ids for text, ids in pairs):
+        raise UserError(f"{source.version}: not handed over: onnxruntime_genai.Tokenizer makes other tokens")
+    return "text and chat template give the same tokens in onnxruntime_genai.Tokenizer"
+
+
+def _transformers_logits(out: Path) -> Logits:
+    return _logits_of(_transformers_model(out))
+
+
+def _transformers_model(out: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+
+
+def _peft_logits(out: Path) -> Logits:
+    from peft import PeftModel
+
+    return _logits_of(PeftModel.from_pretrained(_transformers_model(out / BASE), out))
+
+
+def _logits_of(model: Any) -> Logits:
+    import torch
+
+    model.eval()
+
+    def logits(tokens: Sequence[int]) -> Any:
+        with torch.no_grad():
+            return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+
+    return logits

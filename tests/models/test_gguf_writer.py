@@ -1,0 +1,181 @@
+"""A GGUF file holds the network and its tokenizer: read back by `transformers`, and by the `gguf` package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from known_tokenizer import CONVERSATION, SPLITTING, TEXTS, known_tokenizer, make_model
+from safetensors.torch import load_file, save_file
+
+from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
+from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, Reading, find_reading, read_vocabulary
+from twinloop.models.gguf_writer import read_weights, write_gguf
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.training.weights import set_weights
+
+FAMILIES: dict[str, dict[str, object]] = {
+    "llama": {"rope_theta": 50_000.0},
+    "llama, tied": {"tie_word_embeddings": True, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    "qwen2": {"attention_bias": True},
+    "qwen3": {"qk_norm": True, "head_dim": 128},  # transformers 5.23 takes its default where the file says another one
+}  # fmt: skip
+TOKENS = torch.randint(0, 300, (1, 33), generator=torch.Generator().manual_seed(2))
+
+
+def written(folder: Path, type: str = "f32", **changes: object) -> tuple[Decoder, Path]:
+    network = make_model(folder / "model", known_tokenizer(), **changes)
+    path = folder / "model.gguf"
+    vocabulary = read_vocabulary(folder / "model", network.config.vocab_size)
+    write_gguf(folder / "model", path, vocabulary, type=type, name="small 1")  # type: ignore[arg-type]
+    return network, path
+
+
+@torch.no_grad()
+def logits_of(network: Decoder) -> torch.Tensor:
+    return network.logits(network.hidden(TOKENS, torch.arange(TOKENS.shape[1])[None]))
+
+
+def fields(path: Path) -> dict[str, object]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_same_network(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    network, path = written(tmp_path, **FAMILIES[family])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = theirs(TOKENS).logits
+    torch.testing.assert_close(found, logits_of(network), atol=2e-4, rtol=1e-4)
+    weights = dict(theirs.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_transformers_reads_the_same_tokenizer(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    _, path = written(tmp_path)
+    ours, theirs = known_tokenizer(), AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    for text in (*TEXTS, "  12  times\n\n", "<think> it's"):
+        assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert theirs.chat_template
+    rendered = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False)
+    assert list(rendered) == ours.encode_prompt(CONVERSATION)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.stop_id)
+
+
+@pytest.mark.parametrize(("type", "bits"), [("f16", 11), ("bf16", 8), ("q8_0", 7), ("q4_0", 3)])
+def test_other_types_are_the_weights_within_their_rounding(tmp_path: Path, type: str, bits: int) -> None:
+    network, path = written(tmp_path, type)
+    config = network.config
+    read = read_weights(path, config)
+    for name, tensor in network.state_dict().items():
+        # A scale is shared by 32 neighbours; the embedding keeps 8 bits beside layers of 4.
+        blocks = tensor.numpy().reshape(-1, 32)
+        steps = 7 if bits == 3 and ("embed" in name or "lm_head" in name) else bits
+        allowed = np.abs(blocks).max(axis=1, keepdims=True) * 2.0**-steps
+        assert (np.abs(read[name].reshape(-1, 32) - blocks) <= allowed).all(), name
+    again = Decoder(config).eval()
+    set_weights(again, read, where=str(path))
+    assert (logits_of(again) - logits_of(network)).abs().max() < 2 ** (6 - bits)
+    assert fields(path)["general.file_type"] == {"f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2}[type]
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(path).tensors}
+    assert stored["blk.0.attn_norm.weight"] == gguf.GGMLQuantizationType.F32
+
+
+def test_the_metadata_are_all_that_llama_cpp_asks_for(tmp_path: Path) -> None:
+    network, path = written(tmp_path, padding=5)
+    config, ours, found = network.config, known_tokenizer(), fields(path)
+    expected = {
+        "general.architecture": "llama",
+        "general.name": "small 1",
+        "llama.context_length": 256,
+        "llama.embedding_length": 64,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 2,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.key_length": 32,
+        "llama.attention.value_length": 32,
+        "llama.rope.dimension_count": 32,
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "llama.vocab_size": config.vocab_size,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.bos_token_id": ours.bos_id,
+        "tokenizer.ggml.eos_token_id": ours.stop_id,
+        "tokenizer.ggml.eot_token_id": ours.stop_id,
+        "tokenizer.ggml.padding_token_id": ours.pad_id,
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    assert {name: found[name] for name in expected} == expected
+    types = found["tokenizer.ggml.token_type"]
+    assert isinstance(types, list)
+    assert len(types) == config.vocab_size
+    assert [types[id] for id in sorted(ours.special_ids)] == [gguf.TokenType.CONTROL] * 2
+    assert types[-6:] == [gguf.TokenType.USER_DEFINED, *[gguf.TokenType.UNUSED] * 5]
+    assert types.count(gguf.TokenType.NORMAL) == len(types) - 8
+
+
+@pytest.mark.parametrize("name", SPLITTING)
+def test_a_splitting_that_llama_cpp_knows_has_its_name(tmp_path: Path, name: str) -> None:
+    known_tokenizer(name).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert find_reading(content) == Reading("gpt2", name)
+    assert find_reading(content | {"normalizer": {"type": "NFC"}}) == Reading("gpt2", name)
+    assert find_reading(content | {"normalizer": {"type": "Lowercase"}}) is None
+    assert find_reading(content | {"pre_tokenizer": None}) is None
+    other = content["model"] | {"ignore_merges": not content["model"]["ignore_merges"]}
+    assert find_reading(content | {"model": other}) is None
+    stripping = [each | {"rstrip": True} for each in content["added_tokens"]]
+    assert find_reading(content | {"added_tokens": stripping}) is None
+    first, *rest = content["pre_tokenizer"]["pretokenizers"]
+    prefixed = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    for changed in ([first, first, *rest], [prefixed], [first, *rest, {"type": "Punctuation", "behavior": "Isolated"}]):
+        sequence = {"type": "Sequence", "pretokenizers": changed}
+        assert find_reading(content | {"pre_tokenizer": sequence}) is None
+
+
+def test_our_own_splitting_has_no_name_and_the_file_one_that_llama_cpp_refuses(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(TEXTS, 300)
+    network = make_model(tmp_path / "model", tokenizer)
+    vocabulary = read_vocabulary(tmp_path / "model", network.config.vocab_size)
+    assert vocabulary.reading is None
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", vocabulary, type="f32", name="small")
+    assert fields(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == UNKNOWN_PRE
+
+
+def test_what_a_file_cannot_hold_is_refused_in_one_line(tmp_path: Path) -> None:
+    network, path = written(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 1e6
+    save_file(tensors, weights)
+    vocabulary = read_vocabulary(tmp_path / "model", network.config.vocab_size)
+    with pytest.raises(UserError, match=r"mlp\.up_proj\.weight has values that float16 cannot hold; use --type bf16"):
+        write_gguf(tmp_path / "model", path, vocabulary, type="f16", name="small")
+    with pytest.raises(UserError, match=r"tokenizer\.json: it has the id \d+, but the embedding has 300 rows"):
+        read_vocabulary(tmp_path / "model", 300)
+    biased = DecoderConfig(**(network.config.model_dump() | {"qk_norm": True, "attention_bias": True}))
+    with pytest.raises(UserError, match="qwen3 has no biases"):
+        read_weights(path, biased)
+
+
+def test_a_template_in_a_file_of_its_own_is_written_too(tmp_path: Path) -> None:
+    network, _ = written(tmp_path)
+    folder = tmp_path / "model"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "chat_template.jinja").write_text(settings.pop("chat_template"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = read_vocabulary(folder, network.config.vocab_size)
+    assert vocabulary.chat_template == (folder / "chat_template.jinja").read_text()
+    assert ChatTokenizer.load(folder).encode_prompt(CONVERSATION) == known_tokenizer().encode_prompt(CONVERSATION)

@@ -1,0 +1,248 @@
+"""`twinloop export`: a registered version, whole and equal in other tools, or not handed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
+
+from twinloop.common.errors import UserError
+from twinloop.models import gguf_writer
+from twinloop.models.directory import load_config, save_model
+from twinloop.models.exported import export_model
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.registry.artifact import ArtifactStore
+from twinloop.registry.snapshot import VersionName
+from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.registry.versions import Lineage, Registry
+from twinloop.tasks import conversion_forms
+from twinloop.tasks.conversion import convert_version
+from twinloop.training.weights import load_decoder
+
+OWN, KNOWN = "1", "candidate"
+"""Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
+
+
+def register(project: Path, registry: Registry, make: Callable[[Path], object]) -> None:
+    """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder."""
+
+    def train(out: Path, work: Path) -> dict[str, Any]:
+        make(out)
+        return {}
+
+    store = ArtifactStore(project / "artifacts")
+    number = f"{registry.name} {len(registry.snapshot().versions)}"
+    checkpoint = store.run("sft", settings={"number": number}, inputs={}, code="c", build=train)
+
+    def export(out: Path, work: Path) -> dict[str, Any]:
+        export_model(checkpoint.path, out, precision="fp32", max_length=200)
+        return {}
+
+    exported = store.run("export", settings={}, inputs={"model": checkpoint}, code="c", build=export)
+    lineage = Lineage("/home/ada/recipes/small.yaml", "chat", None, CodeVersion("c0ffee"))
+    made = registry.checkpoints.register(checkpoint.path, lineage)
+
+    registry.register(exported.path, replace(lineage, parent=VersionName(made.name, made.version)), servable=True)
+
+
+def make_adapted(out: Path) -> None:
+    """A base in `base/`, an adapter on it in `adapter/`, and the two merged beside them."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    make_model(out / "base", known_tokenizer())
+    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    adapted.save_pretrained(out / "adapter")
+    merged = adapted.merge_and_unload().state_dict()
+    weights = {name: tensor.numpy() for name, tensor in merged.items()}
+    save_model(out, load_config(out / "base"), weights, known_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registry = Registry(Mlruns(folder / "mlruns"), "small")
+        register(folder, registry, lambda out: make_model(out, train_tokenizer(TEXTS, 300)))
+        register(folder, registry, lambda out: make_model(out, known_tokenizer()))
+        yield SimpleNamespace(folder=folder, registry=registry)
+
+
+def convert(project: SimpleNamespace, name: str, form: str, out: Path, **options: str) -> Any:
+    return convert_version(project.folder, project.registry, name, form, out, **options)
+
+
+@pytest.mark.parametrize("name", [OWN, KNOWN])
+def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    done = convert(project, name, "huggingface", tmp_path / "out")
+    ours = ChatTokenizer.load(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = tokenizer.apply_chat_template(CONVERSATION, add_generation_prompt=True, return_dict=False)
+    assert list(prompt) == ours.encode_prompt(CONVERSATION)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.float32
+    network = load_decoder(project.registry.checkpoints.version(done.version.version).path)
+    with torch.no_grad():
+        tokens = torch.tensor([prompt])
+        expected = network.logits(network.hidden(tokens, torch.arange(tokens.shape[1])[None]))
+        torch.testing.assert_close(theirs(tokens).logits, expected, atol=2e-4, rtol=1e-4)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"} <= set(
+        done.files
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\npipeline_tag: text-generation\n")
+    assert f"# small version {done.version.version}" in card
+    assert "`small-checkpoints/" in card
+    assert "| recipe | `small.yaml` |" in card  # no folder of the machine
+    greedy = int(done.notes[0].split()[0])
+    assert done.notes[0].startswith(f"{greedy} of {greedy} greedy tokens are the network's (in transformers)")
+    assert greedy > 0
+    assert done.notes[1] == "text and chat template give the same tokens in transformers"
+
+
+def test_weights_may_have_sixteen_bits(project: SimpleNamespace, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    convert(project, OWN, "huggingface", tmp_path / "out", type="bf16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_a_gguf_file_is_written_of_a_tokenizer_that_llama_cpp_knows(project: SimpleNamespace, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    done = convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
+    assert list(done.files) == ["small-2-f32.gguf"]
+    assert done.notes[1] == "text becomes tokens as by llama.cpp's gpt2, smollm"
+    network = load_decoder(project.registry.checkpoints.version(2).path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small-2-f32.gguf", dtype=torch.float32)
+    weights = dict(theirs.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
+    with pytest.raises(UserError, match=r"small version 1: llama\.cpp cannot split text as its tokenizer does"):
+        convert(project, OWN, "gguf", tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+
+
+def test_genai_answers_with_its_own_tokenizer_or_it_is_said_why_not(project: SimpleNamespace, tmp_path: Path) -> None:
+    onnxruntime_genai = pytest.importorskip("onnxruntime_genai")
+    done = convert(project, KNOWN, "genai", tmp_path / "known")
+    assert done.notes[1] == "text and chat template give the same tokens in onnxruntime_genai.Tokenizer"
+    own = convert(project, OWN, "genai", tmp_path / "own")
+    assert own.notes[1].startswith("onnxruntime_genai.Tokenizer does not read this tokenizer (Invalid regex")
+    assert "\n" not in own.notes[1]
+    model = onnxruntime_genai.Model(str(tmp_path / "own"))  # its weights answer all the same
+    params = onnxruntime_genai.GeneratorParams(model)
+    params.set_search_options(max_length=40)
+    generator = onnxruntime_genai.Generator(model, params)
+    generator.append_tokens(np.array(ChatTokenizer.load(tmp_path / "own").encode_prompt([]), np.int32))
+    generator.generate_next_token()
+
+
+def test_an_adapter_is_given_with_its_base(project: SimpleNamespace, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    registry = Registry(project.registry.mlruns, "adapted")
+    register(project.folder, registry, make_adapted)
+    done = convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "peft", tmp_path / "out")
+    assert {"adapter_config.json", "adapter_model.safetensors", "base/model.safetensors"} <= set(done.files)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    network = load_decoder(registry.checkpoints.version(1).path)
+    tokens = torch.tensor([known_tokenizer().encode_prompt(CONVERSATION)])
+    with torch.no_grad():
+        expected = network.logits(network.hidden(tokens, torch.arange(tokens.shape[1])[None]))
+        torch.testing.assert_close(theirs(tokens).logits, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "options", "message"),
+    [
+        (KNOWN, "onnx", {}, "'onnx' is not one of huggingface, gguf, genai, peft"),
+        (KNOWN, "gguf", {"type": "int4"}, "--type int4 does not fit gguf; it is one of f16, f32, bf16, q8_0, q4_0"),
+        (KNOWN, "genai", {"type": "f16"}, "--type f16 does not fit genai; it is not chosen here"),
+        (KNOWN, "peft", {}, "small version 2 has no adapter; --to huggingface gives all of its weights"),
+        ("7", "huggingface", {}, r"small: no version 7 in the registry \(there are: 1 to 2\)"),
+        ("champion", "huggingface", {}, "small: no champion in the registry"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    project: SimpleNamespace, tmp_path: Path, name: str, form: str, options: dict[str, str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        convert(project, name, form, tmp_path / "new" / "out", **options)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "note.txt"):
+        with pytest.raises(UserError, match="is not an empty directory; remove it or choose another one"):
+            convert(project, KNOWN, "gguf", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    (tmp_path / "empty").mkdir()
+    convert(project, KNOWN, "gguf", tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "note.txt"]
+
+
+def test_a_form_that_answers_differently_is_not_handed_over(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_writer.GGUFTensor, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
+    with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
+        convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_written(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion_forms, "find_spec", lambda name: None)
+    done = convert(project, KNOWN, "huggingface", tmp_path / "out")
+    assert "are the network's (read back here; transformers is not installed)" in done.notes[0]
+    with pytest.raises(UserError, match=r"is compared in onnxruntime-genai before .* install onnxruntime-genai"):
+        convert(project, KNOWN, "genai", tmp_path / "genai")
+
+
+def test_a_version_whose_checkpoint_is_gone_is_refused(project: SimpleNamespace, tmp_path: Path) -> None:
+    registry = Registry(project.registry.mlruns, "orphan")
+    register(project.folder, registry, lambda out: make_model(out, known_tokenizer()))
+    registry.mlruns.client.delete_model_version("orphan-checkpoints", "1")
+    with pytest.raises(UserError, match=r"orphan version 1: the checkpoint that it was made from is not in MLflow"):
+        convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "huggingface", tmp_path / "out")
+
+
+def test_a_checkpoint_is_given_by_its_own_name_and_a_changed_one_is_not(
+    project: SimpleNamespace, tmp_path: Path
+) -> None:
+    checkpoints = SimpleNamespace(folder=project.folder, registry=project.registry.checkpoints)
+    done = convert(checkpoints, "2", "gguf", tmp_path / "out", type="q8_0")
+    assert list(done.files) == ["small-checkpoints-2-q8_0.gguf"]
+    with pytest.raises(UserError, match="is a checkpoint; name a version that was exported, such as champion"):
+        convert(checkpoints, "2", "genai", tmp_path / "genai")
+    config = checkpoints.registry.version(2).path / "config.json"
+    before = config.read_bytes()
+    config.unlink()  # hard-linked with the artifact: only this name of it changes
+    config.write_text(json.dumps({}))
+    try:
+        with pytest.raises(UserError, match=r"small-checkpoints version 2: config\.json differs"):
+            convert(project, KNOWN, "huggingface", tmp_path / "changed")
+    finally:
+        config.write_bytes(before)
+    assert not (tmp_path / "changed").exists()
