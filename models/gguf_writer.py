@@ -1,15 +1,13 @@
 """A GGUF file of a model directory, as llama.cpp reads it, and its weights read back.
 
-llama.cpp has names of its own for the tensors. For the architecture `llama` it turns neighbouring pairs of a head's
-rows by their position (Su et al., 2021) where Hugging Face turns the halves, so the rows of queries and keys are
-written in another order. Vectors stay float32.
+Names, numbers and the order of rows are the family's `GGUFForm`. Vectors stay float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import gguf
 import numpy as np
@@ -18,6 +16,8 @@ from gguf import GGMLQuantizationType, LlamaFileType
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.family import find_family
+from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
 from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, GGUFVocabulary, Reading
 from twinloop.models.shapes import weight_shapes
 
@@ -41,12 +41,15 @@ def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type:
     Raises UserError for a network that llama.cpp has not, weights that float16 cannot hold, or missing tensors.
     """
     config = load_config(model_dir)
-    layout = gguf_tensors(config)
+    form = gguf_form(config)
+    layout = form.tensors(config)
     tensors = load_tensors(model_dir)
     shapes = {each: array.shape for each, array in tensors.items()}
     check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(model_dir))
-    writer = gguf.GGUFWriter(path, config.model_type)
-    _add_network(writer, config, type, name)
+    writer = gguf.GGUFWriter(path, form.architecture)
+    _add_network(writer, form.metadata(config), type, name)
+    if (freqs := form.rope_freqs(config)) is not None:
+        writer.add_tensor(ROPE_FREQS, freqs.astype(np.float32))
     _add_vocabulary(writer, vocabulary)
     for each, tensor in layout.items():
         array = tensor.to_gguf(np.asarray(tensors[each], np.float32))
@@ -64,44 +67,15 @@ def read_weights(path: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
     """The weights of a file that `write_gguf` wrote: float32, by Hugging Face's names and in its order of rows."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     weights = {}
-    for name, tensor in gguf_tensors(config).items():
+    for name, tensor in gguf_form(config).tensors(config).items():
         found = stored[tensor.name]
         weights[name] = tensor.from_gguf(gguf.quants.dequantize(found.data, found.tensor_type))
     return weights
 
 
-@dataclass(frozen=True)
-class GGUFTensor:
-    """One tensor of a file. heads: of how many heads the rows are reordered, None where they are not."""
-
-    name: str
-    heads: int | None = None
-
-    def to_gguf(self, values: np.ndarray) -> np.ndarray:
-        return values if self.heads is None else self._swapped(values, (self.heads, 2, -1))
-
-    def from_gguf(self, values: np.ndarray) -> np.ndarray:
-        return values if self.heads is None else self._swapped(values, (self.heads, -1, 2))
-
-    def _swapped(self, values: np.ndarray, rows: tuple[int, ...]) -> np.ndarray:
-        return values.reshape(*rows, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
-
-
-def gguf_tensors(config: DecoderConfig) -> dict[str, GGUFTensor]:
-    """Where each tensor of a checkpoint goes, by Hugging Face's name. Raises UserError for what llama.cpp has not."""
-    if config.qk_norm and config.attention_bias:
-        raise UserError("gguf: llama.cpp's qwen3 has no biases in its attention, and this network has them")
-    architecture = next(each for each, known in gguf.MODEL_ARCH_NAMES.items() if known == config.model_type)
-    known = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    heads: dict[str, int] = {}
-    if config.model_type == "llama":
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tensors = {}
-    for name in weight_shapes(config):
-        found = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None, name
-        tensors[name] = GGUFTensor(found, heads.get(name.split(".")[-2]))
-    return tensors
+def gguf_form(config: DecoderConfig) -> GGUFForm:
+    form: GGUFForm = find_family(config.model_type).GGUF
+    return form
 
 
 def _stored_type(name: str, array: np.ndarray, type: GGUFType) -> GGMLQuantizationType:
@@ -117,23 +91,24 @@ def _stored_type(name: str, array: np.ndarray, type: GGUFType) -> GGMLQuantizati
     return wanted
 
 
-def _add_network(writer: gguf.GGUFWriter, config: DecoderConfig, type: GGUFType, name: str) -> None:
+def _add_network(writer: gguf.GGUFWriter, metadata: Mapping[str, Any], type: GGUFType, name: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_file_type(_TYPES[type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_theta)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    for key, value in metadata.items():
+        full = f"{writer.arch}.{key}"
+        match value:
+            case bool():
+                writer.add_bool(full, value)
+            case int():
+                writer.add_uint32(full, value)
+            case float():
+                writer.add_float32(full, value)
+            case str():
+                writer.add_string(full, value)
+            case _:
+                writer.add_array(full, list(value))
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:

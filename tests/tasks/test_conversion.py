@@ -15,7 +15,7 @@ import torch
 from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
-from twinloop.models import gguf_writer
+from twinloop.models import gguf_form
 from twinloop.models.directory import load_config, save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
@@ -204,7 +204,7 @@ def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path)
 def test_a_form_that_answers_differently_is_not_handed_over(
     project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_writer.GGUFTensor, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
+    monkeypatch.setattr(gguf_form.GGUFTensor, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
     with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
