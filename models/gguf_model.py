@@ -1,4 +1,7 @@
-"""The network of a GGUF file: its sizes and weights, by what its family calls them there."""
+"""The network of a GGUF file: its shape from the metadata, its weights by Hugging Face's names.
+
+What an architecture calls its sizes and tensors is its family's, see `models/gguf_form.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,17 @@ import numpy as np
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
-from twinloop.models.family import find_family, find_gguf_family, read_config
+from twinloop.models.family import find_gguf_family, read_config
 from twinloop.models.gguf_file import GGUFFile
 from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
 
 _REQUIRED = (
     "block_count",
+    "context_length",
     "embedding_length",
     "feed_forward_length",
     "attention.head_count",
     "attention.layer_norm_rms_epsilon",
-    "context_length",
 )
 LLAMA3_SCALING: dict[str, Any] = {
     "rope_type": "llama3",
@@ -32,70 +35,61 @@ LLAMA3_FACTORS = (8.0, 32.0)
 
 def read_network(file: GGUFFile) -> DecoderConfig:
     """The network's shape. Raises UserError for another architecture, or where a size is missing."""
+    architecture = file.metadata.get("general.architecture")
     try:
-        family = find_gguf_family(architecture := file.metadata.get("general.architecture"))
+        family = find_gguf_family(architecture)
     except UserError as error:
         raise UserError(f"{file.path}: {error}") from None
-    prefix = f"{architecture}."
-    metadata = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    if missing := next((key for key in _REQUIRED if metadata.get(key) is None), None):
-        raise UserError(f"{file.path}: no {prefix}{missing} in its metadata; it is no language model of this kind")
+    own = {key.removeprefix(f"{architecture}."): value for key, value in file.metadata.items()}
+    if missing := [key for key in _REQUIRED if key not in own]:
+        raise UserError(f"{file.path}: no {architecture}.{missing[0]} in its metadata; it is no language model")
     if "token_embd.weight" not in file.tensors:
         raise UserError(f"{file.path}: token_embd.weight is missing; it is no whole language model")
-    fields = (
-        family.GGUF.fields(metadata)
-        | _special_ids(file)
-        | {
-            "model_type": family.__name__.rpartition(".")[2],
-            "tie_word_embeddings": "output.weight" not in file.tensors,
-            "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        }
-    )
+    form: GGUFForm = family.GGUF
+    fields = {
+        "model_type": family.__name__.rpartition(".")[2],
+        **form.fields(own),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        **_special_ids(file.metadata),
+    }
     try:
-        return (
-            read_config(fields) if ROPE_FREQS not in file.tensors else _with_llama3_scaling(file, family.GGUF, fields)
-        )
+        config = read_config(fields)
+        return _with_llama3_scaling(file, form, fields) if ROPE_FREQS in file.tensors else config
     except UserError as error:  # it names the fields as config.json does
-        raise UserError(
-            f"{file.path}: its metadata, {str(error).replace('config.json: ', 'as config.json: ', 1)}"
-        ) from None
+        said = str(error).replace("config.json: ", "as config.json: ", 1)
+        raise UserError(f"{file.path}: its metadata, {said}") from None
 
 
 def _with_llama3_scaling(file: GGUFFile, form: GGUFForm, fields: dict[str, Any]) -> DecoderConfig:
-    """Of Llama 3's rotary scaling only the factors are in a file: which scaling gives them?"""
+    """The file has no more of Llama 3's rotary scaling than what each frequency is divided by."""
     factors_F = file.load(ROPE_FREQS)
     for factor in LLAMA3_FACTORS:
         config = read_config(fields | {"rope_scaling": {**LLAMA3_SCALING, "factor": factor}})
-        expected_F = form.rope_freqs(config)
-        if (
-            expected_F is not None
-            and expected_F.shape == factors_F.shape
-            and np.allclose(factors_F, expected_F, rtol=1e-4)
-        ):
+        expected = form.rope_freqs(config)
+        if expected is not None and factors_F.shape == expected.shape and np.allclose(factors_F, expected, rtol=1e-4):
             return config
     raise UserError(f"{ROPE_FREQS} is not the rotary scaling of Llama 3.1, 3.2 or 3.3; only that is read")
 
 
-def _special_ids(file: GGUFFile) -> dict[str, int]:
+def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    found = {name: file.metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
+    found = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
     return {name: id for name, id in found.items() if id is not None}
 
 
 def network_shapes(file: GGUFFile, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors by Hugging Face's names; one that the network does not have goes by its own."""
-    names = {tensor.name: name for name, tensor in _form(config).tensors(config).items()}
+    names = {tensor.name: name for name, tensor in _form(file).tensors(config).items()}
     return {names.get(name, name): tensor.shape for name, tensor in file.tensors.items() if name != ROPE_FREQS}
 
 
 def load_network(file: GGUFFile, config: DecoderConfig) -> dict[str, np.ndarray]:
     """All weights as float32, by Hugging Face's names."""
-    return {
-        name: np.ascontiguousarray(tensor.from_gguf(file.load(tensor.name)))
-        for name, tensor in _form(config).tensors(config).items()
-    }
+    tensors = _form(file).tensors(config).items()
+    return {name: np.ascontiguousarray(tensor.from_gguf(file.load(tensor.name))) for name, tensor in tensors}
 
 
-def _form(config: DecoderConfig) -> GGUFForm:
-    form: GGUFForm = find_family(config.model_type).GGUF
+def _form(file: GGUFFile) -> GGUFForm:
+    form: GGUFForm = find_gguf_family(file.metadata["general.architecture"]).GGUF
     return form

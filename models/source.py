@@ -90,7 +90,6 @@ class HuggingFaceSource:
                     types.add(entry["dtype"])
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
-        _refuse_too_many_layers(config, len(shapes), path)
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
         self._files = [CONFIG, *TOKENIZER_FILES, GENERATION_CONFIG, *(file.name for file in files)]
         self.config = _with_tokens(config, self.load_tokenizer(), path)
@@ -118,7 +117,6 @@ class GGUFSource:
         self.path = path
         self._file = GGUFFile(path)
         config = read_network(self._file)
-        _refuse_too_many_layers(config, len(self._file.tensors), path)
         shapes = network_shapes(self._file, config)
         check_tensors(weight_shapes(config), shapes, tied=False, where=str(path))
         self.config = _with_tokens(config, self.load_tokenizer(), path)
@@ -195,12 +193,6 @@ def _json_object(path: Path) -> Mapping[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _refuse_too_many_layers(config: DecoderConfig, tensors: int, path: Path) -> None:
-    """Before the tensors are looked at one by one: a number that is corrupt may be billions."""
-    if config.num_hidden_layers > tensors:
-        raise UserError(f"{path}: {config.num_hidden_layers} layers, but only {tensors} tensors; fetch it again")
 
 
 def _with_tokens(config: DecoderConfig, tokenizer: ChatTokenizer, path: Path) -> DecoderConfig:

@@ -31,7 +31,7 @@ def import_stage(context: Context, base: Base) -> Artifact:
     return context.run(
         "base",
         work,
-        settings={"network": base.config.model_dump()},
+        settings={"network": base.config.model_dump(exclude_defaults=True)},
         inputs={"source": base.digest(context.project)},
         modules=("twinloop.tasks.imported_base",),
     )

@@ -11,9 +11,11 @@ import pytest
 from gguf_files import TOKENIZER, config_of, random_weights, vocabulary, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from twinloop.models.directory import save_model
 from twinloop.models.gguf_file import GGUFFile
 from twinloop.models.gguf_tokenizer import read_tokenizer
 from twinloop.models.source import open_source
+from twinloop.models.tokenizer import ChatTokenizer
 
 TEXTS = [
     "Hello  world\n\n\t 12345 it's we'll DON'T, the order.",
@@ -25,6 +27,11 @@ TEXTS = [
     "",
 ]
 CONFIG = config_of("llama")
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 CORPUS = [*TEXTS, "the order of the other customer is 12345, 678 and 9"] * 3
 
 
@@ -173,3 +180,19 @@ def test_ids_of_a_trained_tokenizer_come_back(tmp_path: Path) -> None:
 def test_a_chat_stops_at_the_end_of_a_turn_where_the_file_names_one(tmp_path: Path) -> None:
     named = vocabulary(TOKENIZER) | {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": TOKENIZER.stop_id}
     assert open_source(write(tmp_path, named)).config.eos_token_id == TOKENIZER.stop_id
+
+
+def test_a_sentencepiece_file_is_a_base(tmp_path: Path, llama: dict[str, Any]) -> None:
+    config = CONFIG.model_copy(update={"vocab_size": len(llama["tokenizer.ggml.tokens"])})
+    changed = llama | {"tokenizer.chat_template": CHAT, "general.architecture": "llama"}
+    path = write_gguf(tmp_path / "small.gguf", "llama", config, random_weights(config), metadata=changed)
+    source = open_source(path)
+    tokenizer = source.load_tokenizer()
+    assert (source.config.bos_token_id, source.config.eos_token_id) == (1, 2)
+    assert tokenizer.vocab_size == config.vocab_size - 1  # [PAD0] is no token
+    save_model(tmp_path / "out", source.config, source.load_weights(), tokenizer)
+    messages = [{"role": "user", "content": "the order 漢 </s>"}]
+    prompt = ChatTokenizer.load(tmp_path / "out").encode_prompt(messages)
+    assert prompt == tokenizer.encode_prompt(messages)
+    assert prompt[0] == 1
+    assert 2 not in prompt

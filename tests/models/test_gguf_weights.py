@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_files import FAMILIES, TOKENIZER, config_of, random_weights, write_gguf
+from gguf_files import FAMILIES, SIZES, TOKENIZER, config_of, random_weights, write_gguf
 
 from twinloop.models.directory import load_config, load_tensors, save_model
-from twinloop.models.gguf_file import GGUFFile
-from twinloop.models.gguf_model import LLAMA3_SCALING, read_network
+from twinloop.models.family import find_family, read_config
+from twinloop.models.gguf_model import LLAMA3_SCALING
 from twinloop.models.source import open_source
 from twinloop.training.weights import load_decoder
 
@@ -133,6 +134,28 @@ def test_the_model_directory_keeps_the_sources_shape_tokenizer_and_template(tmp_
     assert source.load_tokenizer().render(messages) == TOKENIZER.render(messages)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "smollm3": {"num_hidden_layers": 4},
+    "gemma3_text": {"num_hidden_layers": 6, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 9},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_family_comes_back_from_the_form_that_it_states(tmp_path: Path, family: str) -> None:
+    """That others read the form as we write it is tested with the families."""
+    config = read_config({"model_type": family, **SIZES, "tie_word_embeddings": True, **OTHERS[family]})
+    weights, form = random_weights(config), find_family(family).GGUF
+    metadata = {f"{form.architecture}.{key}": value for key, value in form.metadata(config).items()}
+    tensors = {each.name: (each.to_gguf(weights[name]), "F32") for name, each in form.tensors(config).items()}
+    path = write_gguf(tmp_path / "m.gguf", form.architecture, config, {}, metadata=metadata, tensors=tensors)
+    source = open_source(path)
+    same = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "family": None}
+    assert source.config.model_copy(update=same) == config.model_copy(update=same)
+    for name, array in source.load_weights().items():
+        np.testing.assert_allclose(array, weights[name], atol=1e-6)
+
+
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 def test_rotary_scaling_of_llama_3_is_known_by_its_factors(tmp_path: Path, factor: float) -> None:
     """The file has no more of it than what each frequency is divided by; these are transformers' own."""
@@ -140,14 +163,14 @@ def test_rotary_scaling_of_llama_3_is_known_by_its_factors(tmp_path: Path, facto
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = {**LLAMA3_SCALING, "factor": factor, "rope_theta": 500_000.0}
-    theirs = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters=rope)
+    theirs = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, "cpu")
-    plain = 500_000.0 ** (-np.arange(64) / 64)
+    plain = 500_000.0 ** (-np.arange(8) / 8)
     factors = (plain / scaled.numpy()).astype(np.float32)
     config = config_of("llama", rope_theta=500_000.0)
     path = write_gguf(
         tmp_path / "l3.gguf", "llama", config, random_weights(config), tensors={"rope_freqs.weight": (factors, "F32")}
     )
-    scaling = read_network(GGUFFile(path)).rope_scaling
-    assert scaling is not None
-    assert (scaling.kind, scaling.factor) == ("llama3", factor)
+    found = open_source(path).config.rope_scaling
+    assert found is not None
+    assert (found.kind, found.factor) == ("llama3", factor)
