@@ -12,7 +12,7 @@ from twinloop.models.shapes import weight_shapes
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 """Of an exported model's weights and arithmetic."""
 
 Size = Annotated[int, Field(gt=0)]
