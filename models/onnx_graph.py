@@ -28,7 +28,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks
+from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.shapes import weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -36,9 +36,6 @@ QUANTIZED: frozenset[Precision] = frozenset(("int8", "int4"))
 """Their weights are made anew, and cannot be somebody else's tensors."""
 
 MICROSOFT = "com.microsoft"
-
-VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-"""Read as rows, and as the output projection: in int4 eight bits each, since every token passes through them."""
 
 # What flows between the nodes. int8 and int4 quantise weights; activations and the cache stay float32.
 _COMPUTE: dict[Precision, tuple[int, np.dtype]] = {
@@ -219,7 +216,7 @@ class _Graph:
     def _quantized(self, x: str, weight: str, output: str) -> str:
         assert self.tensors is not None
         out_features, in_features = self.shapes[weight]
-        four = self.precision == "int4" and weight not in VOCABULARY
+        four = self.precision == "int4" and takes_four_bits(weight)
         blocks = (quantize_four_bit_blocks if four else quantize_blocks)(np.asarray(self.tensors[weight], np.float32))
         parts = {f"int{blocks.bits}": blocks.values, "scales": blocks.scales, "zero_points": blocks.zero_points}
         stored = [self._constant(f"{weight}.{part}", array) for part, array in parts.items() if array is not None]

@@ -13,8 +13,16 @@ _MIDDLE, _LAST = 8, 15  # of four bits
 
 FOUR_BIT_BLOCK = 32
 """Smaller blocks follow the weights more closely: at 64 the error of a block is a fifth larger."""
-# Of a block's range: to round its largest weight more often costs less than to round all the others more coarsely.
-_SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)
+
+_EIGHT_BITS = ("embed_tokens.weight", "lm_head.weight", "v_proj.weight", "down_proj.weight")
+"""In int4 these keep eight bits: every token passes through the vocabulary, and values and the MLP's output are the
+most sensitive of the rest. SmolLM2-135M's divergence from float32 falls from 0.20 to 0.08 nats a token by the last two,
+for 12 MiB of 202."""
+
+
+def takes_four_bits(name: str) -> bool:
+    """Whether int4 keeps a matrix of this name in four bits; in eight otherwise."""
+    return not name.endswith(_EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,9 @@ def quantize_blocks(weight: np.ndarray) -> QuantizedBlocks:
 def quantize_four_bit_blocks(weight: np.ndarray) -> QuantizedBlocks:
     """Round each block of a row to 16 steps. weight: float32 [out, in], padded as by `quantize_blocks`.
 
-    Of each block, that grid is taken whose squared error is least: symmetric about zero or between its least and its
-    greatest weight, over its whole range or a little less; then the scale that fits its steps best.
+    Of each block, that grid is taken whose squared error is least: symmetric about zero, or between its least and its
+    greatest weight; each with the scale that fits its steps best. (Grids of less than a block's range, which round its
+    largest weight down, have a smaller error still, and a larger divergence of the answers.)
     """
     blocks = _in_blocks(weight, FOUR_BIT_BLOCK)
     least = np.full(blocks.shape[:-1], np.inf, np.float32)
@@ -76,11 +85,10 @@ def _grids(blocks: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(scale, zero point) of every grid that is tried, each [out, blocks]."""
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
-    for shrink in _SHRINKS:
-        # The range has one step more below its middle than above: the largest weight gets it, by the scale's sign.
-        yield -shrink * extreme / _MIDDLE, np.full(extreme.shape, _MIDDLE, np.float32)
-        scale = shrink * (high - low) / _LAST
-        yield scale, np.clip(np.rint(-shrink * low / np.where(scale == 0, 1, scale)), 0, _LAST)
+    # The range has one step more below its middle than above: the largest weight gets it, by the scale's sign.
+    yield -extreme / _MIDDLE, np.full(extreme.shape, _MIDDLE, np.float32)
+    scale = (high - low) / _LAST
+    yield scale, np.rint(-low / np.where(scale == 0, 1, scale))
 
 
 def _in_blocks(weight: np.ndarray, size: int) -> np.ndarray:

@@ -12,8 +12,9 @@ from twinloop.domains.domain import Domain, Metric
 from twinloop.domains.owners import TRAINING
 from twinloop.domains.returns import domain
 from twinloop.evaluation.case_report import Comparison
-from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge, load_rules, rules_of
+from twinloop.evaluation.gate import GateReport, GateRules, judge, load_rules
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.rules import Measurements, rules_of
 
 ROOT = Path(__file__).parents[2]
 

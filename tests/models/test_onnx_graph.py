@@ -14,7 +14,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model, read_exported
-from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks, quantize_four_bit_blocks
+from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
 
@@ -88,11 +88,11 @@ def test_int8_logits_stay_within_five_percent_of_the_networks(changes, tmp_path)
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
 def test_int4_computes_with_the_weights_that_its_blocks_stand_for(changes, tmp_path):
-    """Against the network with those weights nothing but the eight bits of head and activations differs."""
+    """Against the network with those weights nothing but eight bits, of the others and of activations, differs."""
     model = network(**changes)
     engine = Engine.load(export(model, tmp_path, "int4"), slots=1)
     for name, weight in model.named_parameters():
-        if weight.dim() == 2 and not name.startswith(("model.embed_tokens", "lm_head")):
+        if weight.dim() == 2 and takes_four_bits(name):
             weight.copy_(torch.from_numpy(four_bits(weight.numpy())))
     expected = forced_logits(model, some_tokens())
     error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
