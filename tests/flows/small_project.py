@@ -71,6 +71,10 @@ LENIENT = {
     "champion_net_loss": 1.0,
     "parity_logit_gap": 0.05,
     "parity_token_agreement": 0.99,
+    "parity": {
+        "fp32": {"logit_gap": 0.05, "tokens": 0.99, "prompt_changes": 0, "stop_changes": 0},
+        "int8": {"prompt_changes": 0, "stop_changes": 0},
+    },
     "p95_ttft_ms": 60_000,
     "memory_gib": 4,
 }
