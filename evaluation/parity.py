@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -106,6 +107,7 @@ class Reference:
     def compare(self, form: Form) -> FormParity:
         """What differs in that form."""
         agreed, gap = self._forced(form)
+        broken = ["some of its logits are no numbers"] if gap == math.inf else []
         prompts, changed = self._own_prompts(form)
         answers = form.generate(prompts, self._max_tokens)
         judged = self._changed_verdicts(form, answers)
@@ -115,12 +117,14 @@ class Reference:
             digest=form.digest,
             tokens=agreed,
             compared=self._tokens,
-            logit_gap=gap,
+            logit_gap=None if broken else gap,
             verdict_changes=None if judged is None else len(judged),
             prompt_changes=len(changed),
             stop_changes=len(stop),
             stopped=_stopped(form, answers),
-            problems=_first_of(verdict_changes=judged or [], prompt_changes=changed, stop_changes=stop),
+            problems=_first_of(
+                logit_gap=broken, verdict_changes=judged or [], prompt_changes=changed, stop_changes=stop
+            ),
         )
 
     @property
@@ -145,11 +149,11 @@ class Reference:
                 continue
             expected_LV = self.form.logits(tokens)
             assert expected_LV is not None, "the reference tells its logits"
-            gap = max(gap, _gap(found_LV, expected_LV))
+            gap = max(gap, _gap(form, found_LV, expected_LV))
             scored = slice(len(prompt) - 1, len(tokens) - 1)
             stepped_TV = form.stepped_logits(prompt, answer)
             if stepped_TV is not None:
-                gap = max(gap, _gap(stepped_TV, expected_LV[scored]))
+                gap = max(gap, _gap(form, stepped_TV, expected_LV[scored]))
             agreed += int((found_LV[scored, :vocab_size].argmax(axis=-1) == np.array(answer)).sum())
         return agreed / self._tokens, gap if known else None
 
@@ -202,8 +206,13 @@ def _stopped(form: Form, answers: Sequence[Sequence[int]]) -> float:
     return sum(bool(answer) and answer[-1] == form.tokenizer.stop_id for answer in answers) / max(1, len(answers))
 
 
-def _gap(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.abs(left - right).max()) if left.shape == right.shape else float("inf")
+def _gap(form: Form, found: np.ndarray, expected: np.ndarray) -> float:
+    """Infinite where one of the logits found is no number. Raises UserError for those of another network."""
+    if found.shape != expected.shape:
+        shapes = " and ".join("x".join(map(str, each.shape)) for each in (found, expected))
+        raise UserError(f"{form.name}: logits of {shapes}: it is not of this network")
+    gap = float(np.abs(found - expected).max())
+    return gap if math.isfinite(gap) else math.inf
 
 
 def _same_start(left: Sequence[int], right: Sequence[int]) -> int:

@@ -7,8 +7,23 @@ from pydantic import BaseModel, ConfigDict
 FORMS = ("network", "adapter", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", "llama.cpp")
 """Names of forms: the trained network, with its adapter, with the adapter merged into it, exported (ONNX) in each
 precision, and as GGUF by our own reader and by llama.cpp."""
-LIMITED = ("tokens", "logit_gap", "verdict_changes", "prompt_changes", "stop_changes", "stopped")
-"""Of FormParity: what a gate may limit."""
+LIMITED = {
+    "tokens": "tokens alike",
+    "logit_gap": "logit gap",
+    "verdict_changes": "verdicts changed",
+    "prompt_changes": "prompts changed",
+    "stop_changes": "stop token changed",
+    "stopped": "ended",
+}
+"""Fields of FormParity that a gate may limit: the title of a column of each."""
+SHARES = ("tokens", "stopped")
+
+
+def show_field(field: str, value: float) -> str:
+    """A measured field as people read it."""
+    if field in SHARES:
+        return f"{100 * value:.2f}".removesuffix(".00") + "%"
+    return f"{value:.2g}" if field == "logit_gap" else f"{value:.0f}"
 
 
 class FormParity(BaseModel):

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
     from twinloop.registry.snapshot import Version
     from twinloop.registry.versions import Registry
 
-COLUMNS = {
-    "tokens": "tokens alike",
-    "logit_gap": "logit gap",
-    "verdict_changes": "verdicts changed",
-    "prompt_changes": "prompts changed",
-    "stop_changes": "stop token changed",
-    "stopped": "ended",
-}
-
 
 def show_parity(project: Path, recipe_path: Path, named: str, forms: Sequence[str], *, as_json: bool) -> int:
     """0 where every limit of these forms holds, 1 where one does not. named: a version by its number or alias. forms:
@@ -32,12 +23,10 @@ def show_parity(project: Path, recipe_path: Path, named: str, forms: Sequence[st
 
     Raises UserError for a version or form that there is not, and for a form that was asked for and cannot be compared.
     """
-    from rich.console import Console
-
     from twinloop.domains.loader import load_domain
     from twinloop.evaluation.gate import judge, load_rules
     from twinloop.evaluation.rules import Measurements
-    from twinloop.flows.display import make_display
+    from twinloop.flows.display import make_console, make_display
     from twinloop.flows.gpu import gpu_slot
     from twinloop.registry.versions import Registry
     from twinloop.tasks.context import Context
@@ -68,11 +57,11 @@ def show_parity(project: Path, recipe_path: Path, named: str, forms: Sequence[st
     if as_json:
         print(found.to_json(), end="")
     else:
-        console = Console(soft_wrap=True, highlight=False, markup=False)
+        console = make_console()
         console.print(f"{version}: {len(found.cases)} prompts through each form, compared with the trained network")
         console.print(_table(found, verdict))
         for line in _lines(found, verdict, str(rules.source)):
-            console.print(line)
+            console.print(line, soft_wrap=True, markup=False)
     return 1 if verdict and verdict.decision == "BLOCK" else 0
 
 
@@ -90,29 +79,27 @@ def _table(found: ParityReport, verdict: GateReport | None) -> Table:
     """One row a form: what was measured, and in brackets the limit."""
     from rich.table import Table
 
+    from twinloop.evaluation.parity_report import LIMITED
+
     checks = {check.rule: check for check in verdict.checks} if verdict else {}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("form", no_wrap=True)
-    for title in COLUMNS.values():
-        table.add_column(title, justify="right")
+    for title in LIMITED.values():
+        table.add_column(title, justify="right", no_wrap=True)
     for form in found.forms:
-        cells = [_cell(field, getattr(form, field), checks.get(f"parity.{form.form}.{field}")) for field in COLUMNS]
+        cells = [_cell(field, getattr(form, field), checks.get(f"parity.{form.form}.{field}")) for field in LIMITED]
         table.add_row(form.form, *cells)
     return table
 
 
 def _cell(field: str, value: float | None, check: Check | None) -> str:
-    shown = "-" if value is None else _number(field, value)
+    from twinloop.evaluation.parity_report import show_field
+
+    shown = "-" if value is None else show_field(field, value)
     if check is None:
         return shown
     sign = "≥" if check.bound == "at least" else "≤"
     return f"{shown} ({sign} {check.limit:g}){' !' if check.outcome == 'block' else ''}"
-
-
-def _number(field: str, value: float) -> str:
-    if field in ("tokens", "stopped"):
-        return f"{100 * value:.2f}%"
-    return f"{value:.2g}" if field == "logit_gap" else f"{value:.0f}"
 
 
 def _lines(found: ParityReport, verdict: GateReport | None, source: str) -> list[str]:
