@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-FORMS = ("network", "adapter", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", "llama.cpp")
-"""Names of forms: the trained network, with its adapter, with the adapter merged into it, exported (ONNX) in each
-precision, and as GGUF by our own reader and by llama.cpp."""
+FORMS = ("network", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", "llama.cpp")
+"""Names of forms: the trained network, with its adapter beside it where it has one; with the adapter merged into it;
+exported (ONNX) in each precision; and as GGUF, by our own reader and by llama.cpp."""
 LIMITED = {
     "tokens": "tokens alike",
     "logit_gap": "logit gap",
