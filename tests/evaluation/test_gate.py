@@ -97,10 +97,10 @@ def test_without_a_champion_the_comparison_is_skipped_and_says_so(rules: GateRul
         ({"parity_token_agreement": None}, 1),
         ({"p95_ttft_ms": None}, 1),
         ({"memory_gib": None}, 1),
-        ({"parity": {"network": alike("network"), "fp32": alike("fp32")}}, 4),
+        ({"parity": {"network": alike("network"), "fp32": alike("fp32")}}, 5),
         ({"parity": {**GOOD.parity, "fp32": alike("fp32", logit_gap=None, verdict_changes=None)}}, 2),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else str(value),
 )
 def test_a_missing_measurement_blocks(rules: GateRules, fields: dict[str, object], count: int) -> None:
     report = judge(rules, changed(**fields))
