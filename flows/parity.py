@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,9 @@ def show_parity(project: Path, recipe_path: Path, named: str, forms: Sequence[st
     rules = load_rules(project / recipe.gate.rules, load_domain(recipe.domain, project).domain)
     runtime = recipe.runtime()
     asked = in_order(forms) if forms else ()
-    with make_display() as display, gpu_slot(project, runtime, shared=False):
+    # Programs read the report alone from stdout.
+    aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
+    with aside, make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
         registry = Registry(context.mlruns, context.recipe)
         version = _version(registry, named)
