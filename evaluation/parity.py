@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, Message
 from twinloop.evaluation.cases import Case, verdict_of
 from twinloop.evaluation.parity_report import FormParity
 from twinloop.models.tokenizer import ChatTokenizer, check_template
 
+ANSWER = "answer"
 MOST_PROBLEMS = 3
 """Of one form and kind, in words: the rest is counted."""
 
@@ -82,8 +83,7 @@ class Reference:
         self.form, self._cases, self._domain, self._max_tokens = form, cases, domain, max_tokens
         self._prompts = [form.tokenizer.encode_prompt(case.prompt) for case in cases]
         self._answers = form.generate(self._prompts, max_tokens)
-        self._texts = [form.tokenizer.decode(answer) for answer in self._answers]
-        self._passed = self._verdicts(self._texts)
+        self._passed = self._verdicts([form.tokenizer.decode(answer) for answer in self._answers])
 
     def parity(self) -> FormParity:
         """The reference's own row: how its answers end, and whether its template lets its stop token be trained."""
@@ -131,10 +131,9 @@ class Reference:
     def _tokens(self) -> int:
         return sum(map(len, self._answers))
 
-    def _conversations(self) -> Iterator[list[dict[str, str]]]:
-        for case, text in zip(self._cases, self._texts, strict=True):
-            # An answer of a stop token alone has no text to find again: any will do to see the template by.
-            yield [*case.prompt, {"role": "assistant", "content": text or "."}]
+    def _conversations(self) -> list[list[Message]]:
+        """Each case with an answer, the same for all: what templates do with it is looked at, not what models say."""
+        return [[*case.prompt, {"role": "assistant", "content": ANSWER}] for case in self._cases]
 
     def _forced(self, form: Form) -> tuple[float | None, float | None]:
         """(share of tokens alike, largest difference of a logit), along the reference's answers."""
