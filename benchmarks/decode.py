@@ -177,7 +177,7 @@ def watch_cache(exported: Path, slots: int, context: int) -> CacheStep:
     with recorded_bindings() as found:
         engine.decode(0, np.zeros(slots, np.int64), np.ones(slots, bool))  # binds, and appends position `context`
     (step,) = found.values()
-    itemsize = 4 if engine.precision in ("fp32", "int8") else 2
+    itemsize = 4 if engine.precision in ("fp32", "int8", "int4") else 2
     copied = sum(
         int(np.prod(shape)) * itemsize
         for (name, (at, shape)), written in zip(step.past.items(), step.written_at(), strict=True)

@@ -33,14 +33,14 @@ from twinloop.common.errors import UserError
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, read_cases, run_cases
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.parity import Reference
 from twinloop.evaluation.texts import score_texts
 from twinloop.models.config import Precision
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.serving.engine import Engine
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.tasks.parity import parity
+from twinloop.tasks.forms import ExportedForm, NetworkForm
 from twinloop.tasks.recipe import Recipe, TrainStage, load_recipe
 from twinloop.training.loop import StepReport, run_training
 from twinloop.training.weights import get_weights, load_decoder
@@ -177,15 +177,16 @@ def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     began = time.perf_counter()
     export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
     seconds = time.perf_counter() - began
-    prompts = [tokenizer.encode_prompt(case["prompt"]) for case in workload.records("cases")][:COMPARED_PROMPTS]
-    greedy = SamplingParams(max_tokens=workload.recipe.evaluate.max_new_tokens, stop=tokenizer.stop_ids)
-    same = parity(model, exported, prompts, greedy, threads=threads)
+    cases = read_cases(workload.records("cases"), workload.domain)[:COMPARED_PROMPTS]
+    network = NetworkForm("network", model, "", load_decoder(model), threads=threads)
+    reference = Reference(network, cases, workload.domain, workload.recipe.evaluate.max_new_tokens)
+    same = reference.compare(ExportedForm(precision, exported, "", threads=threads))
     found, speed = answer(workload, exported)
     engine = Engine.load(exported, slots=1, threads=threads)
     text = score_texts(engine, tokenizer, (record["text"] for record in workload.records("corpus_heldout")))
     steps = [time_steps(exported, slots, workload.context, threads=threads).median_s for slots in SLOTS]
     return [
-        f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.token_agreement:.2%} of {same.tokens}", *results(found),
+        f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.tokens:.2%} of {same.compared}", *results(found),
         f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),
     ]  # fmt: skip
 

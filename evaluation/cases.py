@@ -142,7 +142,7 @@ def run_cases(
         for index, (case, completion) in enumerate(zip(batch, completions, strict=True)):
             outputs = [tokenizer.decode(completion.tokens)]
             outputs += [tokenizer.decode(one.tokens) for one in sampled[index * several : (index + 1) * several]]
-            verdicts = [_verdict(domain, output, case) for output in outputs]
+            verdicts = [verdict_of(domain, output, case) for output in outputs]
             confidence = math.exp(math.fsum(completion.logprobs))
             answered.append(_Answered(case, outputs, verdicts, completion.finish_reason, confidence))
         if on_progress:
@@ -166,7 +166,7 @@ def _facts(domain: Domain, record: Mapping[str, Any]) -> Any:
         return domain.read_facts(record)
 
 
-def _verdict(domain: Domain, output: str, case: Case) -> Verdict:
+def verdict_of(domain: Domain, output: str, case: Case) -> Verdict:
     with domain_code(domain, "verify", f"case {case.case_id}"):
         verdict = domain.verify(output, case.facts)
         if not isinstance(verdict, Verdict):

@@ -10,181 +10,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
-from twinloop.domains.domain import CaseKind, Domain
-from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
-from twinloop.evaluation.case_report import CaseReport, Comparison
-from twinloop.evaluation.metrics import Rate, sign_test
-
-SIGNIFICANCE = 0.05
-"""A loss of cases that chance explains no better than this blocks, however small it is."""
-
-
-class Measurements(BaseModel):
-    """What was measured of a candidate, on the exported artifact. None, or no entry: not measured."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    rates: Mapping[str, Rate] = {}
-    """By kind of case; of pairs where the kind has them."""
-    violations: Mapping[str, int] = {}
-    """By critical predicate."""
-    metrics: Mapping[str, float] = {}
-    """The domain's own, by name."""
-    champion: Comparison | Literal["none"] | None = None
-    """Case by case against the champion; "none" where nothing was ever promoted."""
-    parity_logit_gap: float | None = None
-    """Largest difference of a logit between the trained network and the engine, by teacher forcing."""
-    parity_token_agreement: float | None = None
-    """Share of greedy tokens that both choose."""
-    p95_ttft_ms: float | None = None
-    memory_gib: float | None = None
-    bits_per_byte: float | None = None
-    """Of held-out text, as is its perplexity."""
-    perplexity: float | None = None
-    answer_perplexity: float | None = None
-    """Of the reference answers to the cases."""
-
-    @classmethod
-    def of_cases(cls, report: CaseReport, **others: Any) -> Measurements:
-        """Measurements of a case run, and others by name. A kind that has no cases was not measured."""
-        return cls(rates=report.by_kind | report.pairs, violations=report.violations, metrics=report.measured, **others)
-
-
-@dataclass(frozen=True)
-class _Measured:
-    value: float | None
-    detail: str = ""
-    skipped: bool = False
-    worse: bool = False
-    """It fails whatever the limit is."""
-
-
-Bound: TypeAlias = Literal["at least", "at most"]
-Allowed: TypeAlias = Literal["share", "count", "positive", "number"]
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One thing that a release may be judged by. `bound`: the side of the limit on which it passes."""
-
-    bound: Bound
-    allowed: Allowed
-    reason: str
-    owner: Owner
-    measure: Callable[[Measurements], _Measured]
-
-    def check_limit(self, limit: Any) -> str | None:
-        """What a limit must be, where this is not one."""
-        number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and math.isfinite(limit)
-        if self.allowed == "share":
-            return None if number and 0 <= limit <= 1 else "a number from 0 to 1"
-        if self.allowed == "count":
-            return None if number and isinstance(limit, int) and limit >= 0 else "a whole number, 0 or more"
-        if self.allowed == "positive":
-            return None if number and limit > 0 else "a number more than 0"
-        return None if number else "a number"
-
-
-def _number(value: float | None) -> _Measured:
-    # NaN and infinity are broken measurements, which is as good as none.
-    return _Measured(value if value is not None and math.isfinite(value) else None)
-
-
-def _net_loss(champion: Comparison | Literal["none"] | None) -> _Measured:
-    if champion == "none":
-        return _Measured(None, "no other champion: nothing to regress from", skipped=True)
-    if champion is None or not champion.total:
-        return _Measured(None)
-    p_value = sign_test(champion.lost, champion.won)
-    detail = f"lost {champion.lost}, won {champion.won} of {champion.total} against version {champion.champion}"
-    value = max(0.0, (champion.lost - champion.won) / champion.total)
-    return _Measured(value, f"{detail} (p = {p_value:.3f})", worse=p_value < SIGNIFICANCE)
-
-
-def _plain(bound: Bound, allowed: Allowed, reason: str, owner: Owner, field: str) -> Rule:
-    """A rule on a field of Measurements as it is."""
-    return Rule(bound, allowed, reason, owner, lambda measurements: _number(getattr(measurements, field)))
-
-
-_EXPORT_DIFFERS = "export differs from the network"
-_TEXT_WORSE = "held-out text predicted worse than allowed"
-
-COMPARED: Mapping[str, Rule] = {
-    "champion_net_loss": Rule(
-        "at most", "share", "regression against the champion", RELEASE, lambda m: _net_loss(m.champion)
-    )
-}
-"""Of domains whose cases are judged."""
-REFERENCE: Mapping[str, Rule] = {
-    "answer_perplexity": _plain(
-        "at most", "positive", "reference answers predicted worse than allowed", TRAINING, "answer_perplexity"
-    )
-}
-"""Of domains whose cases have reference answers."""
-GENERIC: Mapping[str, Rule] = {
-    "parity_logit_gap": _plain("at most", "positive", _EXPORT_DIFFERS, EXPORT, "parity_logit_gap"),
-    "parity_token_agreement": _plain("at least", "share", _EXPORT_DIFFERS, EXPORT, "parity_token_agreement"),
-    "p95_ttft_ms": _plain("at most", "positive", "latency budget exceeded", LATENCY, "p95_ttft_ms"),
-    "memory_gib": _plain("at most", "positive", "memory budget exceeded", LATENCY, "memory_gib"),
-    "bits_per_byte": _plain("at most", "positive", _TEXT_WORSE, TRAINING, "bits_per_byte"),
-    "perplexity": _plain("at most", "positive", _TEXT_WORSE, TRAINING, "perplexity"),
-}
-
-
-def rules_of(domain: Domain) -> dict[str, Rule]:
-    """Every rule that a release of this domain can be judged by, in the order in which they are applied.
-
-    Raises UserError for a metric of the domain that has another rule's name.
-    """
-    rules: dict[str, Rule] = {}
-    if domain.has("verify"):
-        for kind, case_kind in sorted(domain.case_kinds.items(), key=lambda item: not item[1].regression):
-            rules[f"{kind}_pass_rate"] = _kind_rule(kind, case_kind)
-        for name in domain.critical:
-            rules[f"{name}_violations"] = _violations_rule(name, domain)
-        rules |= COMPARED
-    if domain.has("reference"):
-        rules |= REFERENCE
-    rules |= GENERIC
-    for name, metric in domain.metrics.items():
-        if name in rules:
-            raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")
-        reason = f"{metric.title} outside its limit"
-        rules[name] = Rule(
-            metric.bound, "share" if metric.share else "number", reason, metric.owner, _domain_metric(name)
-        )
-    return rules
-
-
-def _kind_rule(kind: str, case_kind: CaseKind) -> Rule:
-    def measure(measurements: Measurements) -> _Measured:
-        rate = measurements.rates.get(kind)
-        if rate is None or not rate.total:
-            return _Measured(None)
-        # A few lucky cases are no evidence: by default the lower end of the interval counts.
-        return _Measured(rate.rate if case_kind.judged_by == "share" else rate.interval[0], str(rate))
-
-    return Rule("at least", "share", case_kind.reason, case_kind.owner, measure)
-
-
-def _violations_rule(name: str, domain: Domain) -> Rule:
-    predicate = domain.predicates[name]
-    return Rule("at most", "count", predicate.reason, predicate.owner, lambda m: _number(m.violations.get(name)))
-
-
-def _domain_metric(name: str) -> Callable[[Measurements], _Measured]:
-    return lambda measurements: _number(measurements.metrics.get(name))
+from twinloop.domains.domain import Domain
+from twinloop.domains.owners import RELEASE
+from twinloop.evaluation.parity_report import FORMS
+from twinloop.evaluation.rules import OF_A_FORM, PARITY, Bound, Measured, Measurements, Rule, parity_rules, rules_of
 
 
 @dataclass(frozen=True)
@@ -197,7 +36,7 @@ class GateRules:
 
     def __post_init__(self) -> None:
         """Raises UserError for an unknown rule or a limit of the wrong type, naming file, key and allowed values."""
-        known = f"known rules: {', '.join(self.rules)}"
+        known = f"known rules: {', '.join([*rules_of(self.domain), PARITY])}"
         if not isinstance(self.limits, Mapping) or not self.limits:
             raise UserError(f"{self.source}: no rules; a gate without any would ship everything. {known}")
         for name, limit in self.limits.items():
@@ -210,8 +49,20 @@ class GateRules:
 
     @cached_property
     def rules(self) -> dict[str, Rule]:
-        """All that the domain has, whether there is a limit for them or not."""
-        return rules_of(self.domain)
+        """All that the domain and its forms have, whether there is a limit for them or not."""
+        return rules_of(self.domain) | parity_rules(self.domain)
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms that have a limit."""
+        named = [name.split(".", 1)[1].rpartition(".")[0] for name in self.limits if name.startswith(f"{PARITY}.")]
+        return list(dict.fromkeys(named))
+
+    def of_parity(self, forms: Collection[str]) -> GateRules | None:
+        """The limits of these forms alone; None where there are none."""
+        wanted = {f"{PARITY}.{form}.{field}" for form in forms for field in OF_A_FORM}
+        limits = {name: limit for name, limit in self.limits.items() if name in wanted}
+        return replace(self, limits=limits) if limits else None
 
     @property
     def digest(self) -> str:
@@ -283,7 +134,36 @@ class GateReport(BaseModel):
 
 def load_rules(path: Path | str, domain: Domain) -> GateRules:
     """Read a rule file. Raises UserError: one line with the file, the key and what is allowed there."""
-    return GateRules(read_yaml(path, "gate rules are YAML such as recipes/gate.yaml"), domain, source=str(path))
+    limits = read_yaml(path, "gate rules are YAML such as recipes/gate.yaml")
+    return GateRules(_flat(limits, str(path)), domain, source=str(path))
+
+
+def _flat(limits: Any, source: str) -> Any:
+    """Limits with those of the key `parity` as rules of their own: {parity: {int8: {tokens: 1}}} is parity.int8.tokens.
+
+    Raises UserError for a form or a field that there is not, and where one is no mapping.
+    """
+    if not isinstance(limits, Mapping) or PARITY not in limits:
+        return limits
+    flat = {name: limit for name, limit in limits.items() if name != PARITY}
+    for form, fields in _section(limits[PARITY], FORMS, f"{source}: {PARITY}").items():
+        for field, limit in _section(fields, OF_A_FORM, f"{source}: {PARITY}.{form}").items():
+            flat[f"{PARITY}.{form}.{field}"] = limit
+    return flat
+
+
+def _section(content: Any, known: Collection[str], where: str) -> Mapping[str, Any]:
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{where}: not a mapping of {', '.join(known)}")
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise UserError(
+                f"{where}.{name}: unknown; did you mean {near[0]}?"
+                if near
+                else f"{where}.{name}: unknown; known: {', '.join(known)}"
+            )
+    return content
 
 
 def judge(rules: GateRules, measurements: Measurements, *, candidate: str = "") -> GateReport:
@@ -300,7 +180,7 @@ def judge(rules: GateRules, measurements: Measurements, *, candidate: str = "") 
         else:
             outcome = "pass" if _holds(rule, found, limit) else "block"
         missing = found.value is None and not found.skipped
-        detail = "not measured" if missing else found.detail
+        detail = ": ".join(filter(None, ("not measured", found.detail))) if missing else found.detail
         checks.append(
             Check(rule=name, outcome=outcome, measured=found.value, bound=rule.bound, limit=limit, detail=detail)
         )
@@ -322,7 +202,7 @@ def passes(rules: GateRules, name: str, measurements: Measurements) -> bool:
     return _holds(rule, rule.measure(measurements), float(rules.limits[name]))
 
 
-def _holds(rule: Rule, found: _Measured, limit: float) -> bool:
+def _holds(rule: Rule, found: Measured, limit: float) -> bool:
     if found.value is None or found.worse:
         return False
     return found.value >= limit if rule.bound == "at least" else found.value <= limit

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Judged, domain_code
 from twinloop.evaluation.cases import Case, reference_answers
-from twinloop.evaluation.gate import GateRules, Measurements, passes
+from twinloop.evaluation.gate import GateRules, passes
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.rules import Measurements
 
 MOST_CASES = 1_000_000
 """A limit that so many right answers do not pass, none does."""

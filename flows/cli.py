@@ -145,6 +145,36 @@ def gate(
 
 
 @app.command()
+def parity(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="a number, or champion, candidate, previous")],
+    form: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="fp32, fp16, bf16, int8, int4; may be repeated. By default all that the release has and all that have "
+            "a limit",
+        ),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the report, for programs")] = False,
+) -> int:
+    """Compare every form of a release with the trained network. Exit code 1 where a limit is broken.
+
+    The same prompts, of the evaluation cases, go through the network and through each form that it was released in. A
+    line a form says: the share of greedy tokens alike; the largest difference of a logit; how many prompts get an
+    answer with another verdict, how many other token ids (tokenizer, template); whether its stop token is the trained
+    one; and how many of its answers end with it. Limits are under `parity` in the gate rules. A form that is not in
+    the registry is exported for the comparison; what was measured of the same bytes before is not measured again.
+    """
+    from twinloop.flows.parity import show_parity
+
+    project = _project()
+    return show_parity(project, _recipe(project, recipe), version, form or [], as_json=as_json)
+
+
+@app.command()
 def promote(version: Annotated[int, typer.Argument(min=1)], model: ModelName = None) -> int:
     """Make a version that passed the gate the champion."""
     from twinloop.flows.status import promote_version

@@ -38,6 +38,7 @@ from twinloop.tasks.export import export
 from twinloop.tasks.gate import foresee_gate, gate, read_gate_report, version_to_beat
 from twinloop.tasks.imported_base import import_base
 from twinloop.tasks.measure import measure
+from twinloop.tasks.parity import Release, parity
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
@@ -127,16 +128,18 @@ def _release(
         console.print(asked, highlight=False, markup=False, soft_wrap=True)
     trained = _train(context, settings, base, runtime, data=data)
     exported = [
-        export(context, precision, base.max_length, runtime, data=data, model=trained.checkpoints[-1])
+        export(context, precision, base.max_length, model=trained.checkpoints[-1])
         for precision in settings.export.on(runtime.device)
     ]
     export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]
     candidate, *others = exported
-    judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate)
+    release = Release(trained.checkpoints[-1], {each.metrics["precision"]: each for each in exported})
+    compared = parity(context, settings.evaluate, runtime, data=data, release=release, forms=release.forms(rules.forms))
+    judged, release_rows = _judge(context, settings, runtime, rules, data=data, exported=candidate, compared=compared)
     made = Made(trained.checkpoints, others, candidate, base.tags(trained.start), base.parent)
     published = _publish(context, judged, made, data=data)
     answer, serve_error = _ask_champion(context.project, settings.name) if published.promotion else (None, None)
-    rows = (*data_rows, *trained.rows, *export_rows, *release_rows, *published.rows)
+    rows = (*data_rows, *trained.rows, *export_rows, StageRow.of(compared), *release_rows, *published.rows)
     outcome = Outcome(context.domain, rows, read_gate_report(judged), published, answer, serve_error)
     return replace(outcome, report=write_story(tracked, context, settings, outcome))
 
@@ -198,7 +201,14 @@ def _start(context: Context, settings: Recipe, base: Base, *, data: Artifact) ->
 
 
 def _judge(
-    context: Context, settings: Recipe, runtime: Runtime, rules: GateRules, *, data: Artifact, exported: Artifact
+    context: Context,
+    settings: Recipe,
+    runtime: Runtime,
+    rules: GateRules,
+    *,
+    data: Artifact,
+    exported: Artifact,
+    compared: Artifact,
 ) -> tuple[Artifact, list[StageRow]]:
     """Evaluate the exported model, and the version that it is to beat, and judge: the gate's artifact, and the rows."""
     found = evaluate(context, settings.evaluate, runtime, data=data, exported=exported.path, digest=exported)
@@ -216,6 +226,7 @@ def _judge(
         rules,
         exported=exported,
         evaluation=found,
+        parity=compared,
         champion=baseline_evaluation,
         champion_version=baseline.version if baseline else None,
     )

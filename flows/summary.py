@@ -133,12 +133,24 @@ def _made(metrics: Mapping[str, Any]) -> str:
         return f"longest record {max(_token_counts(metrics['longest']))} tokens"
     if "refused" in metrics:
         return f"verifier refused all {metrics['refused']:,} wrong answers"
-    if "logit_gap" in metrics:
-        agreement = _percent(metrics["token_agreement"])
-        return f"{metrics['bytes'] / 2**20:.1f} MiB, logits within {metrics['logit_gap']:.1e}, tokens {agreement}"
+    if "compared_forms" in metrics:
+        return _compared(metrics)
+    if "bytes" in metrics:
+        return f"{metrics['bytes'] / 2**20:.1f} MiB"
     if "parameters" in metrics:
         return f"{metrics['parameters']:,} parameters"
     return ""
+
+
+def _compared(metrics: Mapping[str, Any]) -> str:
+    """Tokens alike and largest logit gap of each form that was compared with the network."""
+    forms = [name.removesuffix("/logit_gap") for name in metrics if name.endswith("/logit_gap")]
+    words = [
+        f"{form} {_percent(metrics[f'{form}/tokens'])} within {metrics[f'{form}/logit_gap']:.1e}"
+        for form in forms
+        if metrics[f"{form}/logit_gap"]
+    ]
+    return f"tokens alike: {', '.join(words)}"
 
 
 def _token_counts(longest: Mapping[str, Mapping[str, Any]]) -> list[int]:

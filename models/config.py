@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from twinloop.models.rope import Rope, RopeScaling, Scale
 from twinloop.models.shapes import weight_shapes
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 """Of an exported model's weights and arithmetic."""
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]

@@ -14,9 +14,9 @@ from typing import Literal
 from twinloop.common.errors import UserError
 from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_graph import compute_type, slot_capacity
-from twinloop.models.onnx_quantize import choose_block_size
-from twinloop.models.shapes import hidden_matrices
+from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
+from twinloop.models.onnx_quantize import FOUR_BIT_BLOCK, choose_block_size, takes_four_bits
+from twinloop.models.shapes import hidden_matrices, is_hidden_matrix, weight_shapes
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,26 @@ def serving_memory(
 ) -> ServingMemory:
     """Memory to serve `slots` requests of up to `max_length` tokens each, prompt and answer together.
 
-    In int8 the matrices are quantised in blocks, with one float32 scale a block; the embedding table is looked up in
-    float32 and, where it is also the output projection, quantised once more beside that. The cache has the type of the
-    activations and holds a slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one
-    prefill chunk, its attention scores, and the logits of every slot.
+    In int8 and int4 the matrices are quantised in blocks, with one float32 scale a block, and a zero point where they
+    have four bits; the output projection has eight in both. The embedding table is looked up in float32 and, where it
+    is also that projection, quantised once more beside that. The cache has the type of the activations and holds a
+    slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one prefill chunk, its
+    attention scores, and the logits of every slot.
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
     cell = compute_type(precision)[1].itemsize
-    matrices = hidden_matrices(config)
-    projection = (config.vocab_size, config.hidden_size)
-    in_matrices = sum(rows * columns for rows, columns in matrices)
+    in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
     embedding = config.vocab_size * config.hidden_size
     vectors = config.num_parameters - in_matrices - embedding * (1 if config.tie_word_embeddings else 2)
-    if precision == "int8":
-        blocked = [(rows, *_blocks(columns)) for rows, columns in [*matrices, projection]]
-        weights = sum(rows * blocks * size for rows, blocks, size in blocked) + cell * (embedding + vectors)
-        scales = 4 * sum(rows * blocks for rows, blocks, _ in blocked)
+    if precision in QUANTIZED:
+        matrices = {name: shape for name, shape in weight_shapes(config).items() if is_hidden_matrix(name, shape)}
+        blocked = [
+            _blocked(*shape, four_bits=precision == "int4" and takes_four_bits(name))
+            for name, shape in matrices.items()
+        ]
+        blocked.append(_blocked(config.vocab_size, config.hidden_size, four_bits=False))
+        weights = sum(values for values, _ in blocked) + cell * (embedding + vectors)
+        scales = sum(scales for _, scales in blocked)
     else:
         weights, scales = cell * config.num_parameters, 0
     chunk = min(prefill_chunk, max_length)
@@ -135,10 +139,13 @@ def flops_per_token(config: DecoderConfig, *, context: float, training: bool) ->
     return (2 * weights + attention) * (3 if training else 1)
 
 
-def _blocks(columns: int) -> tuple[int, int]:
-    """(blocks a row, values a block) of a quantised matrix; a row is filled up to whole blocks."""
-    size = choose_block_size(columns)
-    return -(-columns // size), size
+def _blocked(rows: int, columns: int, *, four_bits: bool) -> tuple[int, int]:
+    """Bytes of a quantised matrix: (values, scales and zero points). A row is filled up to whole blocks."""
+    size = FOUR_BIT_BLOCK if four_bits else choose_block_size(columns)
+    blocks = -(-columns // size)
+    if four_bits:
+        return rows * blocks * size // 2, rows * (4 * blocks + -(-blocks // 2))
+    return rows * blocks * size, 4 * rows * blocks
 
 
 def _kept_activations(config: DecoderConfig) -> int:

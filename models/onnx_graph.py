@@ -26,20 +26,23 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.onnx_quantize import quantize_blocks
+from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+QUANTIZED: frozenset[Precision] = frozenset(("int8", "int4"))
+"""Their weights are made anew, and cannot be somebody else's tensors."""
 
 MICROSOFT = "com.microsoft"
 
-# What flows between the nodes. int8 quantises weights; activations and the cache stay float32.
+# What flows between the nodes. int8 and int4 quantise weights; activations and the cache stay float32.
 _COMPUTE: dict[Precision, tuple[int, np.dtype]] = {
     "fp32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "fp16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bf16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
     "int8": (TensorProto.FLOAT, np.dtype(np.float32)),
+    "int4": (TensorProto.FLOAT, np.dtype(np.float32)),
 }
 
 
@@ -75,7 +78,7 @@ def build_graph(
     """
     if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
         raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
-    assert tensors is not None or precision != "int8", "bound weights cannot be quantised"
+    assert tensors is not None or precision not in QUANTIZED, "bound weights cannot be quantised"
     graph = _Graph(config, tensors, precision, capacity, weights_type)
     return graph.build()
 
@@ -234,7 +237,7 @@ class _Graph:
     def _linear(self, x: str, name: str) -> str:
         """x @ W.T (+ b), W [out, in] as torch keeps it."""
         weight, output = f"{name}.weight", f"{name}.out"
-        if self.precision == "int8":
+        if self.precision in QUANTIZED:
             product = self._quantized(x, weight, output)
         else:
             inputs = [x, self._to_compute(self._stored(weight))]
@@ -246,17 +249,18 @@ class _Graph:
     def _quantized(self, x: str, weight: str, output: str) -> str:
         assert self.tensors is not None
         out_features, in_features = self.shapes[weight]
-        blocks = quantize_blocks(np.asarray(self.tensors[weight], np.float32))
-        self._constant(f"{weight}.int8", blocks.values)
-        self._constant(f"{weight}.scales", blocks.scales)
+        four = self.precision == "int4" and takes_four_bits(weight)
+        blocks = (quantize_four_bit_blocks if four else quantize_blocks)(np.asarray(self.tensors[weight], np.float32))
+        parts = {f"int{blocks.bits}": blocks.values, "scales": blocks.scales, "zero_points": blocks.zero_points}
+        stored = [self._constant(f"{weight}.{part}", array) for part, array in parts.items() if array is not None]
         return self._node(
             "MatMulNBits",
-            [x, f"{weight}.int8", f"{weight}.scales"],
+            [x, *stored],
             output,
             domain=MICROSOFT,
             K=in_features,
             N=out_features,
-            bits=8,
+            bits=blocks.bits,
             block_size=blocks.block_size,
             accuracy_level=4,  # int8 activations inside the kernel; level 0 is 50 times slower on CPU (1.31)
         )

@@ -243,6 +243,11 @@ def hash_files(folder: Path) -> dict[str, str]:
         )
 
 
+def content_digest(folder: Path) -> str:
+    """The digest that an artifact of these files has. Raises OSError."""
+    return _digest(hash_files(folder))
+
+
 def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -21,6 +21,7 @@ from twinloop.report.rows import StageRow
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 from twinloop.tasks.context import SPEED, Context
 from twinloop.tasks.measure import read_case_report
+from twinloop.tasks.parity import read_parity
 from twinloop.tasks.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[StageRow], ending: E
         data=_data(artifacts["validate"]),
         stages=stages,
         gate=ending.gate,
+        parity=read_parity(artifacts["parity"]),
         promoted=ending.promoted,
         outcome=ending.outcome,
         outcomes=cases.outcomes,

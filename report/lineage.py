@@ -40,7 +40,7 @@ def lineage_panel(story: Story) -> Panel:
     made = [_Made.by(stage) for stage in story.stages if stage.key]
     exports = [each for each in made if each.name.startswith("export")]
     # What checks something, or exports what is not served: the first export is.
-    side = [each for each in made if each.name in ("check", "audit") or each in exports[1:]]
+    side = [each for each in made if each.name in ("check", "audit", "parity") or each in exports[1:]]
     main = [each for each in made if each not in side]
     version = f"{story.model} version {story.version}", f"gate: {story.gate.decision}"
     data = _short(story.dataset_digest), main, side, version

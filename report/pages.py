@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.metrics import Rate, percentile
+from twinloop.evaluation.parity_report import LIMITED, show_field
 from twinloop.registry.tracking import flatten
 from twinloop.report.kept import Figures
 from twinloop.report.story import Stage, Story
@@ -48,6 +49,7 @@ def html_page(story: Story, figures: Figures) -> str:
         if drawn := [svg for name in figures.panels if name.startswith(begins) for svg in figures.svgs(name)]:
             shown.append((section, title, drawn))
     sections = [("stages", "Stages"), *((name, title) for name, title, _ in shown), ("gate", "Gate")]
+    sections += [("forms", "Forms")] if story.parity else []
     sections += [("failures", "Failures"), ("samples", "Samples"), ("data", "Data and recipe"), ("serve", "Serve")]
     return _render("page.html", story, figures=shown, sections=sections)
 
@@ -69,6 +71,7 @@ def _render(template: str, story: Story, **more: Any) -> str:
         "prompt": prompt_text,
         "json": lambda value: json.dumps(value, indent=1, ensure_ascii=False),
         "words": _words,
+        "measured": _measured,
         "cell": lambda text: str(text).replace("|", "\\|").replace("\n", " "),
     }
     return environment.get_template(template).render(
@@ -78,6 +81,7 @@ def _render(template: str, story: Story, **more: Any) -> str:
         samples=_samples(story),
         settings=list(flatten(story.recipe).items()),
         serving=_serving(story),
+        forms=LIMITED,
         most_failures=MOST_FAILURES,
         **more,
     )
@@ -154,6 +158,10 @@ def _short(number: float) -> str:
 
 def _seconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds:,.1f} s"
+
+
+def _measured(value: float | None, field: str) -> str:
+    return "–" if value is None else show_field(field, value)
 
 
 def _bits(stage: Stage) -> str:

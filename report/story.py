@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.gate import GateReport
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.parity_report import ParityReport
 
 Curve = list[tuple[int, float]]
 """(step, value)."""
@@ -97,6 +98,8 @@ class Story(_Record):
     data: tuple[DataFile, ...]
     stages: tuple[Stage, ...]
     gate: GateReport
+    parity: ParityReport | None = None
+    """Every form of the release against the network; None in stories from before they were compared."""
     promoted: bool
     outcome: str
     """What became of the version, in a line."""

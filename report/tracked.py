@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.evaluation.parity_report import LIMITED, ParityReport
 from twinloop.registry.tracking import Mlruns, Tracker
 from twinloop.report.kept import Figures
 from twinloop.report.pages import prompt_text
@@ -47,10 +48,11 @@ def log_story(tracker: Tracker, story: Story, figures: Figures, report: Sequence
 
 
 def final_metrics(story: Story) -> dict[str, float]:
-    """What the lifecycle came to, as numbers: the evaluation, the export's parity, the gate."""
+    """What the lifecycle came to, as numbers: the evaluation, the parity of each form, the gate."""
     found = dict(story.evaluation.metrics) if story.evaluation else {}
     served = next((stage for stage in story.stages if stage.name.startswith("export")), None)
     found |= {f"export/{name}": value for name, value in served.metrics.items()} if served else {}
+    found |= {f"parity/{name}": value for name, value in story.parity.metrics().items()} if story.parity else {}
     found |= {f"gate/{check.rule}": check.measured for check in story.gate.checks if check.measured is not None}
     seconds = sum(stage.seconds or 0 for stage in story.stages if not stage.reused)
     return found | {"shipped": float(story.gate.decision == "SHIP"), "seconds": seconds}
@@ -110,6 +112,7 @@ def tables(story: Story) -> dict[str, dict[str, list[Any]]]:
     ]
     found: dict[str, Sequence[Mapping[str, Any]]] = {
         "stages": stages,
+        "forms": _forms(story.parity) if story.parity else [],
         "gate": gate,
         "failures": failures,
         "rates": rates,
@@ -127,6 +130,21 @@ def tables(story: Story) -> dict[str, dict[str, list[Any]]]:
             for sample in measured.samples
         ]
     return {name: _columns(rows) for name, rows in found.items()}
+
+
+def _forms(parity: ParityReport) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "form": form.form,
+            "content": form.digest,
+            **{name: getattr(form, name) for name in LIMITED},
+            "compared tokens": form.compared,
+            "differs": "; ".join(problem for some in form.problems.values() for problem in some),
+        }
+        for form in parity.forms
+    ]
+    nothing = dict.fromkeys(rows[0], None)
+    return rows + [{**nothing, "form": form, "differs": f"not compared: {why}"} for form, why in parity.missing.items()]
 
 
 def description(story: Story) -> str:

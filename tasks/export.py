@@ -1,8 +1,7 @@
-"""Export: a checkpoint becomes an exported model (ONNX), and is compared with the network that it came from."""
+"""Export: a checkpoint becomes an exported model (ONNX). What it computes is compared by the stage `parity`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,45 +10,23 @@ from prefect import task
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
-from twinloop.training.runtime import Runtime
-
-COMPARED_CASES = 16
-COMPARED_TOKENS = 96
 
 
-def export_stage(
-    context: Context, precision: Precision, max_length: int, runtime: Runtime, *, data: Artifact, model: Artifact
-) -> Artifact:
-    """An exported model; its parity with the network is in the metrics."""
+def export_stage(context: Context, precision: Precision, max_length: int, *, model: Artifact) -> Artifact:
+    """An exported model in this precision, for prompts and answers of up to `max_length` tokens together."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        import torch
-
         from twinloop.models.exported import export_model
-        from twinloop.models.tokenizer import ChatTokenizer
-        from twinloop.records.validated import read_records
-        from twinloop.serving.engine.sampling import SamplingParams
-        from twinloop.tasks.parity import parity
 
-        torch.set_num_threads(runtime.threads)
         exported = export_model(model.path, out, precision=precision, max_length=max_length)
-        tokenizer = ChatTokenizer.load(model.path)
-        cases = read_records(data.path, "cases")[:COMPARED_CASES]
-        found = parity(
-            model.path,
-            out,
-            [tokenizer.encode_prompt(case["prompt"]) for case in cases],
-            SamplingParams(max_tokens=COMPARED_TOKENS, stop=tokenizer.stop_ids),
-            threads=runtime.threads,
-        )
         size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
-        return {"precision": precision, "parameters": exported.parameters, "bytes": size, **asdict(found)}
+        return {"precision": precision, "parameters": exported.parameters, "bytes": size}
 
     return context.run(
         "export",
         work,
-        settings={"precision": precision, "max_length": max_length, "runtime": runtime.model_dump()},
-        inputs={"data": data, "model": model},
+        settings={"precision": precision, "max_length": max_length},
+        inputs={"model": model},
         modules=("twinloop.tasks.export",),
         label=f"export {precision}",
     )

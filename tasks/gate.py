@@ -11,17 +11,20 @@ from prefect import task
 
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import compare
-from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge
+from twinloop.evaluation.gate import GateReport, GateRules, judge
+from twinloop.evaluation.rules import Measurements
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.snapshot import Version
 from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
+from twinloop.tasks.parity import read_parity
 from twinloop.tasks.recipe import EvaluateSettings
 
 if TYPE_CHECKING:
     from twinloop.evaluation.outlook import Outlook
+    from twinloop.evaluation.parity_report import ParityReport
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ def gate_stage(
     *,
     exported: Artifact,
     evaluation: Artifact,
+    parity: Artifact,
     champion: Artifact | None,
     champion_version: int | None,
 ) -> Artifact:
@@ -43,14 +47,20 @@ def gate_stage(
         verdict = judge(
             rules,
             measurements(
-                read_case_report(evaluation), evaluation.metrics, exported.metrics, champion, champion_version
+                read_case_report(evaluation),
+                evaluation.metrics,
+                read_parity(parity),
+                exported.metrics["precision"],
+                champion,
+                champion_version,
             ),
             candidate=exported.digest,
         )
         (out / GATE_REPORT).write_text(verdict.to_json())
         return {"decision": verdict.decision, "reasons": [reason.reason for reason in verdict.reasons]}
 
-    inputs = {"exported": exported, "evaluation": evaluation} | ({"champion": champion} if champion else {})
+    inputs = {"exported": exported, "evaluation": evaluation, "parity": parity}
+    inputs |= {"champion": champion} if champion else {}
     settings = {"rules": dict(rules.limits), "champion_version": champion_version}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
@@ -79,16 +89,21 @@ gate = task(name="gate", persist_result=False)(gate_stage)
 def measurements(
     cases: CaseReport,
     metrics: Mapping[str, Any],
-    exported: Mapping[str, Any],
+    parity: ParityReport | None,
+    served: str,
     champion: Artifact | None,
     champion_version: int | None,
 ) -> Measurements:
-    """What the rules look at. metrics: of the evaluation; exported: of the exported model, whose parity is its own."""
+    """What the rules look at. metrics: of the evaluation. parity: None where there is no network any more to compare
+    with. served: the precision of the exported model."""
+    candidate = parity.of(served) if parity else None
     return Measurements.of_cases(
         cases,
         champion=compare(cases, read_case_report(champion), version=str(champion_version)) if champion else "none",
-        parity_logit_gap=exported["logit_gap"],
-        parity_token_agreement=exported["token_agreement"],
+        parity={form.form: form for form in parity.forms} if parity else {},
+        missing_forms=parity.missing if parity else {},
+        parity_logit_gap=candidate.logit_gap if candidate else None,
+        parity_token_agreement=candidate.tokens if candidate else None,
         p95_ttft_ms=metrics["p95_ttft_ms"],
         memory_gib=metrics["memory_gib"],
         **{name: metrics[name] for name in ("bits_per_byte", "perplexity", "answer_perplexity") if name in metrics},

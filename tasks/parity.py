@@ -1,63 +1,181 @@
-"""Does the exported model compute what the trained network computes?"""
+"""Parity as a stage: the same prompts through every form of a release, and what differs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
-import numpy as np
-import torch
+from prefect import task
 
-from twinloop.models.decoder import Decoder
-from twinloop.serving.engine import Engine
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.training.weights import load_decoder
+from twinloop.common.errors import UserError
+from twinloop.evaluation.parity_report import FORMS
+from twinloop.models.config import Precision
+from twinloop.registry.artifact import Artifact, content_digest
+from twinloop.tasks.context import Context, Report
+from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.training.runtime import Runtime
+
+if TYPE_CHECKING:
+    from twinloop.evaluation.parity import Form
+    from twinloop.evaluation.parity_report import ParityReport
+
+PARITY_REPORT = "parity.json"
+COMPARED_CASES = 32
+REFERENCE = "network"
+
+
+class Stored(Protocol):
+    """A directory whose every byte was verified: an artifact, or a registered version."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def digest(self) -> str: ...
 
 
 @dataclass(frozen=True)
-class Parity:
-    """logit_gap: the largest difference of any logit, all at once or step by step. token_agreement: share of greedy
-    tokens that the network would have chosen too. tokens: how many were looked at."""
+class Release:
+    """What there is of a release. model: the last checkpoint. exported: by precision."""
 
-    logit_gap: float
-    token_agreement: float
-    tokens: int
+    model: Stored
+    exported: Mapping[Precision, Stored]
+
+    def forms(self, wanted: Iterable[str]) -> tuple[str, ...]:
+        """Names of its own forms, and of those that are wanted besides."""
+        return in_order([*self.exported, *wanted])
 
 
-def parity(
-    model_dir: Path, exported_dir: Path, prompts: Sequence[list[int]], params: SamplingParams, *, threads: int
-) -> Parity:
-    """Compare three ways: teacher forcing, prefill and then decode steps, and the tokens of answers.
+def in_order(forms: Iterable[str]) -> tuple[str, ...]:
+    """The reference, and forms of these names, each once. Raises UserError for a name that no form has."""
+    named = {REFERENCE, *forms}
+    if unknown := sorted(named - set(FORMS)):
+        raise UserError(f"{unknown[0]}: no form has this name; there are: {', '.join(FORMS)}")
+    return tuple(name for name in FORMS if name in named)
 
-    params: of the answers, greedy.
+
+def parity_stage(
+    context: Context,
+    settings: EvaluateSettings,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    release: Release,
+    forms: Iterable[str],
+) -> Artifact:
+    """parity.json. forms: names of those that are compared with the network; what is not there is made from it.
+
+    Raises UserError for a name that no form has.
     """
-    engine = Engine.load(exported_dir, slots=8, threads=threads)
-    network = load_decoder(model_dir)
-    answers = engine.generate(prompts, params)
-    gap, agreed, total = 0.0, 0, 0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = [*prompt, *answer.tokens]
-        reference_LV = _network_logits(network, tokens)
-        gap = max(gap, _gap(engine.score(tokens), reference_LV))
-        step_V = engine.prefill(0, prompt)
-        for position in range(len(prompt) - 1, len(tokens) - 1):
-            gap = max(gap, _gap(step_V, reference_LV[position]))
-            step_V = engine.decode(0, np.array([tokens[position + 1]]), np.array([True]))[0]
-        chosen = reference_LV[len(prompt) - 1 : len(tokens) - 1, : engine.vocab_size].argmax(axis=-1)
-        agreed += int((chosen == np.array(answer.tokens)).sum())
-        total += len(answer.tokens)
-    return Parity(gap, agreed / total, total)
+    names = in_order(forms)
+
+    def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        import torch
+
+        torch.set_num_threads(runtime.threads)
+        found = compare_forms(context, settings, runtime, data=data, release=release, forms=names, report=report)
+        (out / PARITY_REPORT).write_text(found.to_json())
+        return {"compared_cases": len(found.cases), "compared_forms": len(found.forms), **found.metrics()}
+
+    stored = {REFERENCE: release.model} | {f"exported-{name}": each for name, each in release.exported.items()}
+    return context.run(
+        "parity",
+        work,
+        settings={
+            "forms": list(names),
+            "cases": COMPARED_CASES,
+            "max_new_tokens": settings.max_new_tokens,
+            "threads": runtime.threads,
+        },
+        inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
+        modules=("twinloop.tasks.parity", "twinloop.tasks.forms"),
+        uses_domain=True,
+    )
 
 
-@torch.no_grad()
-def _network_logits(network: Decoder, tokens: Sequence[int]) -> np.ndarray:
-    """[L, V], float32."""
-    tokens_BL = torch.tensor([tokens])
-    hidden = network.hidden(tokens_BL, torch.arange(len(tokens))[None])
-    logits: np.ndarray = network.logits(hidden)[0].float().numpy()
-    return logits
+parity = task(name="parity", persist_result=False)(parity_stage)
 
 
-def _gap(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.abs(left - right).max())
+def compare_forms(
+    context: Context,
+    settings: EvaluateSettings,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    release: Release,
+    forms: Iterable[str],
+    report: Report | None = None,
+) -> ParityReport:
+    """Compare now. A form that cannot be made or read is missing, with the reason."""
+    from twinloop.evaluation.cases import read_cases
+    from twinloop.evaluation.parity import Reference, cases_digest
+    from twinloop.evaluation.parity_report import ParityReport
+    from twinloop.records.validated import read_records
+    from twinloop.tasks.measure import choose_cases
+
+    records = choose_cases(read_records(data.path, "cases"), context.domain, COMPARED_CASES)
+    cases = read_cases(records, context.domain)
+    if not cases:
+        raise UserError("cases: there are none to compare forms on; add some to the data")
+    with tempfile.TemporaryDirectory(prefix="twinloop-forms-") as folder:
+        makers = _Makers(release, Path(folder), runtime.threads)
+        reference = Reference(makers.make(REFERENCE), cases, context.domain, settings.max_new_tokens)
+        found, missing = [reference.parity()], {}
+        others = [name for name in forms if name != REFERENCE]
+        for done, name in enumerate(others):
+            if report:
+                report.moved(done, len(others))
+            try:
+                found.append(reference.compare(makers.make(name)))
+            except UserError as error:
+                missing[name] = str(error).replace(folder, name)
+    return ParityReport(
+        cases=tuple(case.case_id for case in cases),
+        cases_digest=cases_digest(cases),
+        forms=tuple(found),
+        missing=missing,
+    )
+
+
+@dataclass(frozen=True)
+class _Makers:
+    """Forms by name, each made when it is asked for, so that one at a time is in memory. folder: for what is exported
+    only to be compared."""
+
+    release: Release
+    folder: Path
+    threads: int
+
+    def make(self, name: str) -> Form:
+        """Raises UserError for a form that this release has not and that cannot be made of it."""
+        by_name: dict[str, Callable[[], Form]] = {REFERENCE: self._network}
+        by_name |= {precision: lambda each=precision: self._exported(each) for precision in get_args(Precision)}
+        if name not in by_name:
+            raise UserError(f"{name}: this release has no such form; there are: {', '.join(by_name)}")
+        return by_name[name]()
+
+    def _network(self) -> Form:
+        from twinloop.tasks.forms import NetworkForm
+        from twinloop.training.weights import load_decoder
+
+        model = self.release.model
+        return NetworkForm(REFERENCE, model.path, model.digest, load_decoder(model.path), threads=self.threads)
+
+    def _exported(self, precision: Precision) -> Form:
+        from twinloop.models.directory import load_config
+        from twinloop.models.exported import export_model
+        from twinloop.tasks.forms import ExportedForm
+
+        if stored := self.release.exported.get(precision):
+            return ExportedForm(precision, stored.path, stored.digest, threads=self.threads)
+        path, model = self.folder / precision, self.release.model.path
+        export_model(model, path, precision=precision, max_length=load_config(model).max_position_embeddings)
+        return ExportedForm(precision, path, content_digest(path), threads=self.threads)
+
+
+def read_parity(artifact: Artifact) -> ParityReport:
+    from twinloop.evaluation.parity_report import ParityReport
+
+    return ParityReport.model_validate_json((artifact.path / PARITY_REPORT).read_bytes())

@@ -1,12 +1,14 @@
-"""A registered version before the gate, measured anew: nothing is taken from what was measured earlier but its parity,
-which is a fact of the export."""
+"""A registered version before the gate, measured anew. Only parity, a fact of the bytes, is not measured twice."""
 
 from __future__ import annotations
+
+import logging
 
 from prefect import task
 
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport, GateRules, judge
+from twinloop.models.config import Precision
 from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
 from twinloop.registry.cards import describe
 from twinloop.registry.fingerprint import module_fingerprint
@@ -18,8 +20,11 @@ from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
 from twinloop.tasks.gate import measurements, version_to_beat
 from twinloop.tasks.measure import Workload
+from twinloop.tasks.parity import Release, parity_stage, read_parity
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
+
+log = logging.getLogger(__name__)
 
 
 def version_to_judge(registry: Registry, *aliases: str) -> Version:
@@ -29,6 +34,28 @@ def version_to_judge(registry: Registry, *aliases: str) -> Version:
     if version is None:
         raise UserError(f"{registry.name}: no {' and no '.join(aliases)} to judge; `twinloop run` makes one")
     return version
+
+
+def release_of(registry: Registry, version: Version) -> Release | None:
+    """What the registry has of that release: the version, the checkpoint that it was exported from, and what else was
+    exported from that, all verified. None where the checkpoint was deleted.
+
+    Raises UserError where one of them is not what was registered.
+    """
+    chain = registry.lineage(version)
+    if len(chain) < 2:
+        return None
+    exported = {precision_of(version): registry.verify(version)}
+    for other in registry.checkpoints.snapshot().versions.values():
+        if other.stage == version.stage and other.parent == version.parent:
+            exported.setdefault(precision_of(other), registry.verify(other))
+    return Release(registry.verify(chain[1]), exported)
+
+
+def precision_of(version: Version) -> Precision:
+    """Of an exported model."""
+    precision: Precision = Manifest.read(version.path / MANIFEST).metrics["precision"]
+    return precision
 
 
 def judge_version(
@@ -57,8 +84,16 @@ def judge_version(
         if baseline
         else None
     )
-    exported = Manifest.read(judged.path / MANIFEST).metrics
-    measured = measurements(cases, metrics, exported, evaluated, baseline.version if baseline else None)
+    release = release_of(registry, judged)
+    parity = None
+    if release is None:
+        log.warning("%s: the checkpoint that it was exported from is gone: no form is compared with it", judged)
+    else:
+        forms = release.forms(rules.forms)
+        parity = read_parity(parity_stage(context, settings, runtime, data=data, release=release, forms=forms))
+    measured = measurements(
+        cases, metrics, parity, precision_of(judged), evaluated, baseline.version if baseline else None
+    )
     report = judge(rules, measured, candidate=judged.digest)
     registry.tag(judged, {DOMAIN_FINGERPRINT: module_fingerprint(context.loaded_domain.found)})
     record_gate(registry, judged, report)

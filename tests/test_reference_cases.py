@@ -16,9 +16,10 @@ from twinloop.domains.returns.policies import Policy, window_days
 from twinloop.domains.returns.prompt import Order, build_prompt, is_eligible
 from twinloop.domains.returns.schemas import audit_answer, audit_target
 from twinloop.domains.returns.verifier import Facts, check, verify
-from twinloop.evaluation.gate import GateRules, Measurements, judge
+from twinloop.evaluation.gate import GateRules, judge
 from twinloop.evaluation.metrics import Rate, token_loss, weight_memory_gib
 from twinloop.evaluation.router import route
+from twinloop.evaluation.rules import Measurements
 from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import serving_memory
 from twinloop.models.template_check import check_template

@@ -20,7 +20,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
-from twinloop.models.onnx_graph import compute_type, slot_capacity
+from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
 from twinloop.models.vocabulary import read_vocab_size
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
@@ -125,8 +125,8 @@ class ModelRunner:
         """
         device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
         precision = precision or ("fp32" if device == "cpu" else "bf16")
-        if precision == "int8":
-            raise UserError("engine: int8 needs weights of its own; export the model, or bind the weights as fp32")
+        if precision in QUANTIZED:
+            raise UserError(f"engine: {precision} needs weights of its own; export the model, or bind them as fp32")
         choose_device(precision, device)
         session = open_bound(
             config,

@@ -19,7 +19,7 @@ from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine.kv_cache import Device
 
 # GroupQueryAttention has float32 on CPU only, and bfloat16 on CUDA only (1.31).
-_DEVICE_OF: dict[Precision, Device] = {"fp32": "cpu", "int8": "cpu", "fp16": "cuda", "bf16": "cuda"}
+_DEVICE_OF: dict[Precision, Device] = {"fp32": "cpu", "int8": "cpu", "int4": "cpu", "fp16": "cuda", "bf16": "cuda"}
 _PROVIDER: dict[Device, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 # Under this many parameters a step is shorter than what a second thread costs to wake.

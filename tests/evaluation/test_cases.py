@@ -18,8 +18,8 @@ from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.verifier import PREDICATES
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
-from twinloop.evaluation.gate import Measurements
 from twinloop.evaluation.metrics import Rate, token_loss
+from twinloop.evaluation.rules import Measurements
 from twinloop.evaluation.texts import score_answers, score_texts
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.engine.sampling import SamplingParams

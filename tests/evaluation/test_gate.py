@@ -12,14 +12,26 @@ from twinloop.domains.domain import Domain, Metric
 from twinloop.domains.owners import TRAINING
 from twinloop.domains.returns import domain
 from twinloop.evaluation.case_report import Comparison
-from twinloop.evaluation.gate import GateReport, GateRules, Measurements, judge, load_rules, rules_of
+from twinloop.evaluation.gate import GateReport, GateRules, judge, load_rules
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.parity_report import FormParity
+from twinloop.evaluation.rules import Measurements, rules_of
 
 ROOT = Path(__file__).parents[2]
 
 
 def rate(successes: int, total: int) -> Rate:
     return Rate(successes=successes, total=total)
+
+
+def alike(form: str, **changes: object) -> FormParity:
+    """A form that answers as the network does, some of it changed."""
+    same = {"tokens": 1.0, "logit_gap": 1e-4, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0}
+    return FormParity(**{"form": form, "digest": "sha", "compared": 100, "stopped": 1.0, **same, **changes})
+
+
+def with_form(form: str, **changes: object) -> Measurements:
+    return changed(parity={**GOOD.parity, form: alike(form, **changes)})
 
 
 GOOD = Measurements(
@@ -31,6 +43,7 @@ GOOD = Measurements(
     },
     violations={"no_unperformed_action": 0},
     champion="none",
+    parity={form: alike(form) for form in ("network", "fp32", "int8")},
     parity_logit_gap=1e-4,
     parity_token_agreement=1.0,
     p95_ttft_ms=40.0,
@@ -60,7 +73,9 @@ def compared(lost: int, won: int, total: int = 659) -> Comparison:
 
 
 def test_the_shipped_rules_are_those_of_the_domain_and_a_good_candidate_ships(rules: GateRules) -> None:
-    assert set(rules.limits) == set(rules_of(domain)) - {"bits_per_byte", "perplexity"}
+    generic = {name for name in rules.limits if not name.startswith("parity.")}
+    assert generic == set(rules_of(domain)) - {"bits_per_byte", "perplexity"}
+    assert rules.forms == ["network", "fp32", "int8"]
     report = judge(rules, GOOD, candidate="sha")
     assert (report.decision, report.reasons) == ("SHIP", ())
     assert report.candidate == "sha"
@@ -82,8 +97,10 @@ def test_without_a_champion_the_comparison_is_skipped_and_says_so(rules: GateRul
         ({"parity_token_agreement": None}, 1),
         ({"p95_ttft_ms": None}, 1),
         ({"memory_gib": None}, 1),
+        ({"parity": {"network": alike("network"), "fp32": alike("fp32")}}, 5),
+        ({"parity": {**GOOD.parity, "fp32": alike("fp32", logit_gap=None, verdict_changes=None)}}, 2),
     ],
-    ids=str,
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else str(value),
 )
 def test_a_missing_measurement_blocks(rules: GateRules, fields: dict[str, object], count: int) -> None:
     report = judge(rules, changed(**fields))
@@ -120,6 +137,10 @@ def test_no_cases_are_a_missing_measurement(rules: GateRules) -> None:
         (changed(champion=compared(20, 0)), "regression against the champion", "evaluation gate and rollback"),
         (changed(parity_logit_gap=0.5), "export differs from the network", "ONNX export"),
         (changed(parity_token_agreement=0.9), "export differs from the network", "ONNX export"),
+        (with_form("int8", verdict_changes=2), "answers of this form get another verdict", "ONNX export"),
+        (with_form("fp32", tokens=0.98), "this form chooses other tokens than the network", "ONNX export"),
+        (with_form("fp32", prompt_changes=1), "this form's tokenizer or template writes other tokens", "ONNX export"),
+        (with_form("network", stopped=0.9), "answers of this form do not end with its stop token", "ONNX export"),
         (changed(p95_ttft_ms=1000.5), "latency budget exceeded", "inference serving"),
         (changed(memory_gib=4.1), "memory budget exceeded", "inference serving"),
     ],
@@ -172,6 +193,28 @@ def test_report_survives_json_and_its_digest_names_it(rules: GateRules) -> None:
         GateReport.from_json('{"decision": "MAYBE"}')
 
 
+def test_a_form_that_was_not_compared_blocks_with_the_reason(rules: GateRules) -> None:
+    lost = changed(parity={form: GOOD.parity[form] for form in ("network", "fp32")}, missing_forms={"int8": "no file"})
+    report = judge(rules, lost)
+    assert "BLOCK    parity.int8.tokens" in report.text()
+    assert report.checks[-1].detail == "not measured: no file"
+
+
+def test_limits_of_some_forms_are_judged_alone(rules: GateRules) -> None:
+    some = rules.of_parity(["fp32", "int4"])
+    assert some is not None
+    assert set(some.limits) == {name for name in rules.limits if name.startswith("parity.fp32.")}
+    assert judge(some, Measurements(parity={"fp32": alike("fp32")})).decision == "SHIP"
+    assert judge(some, Measurements(parity={"fp32": alike("fp32", tokens=0.5)})).decision == "BLOCK"
+    assert rules.of_parity(["int4"]) is None
+
+
+def test_without_a_verifier_no_form_can_be_judged_by_verdicts() -> None:
+    assert GateRules({"parity.int8.tokens": 1}, Domain()).forms == ["int8"]
+    with pytest.raises(UserError, match=r"parity.int8.verdict_changes: no such rule of domain"):
+        GateRules({"parity.int8.verdict_changes": 0}, Domain())
+
+
 def test_the_order_of_rules_changes_nothing() -> None:
     one = GateRules({"p95_ttft_ms": 1000, "no_unperformed_action_violations": 0}, domain)
     other = GateRules({"no_unperformed_action_violations": 0, "p95_ttft_ms": 1000.0}, domain)
@@ -204,6 +247,12 @@ def test_the_order_of_rules_changes_nothing() -> None:
         ("{}", "no rules"),
         ("a: [", "not valid YAML"),
         ("1: 2", "1: no such rule"),
+        ("parity: 0.99", "parity: not a mapping of network, merged, "),
+        ("parity: {}", "parity: not a mapping of network, merged, "),
+        ("parity: {int: {tokens: 1}}", "parity.int: unknown; did you mean int8?"),
+        ("parity: {int8: {token: 1}}", "parity.int8.token: unknown; did you mean tokens?"),
+        ("parity: {int8: {gap: 1}}", "parity.int8.gap: unknown; known: tokens, logit_gap"),
+        ("parity: {int8: {tokens: 2}}", "parity.int8.tokens: 2 is not a number from 0 to 1"),
         ("? [a, b]\n: 1", "no such rule"),
     ],
 )

@@ -8,8 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from twinloop.common.strict_yaml import parse_yaml
+from twinloop.registry.tracking import Mlruns
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 PROJECT = Path(__file__).parents[2]
 COPIED = (
@@ -71,6 +77,10 @@ LENIENT = {
     "champion_net_loss": 1.0,
     "parity_logit_gap": 0.05,
     "parity_token_agreement": 0.99,
+    "parity": {
+        "fp32": {"logit_gap": 0.05, "tokens": 0.99, "prompt_changes": 0, "stop_changes": 0},
+        "int8": {"prompt_changes": 0, "stop_changes": 0},
+    },
     "p95_ttft_ms": 60_000,
     "memory_gib": 4,
 }
@@ -136,3 +146,20 @@ def twinloop(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     process = start(project, *arguments)
     stdout, stderr = process.communicate(timeout=500)
     return subprocess.CompletedProcess(list(arguments), process.returncode, stdout, stderr)
+
+
+def mlflow(project: Path) -> MlflowClient:
+    return Mlruns(project / "mlruns").client
+
+
+def lifecycle_runs(project: Path) -> list[Run]:
+    """MLflow's runs of whole lifecycles, oldest first."""
+    client, whole = mlflow(project), "tags.`twinloop.stage` = 'lifecycle'"
+    experiments = [each.experiment_id for each in client.search_experiments()]  # a copied project begins a new one
+    return list(client.search_runs(experiments, whole, order_by=["attributes.start_time ASC"]))
+
+
+def table(project: Path, run: Run, name: str) -> list[dict[str, Any]]:
+    """A table of a lifecycle, as MLflow reads it."""
+    content = json.loads(Path(mlflow(project).download_artifacts(run.info.run_id, f"tables/{name}.json")).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]

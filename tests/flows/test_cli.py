@@ -27,6 +27,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["decide", "--json", "{}"], "no champion"),
         (["promote", "seven"], "'version': Input should be a valid integer"),
         (["promote", "7"], "no version 7"),
+        (["parity", "champion"], "no champion"),
         (["rollback"], "nothing to roll back to"),
         (["export", "7", "--to", "onnx", "out"], "'onnx' is not one of huggingface, gguf, genai, peft"),
         (["documents", "put", "seven", "within 7 days", "--model", "small"], "document 'seven': the id must be P-"),

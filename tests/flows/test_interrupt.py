@@ -6,8 +6,10 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from small_project import make_project, start
 
 from twinloop.flows.display import LiveDisplay, PlainDisplay
 from twinloop.flows.interrupt import interruptible
@@ -51,3 +53,16 @@ def test_an_error_that_a_library_raises_for_it_is_the_interrupt() -> None:
         answered_with_another_error()
     with pytest.raises(ValueError, match="its own"), interruptible():
         raise ValueError("its own")
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    process = start(project, "run", "recipes/small.yaml")
+    assert process.stdout is not None
+    process.stdout.readline()  # the first stage is done
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "run it again" in stderr

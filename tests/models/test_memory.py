@@ -42,7 +42,7 @@ def variants() -> list[DecoderConfig]:
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 @pytest.mark.parametrize("config", variants(), ids=["tied", "untied", "bias", "qk-norm", "biases", "gemma"])
 def test_weights_and_scales_are_those_of_the_exported_graph(config: DecoderConfig, precision: str) -> None:
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def test_weights_and_scales_are_those_of_the_exported_graph(config: DecoderConfi
     graph = build_graph(config, tensors, precision=precision, capacity=64).graph
     sizes = {tensor.name: len(tensor.raw_data) for tensor in graph.initializer}
     weights = sum(size for name, size in sizes.items() if name.startswith(("model.", "lm_head")))
-    scales = sum(size for name, size in sizes.items() if name.endswith(".scales"))
+    scales = sum(size for name, size in sizes.items() if name.endswith((".scales", ".zero_points")))
     plan = serving_memory(config, precision=precision, slots=1, max_length=64)
     assert plan.scales_bytes == scales
     assert plan.weights_bytes == weights - scales

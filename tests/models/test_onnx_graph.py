@@ -15,7 +15,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model, read_exported
-from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks
+from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine import Engine
@@ -112,6 +112,40 @@ def test_int8_logits_stay_within_five_percent_of_the_networks(changes, tmp_path)
     expected = forced_logits(model, some_tokens())
     error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
     assert error < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+def test_int4_computes_with_the_weights_that_its_blocks_stand_for(changes, tmp_path):
+    """Against the network with those weights nothing but eight bits, of the others and of activations, differs."""
+    model = network(**changes)
+    engine = Engine.load(export(model, tmp_path, "int4"), slots=1)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and takes_four_bits(name):
+            weight.copy_(torch.from_numpy(four_bits(weight.numpy())))
+    expected = forced_logits(model, some_tokens())
+    error = np.sqrt(np.mean((engine.score(some_tokens()) - expected) ** 2))
+    assert error < 0.05 * expected.std()
+
+
+def four_bits(weight: np.ndarray) -> np.ndarray:
+    """The weight that its four-bit blocks stand for, by the operator's definition."""
+    blocks = quantize_four_bit_blocks(weight)
+    assert blocks.zero_points is not None
+    steps, zeros = (np.stack([x & 15, x >> 4], -1).reshape(len(x), -1) for x in (blocks.values, blocks.zero_points))
+    steps = steps.reshape(len(weight), -1, blocks.block_size).astype(np.float32)
+    restored = (steps - zeros[:, : steps.shape[1], None]) * blocks.scales[..., None]
+    return restored.reshape(len(weight), -1)[:, : weight.shape[1]]
+
+
+def test_four_bit_blocks_are_closer_than_one_symmetric_grid():
+    rng = np.random.default_rng(0)
+    for weight in (rng.standard_normal((64, 100)), rng.random((64, 100)) + 1, np.zeros((2, 32))):
+        weight = weight.astype(np.float32)
+        scale = np.abs(np.pad(weight, ((0, 0), (0, -weight.shape[1] % 32))).reshape(len(weight), -1, 32)).max(-1) / 7
+        scale = np.repeat(scale, 32, axis=1)[:, : weight.shape[1]]
+        symmetric = np.rint(weight / np.where(scale == 0, 1, scale)) * scale
+        error, plain = (np.square(each - weight).sum() for each in (four_bits(weight), symmetric))
+        assert error <= 0.75 * plain
 
 
 def test_blocks_reproduce_a_weight_within_half_a_step():

@@ -7,6 +7,7 @@ from typing import Any
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.gate import Check, GateReport, Reason
 from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.parity_report import FormParity, ParityReport
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 
 PROMPT = ({"role": "user", "content": "may I <b>return</b> order A10234 & keep it?"},)
@@ -61,6 +62,27 @@ FAILURE = CaseFailure(
 )
 
 
+def compared(form: str, **changes: object) -> FormParity:
+    """A form that answers as the network does, some of it changed."""
+    alike = {"tokens": 1.0, "logit_gap": 1e-6, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0}
+    alike |= {"form": form, "digest": f"digest of {form}", "compared": 200, "stopped": 1.0}
+    return FormParity(**(alike | changes))
+
+
+PARITY = ParityReport(
+    cases=("held-1", "held-2"),
+    cases_digest="cases",
+    forms=(
+        compared("network", reference=True, logit_gap=0.0),
+        compared("fp32"),
+        compared(
+            "int8", tokens=0.985, logit_gap=0.5, verdict_changes=1, problems={"verdict_changes": ("case flip-9 fails",)}
+        ),
+    ),
+    missing={"gguf": "there is <no> file"},
+)
+
+
 def story(**changes: Any) -> Story:
     """Two stages of training, a blocked gate, one failure."""
     dpo = {"loss": curve(0.69, 0.6, 0.5), "margin": curve(0, 1, 2), "own_metric": curve(3, 2, 1)}
@@ -95,13 +117,13 @@ def story(**changes: Any) -> Story:
             stage("sft", "validate", version=1, curves={"loss": curve(2, 1, 0.5)}, measured=measured(5)),
             stage("audit", "validate"),
             stage("dpo", "validate", "sft", "audit", version=2, curves=dpo, measured=measured(9)),
-            stage(
-                "export fp32", "dpo", version=7, metrics={"parameters": 930_000.0, "bytes": 2.0**22, "logit_gap": 1e-6}
-            ),
+            stage("export fp32", "dpo", version=7, metrics={"parameters": 930_000.0, "bytes": 2.0**22}),
             stage("export int8", "dpo", version=6),
+            stage("parity", "validate", "dpo", "export", "export"),
             stage("evaluate", "export", measured=measured(10)),
-            stage("gate", "evaluate", "export"),
+            stage("gate", "evaluate", "export", "parity"),
         ),
+        "parity": PARITY,
         "gate": GateReport(
             decision="BLOCK", reasons=(reason,), checks=checks, candidate="digest", rules_digest="rules"
         ),

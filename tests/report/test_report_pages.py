@@ -70,6 +70,9 @@ def test_the_page_tells_what_is_asked_of_a_release(page: Path) -> None:
         "&lt;script&gt;alert(1)&lt;/script&gt;",
         "it&#39;\\&#39;&#39;s broken",
         "d41d8cd9.dir",
+        "case flip-9 fails",
+        "98.50%",
+        "not compared: there is &lt;no&gt; file",
     ):
         assert said in text, said
 
@@ -79,6 +82,8 @@ def test_the_card_is_a_table_that_no_cell_breaks() -> None:
     tables = [line for line in card.splitlines() if line.startswith("|")]
     widths = {line.split("|")[1]: line.replace("\\|", "").count("|") for line in tables}
     assert widths[" sft "] == widths[" stage "] == widths[" gate "]
+    assert widths[" int8 "] == widths[" form "]
+    assert "| int8 | 98.50% | 0.5 | 1 | 0 | 0 | 100% | digest of  |" in card
     assert "| SFT data | 1 | held-2 | eligible |" in card
     assert "Gate: **BLOCK**" in card
 

@@ -45,6 +45,7 @@ def test_metrics_are_shown_and_compared_with_what_was_committed(project: Path) -
     shown = dvc(project, "metrics", "show")[""]["data"]["results/returns/metrics.json"]["data"]
     assert shown["stages"]["dpo"] == {"pass_rate": 0.45, "bits_per_byte": 1.25}
     assert (shown["decision"], shown["kind"], shown["gate"]["memory_gib"]) == ("BLOCK", {"held_out": 0.5}, 0.1)
+    assert shown["parity"]["int8/tokens"] == 0.985
     better = (*story().stages[:-2], stage("evaluate", "export", measured=measured(19)), story().stages[-1])
     write_results(project, story(stages=better))
     changed = dvc(project, "metrics", "diff")["results/returns/metrics.json"]

@@ -28,6 +28,7 @@ from twinloop.tasks.evaluate import evaluate_stage
 from twinloop.tasks.export import export_stage
 from twinloop.tasks.gate import gate_stage, read_gate_report
 from twinloop.tasks.measure import choose_cases, measure_stage, read_case_report
+from twinloop.tasks.parity import Release, parity_stage
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
@@ -111,19 +112,23 @@ class Stages:
     audit: Artifact
     measure: Artifact
     export: Artifact
+    parity: Artifact
     evaluate: Artifact
     gate: Artifact
 
     @classmethod
     def run(cls, context: Context, data: Artifact, model: Artifact) -> Stages:
         measured = measure_stage(context, "sft", SETTINGS, RUNTIME, data=data, model=model)
-        exported = export_stage(context, "fp32", 64, RUNTIME, data=data, model=model)
+        exported = export_stage(context, "fp32", 64, model=model)
+        release = Release(model, {"fp32": exported})
+        compared = parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=release.forms([]))
         evaluation = evaluate_stage(context, SETTINGS, RUNTIME, data=data, exported=exported.path, digest=exported)
         rules = GateRules({"keeps_customers_violations": 0, "accuracy": 0.5, "answer_perplexity": 1000}, context.domain)
         judged = gate_stage(
-            context, rules, exported=exported, evaluation=evaluation, champion=None, champion_version=None
-        )
-        return cls(audit_stage(context, data=data), measured, exported, evaluation, judged)
+            context, rules, exported=exported, evaluation=evaluation, parity=compared, champion=None,
+            champion_version=None,
+        )  # fmt: skip
+        return cls(audit_stage(context, data=data), measured, exported, compared, evaluation, judged)
 
     @property
     def reused(self) -> set[str]:

@@ -54,7 +54,7 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
         ({"threads": 1.5}, "threads: 1.5"),
         ({"pretrain": {"tokens": None}}, "train[0].tokens: None"),
         ({"device": "cdua"}, "device: 'cdua' is not one of 'auto', 'cpu', 'cuda' (did you mean cuda?)"),
-        ({"export": {"precisions": ["fp32", "int4"]}}, "export.precisions[1]: 'int4' is not one of"),
+        ({"export": {"precisions": ["fp32", "int3"]}}, "export.precisions[1]: 'int3' is not one of"),
         ({"grpo": {"group_size": 1}}, "train[3].group_size: 1: input should be greater than or equal to 2"),
         ({"sft": {"seq_len": 4096}}, "train[1]: batch_tokens (2048) holds no row"),
         ({"sft": {"seq_len": 1024}}, "train[1].seq_len (1024) is longer than base.max_length (512)"),

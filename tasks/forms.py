@@ -1,0 +1,90 @@
+"""The forms that a release has: the trained network in torch, its exported models in the engine that serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from twinloop.evaluation.parity import Form
+from twinloop.models.decoder import Decoder
+from twinloop.serving.engine import Engine
+from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.training.sampler import BoundSampler
+
+
+class NetworkForm(Form):
+    """A network in torch: with its adapter bound where it has one."""
+
+    def __init__(self, name: str, directory: Path, digest: str, network: Decoder, *, threads: int):
+        """directory: of its tokenizer. network: in evaluation mode, on CPU."""
+        super().__init__(name, directory, digest)
+        self._network, self._threads = network, threads
+
+    @torch.no_grad()
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        tokens_BL = torch.tensor([list(tokens)])
+        hidden = self._network.hidden(tokens_BL, torch.arange(len(tokens))[None])
+        logits_LV: np.ndarray = self._network.logits(hidden)[0].float().numpy()
+        return logits_LV
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        """The engine over the network's own tensors proposes, and the network decides about every token: torch alone
+        would read a whole answer again for each of its tokens."""
+        max_length = self._network.config.max_position_embeddings
+        sampler = BoundSampler(
+            self._network,
+            max_length=max_length,
+            prompts=len(prompts),
+            group=1,
+            threads=self._threads,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        room = [min(max_tokens, max_length - len(prompt)) for prompt in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
+        unfinished = list(range(len(prompts)))
+        while unfinished:
+            longest = max(room[index] - len(answers[index]) for index in unfinished)
+            greedy = SamplingParams(max_tokens=longest, stop=(self.tokenizer.stop_id,))
+            texts = [[*prompts[index], *answers[index]] for index in unfinished]
+            for index, text, proposed in zip(unfinished, texts, sampler.generate(texts, greedy, group=1), strict=True):
+                answers[index] += self._decided(text, proposed.tokens[: room[index] - len(answers[index])])
+            unfinished = [
+                index
+                for index in unfinished
+                if answers[index][-1] != self.tokenizer.stop_id and len(answers[index]) < room[index]
+            ]
+        return answers
+
+    def _decided(self, text: Sequence[int], proposed: Sequence[int]) -> list[int]:
+        """The proposed tokens up to the first that the network would not choose, and what it chooses there."""
+        scores_TV = self.logits([*text, *proposed])[len(text) - 1 : -1, : self.tokenizer.vocab_size]
+        chosen = scores_TV.argmax(axis=-1)
+        differs = np.flatnonzero(chosen != np.array(proposed))
+        return list(chosen[: differs[0] + 1].tolist() if len(differs) else proposed)
+
+
+class ExportedForm(Form):
+    """An exported model (ONNX), in the engine that serves it."""
+
+    SLOTS = 8
+
+    def __init__(self, name: str, directory: Path, digest: str, *, threads: int):
+        """Raises UserError where its integrity check fails, or its precision does not run on this machine."""
+        super().__init__(name, directory, digest)
+        self._engine = Engine.load(directory, slots=self.SLOTS, threads=threads)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        return self._engine.score(tokens)
+
+    def stepped_logits(self, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+        active = np.array([True])
+        steps = [self._engine.prefill(0, prompt).copy()]
+        steps += [self._engine.decode(0, np.array([token]), active)[0].copy() for token in answer[:-1]]
+        return np.stack(steps)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        greedy = SamplingParams(max_tokens=max_tokens, stop=(self.tokenizer.stop_id,))
+        return [completion.tokens for completion in self._engine.generate(prompts, greedy)]

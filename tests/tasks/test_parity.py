@@ -1,0 +1,328 @@
+"""A release whose forms do not answer alike is blocked, by the form and the limit that it breaks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from twinloop.common.errors import UserError
+from twinloop.domains.loader import load_domain
+from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.gate import GateReport, load_rules
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.registry.artifact import Artifact
+from twinloop.registry.tracking import CodeVersion
+from twinloop.tasks.context import Context
+from twinloop.tasks.export import export_stage
+from twinloop.tasks.gate import gate_stage, read_gate_report
+from twinloop.tasks.measure import write_cases
+from twinloop.tasks.parity import Release, compare_forms, parity_stage, read_parity
+from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.training.runtime import Runtime
+from twinloop.training.weights import get_weights, new_decoder
+
+LABELS = Path(__file__).parents[1] / "evaluation" / "labels.py"
+SETTINGS = EvaluateSettings(max_new_tokens=8)
+RUNTIME = Runtime(seed=1, threads=1, device="cpu")
+ANSWERS = {"late": "delivery", "twice": "billing", "prize": "spam", "lost": "delivery", "refund": "billing"}
+LIMITS = {
+    "parity_logit_gap": 0.05,
+    "parity_token_agreement": 0.99,
+    "parity": {
+        "network": {"stop_changes": 0, "stopped": 1},
+        "fp32": {
+            "tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
+            "stopped": 1,
+        },
+    },
+}  # fmt: skip
+
+
+class Silent:
+    def started(self, stage: str) -> None: ...
+
+    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
+
+    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    project = tmp_path_factory.mktemp("project")
+    (project / "labels.py").write_text(LABELS.read_text())
+    (project / "gate.yaml").write_text(json.dumps(LIMITS))
+    return Context(
+        project=project,
+        recipe="labels",
+        recipe_path=None,
+        loaded_domain=load_domain("./labels.py", project),
+        dataset_digest="d41d8.dir",
+        progress=Silent(),
+        code=CodeVersion("a" * 40),
+        checkpoint_every_s=1.0,
+    )
+
+
+def prompt(text: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": "label it"}, {"role": "user", "content": text}]
+
+
+def stored(
+    context: Context, stage: str, settings: dict[str, str], fill: Callable[[Path], dict[str, Any] | None]
+) -> Artifact:
+    def build(out: Path, keep: Path) -> dict[str, Any]:
+        return fill(out) or {}
+
+    return context.store.run(stage, settings=settings, inputs={}, code="", build=build)
+
+
+@pytest.fixture(scope="module")
+def data(context: Context) -> Artifact:
+    rows = [
+        {"case_id": text, "kind": "held_out", "pair_id": None, "prompt": prompt(text), "facts": label,
+         "expected": {"answer": label}}
+        for text, label in ANSWERS.items()
+    ]  # fmt: skip
+    return stored(context, "data", {}, lambda out: pl.DataFrame(rows).write_parquet(out / "cases.parquet"))
+
+
+@pytest.fixture(scope="module")
+def model(context: Context) -> Artifact:
+    """A network that has learned the answers, and to stop after them."""
+
+    def write(out: Path) -> None:
+        tokenizer = train_tokenizer([*ANSWERS, *ANSWERS.values(), "label it"], 280)
+        config = DecoderConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+        )  # fmt: skip
+        network = new_decoder(config, seed=0)
+        rows, targets = torch.zeros(5, 32, dtype=torch.int64), torch.full((5, 32), -100)
+        for row, target, (text, label) in zip(rows, targets, ANSWERS.items(), strict=True):
+            asked, answer = tokenizer.encode_prompt(prompt(text)), tokenizer.encode_answer(label)
+            row[: len(asked) + len(answer)] = torch.tensor([*asked, *answer])
+            target[len(asked) - 1 : len(asked) + len(answer) - 1] = torch.tensor(answer)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.02)
+        for _ in range(25):
+            scored = network.logits(network.hidden(rows, torch.arange(32).expand(5, -1)))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(scored.flatten(0, 1), targets.flatten()).backward()
+            optimizer.step()
+        save_model(out, config, get_weights(network), tokenizer)
+
+    return stored(context, "sft", {}, write)
+
+
+def exported(context: Context, model: Artifact, precision: str = "fp32") -> Artifact:
+    return export_stage(context, precision, 64, model=model)
+
+
+def with_tensors(
+    context: Context, model: Artifact, fault: str, change: Callable[[dict[str, np.ndarray]], None]
+) -> Artifact:
+    """The model with other tensors, exported."""
+
+    def write(out: Path) -> None:
+        shutil.copytree(model.path, out, dirs_exist_ok=True)
+        tensors = load_tensors(model.path)
+        change(tensors)
+        save_model(out, load_config(model.path), tensors)
+
+    return exported(context, stored(context, "faulty", {"fault": fault}, write))
+
+
+def with_files(context: Context, model: Artifact, fault: str, change: Callable[[Path], None]) -> Artifact:
+    """The exported model with another file beside its graph."""
+    right = exported(context, model)
+
+    def write(out: Path) -> dict[str, Any]:
+        shutil.copytree(right.path, out, dirs_exist_ok=True)
+        change(out)
+        return right.metrics
+
+    return stored(context, "faulty-export", {"fault": fault}, write)
+
+
+def edit(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, *others: Artifact) -> GateReport:
+    """What the gate says of a release of these."""
+    rules = load_rules(context.project / "gate.yaml", context.domain)
+    release = Release(model, {each.metrics["precision"]: each for each in (served, *others)})
+    compared = parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=release.forms(rules.forms))
+
+    def write(out: Path) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"by_kind": {}, "pairs": {}, "by_predicate": {}, "violations": {}, "measured": {}}
+        empty = {"results": (), "failures": (), "unparsed": 0, "truncated": 0, "cases_digest": ""}
+        write_cases(out, CaseReport(overall={"successes": 0, "total": 0}, **nothing, **empty))
+        return {"p95_ttft_ms": 1.0, "memory_gib": 0.1}
+
+    evaluation = stored(context, "evaluate", {}, write)
+    return read_gate_report(
+        gate_stage(
+            context, rules, exported=served, evaluation=evaluation, parity=compared, champion=None,
+            champion_version=None,
+        )
+    )  # fmt: skip
+
+
+def blocked(report: GateReport) -> dict[str, str]:
+    """The lines of the rules that block, by their names."""
+    lines = [line.split(maxsplit=2) for line in report.text().splitlines() if line.startswith("  BLOCK")]
+    return {name: rest for _, name, rest in lines}
+
+
+def test_forms_that_answer_alike_ship(context: Context, data: Artifact, model: Artifact) -> None:
+    report = judged(context, data, model, exported(context, model), exported(context, model, "int8"))
+    assert report.decision == "SHIP", report.text()
+    assert len(report.checks) == 10
+
+
+def test_a_changed_template_blocks(context: Context, data: Artifact, model: Artifact) -> None:
+    def change(out: Path) -> None:
+        path = out / "tokenizer_config.json"
+        template = json.loads(path.read_text())["chat_template"]
+        edit(path, chat_template=template.replace("+ '<|end|>'", "+ ' <|end|>'"))
+
+    report = judged(context, data, model, with_files(context, model, "template", change))
+    assert report.decision == "BLOCK"
+    found = blocked(report)["parity.fp32.prompt_changes"]
+    assert found.startswith("5  at most 0  case late: prompt: token ")
+    assert "look at ONNX export: this form's tokenizer or template writes other tokens" in report.text()
+
+
+def test_another_stop_token_blocks(context: Context, data: Artifact, model: Artifact) -> None:
+    tokenizer = ChatTokenizer.load(model.path)
+    stop = tokenizer.stop_id
+
+    def change(out: Path) -> None:
+        edit(out / "tokenizer_config.json", eos_token="<|user|>")
+
+    report = judged(context, data, model, with_files(context, model, "stop token", change))
+    assert report.decision == "BLOCK"
+    found = blocked(report)["parity.fp32.stop_changes"]
+    assert found.startswith("1  at most 0  tokenizer_config.json: stop token ")
+    assert f"and {stop} was trained" in found
+    assert blocked(report)["parity.fp32.stopped"].startswith("0  at least 1"), "its answers go on until they are cut"
+
+
+def test_a_stop_token_is_looked_for_in_every_file_that_names_one(
+    context: Context, data: Artifact, model: Artifact, tmp_path: Path
+) -> None:
+    tokenizer = ChatTokenizer.load(model.path)
+    copy = shutil.copytree(exported(context, model).path, tmp_path / "copy")
+    edit(copy / "config.json", eos_token_id=tokenizer.pad_id)
+    edit(copy / "generation_config.json", eos_token_id=[tokenizer.stop_id, tokenizer.pad_id])
+    release = Release(model, {"fp32": Copied(copy, "another")})
+    found = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["fp32"]).of("fp32")
+    assert found is not None
+    assert found.stop_changes == 2
+    assert [problem.split(":")[0] for problem in found.problems["stop_changes"]] == [
+        "config.json", "generation_config.json",
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A directory that is no artifact."""
+
+    path: Path
+    digest: str
+
+
+def test_a_merge_at_twice_its_scale_blocks(context: Context, data: Artifact, model: Artifact) -> None:
+    """The trained network is base + delta; the form has base + 2 * delta."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(0, 0.3, shape).astype(np.float32) for shape in ((2, 32), (32, 2)))
+
+    def twice(tensors: dict[str, np.ndarray]) -> None:
+        tensors["model.layers.0.self_attn.q_proj.weight"] += b @ a
+
+    assert_tensors_block(context, data, model, "merge", twice)
+
+
+def test_permuted_rotary_rows_block(context: Context, data: Artifact, model: Artifact) -> None:
+    """Rows of queries and keys in the order of pairs (i, i + 1), as GGUF's Llama has them."""
+
+    def permute(tensors: dict[str, np.ndarray]) -> None:
+        for kind in "qk":
+            name = f"model.layers.1.self_attn.{kind}_proj.weight"
+            tensors[name] = tensors[name].reshape(2, 2, 8, 32).swapaxes(1, 2).reshape(32, 32)
+
+    assert_tensors_block(context, data, model, "rotary", permute)
+
+
+def test_a_transposed_tensor_blocks(context: Context, data: Artifact, model: Artifact) -> None:
+    def transpose(tensors: dict[str, np.ndarray]) -> None:
+        name = "model.layers.0.self_attn.o_proj.weight"
+        tensors[name] = tensors[name].T
+
+    assert_tensors_block(context, data, model, "transposed", transpose)
+
+
+def assert_tensors_block(
+    context: Context, data: Artifact, model: Artifact, fault: str, change: Callable[[dict[str, np.ndarray]], None]
+) -> None:
+    report = judged(context, data, model, with_tensors(context, model, fault, change))
+    assert report.decision == "BLOCK"
+    found = blocked(report)
+    assert "at most 0.05" in found["parity.fp32.logit_gap"]
+    assert "at most 0.05" in found["parity_logit_gap"]
+    assert not {name for name in found if "prompt" in name or "stop_" in name}
+    assert (
+        "look at ONNX export: this form computes other logits than the network (parity.fp32.logit_gap)" in report.text()
+    )
+
+
+def test_a_form_that_cannot_be_compared_blocks_with_the_reason(
+    context: Context, data: Artifact, model: Artifact
+) -> None:
+    def cut(out: Path) -> None:
+        path = out / "model.onnx.data"
+        path.write_bytes(path.read_bytes()[:-8])
+
+    report = judged(context, data, model, with_files(context, model, "cut", cut))
+    assert report.decision == "BLOCK"
+    assert "not measured: " in blocked(report)["parity.fp32.tokens"]
+    assert "corrupt" in blocked(report)["parity.fp32.tokens"]
+
+
+def test_what_a_release_has_not_is_made_of_its_network_and_reported(
+    context: Context, data: Artifact, model: Artifact
+) -> None:
+    release = Release(model, {"fp32": exported(context, model)})
+    forms = release.forms(["int4", "fp16"])
+    found = read_parity(parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=forms))
+    assert [form.form for form in found.forms] == ["network", "fp32", "int4"]
+    assert "CUDA" in found.missing["fp16"]
+    network, fp32, int4 = found.forms
+    assert (network.reference, network.digest, fp32.digest) == (True, model.digest, release.exported["fp32"].digest)
+    assert len(int4.digest) == 64
+    assert (fp32.tokens, fp32.verdict_changes, fp32.stopped) == (1.0, 0, 1.0)
+    assert fp32.logit_gap is not None
+    assert int4.logit_gap is not None
+    assert 0 < fp32.logit_gap < 1e-3 < int4.logit_gap
+    assert set(found.cases) == set(ANSWERS)
+    with pytest.raises(UserError, match=r"int3: no form has this name; there are: network, .*int8"):
+        release.forms(["int3"])
+
+
+def test_the_same_bytes_are_compared_once(context: Context, data: Artifact, model: Artifact) -> None:
+    release = Release(model, {"fp32": exported(context, model)})
+    again = [
+        parity_stage(context, SETTINGS, RUNTIME, data=data, release=release, forms=("fp32",)).reused for _ in range(2)
+    ]
+    assert again[1]
