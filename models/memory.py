@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from twinloop.common.errors import UserError
-from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
+from twinloop.models.adapter_form import AdapterForm
+from twinloop.models.chunks import PREFILL_CHUNK, logit_chunk
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_graph import compute_type, slot_capacity
 from twinloop.models.onnx_quantize import choose_block_size
@@ -99,6 +100,7 @@ def training_memory(
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
+    lora: AdapterForm | None = None,
 ) -> TrainingMemory:
     """Memory of one training step on float32 master weights; on CUDA it computes in bf16.
 
@@ -106,18 +108,22 @@ def training_memory(
     frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
     layers keep for the backward pass without recomputation, on CPU also the attention mask of every layer in float32;
     and one chunk of the vocabulary's logits with their gradient.
+
+    With `lora` gradients and moments are those of the adapter, AdamW's, and the reference is the base itself.
     """
     _positive(micro_batch_tokens=micro_batch_tokens, seq_len=seq_len)
-    parameters = config.num_parameters
-    muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
+    adapter = lora.num_parameters(config) if lora else 0
+    trained = adapter or config.num_parameters
+    in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
+    muon = in_matrices if optimizer == "muon" and not lora else 0
     cell, masks = (2, 0) if device == "cuda" else (4, 4 * config.num_hidden_layers * seq_len)
     return TrainingMemory(
-        weights_bytes=4 * parameters,
-        gradients_bytes=4 * parameters,
-        optimizer_bytes=4 * muon + 8 * (parameters - muon),
-        reference_bytes=4 * parameters if reference else 0,
+        weights_bytes=4 * (config.num_parameters + adapter),
+        gradients_bytes=4 * trained,
+        optimizer_bytes=4 * muon + 8 * (trained - muon),
+        reference_bytes=4 * config.num_parameters if reference and not lora else 0,
         activations_bytes=micro_batch_tokens * (cell * _kept_activations(config) + masks),
-        logits_bytes=2 * 4 * min(LOGIT_CHUNK, micro_batch_tokens) * config.vocab_size,
+        logits_bytes=2 * 4 * min(logit_chunk(config.vocab_size), micro_batch_tokens) * config.vocab_size,
     )
 
 

@@ -70,6 +70,7 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
         "recipe": f"`{tags['recipe']}`" if tags.get("recipe") else "",
         "code": f"`{tags['commit']}`" if tags.get("commit") else "",
         "content": _digest("sha256", version.digest),
+        "adapter": _digest("LoRA in `model/adapter`, of the base in `model/base`: sha256", tags.get("adapter_base")),
     }
     if version.servable:
         rows["champion"] = _history(registry, contents, version)

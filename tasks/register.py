@@ -19,6 +19,7 @@ from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
+from twinloop.tasks.train import ADAPTER_BASE
 
 
 def register_stage(
@@ -31,7 +32,9 @@ def register_stage(
     about = _about(context, exported, data)
     parent: VersionName | None = None
     for checkpoint in checkpoints:
-        made = _register(context, registry.checkpoints, checkpoint, parent, about=about, alias=checkpoint.stage)
+        base = checkpoint.metrics.get(ADAPTER_BASE)
+        adapted = about | ({"adapter_base": base} if base else {})
+        made = _register(context, registry.checkpoints, checkpoint, parent, about=adapted, alias=checkpoint.stage)
         parent = VersionName(made.name, made.version)
     for other in others:
         precision = other.metrics["precision"]

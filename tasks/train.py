@@ -20,6 +20,8 @@ from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+ADAPTER_BASE = "adapter_base"
+"""In `metrics` of an adapted model: the digest of the artifact that its adapter is of."""
 NOTHING_LEARNED = {
     True: "nothing was learned: all answers to each prompt got the same reward. The stages before must first give some "
     "right answers; train them longer",
@@ -66,13 +68,15 @@ def train(
             device=runtime.device,
         )
         adapter = adapter_of(network)
+        made: dict[str, Any] = {}
         if adapter and settings.lora and not settings.lora.merge:
             save_adapted(out, model.path, adapter, skip=MANIFEST)
+            made = {ADAPTER_BASE: model.metrics.get(ADAPTER_BASE, model.digest)}
         else:
             save_model(out, network.config, get_weights(network), tokenizer)
         if not result.tokens:
             log.warning("%s: %s", stage.name, NOTHING_LEARNED[method.needs_verifier])
-        return result.summary() | {"records": len(records)}
+        return result.summary() | {"records": len(records)} | made
 
     return context.run(
         stage.name,

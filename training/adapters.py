@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinloop.models.adapter import Adapter
-from twinloop.models.adapter_form import AdapterForm, is_adapter_tensor
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.decoder import Decoder
 
 
@@ -31,6 +31,13 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as PEFT
         nn.init.zeros_(self.lora_B.weight)
 
+    def without_adapter(self) -> nn.Linear:
+        """The layer that was adapted, over the same tensors."""
+        out, into = self.weight.shape
+        linear = nn.Linear(into, out, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
     def forward(self, x: Tensor) -> Tensor:
         change = self.lora_B(self.lora_A(x) * self.form.scale)
         return F.linear(x, self.weight, self.bias).add_(change)
@@ -44,10 +51,9 @@ def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str =
         # Stages after each other start from other A, or the second adapter would begin in the span of the first.
         torch.manual_seed(zlib.crc32(f"{stage} {seed}".encode()))  # of 64 bits, its generator takes 32
         for name in form.modules(model.config):
-            parent, _, own = name.rpartition(".")
             linear = model.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            setattr(model.get_submodule(parent), own, LoRALinear(linear, form))
+            _replace(model, name, LoRALinear(linear, form))
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -78,16 +84,20 @@ def without_adapter(model: Decoder) -> Decoder:
     """The network with its adapter off, over the same tensors; itself, where it has none."""
     if not adapter_layers(model):
         return model
-    with torch.device("meta"):
-        base = Decoder(model.config).requires_grad_(False)  # what is assigned takes over whether it requires one
-    tensors = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if not is_adapter_tensor(name)}
-    base.load_state_dict(tensors, assign=True)
-    return base.eval()
+    base = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for name, layer in adapter_layers(base).items():
+        _replace(base, name, layer.without_adapter())
+    return base
 
 
 def frozen_reference(model: Decoder) -> Decoder:
     """What the network is compared with while it trains: itself with the adapter off, or else a copy of it as it is."""
     return without_adapter(model) if adapter_layers(model) else copy.deepcopy(model)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
 
 
 def _copy(parameter: Tensor) -> np.ndarray:
