@@ -127,17 +127,20 @@ def training_memory(
     )
 
 
-def flops_per_token(config: DecoderConfig, *, context: float, training: bool) -> float:
+def flops_per_token(config: DecoderConfig, *, context: float, training: bool, frozen: bool = False) -> float:
     """Floating-point operations for one token that attends to `context` tokens.
 
     Two for each weight it is multiplied with (the input embedding is looked up, the output projection is not), and
     four a head's width for each token attended to; a backward pass costs twice the forward one: 6N and attention.
-    For whole documents of L tokens the mean context is L / 2.
+    For whole documents of L tokens the mean context is L / 2. frozen: the weights take no gradient, as below an
+    adapter, whose own few products are left out.
     """
     projection = config.vocab_size * config.hidden_size
     weights = sum(rows * columns for rows, columns in hidden_matrices(config)) + projection
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * context
-    return (2 * weights + attention) * (3 if training else 1)
+    if not training:
+        return 2 * weights + attention
+    return 2 * weights * (2 if frozen else 3) + 3 * attention
 
 
 def _blocks(columns: int) -> tuple[int, int]:

@@ -97,7 +97,8 @@ def make_plan(context: Context, recipe: Recipe, runtime: Runtime, *, data: Artif
             lora=stage.settings.lora.form if stage.settings.lora else None,
         )
         cost = _Prober(context.domain, stage, runtime, data.path, base.path).measure()
-        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True)
+        frozen = stage.settings.lora is not None
+        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
