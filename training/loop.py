@@ -19,8 +19,9 @@ from torch import Tensor
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.training import checkpoint
-from twinloop.training.adapters import trained_tensors
+from twinloop.training.adapters import adapter_form, trained_tensors
 from twinloop.training.checkpoint import Checkpoint
+from twinloop.training.heap import return_free_memory
 from twinloop.training.objectives import Objective, join_metrics
 from twinloop.training.optim import Optimizer, build_optimizer, learning_rate_at
 from twinloop.training.reproducible import reproducible
@@ -183,6 +184,7 @@ def _accumulate(
     Each micro-batch counts by what its loss is a mean over (tokens, pairs), so the cut changes nothing.
     """
     sizes = [objective.normaliser(batch) for batch in step.micro_batches]
+    frozen = device.type == "cpu" and adapter_form(model) is not None
     names: list[str] = []
     scalars: list[Tensor] = []
     shares = [size / sum(sizes) for size in sizes if size > 0]
@@ -194,6 +196,9 @@ def _accumulate(
         (loss * share).backward()
         names = ["loss", *metrics]
         scalars += [loss.detach(), *metrics.values()]
+        if frozen:  # a large network: what it takes is mostly this, and no gradients of its own
+            del loss
+            return_free_memory()
     values = torch.stack(scalars).tolist() if scalars else []  # the one wait for the device
     width = len(names)
     parts = [(share, dict(zip(names, values[i * width :], strict=False))) for i, share in enumerate(shares)]
