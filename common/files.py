@@ -31,6 +31,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def link_or_copy(original: Path, place: Path) -> None:
+    """Hard-link a file that nobody writes to, or copy it where that cannot be."""
+    try:
+        place.hardlink_to(original)
+    except OSError:  # another file system, or one without links
+        shutil.copy2(original, place)
+
+
 def write_whole(path: Path, content: bytes, *, mode: int = 0o644) -> None:
     """Make the file hold this content: all of it, on disk, or what it held before. Raises OSError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")

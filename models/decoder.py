@@ -33,10 +33,10 @@ class _CPURMSNorm(torch.autograd.Function):
         return normal * weight
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normal, inverse, weight = ctx.saved_tensors
         (gradient,) = gradients
-        d_weight = (gradient * normal).flatten(0, -2).sum(0)
+        d_weight = (gradient * normal).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
         d_normal = gradient * weight
         along = (d_normal * normal).mean(-1, keepdim=True)
         return d_normal.addcmul_(normal, along, value=-1).mul_(inverse), d_weight, None

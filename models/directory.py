@@ -1,11 +1,15 @@
 """The model directory: what `transformers` calls a checkpoint, read and written without torch.
 
 config.json, model.safetensors, generation_config.json, and the tokenizer's tokenizer.json and tokenizer_config.json.
+
+An adapted model has no weights of its own, but two folders: `base/`, the model directory that was adapted, its files
+hard-linked so that they take no space again, and `adapter/`, in PEFT's form. Its weights are the two merged.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,13 +20,17 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import link_or_copy
+from twinloop.models.adapter import Adapter, read_adapter, save_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.family import read_config, write_config
+from twinloop.models.shapes import weight_shapes
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
+BASE, ADAPTER = "base", "adapter"
 
 
 class SavesItself(Protocol):
@@ -51,6 +59,27 @@ def save_model(
         tokenizer.save(directory, max_length=config.max_position_embeddings)
 
 
+def save_adapted(directory: Path, source: Path, adapter: Adapter, *, skip: str) -> None:
+    """Write an adapted model. source: the model directory that the adapter was trained on top of, itself adapted or
+    not: adapters on each other become one on the same base. skip: the name of a file of `source` that is not its own.
+    """
+    base = source
+    if is_adapted(source):
+        base = source / BASE
+        adapter = read_adapter(source / ADAPTER, load_config(source)).then(adapter)
+    (directory / BASE).mkdir(parents=True)
+    for path in sorted(base.iterdir()):
+        if path.is_file() and path.name != skip:
+            link_or_copy(path, directory / BASE / path.name)
+            if not path.name.startswith(WEIGHTS.partition(".")[0]):
+                shutil.copyfile(path, directory / path.name)
+    save_adapter(directory / ADAPTER, adapter, base=f"../{BASE}")
+
+
+def is_adapted(directory: Path) -> bool:
+    return (directory / ADAPTER).is_dir()
+
+
 def load_config(directory: Path) -> DecoderConfig:
     """The network's shape. Raises UserError where config.json is missing, broken, or of another architecture."""
     fields = _read_json(directory / CONFIG)
@@ -61,10 +90,17 @@ def load_config(directory: Path) -> DecoderConfig:
 
 
 def load_tensors(directory: Path) -> dict[str, np.ndarray]:
-    """All weights by name, in the type they are stored in; of one file, or of the shards that an index names.
+    """All weights by name, in the type they are stored in; of one file, or of the shards that an index names. Those of
+    an adapted model are merged, in float32.
 
     Raises UserError where a file is missing or corrupt.
     """
+    if is_adapted(directory):
+        config, weights = load_config(directory), load_tensors(directory / BASE)
+        shapes = {name: array.shape for name, array in weights.items()}
+        where = str(directory / BASE)
+        check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=where)
+        return read_adapter(directory / ADAPTER, config).merge(weights)
     tensors: dict[str, np.ndarray] = {}
     for name in weight_files(directory):
         try:

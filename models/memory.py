@@ -12,7 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from twinloop.common.errors import UserError
-from twinloop.models.chunks import LOGIT_CHUNK, PREFILL_CHUNK
+from twinloop.models.adapter_form import AdapterForm
+from twinloop.models.chunks import PREFILL_CHUNK, logit_chunk
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
 from twinloop.models.onnx_quantize import FOUR_BIT_BLOCK, choose_block_size, takes_four_bits
@@ -102,6 +103,7 @@ def training_memory(
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
+    lora: AdapterForm | None = None,
 ) -> TrainingMemory:
     """Memory of one training step on float32 master weights; on CUDA it computes in bf16.
 
@@ -109,34 +111,41 @@ def training_memory(
     frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
     layers keep for the backward pass without recomputation (on CPU, where scores are capped, those of every head too);
     and one chunk of the vocabulary's logits with their gradient.
+
+    With `lora` gradients and moments are those of the adapter, AdamW's, and the reference is the base itself.
     """
     _positive(micro_batch_tokens=micro_batch_tokens)
-    parameters = config.num_parameters
-    muon = sum(rows * columns for rows, columns in hidden_matrices(config)) if optimizer == "muon" else 0
+    adapter = lora.num_parameters(config) if lora else 0
+    trained = adapter or config.num_parameters
+    in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
+    muon = in_matrices if optimizer == "muon" and not lora else 0
     scores = 0 if config.attention_softcap is None else 2 * config.num_attention_heads * config.num_hidden_layers
     cell, capped = (2, 0) if device == "cuda" else (4, scores * min(micro_batch_tokens, config.max_position_embeddings))
     return TrainingMemory(
-        weights_bytes=4 * parameters,
-        gradients_bytes=4 * parameters,
-        optimizer_bytes=4 * muon + 8 * (parameters - muon),
-        reference_bytes=4 * parameters if reference else 0,
+        weights_bytes=4 * (config.num_parameters + adapter),
+        gradients_bytes=4 * trained,
+        optimizer_bytes=4 * muon + 8 * (trained - muon),
+        reference_bytes=4 * config.num_parameters if reference and not lora else 0,
         activations_bytes=micro_batch_tokens * cell * (_kept_activations(config) + capped),
-        logits_bytes=2 * 4 * min(LOGIT_CHUNK, micro_batch_tokens) * config.vocab_size,
+        logits_bytes=2 * 4 * min(logit_chunk(config.vocab_size), micro_batch_tokens) * config.vocab_size,
     )
 
 
-def flops_per_token(config: DecoderConfig, *, context: float, training: bool) -> float:
+def flops_per_token(config: DecoderConfig, *, context: float, training: bool, frozen: bool = False) -> float:
     """Floating-point operations for one token that attends to `context` tokens.
 
     Two for each weight it is multiplied with (the input embedding is looked up, the output projection is not), and
     four a head's width for each token attended to; a backward pass costs twice the forward one: 6N and attention.
     For whole documents of L tokens the mean context is L / 2. A layer with a window reaches no further than that.
+    frozen: the weights take no gradient, as below an adapter, whose own few products are left out.
     """
     projection = config.vocab_size * config.hidden_size
     weights = sum(rows * columns for rows, columns in hidden_matrices(config)) + projection
     reached = sum(min(context, kind.window or context) for kind in config.layer_kinds)
     attention = 4 * config.num_attention_heads * config.head_dim * reached
-    return (2 * weights + attention) * (3 if training else 1)
+    if not training:
+        return 2 * weights + attention
+    return 2 * weights * (2 if frozen else 3) + 3 * attention
 
 
 def _blocked(rows: int, columns: int, *, four_bits: bool) -> tuple[int, int]:

@@ -25,6 +25,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
@@ -66,12 +67,14 @@ def build_graph(
     precision: Precision,
     capacity: int,
     weights_type: int | None = None,
+    lora: AdapterForm | None = None,
 ) -> ModelProto:
     """The graph with its weights; with `tensors=None`, weights are declared without data, to be bound by the caller.
 
     capacity: positions M of a cache slot, which is also the reach of the rotary tables.
     weights_type: ONNX element type of the bound weights where it differs from the precision's (a trainer's float32
     masters under bf16): the graph then casts them in every run.
+    lora: an adapter beside the bound weights, whose A and B are bound too; that of a model directory is merged.
 
     Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`). Raises UserError for a
     head width that the attention operator does not take.
@@ -79,7 +82,8 @@ def build_graph(
     if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
         raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
     assert tensors is not None or precision not in QUANTIZED, "bound weights cannot be quantised"
-    graph = _Graph(config, tensors, precision, capacity, weights_type)
+    assert tensors is None or lora is None, "an adapter is merged into weights that are not bound"
+    graph = _Graph(config, tensors, precision, capacity, weights_type, lora)
     return graph.build()
 
 
@@ -103,6 +107,7 @@ class _Graph:
     precision: Precision
     capacity: int
     weights_type: int | None
+    lora: AdapterForm | None
     nodes: list[NodeProto] = field(default_factory=list)
     initializers: dict[str, TensorProto] = field(default_factory=dict)
     declared_bytes: int = 0
@@ -111,7 +116,7 @@ class _Graph:
 
     def __post_init__(self) -> None:
         self.element_type, self.dtype = _COMPUTE[self.precision]
-        self.shapes = weight_shapes(self.config)
+        self.shapes = weight_shapes(self.config) | (self.lora.shapes(self.config) if self.lora else {})
         if self.weights_type is None or self.tensors is not None:
             self.weights_type = self.element_type
 
@@ -242,9 +247,17 @@ class _Graph:
         else:
             inputs = [x, self._to_compute(self._stored(weight))]
             product = self._node("FusedMatMul", inputs, output, domain=MICROSOFT, transB=1)
+        if self.lora and f"{name}.{LORA_A}" in self.shapes:
+            product = self._node("Add", [product, self._adapted(x, name, self.lora.scale)], f"{name}.adapted")
         if f"{name}.bias" not in self.shapes:
             return product
         return self._node("Add", [product, self._to_compute(self._stored(f"{name}.bias"))], f"{name}.biased")
+
+    def _adapted(self, x: str, name: str, scale: float) -> str:
+        """x @ A.T @ B.T * scale"""
+        a, b = (self._to_compute(self._stored(f"{name}.{kind}")) for kind in (LORA_A, LORA_B))
+        down = self._node("FusedMatMul", [x, a], f"{name}.lora_A.out", domain=MICROSOFT, transB=1, alpha=scale)
+        return self._node("FusedMatMul", [down, b], f"{name}.lora_B.out", domain=MICROSOFT, transB=1)
 
     def _quantized(self, x: str, weight: str, output: str) -> str:
         assert self.tensors is not None

@@ -49,8 +49,9 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised."""
-    return len(shape) == 2 and "embed_tokens" not in name and "lm_head" not in name
+    """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised. A factor of an
+    adapter is none: what Muon would orthogonalise is their product."""
+    return len(shape) == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "lora_"))
 
 
 def hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:

@@ -101,6 +101,7 @@ def _facts(registry: Registry, version: Version, **more: str) -> list[str]:
         "recipe": f"`{tags['recipe']}`" if tags.get("recipe") else "",
         "code": f"`{tags['commit']}`" if tags.get("commit") else "",
         "content": _digest("sha256", version.digest),
+        "adapter": _digest("LoRA in `model/adapter`, of the base in `model/base`: sha256", tags.get("adapter_base")),
         **more,
     }
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value)]

@@ -1,8 +1,9 @@
 """MLmodel files: how MLflow's own clients load what is registered.
 
 An exported model has the flavour `python_function`: `mlflow.pyfunc.load_model` gives the domain's decisions by the
-engine that serves, through `registry.pyfunc`. A checkpoint has the flavour `transformers`. These files lie beside the
-folder that the manifest is about, so they change no digest, and nothing that Twinloop serves is read from them.
+engine that serves, through `registry.pyfunc`. A checkpoint has the flavour `transformers`, with its adapter where there
+is one. These files lie beside the folder that the manifest is about, so they change no digest, and nothing that
+Twinloop serves is read from them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     from mlflow.models import Model
     from mlflow.models.utils import _save_example
 
-    from twinloop.models.directory import CONFIG, WEIGHTS
+    from twinloop.models.adapter import ADAPTER_CONFIG
+    from twinloop.models.directory import ADAPTER, BASE, CONFIG, WEIGHTS
     from twinloop.models.exported import EXPORT_FILE  # onnx takes half a second
 
     if EXPORT_FILE in manifest.files:
@@ -55,6 +57,10 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     elif CONFIG in manifest.files and WEIGHTS in manifest.files:
         model = Model()
         model.add_flavor("transformers", **_transformers(folder))
+    elif f"{ADAPTER}/{ADAPTER_CONFIG}" in manifest.files:
+        adapted = {"model_binary": f"{MODEL_FOLDER}/{BASE}", "peft_adaptor": f"{MODEL_FOLDER}/{ADAPTER}"}
+        model = Model()
+        model.add_flavor("transformers", **_transformers(folder) | adapted)
     else:
         return
     model.save(str(folder / MLMODEL))

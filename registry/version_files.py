@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import fsync
+from twinloop.common.files import fsync, link_or_copy
 from twinloop.registry.artifact import MANIFEST, Manifest, integrity_error
 
 
@@ -38,10 +38,7 @@ def install(source: Path, target: Path, *, copy: bool) -> None:
     """Put `source`'s files at `target`, whole or not at all: copied, or hard-linked where that is possible."""
 
     def link(original: str, place: str) -> None:
-        try:
-            Path(place).hardlink_to(original)
-        except OSError:  # another file system, or one without links
-            shutil.copy2(original, place)
+        link_or_copy(Path(original), Path(place))
 
     new = target.with_name(f"{target.name}.new")
     shutil.rmtree(new, ignore_errors=True)

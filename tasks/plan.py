@@ -101,9 +101,11 @@ def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *,
             optimizer=stage.settings.optimizer,
             device=runtime.device,
             reference=stage.settings.has_reference(),
+            lora=stage.settings.lora.form if stage.settings.lora else None,
         )
         cost = _Prober(context.domain, stage, runtime, data.path, model.path).measure()
-        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True)
+        frozen = stage.settings.lora is not None
+        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
@@ -158,12 +160,15 @@ class _Prober:
     def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
         import torch
 
+        from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
         torch.set_num_threads(self._runtime.threads)
         settings, domain = self._as_trained(records, tokenizer)
         network = load_decoder(self._model)
+        if settings.lora:
+            attach_adapter(network, settings.lora.form, seed=self._runtime.seed, stage=self._stage.name)
         started = time.perf_counter()
         objective, batches = self._stage.method.build(records, network, tokenizer, settings, self._runtime, domain)
         built = time.perf_counter()

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationError, model_validator
 
@@ -315,7 +315,9 @@ def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys that a section knows."""
     for part in location:
         found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
-        if found is None or not (isinstance(found.annotation, type) and issubclass(found.annotation, BaseModel)):
+        kinds = get_args(found.annotation) or (found.annotation,) if found else ()  # of `Section | None`, the section
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
             return []
-        model = found.annotation
+        model = section
     return [field.alias or name for name, field in model.model_fields.items()]

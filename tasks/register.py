@@ -20,6 +20,7 @@ from twinloop.registry.tracking import code_of_run
 from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.knowledge.imports import Imported
 from twinloop.tasks.context import Context
+from twinloop.tasks.train import ADAPTER_BASE
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ def register_stage(context: Context, made: Made, *, data: Artifact) -> Version:
     registry = Registry(context.mlruns, context.recipe)
     about, exported, parent = _about(context, made, data), made.exported, made.parent
     for checkpoint in made.checkpoints:
-        version = _register(context, registry.checkpoints, checkpoint, parent, about=about, alias=checkpoint.stage)
+        base = checkpoint.metrics.get(ADAPTER_BASE)
+        adapted = about | ({"adapter_base": base} if base else {})
+        version = _register(context, registry.checkpoints, checkpoint, parent, about=adapted, alias=checkpoint.stage)
         parent = VersionName(version.name, version.version)
     for other in made.others:
         precision = other.metrics["precision"]

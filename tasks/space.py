@@ -23,8 +23,12 @@ def run_bytes(recipe: Recipe, network: DecoderConfig, project: Path) -> int:
 
     network: of the base."""
     parameters = network.num_parameters
-    models = 4 * parameters * (len(recipe.train) + 1)
-    checkpoints = 4 * parameters * CHECKPOINT_VALUES * CHECKPOINTS
+    adapters = [stage.settings.lora.form.num_parameters(network) for stage in recipe.train if stage.settings.lora]
+    kept = [stage.settings.lora is None or stage.settings.lora.merge for stage in recipe.train]
+    # Adapters of stages after each other become one, so each may hold all before it; their base is hard-linked.
+    models = 4 * (parameters * (kept.count(True) + 1) + sum(adapters) * kept.count(False))
+    trained = max([parameters] if len(adapters) < len(recipe.train) else adapters, default=0)
+    checkpoints = 4 * trained * CHECKPOINT_VALUES * CHECKPOINTS
     exported = 0
     for precision in recipe.export.on(recipe.runtime().device):
         memory = serving_memory(network, precision=precision, slots=1, max_length=network.max_position_embeddings)

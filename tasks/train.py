@@ -1,4 +1,9 @@
-"""A stage of training: a model directory and records in, a model directory out. The recipe names the method."""
+"""A stage of training: a model directory and records in, a model directory out. The recipe names the method.
+
+With `lora` the network is frozen and an adapter trains. What comes out is then an adapted model: the base and one
+adapter, into which those of earlier stages went too. Each stage starts with a fresh adapter on what the stages before
+made, merged in memory, so that "adapter off" is always what the stage started from.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,15 @@ from typing import Any
 
 from prefect import task
 
-from twinloop.registry.artifact import Artifact
+from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import TrainStage
 from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+ADAPTER_BASE = "adapter_base"
+"""In `metrics` of an adapted model: the digest of the artifact that its adapter is of."""
 NOTHING_LEARNED = {
     True: "nothing was learned: all answers to each prompt got the same reward. The stages before must first give some "
     "right answers; train them longer",
@@ -37,14 +44,17 @@ def train(
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
 
-        from twinloop.models.directory import save_model
+        from twinloop.models.directory import save_adapted, save_model
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
+        from twinloop.training.adapters import adapter_of, attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import get_weights, load_decoder
 
         torch.set_num_threads(runtime.threads)
         network, tokenizer = load_decoder(model.path), ChatTokenizer.load(model.path)
+        if settings.lora:
+            attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)
         records = read_records(data.path, method.records)
         objective, batches = method.build(records, network, tokenizer, settings, runtime, context.domain)
         result = run_training(
@@ -57,10 +67,16 @@ def train(
             on_step=report.trained(method.shown),
             device=runtime.device,
         )
-        save_model(out, network.config, get_weights(network), tokenizer)
+        adapter = adapter_of(network)
+        made: dict[str, Any] = {}
+        if adapter and settings.lora and not settings.lora.merge:
+            save_adapted(out, model.path, adapter, skip=MANIFEST)
+            made = {ADAPTER_BASE: model.metrics.get(ADAPTER_BASE, model.digest)}
+        else:
+            save_model(out, network.config, get_weights(network), tokenizer)
         if not result.tokens:
             log.warning("%s: %s", stage.name, NOTHING_LEARNED[method.needs_verifier])
-        return result.summary() | {"records": len(records)}
+        return result.summary() | {"records": len(records)} | made
 
     return context.run(
         stage.name,

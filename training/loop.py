@@ -19,7 +19,9 @@ from torch import Tensor
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.training import checkpoint
+from twinloop.training.adapters import adapter_form, trained_tensors
 from twinloop.training.checkpoint import Checkpoint
+from twinloop.training.heap import return_free_memory
 from twinloop.training.objectives import Objective, join_metrics
 from twinloop.training.optim import Optimizer, build_optimizer, learning_rate_at
 from twinloop.training.reproducible import reproducible
@@ -102,7 +104,8 @@ def run_training(
     on_step: Callable[[StepReport], None] | None = None,
     device: str = "cpu",
 ) -> TrainResult:
-    """Train `model` in place until the stream's last step; float32 on CPU, bf16 autocast on CUDA.
+    """Train `model` in place until the stream's last step: its adapter alone, where it has one. float32 on CPU, bf16
+    autocast on CUDA.
 
     Goes on from the newest good checkpoint in checkpoint_dir, and leaves one there at the end, so a second call
     returns at once. None keeps no checkpoints. Raises UserError if the loss or a gradient is not finite, or if the
@@ -181,6 +184,7 @@ def _accumulate(
     Each micro-batch counts by what its loss is a mean over (tokens, pairs), so the cut changes nothing.
     """
     sizes = [objective.normaliser(batch) for batch in step.micro_batches]
+    frozen = device.type == "cpu" and adapter_form(model) is not None
     names: list[str] = []
     scalars: list[Tensor] = []
     shares = [size / sum(sizes) for size in sizes if size > 0]
@@ -192,6 +196,9 @@ def _accumulate(
         (loss * share).backward()
         names = ["loss", *metrics]
         scalars += [loss.detach(), *metrics.values()]
+        if frozen:  # a large network: what it takes is mostly this, and no gradients of its own
+            del loss
+            return_free_memory()
     values = torch.stack(scalars).tolist() if scalars else []  # the one wait for the device
     width = len(names)
     parts = [(share, dict(zip(names, values[i * width :], strict=False))) for i, share in enumerate(shares)]
@@ -204,7 +211,7 @@ def _diverged(what: str, step: int, settings: TrainSettings) -> str:
 
 
 def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batches, result: TrainResult) -> None:
-    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in trained_tensors(model).items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -217,7 +224,8 @@ def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batche
 
 def _resume(found: Checkpoint, model: Decoder, optimizer: Optimizer, batches: Batches) -> TrainResult:
     weights = {name.removeprefix("model/"): t for name, t in found.tensors.items() if name.startswith("model/")}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    trained = trained_tensors(model)
+    expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
         raise UserError("training checkpoint: it holds another network; remove the working directory and run again")
     if found.state["total_steps"] != batches.total_steps:
@@ -225,7 +233,9 @@ def _resume(found: Checkpoint, model: Decoder, optimizer: Optimizer, batches: Ba
             f"training checkpoint: it was made for {found.state['total_steps']} steps, now there are "
             f"{batches.total_steps}; remove the working directory and run again"
         )
-    model.load_state_dict(weights)
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            parameter.copy_(weights[name])
     prefix = "optimizer/"
     optimizer.restore({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})
     torch.set_rng_state(found.tensors["rng/cpu"])

@@ -1,4 +1,4 @@
-"""Muon for the hidden matrices, AdamW for embeddings, norms and biases; one learning rate for both.
+"""Muon for the hidden matrices, AdamW for embeddings, norms, biases and adapters; one learning rate for both.
 
 Why not torch.optim.Muon: it walks the matrices one by one, in bf16, which many CPUs emulate; `make bench` prints the
 ratio. Here matrices of one shape are orthogonalised together, in float32 on CPU.
@@ -12,7 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from twinloop.models.adapter_form import is_adapter_tensor
 from twinloop.models.shapes import is_hidden_matrix
+from twinloop.training.adapters import trained_tensors
 from twinloop.training.settings import TrainSettings
 
 MOMENTUM = 0.95  # Jordan et al., 2024
@@ -94,13 +96,14 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
         self.settings = settings
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = trained_tensors(model)
         hidden = {name: p for name, p in self._parameters.items() if is_hidden_matrix(name, tuple(p.shape))}
         muon = hidden if settings.optimizer == "muon" else {}
         self._muon = Muon(muon)
         self._named_adamw = {name: p for name, p in self._parameters.items() if name not in muon}
-        decayed = [p for name, p in self._named_adamw.items() if name in hidden]
-        plain = [p for name, p in self._named_adamw.items() if name not in hidden]
+        matrices = {name for name in self._named_adamw if name in hidden or is_adapter_tensor(name)}
+        decayed = [p for name, p in self._named_adamw.items() if name in matrices]
+        plain = [p for name, p in self._named_adamw.items() if name not in matrices]
         groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]], lr=settings.learning_rate, betas=BETAS, fused=True

@@ -13,6 +13,7 @@ from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Completion, Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.session import session_threads
+from twinloop.training.adapters import adapter_form
 
 SLOTS = 64  # rows of a decode step; more only wait longer for the longest of them
 
@@ -20,8 +21,9 @@ SLOTS = 64  # rows of a decode step; more only wait longer for the longest of th
 class BoundSampler:
     """Samples from a network that is being trained.
 
-    On CPU the graph's initializers are the parameters themselves. On CUDA, where the network keeps float32 and the
-    engine's kernels take 16 bits, they are a bf16 shadow on the same device, refreshed before each use.
+    On CPU the graph's initializers are the parameters themselves, those of an adapter too. On CUDA, where the network
+    keeps float32 and the engine's kernels take 16 bits, they are a bf16 shadow on the same device, refreshed before
+    each use.
 
     A small network's engine is no faster with a second thread, so several engines over the same weights share the
     prompts, a thread each.
@@ -58,6 +60,7 @@ class BoundSampler:
                 slots=slots,
                 threads=threads,
                 vocab_size=vocab_size,
+                lora=adapter_form(model),
             )
             for _ in range(engines)
         ]

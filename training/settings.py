@@ -6,9 +6,11 @@ methods here, with answers that fit most methods; a method's own Settings may an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator, model_validator
+
+from twinloop.models.adapter_form import TARGETS, AdapterForm, Target
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -22,6 +24,31 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
+class LoRASettings(StrictModel):
+    """A low-rank adapter that is trained in place of the network's weights (Hu et al., 2021)."""
+
+    rank: Count
+    alpha: Positive = 16.0
+    """What it adds is scaled by alpha / rank."""
+    targets: Annotated[list[Target], Field(min_length=1)] = list(TARGETS)
+    """The linear layers that it adapts; `all-linear` for all of them."""
+    rank_stabilised: bool = False
+    """Scale by alpha / sqrt(rank), so that a higher rank does not learn more slowly (Kalajdzievski, 2023)."""
+    merge: bool = False
+    """Make a whole model of what was trained, and forget the adapter. Else it is kept beside the base that it is of;
+    adapters of stages after each other become one."""
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _all_linear(cls, targets: Any) -> Any:
+        return list(TARGETS) if targets == "all-linear" else targets
+
+    @property
+    def form(self) -> AdapterForm:
+        chosen = tuple(target for target in TARGETS if target in self.targets)
+        return AdapterForm(self.rank, self.alpha, self.rank_stabilised, chosen)
+
+
 class TrainSettings(StrictModel):
     """What every stage of training has. warmup_ratio, decay_ratio: shares of all steps, at the start and at the end."""
 
@@ -33,6 +60,9 @@ class TrainSettings(StrictModel):
     decay_ratio: Share = 0.5
     weight_decay: NotNegative = 0.0
     optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the hidden matrices; everything else, adapters included, is AdamW's."""
+    lora: LoRASettings | None = None
+    """Train an adapter, not the network. The reference of DPO and GRPO is then the network with the adapter off."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -57,7 +87,7 @@ class TrainSettings(StrictModel):
         return 0
 
     def has_reference(self) -> bool:
-        """Whether a frozen copy of the network stays in memory while it trains."""
+        """Whether it is compared with a frozen network while it trains: a copy in memory, unless it has an adapter."""
         return False
 
 

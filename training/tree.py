@@ -26,8 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from twinloop.common.errors import UserError
 from twinloop.models.attention import AttentionPlan, Path, Span, TreeBlocks, TreePaths
-from twinloop.models.chunks import LOGIT_CHUNK
+from twinloop.models.chunks import logit_chunk
 from twinloop.models.decoder import Decoder
+from twinloop.training.adapters import adapter_layers
+from twinloop.training.frozen_rows import frozen_rows
 
 ROOT = -1
 
@@ -310,12 +312,13 @@ def attention_plan(batch: TreeBatch) -> AttentionPlan:
     return TreePaths(batch.paths)
 
 
-def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUNK) -> Tensor:
+def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
     """log p(target) [N] of every scored token, float32, differentiable.
 
-    The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece, and again in
-    the backward pass: [N, V] logits are never in memory at once.
+    The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece: [N, V] logits
+    are never in memory at once. Where it trains it runs again in the backward pass.
     """
+    chunk = chunk or logit_chunk(model.config.vocab_size)
     hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
     # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
     hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
@@ -326,6 +329,8 @@ def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int = LOGIT_CHUN
             logits = logits / batch.temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
+    if adapter_layers(model) and len(hidden_ND):
+        return frozen_rows(target_logprobs, hidden_ND, batch.target_N, chunk=chunk)
     if len(hidden_ND) <= chunk:
         return target_logprobs(hidden_ND, batch.target_N)
     pieces = zip(hidden_ND.split(chunk), batch.target_N.split(chunk), strict=True)

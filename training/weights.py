@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from twinloop.models.adapter_form import is_adapter_tensor
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.training.adapters import adapter_of
 
 
 def new_decoder(config: DecoderConfig, *, seed: int) -> Decoder:
@@ -42,5 +44,8 @@ def set_weights(model: Decoder, tensors: Mapping[str, np.ndarray], *, where: str
 
 
 def get_weights(model: Decoder) -> dict[str, np.ndarray]:
-    """Float32 copies of all weights, by Hugging Face's names."""
-    return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in model.state_dict().items()}
+    """Float32 copies of all weights, by Hugging Face's names; an adapter is merged into them."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter_tensor(name)}
+    weights = {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in tensors.items()}
+    adapter = adapter_of(model)
+    return adapter.merge(weights) if adapter else weights

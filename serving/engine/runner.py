@@ -17,6 +17,7 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
@@ -115,6 +116,7 @@ class ModelRunner:
         precision: Precision | None = None,
         threads: int | None = None,
         vocab_size: int | None = None,
+        lora: AdapterForm | None = None,
     ) -> Self:
         """The same graph over the caller's own tensors: a change made in place shows in the next run.
 
@@ -122,6 +124,7 @@ class ModelRunner:
         one device, contiguous, of one float type. They must outlive the runner. Work on a CUDA weight must be finished
         (synchronised) before it is used. precision: float32 on CPU, bf16 on CUDA unless given; weights of
         another type are cast in every run. vocab_size: of the tokenizer, where that has fewer ids than the network.
+        lora: the form of an adapter whose A and B are among the initializers.
         """
         device: Device = "cpu" if next(iter(initializers.values())).device_name().lower() == "cpu" else "cuda"
         precision = precision or ("fp32" if device == "cpu" else "bf16")
@@ -135,6 +138,7 @@ class ModelRunner:
             capacity=slot_capacity(max_length),
             device=device,
             threads=threads,
+            lora=lora,
         )
         runner = cls(
             session,

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import GRAPH_FILE
 from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes
@@ -72,9 +73,10 @@ def open_bound(
     capacity: int,
     device: Device,
     threads: int | None,
+    lora: AdapterForm | None = None,
 ) -> ort.InferenceSession:
     """A session whose initializers are the caller's tensors: a change made in place shows in the next run."""
-    shapes = weight_shapes(config)
+    shapes = weight_shapes(config) | (lora.shapes(config) if lora else {})
     if missing := sorted(set(shapes) - set(weights)):
         raise ValueError(f"weights lack {missing[0]} and {len(missing) - 1} more")
     types = {weights[name].data_type() for name in shapes}
@@ -86,7 +88,8 @@ def open_bound(
         if tuple(weights[name].shape()) != shape:
             raise ValueError(f"{name} has shape {tuple(weights[name].shape())}, the network's is {shape}")
         options.add_initializer(name, weights[name])
-    graph = build_graph(config, None, precision=precision, capacity=capacity, weights_type=_ELEMENT_TYPES[types.pop()])
+    weights_type = _ELEMENT_TYPES[types.pop()]
+    graph = build_graph(config, None, precision=precision, capacity=capacity, weights_type=weights_type, lora=lora)
     with tempfile.TemporaryDirectory(prefix="twinloop-graph-") as folder:
         path = Path(folder) / GRAPH_FILE
         path.write_bytes(graph.SerializeToString())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import flops_per_token, serving_memory, training_memory
 from twinloop.models.onnx_graph import build_graph
@@ -68,6 +69,23 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
     assert plan.reference_bytes == 0
     assert training_memory(config, micro_batch_tokens=512, reference=True).reference_bytes == plan.weights_bytes
     assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
+
+
+def test_an_adapter_has_gradients_and_moments_of_its_own_and_no_reference() -> None:
+    config, form = (
+        DecoderConfig(**TINY, tie_word_embeddings=False),
+        AdapterForm(4, 8.0, targets=("q_proj", "down_proj")),
+    )
+    own = 3 * 4 * ((96 + 96) + (200 + 96))
+    plan = training_memory(config, micro_batch_tokens=512, reference=True, lora=form)
+    assert form.num_parameters(config) == own
+    assert plan.weights_bytes == 4 * (config.num_parameters + own)
+    assert (plan.gradients_bytes, plan.optimizer_bytes, plan.reference_bytes) == (4 * own, 8 * own, 0)
+
+
+def test_a_frozen_network_saves_the_products_of_its_weights_gradients() -> None:
+    plain = flops_per_token(LLAMA_8B, context=0, training=True)
+    assert flops_per_token(LLAMA_8B, context=0, training=True, frozen=True) == pytest.approx(plain * 2 / 3)
 
 
 @pytest.mark.parametrize(

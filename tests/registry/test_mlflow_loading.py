@@ -18,9 +18,10 @@ import torch
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
-from twinloop.models.directory import save_model
+from twinloop.models.directory import save_adapted, save_model
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import ArtifactStore
@@ -28,6 +29,7 @@ from twinloop.registry.pyfunc import _load_pyfunc
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import CHAMPION, Lineage, Registry
 from twinloop.serving.knowledge.documents import DocumentStore
+from twinloop.training.adapters import adapter_of, attach_adapter, trained_tensors
 from twinloop.training.weights import load_decoder
 
 POLICY = "damaged items reported within 30 days are eligible."
@@ -228,18 +230,35 @@ def test_a_project_that_was_moved_is_loaded_from_its_folder(
     assert len(_load_pyfunc(str(folder)).predict([{"order": ORDER}])) == 1
 
 
+@pytest.mark.parametrize("adapted", [False, True])
 def test_a_checkpoint_is_loaded_by_mlflows_transformers_flavour_with_our_logits(
-    registry: Registry, lineage: Lineage, checkpoint: Path, project: Path, monkeypatch: pytest.MonkeyPatch
+    registry: Registry,
+    lineage: Lineage,
+    checkpoint: Path,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adapted: bool,
 ) -> None:
+    """Also where it is an adapter beside its base."""
     import mlflow
 
     store = ArtifactStore(project / "artifacts")
 
-    def copy(out: Path, work: Path) -> dict[str, Any]:
-        shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+    def make(out: Path, work: Path) -> dict[str, Any]:
+        if not adapted:
+            shutil.copytree(checkpoint, out, dirs_exist_ok=True)
+            return {}
+        network = load_decoder(checkpoint)
+        attach_adapter(network, AdapterForm(2, 4.0), seed=0)
+        with torch.no_grad():
+            for tensor in trained_tensors(network).values():
+                tensor += 0.05
+        adapter = adapter_of(network)
+        assert adapter is not None
+        save_adapted(out, checkpoint, adapter, skip="manifest.json")
         return {}
 
-    made = store.run("sft", settings={}, inputs={}, code="code", build=copy)
+    made = store.run("sft", settings={}, inputs={}, code="code", build=make)
     version = registry.checkpoints.register(made.path, lineage)
     assert str(version) == "returns-checkpoints version 1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.mlruns.uri)
@@ -248,9 +267,9 @@ def test_a_checkpoint_is_loaded_by_mlflows_transformers_flavour_with_our_logits(
         pipeline = mlflow.transformers.load_model("models:/returns-checkpoints/1")
     finally:
         mlflow.set_tracking_uri(None)
-    tokens = ChatTokenizer.load(checkpoint).encode(POLICY)
+    tokens = ChatTokenizer.load(made.path).encode(POLICY)
     assert pipeline.tokenizer.encode(POLICY, add_special_tokens=False) == list(tokens)
-    network, batch = load_decoder(checkpoint), torch.tensor([tokens])
+    network, batch = load_decoder(made.path), torch.tensor([tokens])
     with torch.no_grad():
         theirs = pipeline.model(batch).logits
         ours = network.logits(network.hidden(batch, torch.arange(len(tokens))[None]))

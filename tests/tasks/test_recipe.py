@@ -14,6 +14,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.tasks import recipe as recipe_module
 from twinloop.tasks.recipe import ExportSettings, default_recipe, load_recipe, recipe_of
+from twinloop.tasks.space import run_bytes
 from twinloop.training.methods.pretrain import Settings as PretrainSettings
 
 PROJECT = Path(__file__).parents[2]
@@ -42,12 +43,36 @@ def test_recipes_of_the_project_are_valid(path: Path) -> None:
     assert load_recipe(path).base.decoder_config(512).num_parameters > 0
 
 
+def test_all_linear_is_every_layer_and_the_default(tmp_path: Path) -> None:
+    from twinloop.models.adapter_form import TARGETS
+
+    for targets in ({}, {"targets": "all-linear"}):
+        settings = load_recipe(write(tmp_path, fields(sft={"lora": {"rank": 4} | targets}))).train[1].settings
+        assert settings.lora is not None
+        assert settings.lora.form.targets == TARGETS
+        assert settings.lora.form.scale == 4.0
+
+
+def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
+    lora = {"lora": {"rank": 2, "targets": ["q_proj"]}}
+    sizes = [
+        run_bytes(load_recipe(write(tmp_path, fields(**dict.fromkeys(methods, lora)))), tmp_path)
+        for methods in ((), ("dpo",), ("sft", "dpo", "grpo"))
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"dpo": {"betta": 0.1}}, "train[2].betta: unknown key; did you mean beta?"),
         ({"zzz": 1}, "zzz: unknown key; known here: name, domain, seed"),
         ({"dpo": {"beta": "0.1"}}, "train[2].beta: '0.1': input should be a valid number"),
+        ({"sft": {"lora": {"rnk": 4}}}, "train[1].lora.rnk: unknown key; did you mean rank?"),
+        ({"sft": {"lora": {"rank": 4, "targets": ["x_proj"]}}}, "train[1].lora.targets[0]: 'x_proj' is not one of"),
+        ({"sft": {"lora": {"rank": 4, "targets": []}}}, "train[1].lora.targets: []: list should have at least 1 item"),
+        ({"sft": {"lora": {"rank": 0}}}, "train[1].lora.rank: 0: input should be greater than or equal to 1"),
         ({"dpo": {"beta": 0}}, "train[2].beta: 0: input should be greater than 0"),
         ({"dpo": {"beta": float("inf")}}, "train[2].beta"),
         ({"seed": True}, "seed: True"),

@@ -38,6 +38,7 @@ def build(
     runtime: Runtime,
     domain: Domain,
 ) -> tuple[DPOLoss, BatchStream]:
+    from twinloop.training.adapters import without_adapter
     from twinloop.training.objectives import DPOLoss
     from twinloop.training.scoring import attach_reference
     from twinloop.training.stream import BatchStream
@@ -52,7 +53,7 @@ def build(
         for record in records
     ]
     batches = BatchStream(
-        attach_reference(model, pairs, seq_len=settings.seq_len, device=runtime.device),
+        attach_reference(without_adapter(model), pairs, seq_len=settings.seq_len, device=runtime.device),
         seq_len=settings.seq_len,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,

@@ -4,7 +4,6 @@ rewarded by the domain's verifier; better than the mean of the group is reinforc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +42,7 @@ def build(
     runtime: Runtime,
     domain: Domain,
 ) -> tuple[GRPOLoss, RolloutStream]:
+    from twinloop.training.adapters import frozen_reference
     from twinloop.training.objectives import GRPOLoss
     from twinloop.training.rollouts import RolloutStream
 
@@ -65,6 +65,6 @@ def build(
         runtime,
         stop_ids=tokenizer.stop_ids,
         vocab_size=tokenizer.vocab_size,
-        reference=copy.deepcopy(model) if settings.has_reference() else None,
+        reference=frozen_reference(model) if settings.has_reference() else None,
     )
     return GRPOLoss(clip_eps=settings.clip_eps, kl_coef=settings.kl_coef), rollouts
