@@ -35,15 +35,13 @@ def train(
     assert audit or not method.needs_verifier, f"{stage.name} was started without an audit of its verifier"
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        import torch
-
         from twinloop.models.directory import save_model
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
         from twinloop.training.loop import run_training
         from twinloop.training.weights import get_weights, load_decoder
 
-        torch.set_num_threads(runtime.threads)
+        runtime.use()
         network, tokenizer = load_decoder(model.path), ChatTokenizer.load(model.path)
         records = read_records(data.path, method.records)
         objective, batches = method.build(records, network, tokenizer, settings, runtime, context.domain)
