@@ -92,11 +92,11 @@ def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workl
     """Train the tokenizer on the data; torch uses the recipe's threads from here on."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU on this machine")
-    torch.set_num_threads(recipe.threads)
     with (data / "corpus.jsonl").open(encoding="utf-8") as corpus:
         texts: Iterable[str] = (json.loads(line)["text"] for line in corpus)
         tokenizer = train_tokenizer(texts, new_base_of(recipe).vocab_size)
-    runtime = Runtime(seed=recipe.seed, threads=recipe.threads, device=device)
+    runtime = recipe.model_copy(update={"device": device}).runtime()
+    runtime.use()
     return Workload(recipe, load_domain(recipe.domain, Path.cwd()).domain, runtime, tokenizer, data)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from twinloop.models.attention import AttentionPlan, CausalRows, Scores
 from twinloop.models.config import DecoderConfig, LayerKind
+from twinloop.models.products import Linear, linear
 from twinloop.models.rope import Rope
 
 
@@ -81,10 +82,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         width, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias)
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, plus_one=config.norm_plus_one)
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, plus_one=config.norm_plus_one)
@@ -117,9 +118,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias)
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
         self.activation = config.activation
 
     def forward(self, x_BLD: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class Decoder(nn.Module):
         self.config = config
         self.model = Backbone(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -212,7 +213,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits [..., V] of hidden states [..., D]."""
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        logits = F.linear(hidden, weight.to(hidden.dtype))
+        logits = linear(hidden, weight.to(hidden.dtype))
         cap = self.config.logit_softcap
         return logits if cap is None else soft_cap(logits, cap)
 

@@ -158,13 +158,11 @@ class _Prober:
         return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
     def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
-        import torch
-
         from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
-        torch.set_num_threads(self._runtime.threads)
+        self._runtime.use()
         settings, domain = self._as_trained(records, tokenizer)
         network = load_decoder(self._model)
         if settings.lora:

@@ -23,7 +23,7 @@ from twinloop.records import DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
 from twinloop.training.method import Method, load_method
-from twinloop.training.runtime import Runtime, cuda_is_here
+from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
 from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
 
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
@@ -152,7 +152,8 @@ class Recipe(StrictModel):
             raise UserError(
                 f"export.precisions: {wrong} runs on CUDA only, and this machine has no GPU; take fp32 or int8"
             )
-        return Runtime(seed=self.seed, threads=self.threads, device=device)
+        library, backward = fastest_products() if device == "cpu" else ("blas", "float32")
+        return Runtime(seed=self.seed, threads=self.threads, device=device, library=library, backward=backward)
 
 
 def default_recipe(project: Path) -> Path:

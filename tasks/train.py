@@ -42,8 +42,6 @@ def train(
     assert audit or not method.needs_verifier, f"{stage.name} was started without an audit of its verifier"
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        import torch
-
         from twinloop.models.directory import save_adapted, save_model
         from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
@@ -51,7 +49,7 @@ def train(
         from twinloop.training.loop import run_training
         from twinloop.training.weights import get_weights, load_decoder
 
-        torch.set_num_threads(runtime.threads)
+        runtime.use()
         network, tokenizer = load_decoder(model.path), ChatTokenizer.load(model.path)
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)

@@ -11,22 +11,22 @@ import zlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.decoder import Decoder
+from twinloop.models.products import Linear, linear
 
 
 class LoRALinear(nn.Module):
     """A linear layer with frozen weights, and its low-rank change beside them."""
 
-    def __init__(self, linear: nn.Linear, form: AdapterForm):
+    def __init__(self, layer: nn.Linear, form: AdapterForm):
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.lora_A = nn.Linear(linear.in_features, form.rank, bias=False)
-        self.lora_B = nn.Linear(form.rank, linear.out_features, bias=False)
+        self.weight, self.bias = layer.weight, layer.bias
+        self.lora_A = Linear(layer.in_features, form.rank, bias=False)
+        self.lora_B = Linear(form.rank, layer.out_features, bias=False)
         self.form = form
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as PEFT
         nn.init.zeros_(self.lora_B.weight)
@@ -34,13 +34,13 @@ class LoRALinear(nn.Module):
     def without_adapter(self) -> nn.Linear:
         """The layer that was adapted, over the same tensors."""
         out, into = self.weight.shape
-        linear = nn.Linear(into, out, bias=self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear
+        layer = Linear(into, out, bias=self.bias is not None, device="meta")
+        layer.weight, layer.bias = self.weight, self.bias
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.lora_B(self.lora_A(x) * self.form.scale)
-        return F.linear(x, self.weight, self.bias).add_(change)
+        return linear(x, self.weight, self.bias).add_(change)
 
 
 def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str = "") -> None:
@@ -51,9 +51,9 @@ def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str =
         # Stages after each other start from other A, or the second adapter would begin in the span of the first.
         torch.manual_seed(zlib.crc32(f"{stage} {seed}".encode()))  # of 64 bits, its generator takes 32
         for name in form.modules(model.config):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            _replace(model, name, LoRALinear(linear, form))
+            layer = model.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            _replace(model, name, LoRALinear(layer, form))
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
+from twinloop.models.products import products_in_use
 from twinloop.training import checkpoint
 from twinloop.training.adapters import adapter_form, trained_tensors
 from twinloop.training.checkpoint import Checkpoint
@@ -104,8 +105,8 @@ def run_training(
     on_step: Callable[[StepReport], None] | None = None,
     device: str = "cpu",
 ) -> TrainResult:
-    """Train `model` in place until the stream's last step: its adapter alone, where it has one. float32 on CPU, bf16
-    autocast on CUDA.
+    """Train `model` in place until the stream's last step: its adapter alone, where it has one. By the products in use
+    on CPU, in bf16 autocast on CUDA.
 
     Goes on from the newest good checkpoint in checkpoint_dir, and leaves one there at the end, so a second call
     returns at once. None keeps no checkpoints. Raises UserError if the loss or a gradient is not finite, or if the
@@ -218,7 +219,12 @@ def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batche
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     progress = asdict(result)
     progress.pop("resumed_from_step")
-    state = {"batches": batches.state(), "total_steps": batches.total_steps, "progress": progress}
+    state = {
+        "batches": batches.state(),
+        "total_steps": batches.total_steps,
+        "products": asdict(products_in_use()),
+        "progress": progress,
+    }
     checkpoint.save(directory, Checkpoint(result.steps, tensors, state))
 
 
@@ -232,6 +238,11 @@ def _resume(found: Checkpoint, model: Decoder, optimizer: Optimizer, batches: Ba
         raise UserError(
             f"training checkpoint: it was made for {found.state['total_steps']} steps, now there are "
             f"{batches.total_steps}; remove the working directory and run again"
+        )
+    if found.state["products"] != asdict(products_in_use()):
+        raise UserError(
+            f"training checkpoint: its matrices were multiplied as {found.state['products']}, now as "
+            f"{asdict(products_in_use())}; remove the working directory and run again"
         )
     with torch.no_grad():
         for name, parameter in trained.items():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from twinloop.models.adapter_form import is_adapter_tensor
+from twinloop.models.products import backward_dtype, float32_products, products_in_use
 from twinloop.models.shapes import is_hidden_matrix
 from twinloop.training.adapters import trained_tensors
 from twinloop.training.settings import TrainSettings
@@ -39,14 +40,15 @@ def learning_rate_at(step: int, total_steps: int, settings: TrainSettings) -> fl
 def orthogonalise(matrices_GIJ: Tensor) -> Tensor:
     """Nearest semi-orthogonal matrices, roughly: singular values land near 1 (Newton-Schulz; Jordan et al., 2024).
 
-    matrices_GIJ: I <= J (letters: `models.shapes`). bf16 suffices, but only CUDA is fast at it.
+    matrices_GIJ: I <= J (letters: `models.shapes`). bf16 suffices, where it is fast.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices_GIJ.bfloat16() if matrices_GIJ.is_cuda else matrices_GIJ
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = matrices_GIJ / (matrices_GIJ.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x.to(backward_dtype(x.device))
+    with float32_products(products_in_use().library):
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.to(matrices_GIJ.dtype)
 
 

@@ -60,11 +60,15 @@ class BatchStream:
         seed: int,
         epochs: int | None = None,
         steps: int | None = None,
+        tokens: int | None = None,
         micro_batch_size: int | None = None,
     ):
-        """Give either epochs or steps. micro_batch_size: rows that go through the network at once, to save memory."""
-        if (epochs is None) == (steps is None):
-            raise ValueError("give either epochs or steps")
+        """Give one of epochs, steps and tokens: as many steps as take about so many tokens, padding not counted.
+
+        micro_batch_size: rows that go through the network at once, to save memory.
+        """
+        if [epochs, steps, tokens].count(None) != 2:
+            raise ValueError("give one of epochs, steps and tokens")
         if not trees:
             raise UserError("training data: no examples are left to train on; look at what validation quarantined")
         pieces = cut(trees, seq_len)  # before they are shuffled, so that an error names the caller's example
@@ -74,6 +78,9 @@ class BatchStream:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.steps_per_epoch = -(-len(self.packing.rows) // batch_size)
+        if tokens is not None:
+            epochs_of_tokens = tokens / sum(piece.length for piece in pieces)
+            steps = max(1, round(epochs_of_tokens * self.steps_per_epoch))
         self._total_steps = steps if steps is not None else self.steps_per_epoch * (epochs or 0)
         self._step = 0
         self._order: tuple[int, np.ndarray] | None = None

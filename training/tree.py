@@ -28,6 +28,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.attention import AttentionPlan, Path, Span, TreeBlocks, TreePaths
 from twinloop.models.chunks import logit_chunk
 from twinloop.models.decoder import Decoder
+from twinloop.models.products import ROW_MULTIPLE
 from twinloop.training.adapters import adapter_layers
 from twinloop.training.frozen_rows import frozen_rows
 
@@ -151,7 +152,7 @@ class TreeBatch:
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
     weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
-    paths: one a segment. row_lengths: tokens of each row that they were packed into, at most seq_len.
+    paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
     """
@@ -203,10 +204,10 @@ class TreeBatch:
         place = torch.arange(self.num_tokens) + before  # of each token among the rows' positions
 
         def in_rows(values_BL: Tensor, padding: Tensor) -> Tensor:
-            return padding.repeat(rows).index_copy_(0, place, values_BL[0]).view(rows, length)
+            return padding.repeat(rows).index_copy_(0, place, values_BL[0, : self.num_tokens]).view(rows, length)
 
         empty, order = torch.zeros(length, dtype=torch.int64), torch.arange(length, dtype=torch.int32)
-        until = self.visible_until_BL + (before - place // length * length).int()
+        until = self.visible_until_BL[:, : self.num_tokens] + (before - place // length * length).int()
         laid_out = replace(
             self,
             tokens_BL=in_rows(self.tokens_BL, empty),
@@ -223,9 +224,10 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     """Lay the trees of all rows one behind the other. No row may hold more than seq_len tokens."""
     row_lengths = tuple(sum(tree.length for tree in row) for row in rows)
     assert max(row_lengths) <= seq_len, "a row holds more tokens than its length"
-    tokens_L = np.zeros(sum(row_lengths), dtype=np.int64)
+    length = -(-sum(row_lengths) // ROW_MULTIPLE) * ROW_MULTIPLE  # at most 15 tokens of padding, as a tree of their own
+    tokens_L = np.zeros(length, dtype=np.int64)
     positions_L = np.zeros_like(tokens_L)
-    visible_until_L = np.zeros(len(tokens_L), dtype=np.int32)
+    visible_until_L = np.full(length, length, dtype=np.int32)
     order_L = np.arange(seq_len)
     predict_from: list[np.ndarray] = []
     scored_segments: list[tuple[Segment, np.ndarray]] = []
@@ -248,6 +250,8 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
                 scored_segments.append((segment, scored))
         paths += tree_paths
         cursor += tree.length
+    if cursor < length:
+        paths.append(Path((cursor, length)))
     lengths = np.array([len(scored) for _, scored in scored_segments], dtype=np.int64)
     weight_N = _joined([segment.weights[scored] for segment, scored in scored_segments], np.float32)
     segments = [segment for segment, _ in scored_segments]

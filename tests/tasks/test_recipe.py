@@ -192,7 +192,7 @@ def test_a_precision_that_no_gpu_is_here_to_run_is_reported_before_anything_runs
 
 def test_what_is_derived_is_part_of_a_stages_key() -> None:
     settings = PretrainSettings(tokens=10_000, batch_tokens=1100, seq_len=512, learning_rate=0.1)
-    assert settings.model_dump(mode="json").items() >= {"batch_size": 2, "steps": 9}.items()
+    assert settings.model_dump(mode="json").items() >= {"batch_size": 2}.items()
 
 
 def test_the_default_recipe_is_the_one_named_in_params_or_else_the_only_one(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from twinloop.models.chunks import LOGIT_CHUNK, logit_chunk
 from twinloop.training.adapters import attach_adapter, trained_tensors
 from twinloop.training.objectives import CausalLMLoss
 from twinloop.training.packing import pack
-from twinloop.training.tree import attention_mask, collate, scored_logprobs
+from twinloop.training.tree import attention_plan, collate, scored_logprobs
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -32,7 +32,7 @@ def test_gradients_of_the_adapter_are_those_of_the_plain_loss(tiny, texts, chunk
 
     loss, ours = gradients(scored_logprobs(tiny, batch, chunk=chunk))
     tiny.model.embed_tokens.requires_grad_(True)
-    hidden = tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_mask(batch)).flatten(0, 1)[batch.predict_from_N]
+    hidden = tiny.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch)).flatten(0, 1)[batch.predict_from_N]
     logprobs = (tiny.logits(hidden) / temperature).log_softmax(-1).gather(1, batch.target_N[:, None])[:, 0]
     expected, plain = gradients(logprobs)
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)

@@ -63,6 +63,14 @@ def test_documents_longer_than_a_row_are_trained_whole(texts):
     assert scored == sum(tree.num_scored for tree in trees)
 
 
+def test_tokens_are_those_that_are_trained_on_not_places_in_rows(texts):
+    """Trees of 40 leave a third of each row of 64 empty."""
+    trees = [example([7] * 30, [8] * 10) for _ in range(50)]
+    stream = stream_of(trees, tokens=5000)
+    seen = sum(batch.num_tokens for _ in range(stream.total_steps) for batch in stream.next().micro_batches)
+    assert seen == pytest.approx(5000, abs=4 * 64)
+
+
 def test_no_examples_is_the_users_mistake():
     with pytest.raises(UserError, match="no examples are left"):
         stream_of([], epochs=1)

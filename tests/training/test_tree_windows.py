@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from small import TINY
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 
-from twinloop.models import decoder
-from twinloop.training.tree import Segment, Tree, attention_mask, collate, document, scored_logprobs
+from twinloop.models import attention
+from twinloop.training.tree import Segment, Tree, attention_plan, collate, document, scored_logprobs
 from twinloop.training.weights import new_decoder
 
 SEES_ALL = TINY.model_copy(update={"num_hidden_layers": 3})
@@ -40,16 +40,15 @@ def test_a_tree_scores_as_its_separate_paths(config, texts):
         torch.testing.assert_close(logprobs, alone(model, path)[-len(logprobs) :], atol=2e-6, rtol=1e-5)
 
 
-def test_a_block_mask_shows_what_the_boolean_mask_shows(texts, monkeypatch):
+def test_cudas_blocks_show_what_the_cpus_paths_show(texts, monkeypatch):
     """FlexAttention as CUDA uses it, here not compiled."""
-    monkeypatch.setattr(decoder, "_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(attention, "_flex_attention", lambda: flex_attention)
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model = new_decoder(CAPPED, seed=0)
     batch = collate([texts.pairs(2), texts.documents(2)], 96)
-    until_BL = batch.visible_until_BL
-    blocks = create_block_mask(lambda b, h, q, k: (k <= q) & (q < until_BL[b, k]), 2, None, 96, 96, device="cpu")
+    blocks = attention.TreeBlocks(batch.visible_until_BL, batch.positions_BL)
     with torch.no_grad():
-        hidden = [model.hidden(batch.tokens_BL, batch.positions_BL, mask) for mask in (blocks, attention_mask(batch))]
+        hidden = [model.hidden(batch.tokens_BL, batch.positions_BL, plan) for plan in (blocks, attention_plan(batch))]
     torch.testing.assert_close(*hidden, atol=1e-5, rtol=1e-5)
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pydantic import computed_field
-
 from twinloop.domains.domain import Domain
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import Count, PackedSettings
@@ -22,11 +20,7 @@ RECORDS = "corpus"
 
 class Settings(PackedSettings):
     tokens: Count
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def steps(self) -> int:
-        return max(1, self.tokens // (self.batch_size * self.seq_len))
+    """Trained on, over all epochs."""
 
 
 def build(
@@ -48,7 +42,7 @@ def build(
         seq_len=settings.seq_len,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,
-        steps=settings.steps,
+        tokens=settings.tokens,
         seed=runtime.seed,
     )
     return CausalLMLoss(), batches
