@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -90,8 +90,9 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
         self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
-        longest_first = sorted({*added, *special}, key=len, reverse=True)
-        self._added = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        # A plain token that holds a special one comes before it, as wherever text is split at added tokens.
+        within = _any_of(special)
+        self._found = _any_of({*special, *(token for token in added if within.search(token))})
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The conversation as `transformers` renders it. Raises UserError where the template refuses it."""
@@ -132,9 +133,10 @@ class ChatTemplate:
         begin = len(prompt)
         if not whole.text.startswith(prompt):
             raise UserError(f"chat template: {self._difference(messages, prompt, whole.text)}")
-        if _IMAGE.findall(whole.shadow, begin) != _IMAGE.findall(whole.contents[-1]):
+        images = _IMAGE.findall(whole.shadow, begin)
+        if images != _IMAGE.findall(whole.contents[-1]):
             raise UserError("chat template: it leaves out or moves a part of the answer, which would not be trained")
-        last = max((image.end() for image in _IMAGE.finditer(whole.shadow, begin)), default=begin)
+        last = whole.shadow.rindex(images[-1]) + 1 if images else begin
         ending = next(self.specials(whole.shadow, last), None)
         if ending is None:
             raise UserError("chat template: no special token follows an answer: its stop token would not be trained")
@@ -148,7 +150,7 @@ class ChatTemplate:
 
     def specials(self, shadow: str, start: int = 0, end: int | None = None) -> Iterator[re.Match[str]]:
         """Special tokens in a shadow, which are the template's own."""
-        found = self._added.finditer(shadow, start, len(shadow) if end is None else end)
+        found = self._found.finditer(shadow, start, len(shadow) if end is None else end)
         return (match for match in found if match[0] in self._special)
 
     def _difference(self, messages: Sequence[Message], prompt: str, whole: str) -> str:
@@ -181,7 +183,12 @@ class ChatTemplate:
         values = (node.value for node in chain.from_iterable(tree.find_all(nodes.Const) for tree in trees))
         texts = {value for value in values if isinstance(value, str) and value.strip()}
         allowed = [text for text in texts if not _may_join(text, self._special)]
-        return re.compile(f"(?:{'|'.join(map(re.escape, sorted(allowed, key=len, reverse=True))) or '(?!)'})+")
+        return re.compile(f"(?:{_any_of(allowed).pattern})+")
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """The longest that is there; nothing where there are no texts."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _nothing(_: str) -> list[tuple[int, int]]:

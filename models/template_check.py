@@ -58,10 +58,11 @@ def _check_example(tokenizer: ChatTokenizer, messages: Sequence[Message]) -> tup
     if not messages or messages[-1]["role"] != "assistant":
         return whole, "the last message is not the assistant's: nothing to learn"
     prompt = tokenizer.encode_prompt(messages[:-1])
-    answer = tokenizer.encode_answer(messages[-1]["content"])
+    content = messages[-1]["content"]
+    answer = tokenizer.encode_answer(content)
     if whole[: len(prompt)] != prompt:
         return whole, "the prompt's tokens are not a prefix of the conversation's"
-    if answer == tokenizer.encode_answer(""):
+    if not content.strip() and answer == tokenizer.encode_answer(""):
         return whole, "the answer is empty: all targets are masked"
     if whole[len(prompt) : len(prompt) + len(answer)] != answer:
         return whole, "the answer and its stop token do not follow the prompt as they would be trained"

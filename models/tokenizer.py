@@ -105,7 +105,7 @@ class ChatTokenizer:
         tokenizer: Tokenizer | str,
         settings: Mapping[str, Any],
         *,
-        stop_ids: Collection[int] = (),
+        stop_ids: Sequence[int] = (),
         where: str = TOKENIZER,
     ):
         """tokenizer: or the content of tokenizer.json. settings: the content of tokenizer_config.json.
@@ -128,7 +128,7 @@ class ChatTokenizer:
             added=self._vocabulary.added,
             special=self._vocabulary.special_ids.keys(),
         )
-        self.eos_id = self._named_id("eos_token")
+        self.eos_id = self._named_id("eos_token", default=next(iter(stop_ids), None))
         # Qwen has no BOS and many have no PAD: both then are the token that ends a text, as those models were trained.
         self.bos_id = self._named_id("bos_token", default=self.eos_id)
         self.pad_id = self._named_id("pad_token", default=self.eos_id)

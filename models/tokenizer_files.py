@@ -26,15 +26,15 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings | _template_files(directory)
 
 
-def read_stop_ids(directory: Path) -> frozenset[int]:
+def read_stop_ids(directory: Path) -> tuple[int, ...]:
     """With which a model ends its answers. Generation settings come before those of the network."""
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
             ids = _read_json(directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if ids := [id for id in ids if type(id) is int]:
-                return frozenset(ids)
-    return frozenset()
+                return tuple(ids)
+    return ()
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

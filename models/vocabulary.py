@@ -21,6 +21,7 @@ from twinloop.common.errors import UserError
 TOKENIZER = "tokenizer.json"
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
+_VISIBLE = re.compile(r'[^\s"\\\x00-\x1f]')
 _PRIVATE_PLANE, _PRIVATE_CHARACTERS = 0x100000, 0xFFFE
 _NAME_LENGTH = 6  # characters that are drawn: 96 bits, so no text holds a name
 
@@ -42,19 +43,20 @@ class Vocabulary:
         data = _parsed(source, where)
         _refuse_lossy(data, where)
         specials = _specials(data, set(named), named_ids)
+        if blank := [token for token in specials if not _VISIBLE.search(token)]:
+            raise UserError(f"{where}: the special token {blank[0]!r} has no visible character: any text may hold it")
         nonce = "".join(chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_CHARACTERS)) for _ in range(_NAME_LENGTH))
         self.private_names: Mapping[str, str] = {
             token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate(specials)
         }
         self.added = frozenset(token["content"] for token in data["added_tokens"])
-        self._data = _with_private_names(data, self.private_names)
-        self._tokenizer = _built(self._data, where)
+        self._tokenizer = _built(_with_private_names(data, self.private_names), where)
         token_of = {name: token for token, name in self.private_names.items()}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.special_ids: Mapping[str, int] = {token: ids[name] for token, name in self.private_names.items()}
-        self._ids: Mapping[str, int] = {token_of.get(token, token): id for token, id in ids.items()}
         steps = list(_steps(data["decoder"]))
-        self.bytes_of: Sequence[bytes] = _token_bytes(self._ids, steps, self.added | self.special_ids.keys())
+        named_ids_of = {token_of.get(token, token): id for token, id in ids.items()}
+        self.bytes_of: Sequence[bytes] = _token_bytes(named_ids_of, steps, self.added)
         self.drops_first_space = any(
             (step["type"] == "Strip" and step["start"] > 0)
             or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
@@ -62,7 +64,8 @@ class Vocabulary:
         )
 
     def id_of(self, token: str) -> int | None:
-        return self._ids.get(token)
+        id: int | None = self._tokenizer.token_to_id(self.private_names.get(token, token))
+        return id
 
     def encode(self, text: str) -> list[int]:
         """text: valid Unicode, with private names for special tokens."""
@@ -77,9 +80,10 @@ class Vocabulary:
 
     @cached_property
     def _continued(self) -> Tokenizer:
-        parts = {name: _without_prefix(self._data.get(name)) for name in ("normalizer", "pre_tokenizer")}
-        changed = any(self._data.get(name) != part for name, part in parts.items())
-        return _built(self._data | parts, TOKENIZER) if changed else self._tokenizer
+        data = json.loads(self._tokenizer.to_str())
+        parts = {name: _without_prefix(data[name]) for name in ("normalizer", "pre_tokenizer")}
+        changed = any(data[name] != part for name, part in parts.items())
+        return _built(data | parts, TOKENIZER) if changed else self._tokenizer
 
 
 def read_vocab_size(directory: Path) -> int | None:

@@ -171,7 +171,7 @@ class _Tokens:
         self.eos_token_id = tokenizer.stop_id
         self.tokens = list(tokenizer.token_bytes)
         self.special_token_ids = sorted(tokenizer.special_ids)
-        self._encode = tokenizer.encode
+        self._encode = tokenizer.encode_continuation
         self._id_of_byte = {token[0]: id for id, token in enumerate(self.tokens) if len(token) == 1}
 
     def __call__(self, text: str) -> list[int]:

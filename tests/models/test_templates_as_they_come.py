@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_tokenizers import PUBLISHED, TEMPLATES, published, write_model
+from tiny_tokenizers import PUBLISHED, TEMPLATES, published, tokenizer_of, write_model
 from transformers import PreTrainedTokenizerFast
 
 from twinloop.common.errors import UserError
+from twinloop.models.config import DecoderConfig
+from twinloop.models.directory import save_model
 from twinloop.models.template_check import check_template
 from twinloop.models.tokenizer import ChatTokenizer
 
@@ -206,6 +208,38 @@ def test_a_template_that_would_train_something_else_is_refused_with_the_reason(
             refuses(messages)
         assert "\n" not in str(caught.value)
     assert check_template(ours, [messages]).problems[0].problem == str(caught.value)
+
+
+def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> None:
+    settings = {"eos_token": "</s>", "chat_template": "{{ messages }}"}
+    for old, new, says in (
+        ('"byte_fallback":true', '"byte_fallback":false', "without byte_fallback loses text"),
+        ('"type":"BPE"', '"type":"Unigram"', "model Unigram is not supported"),
+        (
+            '{"type":"Fuse"}',
+            '{"type":"WordPiece","prefix":"#","cleanup":true}',
+            "decoder .*WordPiece.* text would be lost",
+        ),
+        ('"content":"<s>"', '"content":"\\n"', "has no visible character"),
+    ):
+        source = tokenizer_of("metaspace").to_str()
+        assert old in source
+        with pytest.raises(UserError, match=says):
+            ChatTokenizer(source.replace(old, new), settings)
+    with pytest.raises(UserError, match="eos_token '<none>' is not a token"):
+        ChatTokenizer(tokenizer_of("gpt2"), settings | {"eos_token": "<none>"})
+
+
+def test_a_model_directory_keeps_all_stop_tokens(tmp_path: Path) -> None:
+    _, ours, _ = loaded("llama3", tmp_path / "a")
+    config = DecoderConfig(
+        vocab_size=ours.vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=16, eos_token_id=ours.eos_id,
+    )  # fmt: skip
+    save_model(tmp_path / "b", config, {}, ours)
+    assert json.loads((tmp_path / "b" / "generation_config.json").read_text())["eos_token_id"] == list(ours.stop_ids)
+    again = ChatTokenizer.load(tmp_path / "b")
+    assert (again.stop_ids, again.stop_id, again.eos_id) == (ours.stop_ids, ours.stop_id, ours.eos_id)
 
 
 def test_a_role_cannot_name_a_special_token(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 from tiny_tokenizers import BYTE_LEVEL, tokenizer_of, write_model
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from twinloop.models.tokenizer import ChatTokenizer
@@ -98,14 +100,16 @@ def test_text_that_spells_a_special_token_is_text(pair) -> None:
 
 
 def test_a_special_token_that_merges_could_make_is_text_nevertheless() -> None:
-    """ByteLevel vocabularies may hold the special token as what two others merge to."""
-    tokenizer = tokenizer_of("gpt2")
-    data = tokenizer.to_str().replace('"merges":[', '"merges":[["<","/"],["</","s"],["</s",">"],', 1)
-    for id, token in enumerate(("</", "</s", "</s>"), tokenizer.get_vocab_size()):
-        data = data.replace('"vocab":{', f'"vocab":{{"{token}":{id},', 1)
-    ours = ChatTokenizer(data, {"eos_token": "</s>", "chat_template": TEMPLATE})
-    assert ours.stop_id not in ours.encode("a</s>b")
-    assert ours.decode(ours.encode("a</s>b")) == "a</s>b"
+    """The token that ends answers may also be what plain pieces of text merge to."""
+    data = json.loads(tokenizer_of("gpt2").to_str())
+    first = len(data["model"]["vocab"])
+    data["model"]["vocab"] |= {"||": first, "||>": first + 1}
+    data["model"]["merges"][:0] = [["|", "|"], ["||", ">"]]
+    assert Tokenizer.from_str(json.dumps(data)).encode("a||>b").ids[1] == first + 1
+    ours = ChatTokenizer(json.dumps(data), {"eos_token": "||>", "chat_template": TEMPLATE})
+    assert ours.stop_id == first + 1
+    assert ours.stop_id not in ours.encode("a||>b")
+    assert ours.decode(ours.encode("a||>b")) == "a||>b"
 
 
 def test_a_special_token_is_named_in_text_and_the_stop_token_ends_it(pair) -> None:

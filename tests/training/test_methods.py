@@ -137,6 +137,18 @@ def test_without_smoothing_it_is_sft(smoothed: Method, tiny, tokenizer: ChatToke
     assert ours.loss == pytest.approx(sft.loss, abs=1e-4)
 
 
+def test_sft_trains_every_answer_of_a_conversation(tiny, tokenizer: ChatTokenizer) -> None:
+    roles = ("user", "assistant", "user", "assistant")
+    messages = [{"role": role, "content": f"text {n}"} for n, role in enumerate(roles)]
+    sft = load_method("sft", PROJECT)
+    settings = sft.settings.model_validate(SETTINGS["sft"])
+    _, batches = sft.build([{"messages": messages}], tiny, tokenizer, settings, Runtime(seed=1, threads=1), Parity())
+    (batch,) = batches.next().micro_batches
+    answers = [*tokenizer.encode_answer("text 1"), *tokenizer.encode_answer("text 3")]
+    assert batch.target_N.tolist() == answers
+    assert batch.num_tokens == sft.lengths({"messages": messages}, tokenizer).packed
+
+
 def test_what_the_checks_and_the_plan_ask_has_defaults(smoothed: Method, tokenizer: ChatTokenizer) -> None:
     record = RECORDS["chat"][0]
     lengths = smoothed.lengths(record, tokenizer)
