@@ -11,7 +11,6 @@ import zlib
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twinloop.models.adapter import Adapter
@@ -28,19 +27,21 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(linear.in_features, form.rank, bias=False)
         self.lora_B = nn.Linear(form.rank, linear.out_features, bias=False)
         self.form = form
+        self.kind = type(linear)  # the decoder's own, whose product it keeps
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as PEFT
         nn.init.zeros_(self.lora_B.weight)
 
     def without_adapter(self) -> nn.Linear:
         """The layer that was adapted, over the same tensors."""
         out, into = self.weight.shape
-        linear = nn.Linear(into, out, bias=self.bias is not None, device="meta")
+        linear = self.kind(into, out, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.lora_B(self.lora_A(x) * self.form.scale)
-        return F.linear(x, self.weight, self.bias).add_(change)
+        product: Tensor = self.kind.forward(self, x)  # type: ignore[arg-type]  # it reads weight and bias alone
+        return product + change
 
 
 def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str = "") -> None:
