@@ -40,7 +40,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change = self.lora_B(self.lora_A(x) * self.form.scale)
-        return linear(x, self.weight, self.bias).add_(change)
+        return linear(x, self.weight, self.bias) + change
 
 
 def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str = "") -> None:
