@@ -192,12 +192,19 @@ class TreeBatch:
         return self.sum_by_sequence(self.reference_logprobs_N)
 
     def to(self, device: torch.device) -> TreeBatch:
-        """The batch on a device. On CUDA it lies in rows of seq_len, a power of two of them: few kernels are compiled.
+        """The batch on a device; on CUDA in rows."""
+        if device.type == "cpu":
+            return self
+        laid_out = self.in_rows()
+        moved: dict[str, Any] = {field.name: getattr(laid_out, field.name) for field in fields(laid_out)}
+        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
+        return TreeBatch(**moved)
+
+    def in_rows(self) -> TreeBatch:
+        """Laid out in rows of seq_len, a power of two of them: few kernels are compiled.
 
         Padding sees itself alone: a token that sees nothing would make NaN in softmax.
         """
-        if device.type == "cpu":
-            return self
         rows, length = 1 << (len(self.row_lengths) - 1).bit_length(), self.seq_len
         first_token = np.cumsum([0, *self.row_lengths[:-1]])
         before = torch.from_numpy(np.repeat(np.arange(len(first_token)) * length - first_token, self.row_lengths))
@@ -208,16 +215,13 @@ class TreeBatch:
 
         empty, order = torch.zeros(length, dtype=torch.int64), torch.arange(length, dtype=torch.int32)
         until = self.visible_until_BL[:, : self.num_tokens] + (before - place // length * length).int()
-        laid_out = replace(
+        return replace(
             self,
             tokens_BL=in_rows(self.tokens_BL, empty),
             positions_BL=in_rows(self.positions_BL, empty),
             visible_until_BL=in_rows(until, order + 1),
             predict_from_N=place[self.predict_from_N],
         )
-        moved: dict[str, Any] = {field.name: getattr(laid_out, field.name) for field in fields(laid_out)}
-        moved |= {name: value.to(device) for name, value in moved.items() if isinstance(value, Tensor)}
-        return TreeBatch(**moved)
 
 
 def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float = 1.0) -> TreeBatch:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from twinloop.common.errors import UserError
 from twinloop.training.packing import cut, pack
@@ -164,3 +165,24 @@ def test_logprobs_at_a_temperature_are_those_of_the_sharpened_distribution(tiny)
     logits = tiny.logits(tiny.hidden(torch.tensor([[10, 11, 20]]), torch.arange(3)[None]))[0, 1:]
     expected = (logits / 0.7).log_softmax(-1)[torch.arange(2), torch.tensor([20, STOP])]
     torch.testing.assert_close(scored_logprobs(tiny, collate([(row,)], 8, temperature=0.7)), expected)
+
+
+def test_rows_for_a_gpu_hold_the_same_tokens_and_see_the_same(tiny, texts):
+    rows = pack([*texts.documents(6), *texts.pairs(5)], 48).rows
+    batch = collate(rows, 48)
+    laid_out = batch.in_rows()
+    count, length = laid_out.tokens_BL.shape
+    assert (count & (count - 1), length) == (0, 48)
+    order = torch.arange(length)
+    until = laid_out.visible_until_BL[:, None, :]
+    seen_BLL = (order <= order[:, None]) & (order[:, None] < until)
+    assert seen_BLL.diagonal(dim1=1, dim2=2).all()
+
+    class Masked:
+        def attend(self, q, k, v, scores):
+            mask = seen_BLL[:, None]
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scores.scale, enable_gqa=True)
+
+    hidden_ND = tiny.hidden(laid_out.tokens_BL, laid_out.positions_BL, Masked()).flatten(0, 1)[laid_out.predict_from_N]
+    found = tiny.logits(hidden_ND).log_softmax(-1).gather(1, laid_out.target_N[:, None])[:, 0]
+    torch.testing.assert_close(found, scored_logprobs(tiny, batch), atol=5e-6, rtol=1e-5)
