@@ -46,9 +46,16 @@ class Form:
         token. None where it keeps no cache."""
         return None
 
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What is read before an answer. Raises UserError where its template refuses the messages."""
+        return self.tokenizer.encode_prompt(messages)
+
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """Greedy answers, each with its stop token where it ended with that."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Give back what outlives this object."""
 
 
 def read_stop_ids(directory: Path, tokenizer: ChatTokenizer) -> dict[str, frozenset[int]]:
@@ -56,7 +63,7 @@ def read_stop_ids(directory: Path, tokenizer: ChatTokenizer) -> dict[str, frozen
 
     Raises UserError where a file is no JSON object.
     """
-    found = {"tokenizer_config.json": frozenset((tokenizer.stop_id,))}
+    found = {"tokenizer_config.json": frozenset((tokenizer.eos_id,))}
     for name in ("config.json", "generation_config.json"):
         path = directory / name
         if not path.is_file():
@@ -163,7 +170,7 @@ class Reference:
         for case, prompt, messages in zip(self._cases, self._prompts, self._conversations(), strict=True):
             expected = self.form.tokenizer.encode_conversation(messages)
             try:
-                own = form.tokenizer.encode_prompt(case.prompt)
+                own = form.prompt_ids(case.prompt)
                 whole = form.tokenizer.encode_conversation(messages)
                 differs = _first_difference("prompt", own, prompt) or _first_difference("answer", whole, expected)
             except UserError as error:
@@ -190,10 +197,11 @@ class Reference:
         ]
 
     def _stop_changes(self, form: Form) -> Iterator[str]:
-        """Files that do not name the stop token that the reference was trained with, or name it beside others."""
+        """Files that do not name the stop tokens that they name for the reference."""
         trained = self.form.tokenizer.stop_id
         for file, ids in form.stop_ids.items():
-            if trained not in ids or ids - self.form.stop_ids.get(file, frozenset((trained,))):
+            expected = self.form.stop_ids.get(file)
+            if ids != expected if expected else trained not in ids:
                 named = " and ".join(map(str, sorted(ids)))
                 yield f"{file}: stop token {named}, and {trained} was trained"
 

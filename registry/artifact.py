@@ -239,7 +239,7 @@ def hash_files(folder: Path) -> dict[str, str]:
     paths = [path for path in _walk(folder) if path != folder / MANIFEST]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing and reading release the interpreter's lock
         return dict(
-            zip([path.relative_to(folder).as_posix() for path in paths], pool.map(_hash_file, paths), strict=True)
+            zip([path.relative_to(folder).as_posix() for path in paths], pool.map(file_digest, paths), strict=True)
         )
 
 
@@ -248,7 +248,8 @@ def content_digest(folder: Path) -> str:
     return _digest(hash_files(folder))
 
 
-def _hash_file(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Sha256. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -9,19 +9,35 @@ import numpy as np
 import torch
 
 from twinloop.evaluation.parity import Form
+from twinloop.models.adapter import read_adapter
 from twinloop.models.decoder import Decoder
+from twinloop.models.directory import ADAPTER, BASE, load_config, load_tensors, save_model
+from twinloop.models.source import open_source
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.training.adapters import bind_adapter
 from twinloop.training.sampler import BoundSampler
+from twinloop.training.weights import load_decoder, set_weights
 
 
 class NetworkForm(Form):
-    """A network in torch: with its adapter bound where it has one."""
+    """A network in torch: with its adapter beside it where it has one."""
 
-    def __init__(self, name: str, directory: Path, digest: str, network: Decoder, *, threads: int):
-        """directory: of its tokenizer. network: in evaluation mode, on CPU."""
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        digest: str,
+        network: Decoder,
+        *,
+        threads: int,
+        proposer: Decoder | None = None,
+    ):
+        """directory: of its tokenizer. network: in evaluation mode, on CPU. proposer: a network without an adapter that
+        answers nearly alike, where this one has one."""
         super().__init__(name, directory, digest)
         self._network, self._threads = network, threads
+        self._proposer = proposer or network
 
     @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
@@ -31,11 +47,11 @@ class NetworkForm(Form):
         return logits_LV
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        """The engine over the network's own tensors proposes, and the network decides about every token: torch alone
-        would read a whole answer again for each of its tokens."""
+        """The engine over the proposer's tensors proposes, and the network decides about every token: torch alone would
+        read a whole answer again for each of its tokens."""
         max_length = self._network.config.max_position_embeddings
         sampler = BoundSampler(
-            self._network,
+            self._proposer,
             max_length=max_length,
             prompts=len(prompts),
             group=1,
@@ -64,6 +80,22 @@ class NetworkForm(Form):
         chosen = scores_TV.argmax(axis=-1)
         differs = np.flatnonzero(chosen != np.array(proposed))
         return list(chosen[: differs[0] + 1].tolist() if len(differs) else proposed)
+
+
+def adapted_network(directory: Path) -> Decoder:
+    """The base of an adapted model with the adapter beside it, as it was trained: nothing is merged."""
+    network = Decoder(load_config(directory)).eval()
+    set_weights(network, load_tensors(directory / BASE), where=str(directory / BASE))
+    bind_adapter(network, read_adapter(directory / ADAPTER, network.config))
+    return network
+
+
+def read_gguf(path: Path, directory: Path) -> Decoder:
+    """The network of a GGUF file, whose tokenizer, template and special tokens are written to `directory`, as a model
+    directory has them. Raises UserError where its tokenizer or network cannot be read."""
+    source = open_source(path)
+    save_model(directory, source.config, source.load_weights(), source.load_tokenizer())
+    return load_decoder(directory)
 
 
 class ExportedForm(Form):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -13,7 +15,7 @@ from prefect import task
 from twinloop.common.errors import UserError
 from twinloop.evaluation.parity_report import FORMS
 from twinloop.models.config import Precision
-from twinloop.registry.artifact import Artifact, content_digest
+from twinloop.registry.artifact import Artifact, content_digest, file_digest
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
@@ -45,7 +47,10 @@ class Release:
 
     def forms(self, wanted: Iterable[str]) -> tuple[str, ...]:
         """Names of its own forms, and of those that are wanted besides."""
-        return in_order([*self.exported, *wanted])
+        from twinloop.models.directory import is_adapted
+
+        merged = ["merged"] if is_adapted(self.model.path) else []
+        return in_order([*merged, *self.exported, *wanted])
 
 
 def in_order(forms: Iterable[str]) -> tuple[str, ...]:
@@ -88,9 +93,10 @@ def parity_stage(
             "cases": COMPARED_CASES,
             "max_new_tokens": settings.max_new_tokens,
             "threads": runtime.threads,
+            "llama_cpp": shutil.which("llama-server") or "",
         },
         inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
-        modules=("twinloop.tasks.parity", "twinloop.tasks.forms"),
+        modules=("twinloop.tasks.parity", "twinloop.tasks.forms", "twinloop.tasks.llama_cpp"),
         uses_domain=True,
     )
 
@@ -128,7 +134,8 @@ def compare_forms(
             if report:
                 report.moved(done, len(others))
             try:
-                found.append(reference.compare(makers.make(name)))
+                with closing(makers.make(name)) as form:
+                    found.append(reference.compare(form))
             except UserError as error:
                 missing[name] = str(error).replace(folder, name)
     return ParityReport(
@@ -150,18 +157,63 @@ class _Makers:
 
     def make(self, name: str) -> Form:
         """Raises UserError for a form that this release has not and that cannot be made of it."""
-        by_name: dict[str, Callable[[], Form]] = {REFERENCE: self._network}
+        by_name: dict[str, Callable[[], Form]] = {
+            REFERENCE: self._network,
+            "merged": self._merged,
+            "gguf": self._gguf,
+            "llama.cpp": self._llama_cpp,
+        }
         by_name |= {precision: lambda each=precision: self._exported(each) for precision in get_args(Precision)}
-        if name not in by_name:
-            raise UserError(f"{name}: this release has no such form; there are: {', '.join(by_name)}")
         return by_name[name]()
 
     def _network(self) -> Form:
+        from twinloop.models.directory import is_adapted
+        from twinloop.tasks.forms import NetworkForm, adapted_network
+        from twinloop.training.weights import load_decoder
+
+        model = self.release.model
+        loaded = load_decoder(model.path)
+        network = adapted_network(model.path) if is_adapted(model.path) else loaded
+        return NetworkForm(REFERENCE, model.path, model.digest, network, threads=self.threads, proposer=loaded)
+
+    def _merged(self) -> Form:
+        from twinloop.models.directory import is_adapted
         from twinloop.tasks.forms import NetworkForm
         from twinloop.training.weights import load_decoder
 
         model = self.release.model
-        return NetworkForm(REFERENCE, model.path, model.digest, load_decoder(model.path), threads=self.threads)
+        if not is_adapted(model.path):
+            raise UserError("this release has no adapter to merge; every form of it is of the network itself")
+        return NetworkForm("merged", model.path, model.digest, load_decoder(model.path), threads=self.threads)
+
+    def _gguf(self) -> Form:
+        from twinloop.tasks.forms import NetworkForm, read_gguf
+
+        path, directory = self._gguf_file(), self.folder / "gguf"
+        return NetworkForm("gguf", directory, file_digest(path), read_gguf(path, directory), threads=self.threads)
+
+    def _llama_cpp(self) -> Form:
+        from twinloop.tasks.forms import read_gguf
+        from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
+
+        server = find_server()
+        path, directory = self._gguf_file(), self.folder / "gguf"
+        read_gguf(path, directory)
+        return LlamaCppForm(directory, file_digest(path), server, path, threads=self.threads)
+
+    def _gguf_file(self) -> Path:
+        """The model as `twinloop export` writes it. Raises UserError where llama.cpp has no such tokenizer."""
+        from twinloop.models.directory import load_config
+        from twinloop.models.gguf_vocabulary import read_vocabulary
+        from twinloop.models.gguf_writer import write_gguf
+
+        path, model = self.folder / "model.gguf", self.release.model.path
+        if not path.exists():
+            vocabulary = read_vocabulary(model, load_config(model).vocab_size)
+            if vocabulary.reading is None:
+                raise UserError("llama.cpp cannot split text as this tokenizer does, and would read other tokens")
+            write_gguf(model, path, vocabulary, type="f16", name="compared")
+        return path
 
     def _exported(self, precision: Precision) -> Form:
         from twinloop.models.directory import load_config

@@ -56,6 +56,19 @@ def attach_adapter(model: Decoder, form: AdapterForm, *, seed: int, stage: str =
             _replace(model, name, LoRALinear(layer, form))
 
 
+def bind_adapter(model: Decoder, adapter: Adapter) -> None:
+    """Give the network this adapter, beside its weights: each layer with its own rank and scale."""
+    for name, (a, b) in adapter.factors.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        alpha = adapter.alphas.get(name, adapter.alpha)
+        adapted = LoRALinear(layer, AdapterForm(len(a), alpha, adapter.rank_stabilised))
+        with torch.no_grad():
+            adapted.lora_A.weight.copy_(torch.from_numpy(a))
+            adapted.lora_B.weight.copy_(torch.from_numpy(b))
+        _replace(model, name, adapted)
+
+
 def adapter_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers by name; none where the network itself trains."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}

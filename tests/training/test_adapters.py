@@ -157,6 +157,7 @@ TOKENIZER = SimpleNamespace(
     encode_answer=lambda tokens: list(tokens),
     decode=as_text,
     stop_id=5,
+    stop_ids=(5,),
     vocab_size=CONFIG.vocab_size,
 )
 RUNTIME = Runtime(seed=3, threads=1)

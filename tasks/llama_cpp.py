@@ -1,0 +1,97 @@
+"""A GGUF file in llama.cpp's own server, asked over HTTP: its tokenizer, its template, its greedy answers.
+
+It tells no logits of a given text, so tokens are compared up to the first that differs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from twinloop.common.errors import UserError
+from twinloop.evaluation.parity import Form
+
+SERVER = "llama-server"
+STARTS_WITHIN_S = 120.0
+ANSWERS_WITHIN_S = 300.0
+
+
+def find_server() -> str:
+    """Raises UserError where it is not on the path."""
+    if found := shutil.which(SERVER):
+        return found
+    raise UserError(f"{SERVER} is not on the path; install llama.cpp to compare what it answers")
+
+
+class LlamaCppForm(Form):
+    """The server runs as long as this object is used."""
+
+    def __init__(self, directory: Path, digest: str, server: str, path: Path, *, threads: int):
+        """directory: the file's tokenizer as we read it. Raises UserError where the server does not start on it."""
+        super().__init__("llama.cpp", directory, digest)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self._url = f"http://127.0.0.1:{port}"
+        command = [server, "-m", str(path), "--host", "127.0.0.1", "--port", str(port), "--jinja", "-t", str(threads)]
+        self._process = subprocess.Popen(
+            [*command, "-np", "1", "-ngl", "0"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        self._wait()
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    def logits(self, tokens: Sequence[int]) -> None:
+        return None
+
+    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """By its own template and tokenizer."""
+        text = self._post("/apply-template", messages=list(messages))["prompt"]
+        ids: list[int] = self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        return ids
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+        return [self._answer(prompt, max_tokens) for prompt in prompts]
+
+    def _answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
+        asked = {"n_predict": max_tokens, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
+        found = self._post("/completion", prompt=list(prompt), **asked)
+        tokens: list[int] = found["tokens"]
+        stop = self.tokenizer.stop_id
+        ended = found.get("stop_type") == "eos" and tokens[-1:] != [stop]
+        return [*tokens, stop] if ended else tokens
+
+    def _wait(self) -> None:
+        until = time.monotonic() + STARTS_WITHIN_S
+        while time.monotonic() < until and self._process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"{self._url}/health", timeout=5):
+                    return
+            except OSError:  # it does not listen yet, or loads
+                time.sleep(0.1)
+        self._process.kill()
+        raise UserError(f"{SERVER} does not start on the GGUF file; try it by hand on what `twinloop export` writes")
+
+    def _post(self, path: str, **body: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self._url + path, json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=ANSWERS_WITHIN_S) as answer:
+                content: dict[str, Any] = json.load(answer)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{SERVER}{path}: {error}") from error
+        return content
