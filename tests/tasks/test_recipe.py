@@ -19,7 +19,7 @@ from twinloop.training.methods.pretrain import Settings as PretrainSettings
 
 PROJECT = Path(__file__).parents[2]
 TINY = (PROJECT / "recipes" / "tiny.yaml").read_text()
-RECIPES = sorted(path for path in PROJECT.glob("recipes/*.yaml") if path.name != "gate.yaml")
+RECIPES = sorted(path for path in PROJECT.glob("recipes/*.yaml") if not path.name.startswith("gate"))
 
 
 def fields(**changes: Any) -> dict[str, Any]:
