@@ -7,7 +7,6 @@ bundle.json                   precision, max_length, size and digest of the two 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import file_digest
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.directory import check_tensors, load_config, load_tensors
 from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
@@ -87,7 +87,7 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
             precision=precision,
             max_length=max_length,
             parameters=config.num_parameters,
-            files={name: _digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
+            files={name: file_digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
         )
         (staging / EXPORT_FILE).write_text(exported.model_dump_json(indent=2) + "\n")
         os.replace(staging, out_dir)
@@ -120,12 +120,7 @@ def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfi
         raise UserError(f"{path}: format {exported.format} is not {_FORMAT}; export the model again")
     for name, digest in exported.files.items():
         file = exported_dir / name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or file_digest(file) != digest:
             state = "differs from its digest in" if file.is_file() else "is missing, but is listed in"
             raise UserError(f"{file} {state} {EXPORT_FILE}: the exported model is corrupt; export it again")
     return exported, load_config(exported_dir)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 from prefect import task
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import file_digest
 from twinloop.evaluation.parity_report import FORMS
 from twinloop.models.config import Precision
-from twinloop.registry.artifact import Artifact, content_digest, file_digest
+from twinloop.registry.artifact import Artifact, content_digest
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
