@@ -69,7 +69,7 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
             f'model = mlflow.pyfunc.load_model("models:/{registry.name}/{version.version}")\nmodel.predict([request])'
         )
         parts += [_code(load), f"`twinloop serve --model {registry.name}` serves the champion."]
-    elif version.stage != "export":
+    elif not version.exported:
         parts.append(_code(f'mlflow.transformers.load_model("models:/{registry.name}/{version.version}")'))
     return "\n\n".join(parts)
 
@@ -114,7 +114,7 @@ def _headline(version: Version) -> str:
     precision = version.tags.get("precision", "")
     if version.servable:
         return f"**Exported model**{f' in {precision}' if precision else ''}, {purpose}"
-    if version.stage == "export":
+    if version.exported:
         return f"**Exported model in {precision or 'another precision'}, not served**, {purpose}"
     return f"**Checkpoint after {version.stage}**, not served, {purpose}"
 

@@ -33,7 +33,6 @@ COMPARED_CASES = 7
 """Beside the domain's example."""
 COMPARED_TOKENS = 32
 """Of an answer, at most."""
-EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def convert_version(
         raise UserError(f"export: --type {type} does not fit {form_name}; it is {choice}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"export: {out} is not an empty directory; remove it or choose another one")
-    version = registry.version(int(name)) if name.isdecimal() else registry.find(name)
+    version = registry.named(name)
     checkpoint = find_checkpoint(registry, version)
     if form_name == "peft" and not (checkpoint.path / ADAPTER).is_dir():
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
@@ -85,15 +84,12 @@ def find_checkpoint(registry: Registry, version: Version) -> Version:
 
     Every byte is verified. Raises UserError where it is not there, or was changed.
     """
-    if version.stage != EXPORT:
-        return registry.verify(version)
-    registry.verify(version)
-    _, *parents = registry.lineage(version)
-    if not parents:
-        raise UserError(
-            f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again"
-        )
-    return registry.checkpoints.verify(parents[0])
+    verified = registry.verify(version)
+    if not version.exported:
+        return verified
+    if checkpoint := registry.checkpoint_of(version):
+        return registry.verify(checkpoint)
+    raise UserError(f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again")
 
 
 def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Source:
@@ -116,7 +112,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     return Source(
         version=version,
         checkpoint=checkpoint.path,
-        exported=version.path if version.stage == EXPORT else None,
+        exported=version.path if version.exported else None,
         tokenizer=tokenizer,
         network=network,
         exchanges=greedy_exchanges(network, prompts, **limits),
