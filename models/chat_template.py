@@ -94,6 +94,10 @@ class ChatTemplate:
         within = _any_of(special)
         self._found = _any_of({*special, *(token for token in added if within.search(token))})
 
+    @property
+    def source(self) -> str:
+        return self._sources["default"]
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The conversation as `transformers` renders it. Raises UserError where the template refuses it."""
         name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"

@@ -18,23 +18,25 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
 """A token that can stand in the pattern of a post-processor."""
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NUMBERS = r"\p{N}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+DEFAULT = "default"
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (GPT2,),
+    "smollm": (NUMBERS, GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
     # As llama.cpp splits where a file names none: marks apart, then as GPT-2, then digits by threes.
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    DEFAULT: (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 """By `tokenizer.ggml.pre`: patterns that a text is split by, one after the other, before its bytes are merged."""
 _NORMALISED = ("qwen2",)
 """Those that compose characters first (NFC)."""
-_WHOLE_WORDS = ("llama-bpe",)
+WHOLE_WORDS = ("llama-bpe",)
 """Those in which a word that is a token is one, whatever its merges say."""
 
 SPACE = "▁"
@@ -78,11 +80,17 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
     return tokenizer, settings
 
 
+def read_stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ends an answer: the end of a turn, of a message (a call of a tool), or of a text, as a file names them."""
+    named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos"))
+    return tuple(dict.fromkeys(id for id in named if isinstance(id, int)))
+
+
 def _byte_level(
     metadata: Mapping[str, Any], vocabulary: dict[str, int], added: Collection[str], where: str
 ) -> Tokenizer:
     """added: tokens that are found in a text before it is split."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre", DEFAULT)
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, "tokenizer.ggml.merges", where)]
@@ -92,7 +100,7 @@ def _byte_level(
         token if token in added or ALPHABET.issuperset(token) else _spelled(token): id
         for token, id in vocabulary.items()
     }
-    tokenizer = Tokenizer(_bpe(where, vocab=spelled, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    tokenizer = Tokenizer(_bpe(where, vocab=spelled, merges=merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in _NORMALISED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -176,11 +184,9 @@ def _bpe(where: str, **parts: Any) -> models.BPE:
 
 
 def _settings(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> dict[str, Any]:
-    # A chat ends at the end of a turn, where a file names that besides the end of a text.
-    stop = "eot_token_id" if "tokenizer.ggml.eot_token_id" in metadata else "eos_token_id"
     keys = {
         "bos_token": "bos_token_id",
-        "eos_token": stop,
+        "eos_token": "eos_token_id",
         "pad_token": "padding_token_id",
         "unk_token": "unknown_token_id",
     }

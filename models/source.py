@@ -34,7 +34,7 @@ from twinloop.models.directory import (
 )
 from twinloop.models.gguf_file import MAGIC, GGUFFile
 from twinloop.models.gguf_model import load_network, network_shapes, read_network
-from twinloop.models.gguf_tokenizer import read_tokenizer
+from twinloop.models.gguf_tokenizer import read_stop_ids, read_tokenizer
 from twinloop.models.shapes import weight_shapes
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.models.tokenizer_files import settings_files
@@ -153,7 +153,7 @@ class GGUFSource:
     def load_tokenizer(self) -> ChatTokenizer:
         tokenizer, settings = read_tokenizer(self._file.metadata, str(self.path))
         try:
-            return ChatTokenizer(tokenizer, settings)
+            return ChatTokenizer(tokenizer, settings, stop_ids=read_stop_ids(self._file.metadata))
         except UserError as error:
             raise UserError(f"{self.path}: its tokenizer, {error}") from None
 

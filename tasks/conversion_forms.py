@@ -81,23 +81,20 @@ def _huggingface(source: Source, out: Path, type: str) -> list[str]:
 
 def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
     from twinloop.models.decoder import Decoder
+    from twinloop.models.gguf_file import GGUFFile
+    from twinloop.models.gguf_model import load_network
     from twinloop.models.gguf_vocabulary import read_vocabulary
-    from twinloop.models.gguf_writer import read_weights, write_gguf
+    from twinloop.models.gguf_writer import write_gguf
     from twinloop.tasks.agreement import network_logits
     from twinloop.training.weights import set_weights
 
     config = source.network.config
     vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
-    if vocabulary.reading is None:
-        raise UserError(
-            f"{source.version}: llama.cpp cannot split text as its tokenizer does, and would read other tokens; a GGUF "
-            "file is written of a base with a tokenizer that llama.cpp knows, and --to huggingface or genai of this one"
-        )
     path = out / f"{source.version.name}-{source.version.version}-{type}.gguf"
     name = f"{source.version.name} {source.version.version}"
     write_gguf(source.checkpoint, path, vocabulary, type=type, name=name)
     read = Decoder(config).eval()
-    set_weights(read, read_weights(path, config), where=str(path))
+    set_weights(read, load_network(GGUFFile(path), config), where=str(path))
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     note = _agrees(source, network_logits(read), f"read back from {type}", at_least=alike)
     splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"

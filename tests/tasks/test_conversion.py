@@ -133,7 +133,7 @@ def test_a_gguf_file_is_written_of_a_tokenizer_that_llama_cpp_knows(project: Sim
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small-2-f32.gguf", dtype=torch.float32)
     weights = dict(theirs.state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
-    with pytest.raises(UserError, match=r"small version 1: llama\.cpp cannot split text as its tokenizer does"):
+    with pytest.raises(UserError, match=r"llama\.cpp cannot split text as this tokenizer does"):
         convert(project, OWN, "gguf", tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
@@ -204,7 +204,7 @@ def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path)
 def test_a_form_that_answers_differently_is_not_handed_over(
     project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_form.GGUFTensor, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
+    monkeypatch.setattr(gguf_form.GGUFLayout, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
     with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
