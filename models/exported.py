@@ -19,15 +19,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.directory import CONFIG, GENERATION_CONFIG, check_tensors, load_config, load_tensors
 from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
 from twinloop.models.shapes import weight_shapes
+from twinloop.models.tokenizer_files import SETTINGS
+from twinloop.models.vocabulary import TOKENIZER
 
 EXPORT_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-_COPIED = ("config.json", "tokenizer.json", "generation_config.json")
-TOKENIZER_CONFIG = "tokenizer_config.json"
+_COPIED = (CONFIG, TOKENIZER, GENERATION_CONFIG)
 _FORMAT = 1
 
 
@@ -80,8 +81,8 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         for name in _COPIED:
             if (model_dir / name).exists():
                 shutil.copyfile(model_dir / name, staging / name)
-        if (model_dir / TOKENIZER_CONFIG).exists():
-            limit_tokenizer(model_dir / TOKENIZER_CONFIG, staging / TOKENIZER_CONFIG, max_length)
+        if (model_dir / SETTINGS).exists():
+            limit_tokenizer(model_dir / SETTINGS, staging / SETTINGS, max_length)
         exported = ExportedModel(
             format=_FORMAT,
             precision=precision,

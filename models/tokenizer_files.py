@@ -36,13 +36,19 @@ def settings_files(directory: Path) -> list[Path]:
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:
     """With which a model ends its answers. Generation settings come before those of the network."""
+    return next(iter(stop_ids_by_file(directory).values()), ())
+
+
+def stop_ids_by_file(directory: Path) -> dict[str, tuple[int, ...]]:
+    """What each file that names stop tokens says, by its name. Raises UserError where one is broken."""
+    found = {}
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
             ids = _read_json(directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if ids := [id for id in ids if type(id) is int]:
-                return tuple(ids)
-    return ()
+                found[name] = tuple(ids)
+    return found
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

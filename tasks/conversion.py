@@ -21,13 +21,13 @@ from twinloop.common.errors import UserError
 from twinloop.common.files import fsync
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request
-from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.directory import is_adapted
 from twinloop.registry.artifact import MANIFEST, Manifest
 from twinloop.registry.cards import model_card
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import Registry
-from twinloop.tasks.conversion_forms import ADAPTER, FORMS, Source
+from twinloop.tasks.conversion_forms import FORMS, Source
 
 COMPARED_CASES = 7
 """Beside the domain's example."""
@@ -63,7 +63,7 @@ def convert_version(
         raise UserError(f"export: {out} is not an empty directory; remove it or choose another one")
     version = registry.named(name)
     checkpoint = find_checkpoint(registry, version)
-    if form_name == "peft" and not (checkpoint.path / ADAPTER).is_dir():
+    if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -93,18 +93,18 @@ def find_checkpoint(registry: Registry, version: Version) -> Version:
 
 
 def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Source:
-    from twinloop.tasks.agreement import greedy_exchanges
+    from twinloop.evaluation.parity import greedy_exchanges
+    from twinloop.tasks.forms import NetworkForm
     from twinloop.training.weights import load_decoder
 
-    tokenizer = ChatTokenizer.load(checkpoint.path)
     network = load_decoder(checkpoint.path)
+    reference = NetworkForm("network", checkpoint.path, checkpoint.digest, network, threads=1)
     domain = load_served_domain(version, project).domain
-    room = network.config.max_position_embeddings - COMPARED_TOKENS
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in _prompts(project, version, domain)]
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    longest = network.config.max_position_embeddings - COMPARED_TOKENS
+    prompts = _prompts(project, version, domain)
+    prompts = [prompt for prompt in prompts if len(reference.tokenizer.encode_prompt(prompt)) <= longest]
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
-    limits = {"vocab_size": tokenizer.vocab_size, "stop_id": tokenizer.stop_id, "max_tokens": COMPARED_TOKENS}
 
     def card(code: str) -> str:
         return model_card(registry, version, code)
@@ -113,9 +113,9 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
         version=version,
         checkpoint=checkpoint.path,
         exported=version.path if version.exported else None,
-        tokenizer=tokenizer,
-        network=network,
-        exchanges=greedy_exchanges(network, prompts, **limits),
+        config=network.config,
+        reference=reference,
+        exchanges=greedy_exchanges(reference, prompts, COMPARED_TOKENS),
         card=card,
     )
 

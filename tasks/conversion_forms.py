@@ -10,18 +10,21 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinloop.common.errors import UserError, one_line
+from twinloop.models.directory import ADAPTER, BASE
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.snapshot import Version
 
 if TYPE_CHECKING:
-    from twinloop.models.decoder import Decoder
+    from twinloop.evaluation.parity import Exchange, Logits
+    from twinloop.models.config import DecoderConfig
     from twinloop.models.gguf_writer import GGUFType
-    from twinloop.tasks.agreement import Exchange, Logits
+    from twinloop.tasks.forms import NetworkForm
 
 AWKWARD = "  Größe 你好 😀 don't\tIT'S\n\n 10234  7.5% (a_b) e\u0301 "
 """Text that tokenizers are apt to split differently."""
@@ -29,20 +32,23 @@ AWKWARD = "  Größe 你好 😀 don't\tIT'S\n\n 10234  7.5% (a_b) e\u0301 "
 ROUNDED_ALIKE = 0.97
 """Share of greedy tokens that weights of fewer bits must keep. Of SmolLM2-135M, Q8_0 keeps 99% and Q4_0 78%."""
 
-ADAPTER, BASE = "adapter", "base"
-
 
 @dataclass(frozen=True)
 class Source:
-    """What a form is made from. exported: what serves it, None for a checkpoint. card: for people, in Markdown."""
+    """What a form is made from. exported: what serves it, None for a checkpoint. reference: the trained network.
+    card: for people, in Markdown."""
 
     version: Version
     checkpoint: Path
     exported: Path | None
-    tokenizer: ChatTokenizer
-    network: Decoder
+    config: DecoderConfig
+    reference: NetworkForm
     exchanges: Sequence[Exchange]
     card: Callable[[str], str]
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self.reference.tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,20 +68,20 @@ def _huggingface(source: Source, out: Path, type: str) -> list[str]:
     import numpy as np
 
     from twinloop.models.directory import CONFIG, load_tensors, save_model
-    from twinloop.tasks.agreement import network_logits
+    from twinloop.tasks.forms import network_logits
     from twinloop.training.weights import load_decoder
 
     dtypes = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
     dtype = dtypes[type]
     tensors = {name: array.astype(dtype) for name, array in load_tensors(source.checkpoint).items()}
-    save_model(out, source.network.config, tensors, source.tokenizer)
+    save_model(out, source.config, tensors, source.tokenizer)
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(source.card(_CODE), encoding="utf-8")
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"
-        return [_agrees(source, network_logits(load_decoder(out)), how, at_least=alike)]
+        return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
     return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
@@ -85,10 +91,10 @@ def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
     from twinloop.models.gguf_model import load_network
     from twinloop.models.gguf_vocabulary import read_vocabulary
     from twinloop.models.gguf_writer import write_gguf
-    from twinloop.tasks.agreement import network_logits
+    from twinloop.tasks.forms import network_logits
     from twinloop.training.weights import set_weights
 
-    config = source.network.config
+    config = source.config
     vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
     path = out / f"{source.version.name}-{source.version.version}-{type}.gguf"
     name = f"{source.version.name} {source.version.version}"
@@ -96,7 +102,7 @@ def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
     read = Decoder(config).eval()
     set_weights(read, load_network(GGUFFile(path), config), where=str(path))
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
-    note = _agrees(source, network_logits(read), f"read back from {type}", at_least=alike)
+    note = _agrees(source, partial(network_logits, read), f"read back from {type}", at_least=alike)
     splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"
     return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
 
@@ -125,7 +131,7 @@ def _peft(source: Source, out: Path, type: str) -> list[str]:
     config = out / "adapter_config.json"
     content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    source.tokenizer.save(out, max_length=source.network.config.max_position_embeddings)
+    source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
     (out / "README.md").write_text(source.card(_PEFT_CODE), encoding="utf-8")
     return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
 
@@ -164,9 +170,10 @@ FORMS: Mapping[str, Form] = {
 
 def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
     """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's."""
-    from twinloop.tasks.agreement import agreement
+    from twinloop.evaluation.parity import compare_exchanges
 
-    found = agreement(source.network, logits, source.exchanges, vocab_size=source.tokenizer.vocab_size)
+    size = source.tokenizer.vocab_size
+    found = compare_exchanges(source.reference.logits, logits, source.exchanges, vocab_size=size, name=how)
     words = f"{found.alike} of {found.tokens} greedy tokens are the network's ({how})"
     if found.alike < at_least * found.tokens:
         advice = "choose a --type with more bits" if at_least < 1 else "report this"
@@ -204,8 +211,8 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
     engine = Engine.load(exported, slots=1)
     prompts = [prompt for prompt in prompts if len(prompt) < engine.max_length]
     longest = max(len(exchange.answer) for exchange in source.exchanges)
-    stop = source.tokenizer.stop_id
-    expected = engine.generate(prompts, SamplingParams(max_tokens=longest, stop=(stop,)))
+    stops = source.tokenizer.stop_ids
+    expected = engine.generate(prompts, SamplingParams(max_tokens=longest, stop=stops))
     model = onnxruntime_genai.Model(str(out))
     compared = 0
     for prompt, answer in zip(prompts, expected, strict=True):
@@ -216,7 +223,7 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
         while not generator.is_done():
             generator.generate_next_token()
         found = generator.get_sequence(0)[len(prompt) :].tolist()
-        if found != [token for token in answer.tokens if token != stop]:  # genai (0.18) keeps no stop token
+        if found != [token for token in answer.tokens if token not in stops]:  # genai (0.18) keeps no stop token
             raise UserError(
                 f"{source.version}: not handed over: onnxruntime-genai chooses other tokens than our engine"
             )

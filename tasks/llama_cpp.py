@@ -70,9 +70,8 @@ class LlamaCppForm(Form):
         asked = {"n_predict": max_tokens, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
         found = self._post("/completion", prompt=list(prompt), **asked)
         tokens: list[int] = found["tokens"]
-        stop = self.tokenizer.stop_id
-        ended = found.get("stop_type") == "eos" and tokens[-1:] != [stop]
-        return [*tokens, stop] if ended else tokens
+        shown = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
+        return [*tokens, self.tokenizer.stop_id] if found.get("stop_type") == "eos" and not shown else tokens
 
     def _wait(self) -> None:
         until = time.monotonic() + STARTS_WITHIN_S

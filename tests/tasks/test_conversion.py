@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,11 @@ from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
 from twinloop.models import gguf_form
-from twinloop.models.directory import load_config, save_model
+from twinloop.models.adapter import read_adapter
+from twinloop.models.directory import load_config, save_adapted
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
-from twinloop.registry.artifact import ArtifactStore
+from twinloop.registry.artifact import MANIFEST, ArtifactStore
 from twinloop.registry.snapshot import VersionName
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Lineage, Registry
@@ -54,21 +56,21 @@ def register(project: Path, registry: Registry, make: Callable[[Path], object]) 
 
 
 def make_adapted(out: Path) -> None:
-    """A base in `base/`, an adapter on it in `adapter/`, and the two merged beside them."""
+    """A checkpoint of a stage with `lora`, its adapter trained in `peft`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    make_model(out / "base", known_tokenizer())
-    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    adapted.save_pretrained(out / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
-    weights = {name: tensor.numpy() for name, tensor in merged.items()}
-    save_model(out, load_config(out / "base"), weights, known_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        whole, adapter = Path(folder) / "whole", Path(folder) / "adapter"
+        make_model(whole, known_tokenizer())
+        base = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+        adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        adapted.save_pretrained(adapter)
+        save_adapted(out, whole, read_adapter(adapter, load_config(whole)), skip=MANIFEST)
 
 
 @pytest.fixture(scope="module")
