@@ -205,7 +205,10 @@ def _factors(
 
 def _pattern(directory: Path, fields: Mapping[str, Any], patterns: str, name: str, default: str) -> float:
     """The value of the first pattern that ends the layer's name, as PEFT 0.21 finds it, or the adapter's own."""
-    for pattern, value in (fields.get(patterns) or {}).items():
+    known = fields.get(patterns) or {}
+    if not isinstance(known, Mapping):
+        raise UserError(f"{directory / ADAPTER_CONFIG}: {patterns} is {known!r}, not an object with numbers by layer")
+    for pattern, value in known.items():
         try:
             matches = re.match(rf"(.*\.)?({pattern})$", name)
         except re.error:

@@ -61,7 +61,7 @@ class GGUFFile:
         header = _Header(self._bytes)
         try:
             self.metadata, rows, data_start = header.read()
-        except (struct.error, IndexError, OverflowError):
+        except (struct.error, IndexError, OverflowError, RecursionError):
             raise UserError(f"{path}: cut off within its header; fetch it again") from None
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from twinloop.common.errors import UserError, one_line
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
@@ -51,9 +51,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _texts(metadata, "tokenizer.ggml.tokens", where)
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise UserError(f"{where}: {len(tokens)} tokens, but {len(types)} types of tokens: the file is corrupt")
+    types = _each_has(tokens, metadata, "tokenizer.ggml.token_type", where, default=_NORMAL)
     used = [not (type == _UNUSED and _PADDING.fullmatch(token)) for token, type in zip(tokens, types, strict=True)]
     vocabulary = {token: id for id, token in enumerate(tokens) if used[id]}
     added = {
@@ -128,9 +126,7 @@ def _sentencepiece(
         raise UserError(
             f"{where}: the tokenizer has no token for byte {missing[0]}; only one with byte fallback is read"
         )
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise UserError(f"{where}: tokenizer.ggml.scores does not hold a number for each token: the file is corrupt")
+    scores = _each_has(tokens, metadata, "tokenizer.ggml.scores", where)
     gemma = str(metadata.get("general.architecture")).startswith("gemma")
     if gemma:
         # Gemma's runs of spaces are written as such, and its scores are not the order of its merges; its ids are.
@@ -205,6 +201,18 @@ def _named(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: 
     if not isinstance(id, int) or not 0 <= id < len(tokens):
         raise UserError(f"{where}: tokenizer.ggml.{key} {id!r} is none of the {len(tokens)} tokens")
     return tokens[id]
+
+
+def _each_has(
+    tokens: Sequence[str], metadata: Mapping[str, Any], key: str, where: str, default: float | None = None
+) -> list[float]:
+    """A number for each token."""
+    found = metadata.get(key, None if default is None else [default] * len(tokens))
+    if not isinstance(found, list) or not all(isinstance(each, (int, float)) for each in found):
+        found = []
+    if len(found) != len(tokens):
+        raise UserError(f"{where}: {key} has {len(found)} numbers for {len(tokens)} tokens: the file is corrupt")
+    return found
 
 
 def _texts(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:

@@ -80,8 +80,11 @@ def open_source(path: Path, adapter: Path | None = None) -> Source:
         return HuggingFaceSource(path)
     if not path.exists():
         raise UserError(f"{path}: no such directory or file; a base is a Hugging Face directory or a GGUF file")
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if start != MAGIC and path.suffix == ".safetensors":
         raise UserError(f"{path}: weights alone are no model; name the directory that holds them with {CONFIG}")
     return GGUFSource(path)
@@ -100,10 +103,10 @@ class HuggingFaceSource:
         shapes: dict[str, tuple[int, ...]] = {}
         types: set[str] = set()
         for file in files:
-            for name, entry in read_safetensors_header(file).items():
+            for name, (dtype, shape) in read_safetensors_header(file).items():
                 if not BUFFERS.fullmatch(name):
-                    shapes[name] = tuple(entry["shape"])
-                    types.add(entry["dtype"])
+                    shapes[name] = shape
+                    types.add(dtype)
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
@@ -184,7 +187,7 @@ class AdaptedSource:
         return hashlib.sha256(f"{self._base.digest()} {own}".encode()).hexdigest()
 
 
-def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of each tensor. Raises UserError for a file that is cut off or not one."""
     size = path.stat().st_size if path.is_file() else 0
     try:
@@ -194,8 +197,8 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
     except OSError as error:
         raise UserError(f"{path}: no weights to read here ({error.strerror})") from None
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:

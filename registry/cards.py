@@ -74,14 +74,15 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
     return "\n\n".join(parts)
 
 
-def model_card(registry: Registry, version: Version, code: str) -> str:
+def model_card(registry: Registry, version: Version, code: str, *, library: str = "transformers") -> str:
     """The README.md of a version that is handed over, as model hubs read it, without names of people and folders.
 
-    code: how it is loaded, in Python.
+    code: how it is loaded, in Python, by that library.
     """
     about = version.tags.get("about", "")
+    license = [f"license: {named}"] if (named := version.tags.get("base_license")) else []
     parts = [
-        "---\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
+        "\n".join(["---", "pipeline_tag: text-generation", f"library_name: {library}", *license, "---"]),
         f"# {version}",
         f"Domain `{version.tags.get('domain', '')}`" + (f": {about}" if about else ""),
         *_facts(registry, version, recipe=f"`{Path(version.tags.get('recipe', '')).name}`"),

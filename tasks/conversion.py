@@ -15,6 +15,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from twinloop.common.errors import UserError
@@ -53,7 +54,7 @@ def convert_version(
     name: a number, or an alias such as champion. type: of the weights. Raises UserError where the form, its type or the
     version is not known, `out` is in use, or the form would answer differently.
     """
-    form = FORMS.get(form_name)
+    form, place = FORMS.get(form_name), out.resolve()
     if form is None:
         raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMS)}")
     if type is not None and type not in form.types:
@@ -66,16 +67,16 @@ def convert_version(
     if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
         made = Path(beside) / "made"
         made.mkdir()
         notes = form.make(source, made, type or next(iter(form.types), ""))
         files = {str(path.relative_to(made)): path.stat().st_size for path in sorted(made.rglob("*")) if path.is_file()}
         for path in [*made.rglob("*"), made]:
             fsync(path)
-        made.replace(out)
-    fsync(out.parent)
+        made.replace(place)
+    fsync(place.parent)
     return Converted(version, files, notes, form.load(out))
 
 
@@ -106,9 +107,6 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
 
-    def card(code: str) -> str:
-        return model_card(registry, version, code)
-
     return Source(
         version=version,
         checkpoint=checkpoint.path,
@@ -116,7 +114,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
         config=network.config,
         reference=reference,
         exchanges=greedy_exchanges(reference, prompts, COMPARED_TOKENS),
-        card=card,
+        card=partial(model_card, registry, version),
     )
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -44,7 +45,7 @@ class Source:
     config: DecoderConfig
     reference: NetworkForm
     exchanges: Sequence[Exchange]
-    card: Callable[[str], str]
+    card: Callable[..., str]
 
     @property
     def tokenizer(self) -> ChatTokenizer:
@@ -82,7 +83,8 @@ def _huggingface(source: Source, out: Path, type: str) -> list[str]:
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"
         return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
-    return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
+    with _run_by("transformers", source):
+        return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
 def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
@@ -115,12 +117,8 @@ def _genai(source: Source, out: Path, type: str) -> list[str]:
     _need("onnxruntime_genai", "onnxruntime-genai")
     write_genai(source.exported, out)
     prompts = [exchange.prompt for exchange in source.exchanges]
-    try:
+    with _run_by("onnxruntime-genai", source):
         return [_same_answers(source, source.exported, out, prompts), _genai_tokenizer(source, out)]
-    except UserError:
-        raise
-    except Exception as error:  # of its C++ code
-        raise UserError(f"{source.version}: onnxruntime-genai does not run it: {one_line(error)}") from error
 
 
 def _peft(source: Source, out: Path, type: str) -> list[str]:
@@ -132,8 +130,9 @@ def _peft(source: Source, out: Path, type: str) -> list[str]:
     content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
-    (out / "README.md").write_text(source.card(_PEFT_CODE), encoding="utf-8")
-    return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
+    (out / "README.md").write_text(source.card(_PEFT_CODE, library="peft"), encoding="utf-8")
+    with _run_by("peft", source):
+        return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
 
 
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -179,6 +178,17 @@ def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) 
         advice = "choose a --type with more bits" if at_least < 1 else "report this"
         raise UserError(f"{source.version}: not handed over: only {words}; {advice}")
     return f"{words}, largest logit gap {found.logit_gap:.2g}"
+
+
+@contextmanager
+def _run_by(library: str, source: Source) -> Iterator[None]:
+    """Whatever a library raises that we do not install is that it does not run this form."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source.version}: not handed over: {library} does not run it: {one_line(error)}") from error
 
 
 def _same_ids(source: Source, out: Path) -> str:

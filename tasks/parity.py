@@ -14,7 +14,7 @@ from prefect import task
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
-from twinloop.evaluation.parity_report import FORMS
+from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP
 from twinloop.models.config import Precision
 from twinloop.registry.artifact import Artifact, content_digest
 from twinloop.tasks.context import Context, Report
@@ -75,6 +75,8 @@ def parity_stage(
 
     Raises UserError for a name that no form has.
     """
+    from twinloop.tasks.llama_cpp import SERVER
+
     names = in_order(forms)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def parity_stage(
             "cases": COMPARED_CASES,
             "max_new_tokens": settings.max_new_tokens,
             "threads": runtime.threads,
-            "llama_cpp": shutil.which("llama-server") or "",
+            **({"llama_cpp": shutil.which(SERVER) or ""} if LLAMA_CPP in names else {}),
         },
         inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
         modules=("twinloop.tasks.parity", "twinloop.tasks.forms", "twinloop.tasks.llama_cpp"),
@@ -138,7 +140,7 @@ def compare_forms(
                 with closing(makers.make(name)) as form:
                     found.append(reference.compare(form))
             except UserError as error:
-                missing[name] = str(error).replace(folder, name)
+                missing[name] = str(error).replace(folder, name).replace(f"{context.project}/", "")
     return ParityReport(
         cases=tuple(case.case_id for case in cases),
         cases_digest=cases_digest(cases),
@@ -162,7 +164,7 @@ class _Makers:
             REFERENCE: self._network,
             "merged": self._merged,
             "gguf": self._gguf,
-            "llama.cpp": self._llama_cpp,
+            LLAMA_CPP: self._llama_cpp,
         }
         by_name |= {precision: lambda each=precision: self._exported(each) for precision in get_args(Precision)}
         return by_name[name]()

@@ -205,6 +205,11 @@ BROKEN = {
     "a shard with no header": (
         lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(b"\xff" * 99), "longer than the file",
     ),
+    "a shard with a header of other things": (
+        lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(
+            b"\x3a" + bytes(7) + b'{"a": {"dtype": [], "shape": 3, "data_offsets": [0, "x"]}}'
+        ), "not a safetensors file, or cut off",
+    ),
     "a shard missing": (lambda at: (at / "model-00003-of-00004.safetensors").unlink(), "no weights to read here"),
     "a tensor missing": (
         lambda at: change_tensors(at, lambda t: t.pop(max(t))), "has shape none, config.json wants (",

@@ -81,6 +81,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         registry = Registry(Mlruns(folder / "mlruns"), "small")
         register(folder, registry, lambda out: make_model(out, train_tokenizer(TEXTS, 300)))
         register(folder, registry, lambda out: make_model(out, known_tokenizer()))
+        registry.tag(registry.version(1), {"base_license": "mit"})
         yield SimpleNamespace(folder=folder, registry=registry)
 
 
@@ -108,7 +109,8 @@ def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp
         done.files
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\npipeline_tag: text-generation\n")
+    assert card.startswith("---\npipeline_tag: text-generation\nlibrary_name: transformers\n")
+    assert ("\nlicense: mit\n---" in card) == (name == OWN)
     assert f"# small version {done.version.version}" in card
     assert "`small-checkpoints/" in card
     assert "| recipe | `small.yaml` |" in card  # no folder of the machine
@@ -220,6 +222,18 @@ def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_w
     assert "are the network's (read back here; transformers is not installed)" in done.notes[0]
     with pytest.raises(UserError, match=r"is compared in onnxruntime-genai before .* install onnxruntime-genai"):
         convert(project, KNOWN, "genai", tmp_path / "genai")
+
+
+def test_what_another_library_raises_is_one_line(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(out: Path) -> Any:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(conversion_forms, "_transformers_model", broken)
+    with pytest.raises(UserError, match=r"not handed over: transformers does not run it: .*first") as e:
+        convert(project, KNOWN, "huggingface", tmp_path / "out")
+    assert "\n" not in str(e.value)
 
 
 def test_a_version_whose_checkpoint_is_gone_is_refused(project: SimpleNamespace, tmp_path: Path) -> None:
