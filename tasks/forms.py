@@ -12,12 +12,12 @@ from twinloop.evaluation.parity import Form
 from twinloop.models.adapter import read_adapter
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import ADAPTER, BASE, load_config, load_tensors, save_model
-from twinloop.models.source import open_source
+from twinloop.models.source import Source, open_source
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.adapters import bind_adapter
 from twinloop.training.sampler import BoundSampler
-from twinloop.training.weights import load_decoder, set_weights
+from twinloop.training.weights import set_weights
 
 
 class NetworkForm(Form):
@@ -95,12 +95,18 @@ def adapted_network(directory: Path) -> Decoder:
     return network
 
 
-def read_gguf(path: Path, directory: Path) -> Decoder:
-    """The network of a GGUF file, whose tokenizer, template and special tokens are written to `directory`, as a model
-    directory has them. Raises UserError where its tokenizer or network cannot be read."""
+def describe_gguf(path: Path, directory: Path) -> Source:
+    """A GGUF file, whose configuration, tokenizer and template are written to `directory`, as a model directory has
+    them. Raises UserError where one of them cannot be read."""
     source = open_source(path)
-    save_model(directory, source.config, source.load_weights(), source.load_tokenizer())
-    return load_decoder(directory)
+    save_model(directory, source.config, {}, source.load_tokenizer())
+    return source
+
+
+def gguf_network(source: Source) -> Decoder:
+    network = Decoder(source.config).eval()
+    set_weights(network, source.load_weights(), where=str(source.path))
+    return network
 
 
 class ExportedForm(Form):

@@ -83,7 +83,9 @@ def parity_stage(
         import torch
 
         torch.set_num_threads(runtime.threads)
-        found = compare_forms(context, settings, runtime, data=data, release=release, forms=names, report=report)
+        found = compare_forms(
+            context, settings, runtime, data=data, release=release, forms=names, report=report, scratch=keep
+        )
         (out / PARITY_REPORT).write_text(found.to_json())
         return {"compared_cases": len(found.cases), "compared_forms": len(found.forms), **found.metrics()}
 
@@ -116,8 +118,12 @@ def compare_forms(
     release: Release,
     forms: Iterable[str],
     report: Report | None = None,
+    scratch: Path | None = None,
 ) -> ParityReport:
-    """Compare now. A form that cannot be made or read is missing, with the reason."""
+    """Compare now. A form that cannot be made or read is missing, with the reason.
+
+    scratch: where what is made only to be compared lies meanwhile, by default in the system's temporary folder.
+    """
     from twinloop.evaluation.cases import read_cases
     from twinloop.evaluation.parity import Reference, cases_digest
     from twinloop.evaluation.parity_report import ParityReport
@@ -128,7 +134,7 @@ def compare_forms(
     cases = read_cases(records, context.domain)
     if not cases:
         raise UserError("cases: there are none to compare forms on; add some to the data")
-    with tempfile.TemporaryDirectory(prefix="twinloop-forms-") as folder:
+    with tempfile.TemporaryDirectory(prefix="forms-", dir=scratch) as folder:
         makers = _Makers(release, Path(folder), runtime.threads)
         reference = Reference(makers.make(REFERENCE), cases, context.domain, settings.max_new_tokens)
         found, missing = [reference.parity()], {}
@@ -190,18 +196,19 @@ class _Makers:
         return NetworkForm("merged", model.path, model.digest, load_decoder(model.path), threads=self.threads)
 
     def _gguf(self) -> Form:
-        from twinloop.tasks.forms import NetworkForm, read_gguf
+        from twinloop.tasks.forms import NetworkForm, describe_gguf, gguf_network
 
         path, directory = self._gguf_file(), self.folder / "gguf"
-        return NetworkForm("gguf", directory, file_digest(path), read_gguf(path, directory), threads=self.threads)
+        network = gguf_network(describe_gguf(path, directory))
+        return NetworkForm("gguf", directory, file_digest(path), network, threads=self.threads)
 
     def _llama_cpp(self) -> Form:
-        from twinloop.tasks.forms import read_gguf
+        from twinloop.tasks.forms import describe_gguf
         from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
 
         server = find_server()
         path, directory = self._gguf_file(), self.folder / "gguf"
-        read_gguf(path, directory)
+        describe_gguf(path, directory)
         return LlamaCppForm(directory, file_digest(path), server, path, threads=self.threads)
 
     def _gguf_file(self) -> Path:
