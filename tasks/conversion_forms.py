@@ -15,6 +15,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from twinloop.common.errors import UserError, one_line
 from twinloop.models.directory import ADAPTER, BASE
@@ -88,23 +89,27 @@ def _huggingface(source: Source, out: Path, type: str) -> list[str]:
 
 
 def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
-    from twinloop.models.decoder import Decoder
-    from twinloop.models.gguf_file import GGUFFile
-    from twinloop.models.gguf_model import load_network
     from twinloop.models.gguf_vocabulary import read_vocabulary
     from twinloop.models.gguf_writer import write_gguf
-    from twinloop.tasks.forms import network_logits
-    from twinloop.training.weights import set_weights
+    from twinloop.models.source import open_source
+    from twinloop.tasks.forms import gguf_network, network_logits
 
-    config = source.config
-    vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
+    vocabulary = read_vocabulary(source.checkpoint, source.config.vocab_size)
     path = out / f"{source.version.name}-{source.version.version}-{type}.gguf"
     name = f"{source.version.name} {source.version.version}"
     write_gguf(source.checkpoint, path, vocabulary, type=type, name=name)
-    read = Decoder(config).eval()
-    set_weights(read, load_network(GGUFFile(path), config), where=str(path))
+    read = open_source(path)
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
-    note = _agrees(source, partial(network_logits, read), f"read back from {type}", at_least=alike)
+    note = _agrees(source, partial(network_logits, gguf_network(read)), f"read back from {type}", at_least=alike)
+    # llama.cpp normalises nothing, and our reader as the model's tokenizer does.
+    text, messages = normalize("NFC", AWKWARD), [{"role": "user", "content": "question"}]
+    tokenizer, ours = read.load_tokenizer(), source.tokenizer
+    if (
+        tokenizer.encode(text) != ours.encode(text)
+        or tokenizer.encode_prompt(messages) != ours.encode_prompt(messages)
+        or tokenizer.stop_ids != ours.stop_ids
+    ):
+        raise UserError(f"{source.version}: not handed over: the file's tokenizer has other tokens; report this")
     splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"
     return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -29,6 +30,7 @@ from twinloop.tasks import conversion_forms
 from twinloop.tasks.conversion import convert_version
 from twinloop.training.weights import load_decoder
 
+EOS = "tokenizer.ggml.eos_token_id"
 OWN, KNOWN = "1", "candidate"
 """Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
 
@@ -210,6 +212,15 @@ def test_a_form_that_answers_differently_is_not_handed_over(
 ) -> None:
     monkeypatch.setattr(gguf_form.GGUFLayout, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
     with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
+        convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_that_ends_answers_otherwise_is_not_handed_over(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", lambda writer, id: writer.add_uint32(EOS, id - 1))
+    with pytest.raises(UserError, match="small version 2: not handed over: the file's tokenizer has other tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
 
