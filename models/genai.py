@@ -50,7 +50,7 @@ def write_genai(exported_dir: Path, out: Path) -> None:
 
 
 def _take_attention_mask(graph: GraphProto) -> None:
-    """Compute the rows' lengths from the mask, and name the lengths of past and present apart."""
+    """Compute the rows' lengths from the mask, and give the lengths of past and present names of their own."""
     for given in [each for each in graph.input if each.name in _OURS]:
         graph.input.remove(given)
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["B", "total"])

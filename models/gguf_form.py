@@ -98,7 +98,7 @@ class GGUFForm:
     architecture: llama.cpp's name. permuted: whether llama.cpp turns neighbouring values, not halves, so that the rows
     of queries and keys are in another order. layer_names: what differs from the usual names of a layer's tensors.
     own_metadata: of a network, beside the usual sizes; own_fields: the fields of config.json that the metadata tell
-    beside them. refusal: why llama.cpp would compute something else for a network, if it would.
+    beside them. unsupported: why llama.cpp would compute something else for a network, if it would.
     """
 
     architecture: str
@@ -106,7 +106,7 @@ class GGUFForm:
     layer_names: Mapping[str, str] = field(default_factory=dict)
     own_metadata: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     own_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
-    refusal: Callable[[DecoderConfig], str | None] = differs
+    unsupported: Callable[[DecoderConfig], str | None] = differs
 
     def metadata(self, config: DecoderConfig) -> dict[str, Any]:
         """The network's numbers by key, without the architecture before it.
@@ -161,5 +161,5 @@ class GGUFForm:
         return tensors
 
     def _check(self, config: DecoderConfig) -> None:
-        if reason := self.refusal(config):
+        if reason := self.unsupported(config):
             raise UserError(f"gguf: {reason}; export the model as a Hugging Face directory")

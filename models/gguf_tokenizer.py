@@ -16,7 +16,7 @@ _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
-"""A token that can stand in the pattern of a post-processor."""
+"""A token that can be in the pattern of a post-processor."""
 
 NUMBERS = r"\p{N}"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -30,7 +30,7 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "smollm": (NUMBERS, GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
-    # As llama.cpp splits where a file names none: marks apart, then as GPT-2, then digits by threes.
+    # As llama.cpp splits where a file names none: marks alone, then as GPT-2, then digits by threes.
     DEFAULT: (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 """By `tokenizer.ggml.pre`: patterns that a text is split by, one after the other, before its bytes are merged."""
@@ -112,7 +112,7 @@ def _byte_level(
 
 
 def _spelled(token: str) -> str:
-    """In the characters that stand for bytes, where a file has it in its own."""
+    """In the characters that mean bytes, where a file has it in its own."""
     ((spelled, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(token)
     return spelled
 
@@ -160,7 +160,7 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
     """Every pair of pieces that is a piece, the best score first (SentencePiece merges by the score of the whole)."""
     found = []
     for piece, id in vocabulary.items():
-        if _BYTE.fullmatch(piece):  # only ever stands for a byte, however a text spells it
+        if _BYTE.fullmatch(piece):  # only ever means a byte, however a text spells it
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         halves = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]

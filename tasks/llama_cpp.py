@@ -85,7 +85,7 @@ class LlamaCppForm(Form):
                     return
             except OSError:  # it does not listen yet, or loads
                 time.sleep(0.1)
-        raise UserError(f"{SERVER} does not start on the GGUF file; try it by hand on what `twinloop export` writes")
+        raise UserError(f"{SERVER} does not start on the GGUF file; try it yourself on what `twinloop export` writes")
 
     def _ask(self, path: str, field: str, **body: Any) -> Any:
         return _field(self._post(path, **body), path, field)
