@@ -83,20 +83,16 @@ class ChatTemplate:
         added, special: tokens with which the text is encoded. Raises UserError where there is no template, or none
         that parses.
         """
-        self._sources = _by_name(source)
+        self.sources = _by_name(source)
         environment = _environment()
         try:
-            self._templates = {name: environment.from_string(text) for name, text in self._sources.items()}
+            self._templates = {name: environment.from_string(text) for name, text in self.sources.items()}
         except TemplateError as error:
             raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
         self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
         # A plain token that holds a special one comes before it, as wherever text is split at added tokens.
         within = _any_of(special)
         self._found = _any_of({*special, *(token for token in added if within.search(token))})
-
-    @property
-    def source(self) -> str:
-        return self._sources["default"]
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The conversation as `transformers` renders it. Raises UserError where the template refuses it."""
@@ -181,7 +177,7 @@ class ChatTemplate:
     @cached_property
     def _constants(self) -> re.Pattern[str]:
         """Runs of the texts that the template's expressions hold."""
-        trees = map(self._environment.parse, self._sources.values())
+        trees = map(self._environment.parse, self.sources.values())
         values = (node.value for node in chain.from_iterable(tree.find_all(nodes.Const) for tree in trees))
         texts = {value for value in values if isinstance(value, str) and value.strip()}
         allowed = [text for text in texts if not _may_join(text, self._special)]

@@ -98,7 +98,9 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
 def limit_tokenizer(source: Path, target: Path, max_length: int) -> None:
     """Copy a tokenizer_config.json whose `model_max_length`, which clients cut their texts at, is what is served."""
     settings = json.loads(source.read_text(encoding="utf-8"))
-    settings["model_max_length"] = min(max_length, settings.get("model_max_length") or max_length)
+    stated = settings.get("model_max_length")
+    smaller = isinstance(stated, (int, float)) and 0 < stated < max_length
+    settings["model_max_length"] = stated if smaller else max_length
     target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -14,6 +14,7 @@ _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
+_TEMPLATE = "tokenizer.chat_template"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
 """A token that can be in the pattern of a post-processor."""
@@ -189,9 +190,13 @@ def _settings(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) ->
     named = {name: _named(metadata, key, tokens, where) for name, key in keys.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {name: token for name, token in named.items() if token is not None}
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        settings["chat_template"] = template
-    return settings
+    template = metadata.get(_TEMPLATE)
+    others = {
+        key.removeprefix(f"{_TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{_TEMPLATE}.")
+    }
+    if others:
+        template = [{"name": name, "template": text} for name, text in {"default": template, **others}.items()]
+    return settings if template is None else settings | {"chat_template": template}
 
 
 def _named(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: str) -> str | None:

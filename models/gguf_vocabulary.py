@@ -77,7 +77,7 @@ class GGUFVocabulary:
     stop_ids: tuple[int, ...]
     pad_id: int
     unknown_id: int | None
-    chat_template: str
+    chat_templates: Mapping[str, str]
 
 
 def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
@@ -112,7 +112,7 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         unknown_id=None if unknown is None else model["vocab"].get(unknown),
-        chat_template=tokenizer.chat_template,
+        chat_templates=tokenizer.chat_templates,
     )
 
 

@@ -124,4 +124,4 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(reading.space_prefix)
-    writer.add_chat_template(vocabulary.chat_template)
+    writer.add_chat_template([{"name": name, "template": text} for name, text in vocabulary.chat_templates.items()])

@@ -160,9 +160,9 @@ class ChatTokenizer:
         return len(self._vocabulary.bytes_of)
 
     @property
-    def chat_template(self) -> str:
-        """Jinja, for chats without tools where there are several."""
-        return self._template.source
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja by name; `default` is always there."""
+        return self._template.sources
 
     @property
     def token_bytes(self) -> Sequence[bytes]:

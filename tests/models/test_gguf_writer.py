@@ -179,12 +179,16 @@ def test_every_stop_token_comes_back(tmp_path: Path) -> None:
     assert read.eos_id == ChatTokenizer.load(folder).eos_id
 
 
-def test_a_template_in_a_file_of_its_own_is_written_too(tmp_path: Path) -> None:
+def test_templates_in_files_of_their_own_are_written_and_read_too(tmp_path: Path) -> None:
     network, _ = written(tmp_path)
     folder = tmp_path / "model"
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "chat_template.jinja").write_text(settings.pop("chat_template"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     vocabulary = read_vocabulary(folder, network.config.vocab_size)
-    assert vocabulary.chat_template == (folder / "chat_template.jinja").read_text()
+    assert vocabulary.chat_templates["default"] == (folder / "chat_template.jinja").read_text()
     assert ChatTokenizer.load(folder).encode_prompt(CONVERSATION) == known_tokenizer().encode_prompt(CONVERSATION)
+    write_gguf(folder, tmp_path / "model.gguf", vocabulary, type="f16", name="small")
+    assert open_source(tmp_path / "model.gguf").load_tokenizer().chat_templates == vocabulary.chat_templates
