@@ -28,7 +28,7 @@ from twinloop.registry.cards import model_card
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import Registry
-from twinloop.tasks.conversion_forms import FORMS, Source
+from twinloop.tasks.conversion_forms import FORMATS, Original
 
 COMPARED_CASES = 7
 """Beside the domain's example."""
@@ -54,9 +54,9 @@ def convert_version(
     name: a number, or an alias such as champion. type: of the weights. Raises UserError where the form, its type or the
     version is not known, `out` is in use, or the form would answer differently.
     """
-    form, place = FORMS.get(form_name), out.resolve()
+    form, place = FORMATS.get(form_name), out.resolve()
     if form is None:
-        raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMS)}")
+        raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMATS)}")
     if type is not None and type not in form.types:
         choice = f"one of {', '.join(form.types)}" if form.types else "not chosen here: its weights stay as they are"
         raise UserError(f"export: --type {type} does not fit {form_name}; it is {choice}")
@@ -93,7 +93,7 @@ def find_checkpoint(registry: Registry, version: Version) -> Version:
     raise UserError(f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again")
 
 
-def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Source:
+def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Original:
     from twinloop.evaluation.parity import greedy_exchanges
     from twinloop.tasks.forms import NetworkForm
     from twinloop.training.weights import load_decoder
@@ -107,7 +107,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
 
-    return Source(
+    return Original(
         version=version,
         checkpoint=checkpoint.path,
         exported=version.path if version.exported else None,

@@ -36,7 +36,7 @@ ROUNDED_ALIKE = 0.97
 
 
 @dataclass(frozen=True)
-class Source:
+class Original:
     """What a form is made from. exported: what serves it, None for a checkpoint. reference: the trained network.
     card: for people, in Markdown."""
 
@@ -54,18 +54,18 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """make(source, out, type): fill the directory `out`, read it back and compare; returns what to tell the user.
 
     types: of its weights, the default first; none where it has no choice. load(out): how it is loaded.
     """
 
-    make: Callable[[Source, Path, Any], list[str]]
+    make: Callable[[Original, Path, Any], list[str]]
     load: Callable[[Path], str]
     types: tuple[str, ...] = ()
 
 
-def _huggingface(source: Source, out: Path, type: str) -> list[str]:
+def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     import ml_dtypes
     import numpy as np
 
@@ -88,7 +88,7 @@ def _huggingface(source: Source, out: Path, type: str) -> list[str]:
         return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
-def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
+def _gguf(source: Original, out: Path, type: GGUFType) -> list[str]:
     from twinloop.models.gguf_vocabulary import read_vocabulary
     from twinloop.models.gguf_writer import write_gguf
     from twinloop.models.source import open_source
@@ -114,7 +114,7 @@ def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
     return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
 
 
-def _genai(source: Source, out: Path, type: str) -> list[str]:
+def _genai(source: Original, out: Path, type: str) -> list[str]:
     from twinloop.models.genai import write_genai
 
     if source.exported is None:
@@ -126,7 +126,7 @@ def _genai(source: Source, out: Path, type: str) -> list[str]:
         return [_same_answers(source, source.exported, out, prompts), _genai_tokenizer(source, out)]
 
 
-def _peft(source: Source, out: Path, type: str) -> list[str]:
+def _peft(source: Original, out: Path, type: str) -> list[str]:
     _need("transformers", "transformers")
     _need("peft", "peft")
     shutil.copytree(source.checkpoint / ADAPTER, out, dirs_exist_ok=True)
@@ -161,18 +161,18 @@ def _load_peft(out: Path) -> str:
     return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{out / BASE}"), "{out}")'
 
 
-FORMS: Mapping[str, Form] = {
-    "huggingface": Form(_huggingface, _load_huggingface, ("f32", "bf16", "f16")),
-    "gguf": Form(_gguf, lambda out: f"llama-server --jinja -m {out}/*.gguf", ("f16", "f32", "bf16", "q8_0", "q4_0")),
-    "genai": Form(_genai, lambda out: f'onnxruntime_genai.Model("{out}")'),
-    "peft": Form(_peft, _load_peft),
+FORMATS: Mapping[str, Format] = {
+    "huggingface": Format(_huggingface, _load_huggingface, ("f32", "bf16", "f16")),
+    "gguf": Format(_gguf, lambda out: f"llama-server --jinja -m {out}/*.gguf", ("f16", "f32", "bf16", "q8_0", "q4_0")),
+    "genai": Format(_genai, lambda out: f'onnxruntime_genai.Model("{out}")'),
+    "peft": Format(_peft, _load_peft),
 }
 
 
 # --- compared -----------------------------------------------------------------------------------------------------
 
 
-def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
+def _agrees(source: Original, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
     """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's."""
     from twinloop.evaluation.parity import compare_exchanges
 
@@ -186,7 +186,7 @@ def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) 
 
 
 @contextmanager
-def _run_by(library: str, source: Source) -> Iterator[None]:
+def _run_by(library: str, source: Original) -> Iterator[None]:
     """Whatever a library raises that we do not install is that it does not run this form."""
     try:
         yield
@@ -196,7 +196,7 @@ def _run_by(library: str, source: Source) -> Iterator[None]:
         raise UserError(f"{source.version}: not handed over: {library} does not run it: {one_line(error)}") from error
 
 
-def _same_ids(source: Source, out: Path) -> str:
+def _same_ids(source: Original, out: Path) -> str:
     """Whether `transformers` reads the texts and prompts as the same ids. Raises UserError where it does not."""
     from transformers import AutoTokenizer
 
@@ -215,7 +215,7 @@ def _need(module: str, package: str) -> None:
         raise UserError(f"export: this form is compared in {package} before it is handed over; install {package}")
 
 
-def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[list[int]]) -> str:
+def _same_answers(source: Original, exported: Path, out: Path, prompts: Sequence[list[int]]) -> str:
     """Raises UserError where genai's greedy tokens are not those of our engine with the same weights."""
     import numpy as np
     import onnxruntime_genai
@@ -246,7 +246,7 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
     return f"{compared} of {compared} greedy tokens are those of our engine (in onnxruntime-genai)"
 
 
-def _genai_tokenizer(source: Source, out: Path) -> str:
+def _genai_tokenizer(source: Original, out: Path) -> str:
     """What to tell of genai's own tokenizer. Raises UserError where it makes other tokens."""
     import onnxruntime_genai
 
