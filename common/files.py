@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from contextlib import suppress
@@ -20,6 +21,12 @@ def free_bytes(path: Path) -> int:
 def has_space(path: Path) -> bool:
     """Whether the disk of that file, or of the folder that it would be in, has free space."""
     return free_bytes(path) >= MIN_FREE_BYTES
+
+
+def file_digest(path: Path) -> str:
+    """Sha256. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

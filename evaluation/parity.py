@@ -9,10 +9,11 @@ whether what it answers gets another verdict.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -22,10 +23,17 @@ from twinloop.evaluation.cases import Case, verdict_of
 from twinloop.evaluation.parity_report import FormParity
 from twinloop.models.template_check import check_template
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.tokenizer_files import SETTINGS, stop_ids_by_file
 
 ANSWER = "answer"
 MOST_PROBLEMS = 3
 """Of one form and kind, in words: the rest is counted."""
+TIE = 1e-3
+"""Two tokens whose logits are closer than this in the reference are as good as each other: another order of summing up
+may choose either."""
+
+Logits: TypeAlias = Callable[[Sequence[int]], np.ndarray]
+"""float32 [L, V] of tokens [L]."""
 
 
 class Form:
@@ -35,7 +43,8 @@ class Form:
         """directory: holds its tokenizer and configuration. digest: of the content of its files."""
         self.name, self.digest = name, digest
         self.tokenizer = ChatTokenizer.load(directory)
-        self.stop_ids = read_stop_ids(directory, self.tokenizer)
+        named = {name: frozenset(ids) for name, ids in sorted(stop_ids_by_file(directory).items())}
+        self.stop_ids = {SETTINGS: frozenset((self.tokenizer.eos_id,)), **named}
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray | None:
         """float32 [L, V] of tokens [L], all at once. None where it does not tell them."""
@@ -58,24 +67,51 @@ class Form:
         """Give back what outlives this object."""
 
 
-def read_stop_ids(directory: Path, tokenizer: ChatTokenizer) -> dict[str, frozenset[int]]:
-    """The stop tokens that each file of a directory names, by the file: clients read one or the other.
+@dataclass(frozen=True)
+class Exchange:
+    """A prompt and the reference's greedy answer to it."""
 
-    Raises UserError where a file is no JSON object.
-    """
-    found = {"tokenizer_config.json": frozenset((tokenizer.eos_id,))}
-    for name in ("config.json", "generation_config.json"):
-        path = directory / name
-        if not path.is_file():
-            continue
-        try:
-            content = json.loads(path.read_bytes())
-            named = content.get("eos_token_id")
-        except (ValueError, AttributeError):
-            raise UserError(f"{path}: not a JSON object; export the model again") from None
-        if named is not None:
-            found[name] = frozenset(named if isinstance(named, list) else (named,))
-    return found
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def text(self) -> list[int]:
+        return [*self.prompt, *self.answer]
+
+    @property
+    def choices(self) -> slice:
+        """Positions of the text from whose logits the answer's tokens are chosen."""
+        return slice(len(self.prompt) - 1, len(self.prompt) + len(self.answer) - 1)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """tokens: greedy ones that were compared. alike: those that are chosen too. logit_gap: the largest difference of
+    any logit, infinite where one is no number."""
+
+    tokens: int
+    alike: int
+    logit_gap: float
+
+
+def greedy_exchanges(form: Form, prompts: Sequence[Sequence[Message]], max_tokens: int) -> list[Exchange]:
+    """Each prompt with the form's answer of at most so many tokens."""
+    encoded = [form.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    answers = form.generate(encoded, max_tokens)
+    return [Exchange(prompt, answer) for prompt, answer in zip(encoded, answers, strict=True)]
+
+
+def compare_exchanges(
+    reference: Logits, found: Logits, exchanges: Iterable[Exchange], *, vocab_size: int, name: str
+) -> Agreement:
+    """Compare along the reference's answers. vocab_size: of the tokenizer. Raises UserError for another network."""
+    tokens, alike, gap = 0, 0, 0.0
+    for exchange in exchanges:
+        expected_LV, found_LV = reference(exchange.text), found(exchange.text)
+        tokens += len(exchange.answer)
+        alike += _alike(exchange, expected_LV, found_LV, vocab_size)
+        gap = max(gap, _gap(name, found_LV, expected_LV))
+    return Agreement(tokens, alike, gap)
 
 
 def cases_digest(cases: Iterable[Case]) -> str:
@@ -89,9 +125,8 @@ class Reference:
     def __init__(self, form: Form, cases: Sequence[Case], domain: Domain, max_tokens: int):
         """max_tokens: of an answer, of every form. Raises UserError where a prompt is too long to be answered."""
         self.form, self._cases, self._domain, self._max_tokens = form, cases, domain, max_tokens
-        self._prompts = [form.tokenizer.encode_prompt(case.prompt) for case in cases]
-        self._answers = form.generate(self._prompts, max_tokens)
-        self._passed = self._verdicts([form.tokenizer.decode(answer) for answer in self._answers])
+        self._exchanges = greedy_exchanges(form, [case.prompt for case in cases], max_tokens)
+        self._passed = self._verdicts([exchange.answer for exchange in self._exchanges], form)
 
     def parity(self) -> FormParity:
         """The reference's own row: how its answers end, and whether its template lets its stop token be trained."""
@@ -108,7 +143,7 @@ class Reference:
             verdict_changes=0 if self._passed is not None else None,
             prompt_changes=0,
             stop_changes=len(stop),
-            stopped=_stopped(self.form, self._answers),
+            stopped=_stopped(self.form, [exchange.answer for exchange in self._exchanges]),
             problems=_first_of(stop_changes=stop),
         )
 
@@ -137,7 +172,7 @@ class Reference:
 
     @property
     def _tokens(self) -> int:
-        return sum(map(len, self._answers))
+        return sum(len(exchange.answer) for exchange in self._exchanges)
 
     def _conversations(self) -> list[list[Message]]:
         """Each case with an answer, the same for all: what templates do with it is looked at, not what models say."""
@@ -145,29 +180,27 @@ class Reference:
 
     def _forced(self, form: Form) -> tuple[float | None, float | None]:
         """(share of tokens alike, largest difference of a logit), along the reference's answers."""
-        agreed, gap, known = 0, 0.0, True
-        vocab_size = self.form.tokenizer.vocab_size
-        for prompt, answer in zip(self._prompts, self._answers, strict=True):
-            tokens = [*prompt, *answer]
-            found_LV = form.logits(tokens)
+        alike, gap, known = 0, 0.0, True
+        for exchange in self._exchanges:
+            found_LV = form.logits(exchange.text)
             if found_LV is None:
-                agreed += _same_start(form.generate([prompt], len(answer))[0], answer)
+                alike += _same_start(form.generate([exchange.prompt], len(exchange.answer))[0], exchange.answer)
                 known = False
                 continue
-            expected_LV = self.form.logits(tokens)
+            expected_LV = self.form.logits(exchange.text)
             assert expected_LV is not None, "the reference tells its logits"
-            gap = max(gap, _gap(form, found_LV, expected_LV))
-            scored = slice(len(prompt) - 1, len(tokens) - 1)
-            stepped_TV = form.stepped_logits(prompt, answer)
+            gap = max(gap, _gap(form.name, found_LV, expected_LV))
+            stepped_TV = form.stepped_logits(exchange.prompt, exchange.answer)
             if stepped_TV is not None:
-                gap = max(gap, _gap(form, stepped_TV, expected_LV[scored]))
-            agreed += int((found_LV[scored, :vocab_size].argmax(axis=-1) == np.array(answer)).sum())
-        return agreed / self._tokens, gap if known else None
+                gap = max(gap, _gap(form.name, stepped_TV, expected_LV[exchange.choices]))
+            alike += _alike(exchange, expected_LV, found_LV, self.form.tokenizer.vocab_size)
+        return alike / self._tokens, gap if known else None
 
     def _own_prompts(self, form: Form) -> tuple[list[list[int]], list[str]]:
         """Each case as the form's own tokenizer and template write it, and what of it differs, a line a case."""
         prompts, changed = [], []
-        for case, prompt, messages in zip(self._cases, self._prompts, self._conversations(), strict=True):
+        for case, exchange, messages in zip(self._cases, self._exchanges, self._conversations(), strict=True):
+            prompt = exchange.prompt
             expected = self.form.tokenizer.encode_conversation(messages)
             try:
                 own = form.prompt_ids(case.prompt)
@@ -180,13 +213,14 @@ class Reference:
                 changed.append(f"case {case.case_id}: {differs}")
         return prompts, changed
 
-    def _verdicts(self, texts: Sequence[str]) -> list[bool] | None:
+    def _verdicts(self, answers: Sequence[Sequence[int]], form: Form) -> list[bool] | None:
         if not self._domain.has("verify"):
             return None
+        texts = map(form.tokenizer.decode, answers)
         return [verdict_of(self._domain, text, case).passed for text, case in zip(texts, self._cases, strict=True)]
 
     def _changed_verdicts(self, form: Form, answers: Sequence[Sequence[int]]) -> list[str] | None:
-        passed = self._verdicts([form.tokenizer.decode(answer) for answer in answers])
+        passed = self._verdicts(answers, form)
         if passed is None or self._passed is None:
             return None
         words = {True: "passes", False: "fails"}
@@ -214,11 +248,19 @@ def _stopped(form: Form, answers: Sequence[Sequence[int]]) -> float:
     return sum(bool(answer) and answer[-1] in form.tokenizer.stop_ids for answer in answers) / max(1, len(answers))
 
 
-def _gap(form: Form, found: np.ndarray, expected: np.ndarray) -> float:
+def _alike(exchange: Exchange, expected_LV: np.ndarray, found_LV: np.ndarray, vocab_size: int) -> int:
+    """Tokens of the answer that are chosen by the logits found too, or another one as good."""
+    expected_TV, found_TV = (each_LV[exchange.choices, :vocab_size] for each_LV in (expected_LV, found_LV))
+    best_T = found_TV.argmax(axis=-1)
+    behind_T = expected_TV.max(axis=-1) - expected_TV[np.arange(len(best_T)), best_T]
+    return int((behind_T <= TIE).sum())
+
+
+def _gap(name: str, found: np.ndarray, expected: np.ndarray) -> float:
     """Infinite where one of the logits found is no number. Raises UserError for those of another network."""
     if found.shape != expected.shape:
         shapes = " and ".join("x".join(map(str, each.shape)) for each in (found, expected))
-        raise UserError(f"{form.name}: logits of {shapes}: it is not of this network")
+        raise UserError(f"{name}: logits of {shapes}: it is not of this network")
     gap = float(np.abs(found - expected).max())
     return gap if math.isfinite(gap) else math.inf
 

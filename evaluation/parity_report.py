@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-FORMS = ("network", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", "llama.cpp")
+LLAMA_CPP = "llama.cpp"
+FORMS = ("network", "merged", "fp32", "fp16", "bf16", "int8", "int4", "gguf", LLAMA_CPP)
 """Names of forms: the trained network, with its adapter beside it where it has one; with the adapter merged into it;
 exported (ONNX) in each precision; and as GGUF, by our own reader and by llama.cpp."""
 LIMITED = {

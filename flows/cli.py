@@ -151,7 +151,8 @@ def parity(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="fp32, fp16, bf16, int8, int4; may be repeated. By default all that the release has and all that have "
+            help="merged, fp32, fp16, bf16, int8, int4, gguf or llama.cpp; may be repeated. "
+            "By default all that the release has and all that have "
             "a limit",
         ),
     ] = None,

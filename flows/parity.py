@@ -73,7 +73,7 @@ def _version(registry: Registry, named: str) -> Version:
     """Raises UserError where there is none of this number or alias, and for a version that is no exported model."""
     from twinloop.registry.reconcile import what_it_is
 
-    version = registry.version(int(named)) if named.isdecimal() else registry.find(named)
+    version = registry.named(named)
     if not version.servable:
         raise UserError(f"{version}: {what_it_is(version)} has no forms; name an exported model, see `twinloop status`")
     return version

@@ -60,6 +60,11 @@ class Adapter:
     rank_stabilised: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """By the linear layer's name."""
+        return {name: len(a) for name, (a, _) in self.factors.items()}
+
     def scale(self, name: str) -> float:
         rank = len(self.factors[name][0])
         return adapter_scale(rank, self.alphas.get(name, self.alpha), rank_stabilised=self.rank_stabilised)
@@ -88,7 +93,7 @@ class Adapter:
 def save_adapter(directory: Path, adapter: Adapter, *, base: str) -> None:
     """Write an adapter as `peft` does. base: where its base is, in what PEFT calls `base_model_name_or_path`."""
     directory.mkdir(parents=True, exist_ok=True)
-    ranks = {name: len(a) for name, (a, _) in adapter.factors.items()}
+    ranks = adapter.ranks
     rank = _most_common(ranks)
     fields = {
         "peft_type": "LORA",
@@ -200,7 +205,10 @@ def _factors(
 
 def _pattern(directory: Path, fields: Mapping[str, Any], patterns: str, name: str, default: str) -> float:
     """The value of the first pattern that ends the layer's name, as PEFT 0.21 finds it, or the adapter's own."""
-    for pattern, value in (fields.get(patterns) or {}).items():
+    known = fields.get(patterns) or {}
+    if not isinstance(known, Mapping):
+        raise UserError(f"{directory / ADAPTER_CONFIG}: {patterns} is {known!r}, not an object with numbers by layer")
+    for pattern, value in known.items():
         try:
             matches = re.match(rf"(.*\.)?({pattern})$", name)
         except re.error:

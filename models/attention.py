@@ -120,7 +120,7 @@ _Call = tuple[tuple[Span, ...], Tensor | None]
 class _PathAttention(torch.autograd.Function):
     """The CPU's attention kernel on each path, forward and backward, into and out of views of the whole batch.
 
-    By hand, since autograd would fill a gradient of the whole batch for each slice, and copy grouped keys for each
+    Written out, since autograd would fill a gradient of the whole batch for each slice, and copy grouped keys for each
     query head.
     """
 
@@ -184,7 +184,7 @@ def _keys(k_K1LE: Tensor, spans: tuple[Span, ...], q: Tensor) -> Tensor:
 
 
 def _join(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    """What stands at these positions of the third dimension."""
+    """What is at these positions of the third dimension."""
     if len(spans) == 1 or (len(spans) == 2 and spans[0][1] == spans[1][0]):
         return x[:, :, spans[0][0] : spans[-1][1]]
     return torch.cat([x[:, :, begin:end] for begin, end in spans], dim=2)

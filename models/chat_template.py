@@ -1,10 +1,10 @@
 """Chat templates as models come with them, and which characters of a rendered conversation are content.
 
-A template may trim, split or look into content, so content is rendered where it is and as it is. It is then told apart
-by rendering twice: as it is, and with each of its visible characters replaced by one of a private plane (its image).
-Where the images stand, the first rendering has content; everywhere else it has the template's own text. The two
-must be the same text once the images are replaced back. A template that looks for a text of its own in content (such as
-`</think>`) makes them differ: then these texts stay as they are, where they cannot be a part of a special token.
+A template may trim, split or look into content, so content is rendered where it is and as it is. Its place is found by
+rendering twice: as it is, and with each of its visible characters replaced by one of a private plane (its image). Where
+the images are, the first rendering has content; everywhere else it has the template's own text. The two must be the
+same text once the images are replaced back. A template that looks for a text of its own in content (such as `</think>`)
+makes them differ: then these texts stay as they are, where they cannot be a part of a special token.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class ChatTemplate:
         added, special: tokens with which the text is encoded. Raises UserError where there is no template, or none
         that parses.
         """
-        self._sources = _by_name(source)
+        self.sources = _by_name(source)
         environment = _environment()
         try:
-            self._templates = {name: environment.from_string(text) for name, text in self._sources.items()}
+            self._templates = {name: environment.from_string(text) for name, text in self.sources.items()}
         except TemplateError as error:
             raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
         self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
@@ -119,9 +119,7 @@ class ChatTemplate:
             shadow = self.render(shadowed, add_generation_prompt=add_generation_prompt)
             if shadow.translate(back) == text:
                 return Rendered(text, shadow, tuple(shadows))
-        raise UserError(
-            "chat template: it changes what messages say in a way that cannot be followed to tell them apart"
-        )
+        raise UserError("chat template: it changes what messages say in a way that cannot be followed")
 
     def turn(self, messages: Sequence[Message], stops: Collection[str]) -> Turn:
         """Where the answer at the end of a conversation is. stops: the stop tokens.
@@ -172,14 +170,14 @@ class ChatTemplate:
                 raise UserError(f"messages[{index}]: role {role!r} is not one of {', '.join(sorted(_ROLES))}")
 
     def _own_texts(self, content: str) -> list[tuple[int, int]]:
-        """Where content has texts that the template may look for, apart from those near to a special token."""
+        """Where content has texts that the template may look for, except those near to a special token."""
         runs = [match.span() for match in self._constants.finditer(content)]
         return [(start, end) for start, end in runs if not _may_join(content[start:end], self._special)]
 
     @cached_property
     def _constants(self) -> re.Pattern[str]:
         """Runs of the texts that the template's expressions hold."""
-        trees = map(self._environment.parse, self._sources.values())
+        trees = map(self._environment.parse, self.sources.values())
         values = (node.value for node in chain.from_iterable(tree.find_all(nodes.Const) for tree in trees))
         texts = {value for value in values if isinstance(value, str) and value.strip()}
         allowed = [text for text in texts if not _may_join(text, self._special)]
@@ -199,7 +197,7 @@ def _images(characters: set[str]) -> dict[int, str]:
     """An image for each character that is visible, and that JSON writes as it is."""
     visible = [ord(each) for each in characters if not (each.isspace() or each < " " or each in '"\\')]
     if len(visible) > sum(map(len, _IMAGES)):
-        raise UserError("messages: they hold more different characters than can be told apart")
+        raise UserError("messages: they hold more different characters than can be distinguished")
     return dict(zip(visible, map(chr, chain(*_IMAGES)), strict=False))
 
 

@@ -32,13 +32,13 @@ def read_activation(fields: Fields) -> str:
 
 def read_rope(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of DecoderConfig, where all layers turn by the same angles."""
-    # Before transformers 5 the scaling stood alone, beside rope_theta.
+    # Before transformers 5 the scaling was alone, beside rope_theta.
     rope = parse_rope(fields.get("rope_parameters") or fields.get("rope_scaling") or {}, fields, plain)
     return {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
 
 
 def parse_rope(given: Any, fields: Fields, plain: DecoderConfig) -> Rope:
-    """The angles that one object of config.json describes; `rope_theta` may stand in `fields` instead."""
+    """The angles that one object of config.json describes; `rope_theta` may be in `fields` instead."""
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"config.json: rope_parameters: {given!r} is not an object with the angles' base and scaling")
     kind = given.get("rope_type", given.get("type", "default"))
@@ -94,7 +94,7 @@ def read_upper_windows(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
 
 
 def write_windows(config: DecoderConfig) -> dict[str, Any]:
-    """`sliding_window` and `layer_types`. Windows of several widths cannot be told: `write_config` notices."""
+    """`sliding_window` and `layer_types`. Windows of several widths have no words there: `write_config` notices."""
     windows = config.windows or (None,) * config.num_hidden_layers
     return {
         "sliding_window": next((window for window in windows if window is not None), None),

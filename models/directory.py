@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import link_or_copy
-from twinloop.models.adapter import Adapter, read_adapter, save_adapter
+from twinloop.models.adapter import ADAPTER_CONFIG, Adapter, read_adapter, save_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.family import read_config, write_config
 from twinloop.models.shapes import weight_shapes
@@ -77,7 +77,7 @@ def save_adapted(directory: Path, source: Path, adapter: Adapter, *, skip: str) 
 
 
 def is_adapted(directory: Path) -> bool:
-    return (directory / ADAPTER).is_dir()
+    return (directory / ADAPTER / ADAPTER_CONFIG).is_file() and (directory / BASE).is_dir()
 
 
 def load_config(directory: Path) -> DecoderConfig:

@@ -7,7 +7,6 @@ bundle.json                   precision, max_length, size and digest of the two 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,16 +17,18 @@ import onnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import file_digest
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.directory import check_tensors, load_config, load_tensors
+from twinloop.models.directory import CONFIG, GENERATION_CONFIG, check_tensors, load_config, load_tensors
 from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
 from twinloop.models.shapes import weight_shapes
+from twinloop.models.tokenizer_files import SETTINGS
+from twinloop.models.vocabulary import TOKENIZER
 
 EXPORT_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
-_COPIED = ("config.json", "tokenizer.json", "generation_config.json")
-TOKENIZER_CONFIG = "tokenizer_config.json"
+_COPIED = (CONFIG, TOKENIZER, GENERATION_CONFIG)
 _FORMAT = 1
 
 
@@ -80,14 +81,14 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         for name in _COPIED:
             if (model_dir / name).exists():
                 shutil.copyfile(model_dir / name, staging / name)
-        if (model_dir / TOKENIZER_CONFIG).exists():
-            limit_tokenizer(model_dir / TOKENIZER_CONFIG, staging / TOKENIZER_CONFIG, max_length)
+        if (model_dir / SETTINGS).exists():
+            limit_tokenizer(model_dir / SETTINGS, staging / SETTINGS, max_length)
         exported = ExportedModel(
             format=_FORMAT,
             precision=precision,
             max_length=max_length,
             parameters=config.num_parameters,
-            files={name: _digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
+            files={name: file_digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
         )
         (staging / EXPORT_FILE).write_text(exported.model_dump_json(indent=2) + "\n")
         os.replace(staging, out_dir)
@@ -97,7 +98,9 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
 def limit_tokenizer(source: Path, target: Path, max_length: int) -> None:
     """Copy a tokenizer_config.json whose `model_max_length`, which clients cut their texts at, is what is served."""
     settings = json.loads(source.read_text(encoding="utf-8"))
-    settings["model_max_length"] = min(max_length, settings.get("model_max_length") or max_length)
+    stated = settings.get("model_max_length")
+    smaller = isinstance(stated, (int, float)) and 0 < stated < max_length
+    settings["model_max_length"] = stated if smaller else max_length
     target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -120,12 +123,7 @@ def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfi
         raise UserError(f"{path}: format {exported.format} is not {_FORMAT}; export the model again")
     for name, digest in exported.files.items():
         file = exported_dir / name
-        if not file.is_file() or _digest(file) != digest:
+        if not file.is_file() or file_digest(file) != digest:
             state = "differs from its digest in" if file.is_file() else "is missing, but is listed in"
             raise UserError(f"{file} {state} {EXPORT_FILE}: the exported model is corrupt; export it again")
     return exported, load_config(exported_dir)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

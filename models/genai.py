@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ import onnx
 from onnx import GraphProto, TensorProto, helper, numpy_helper
 
 from twinloop.models.config import DecoderConfig
-from twinloop.models.exported import GRAPH_FILE, TOKENIZER_CONFIG, WEIGHTS_FILE, ExportedModel, read_exported
-from twinloop.models.tokenizer import TOKENIZER
+from twinloop.models.directory import CONFIG, GENERATION_CONFIG
+from twinloop.models.exported import GRAPH_FILE, WEIGHTS_FILE, ExportedModel, read_exported
+from twinloop.models.tokenizer_files import SETTINGS, read_stop_ids
+from twinloop.models.vocabulary import TOKENIZER
 
 GENAI_CONFIG = "genai_config.json"
-_COPIED = (WEIGHTS_FILE, "config.json", "generation_config.json", TOKENIZER, TOKENIZER_CONFIG, "chat_template.jinja")
+_COPIED = (WEIGHTS_FILE, CONFIG, GENERATION_CONFIG, TOKENIZER, SETTINGS)
 _OURS = ("seqlens_k", "total_sequence_length", "logit_rows")
 
 
@@ -41,12 +44,13 @@ def write_genai(exported_dir: Path, out: Path) -> None:
     for name in _COPIED:
         if (exported_dir / name).exists():
             shutil.copyfile(exported_dir / name, out / name)
-    text = json.dumps(_genai_config(exported, config), indent=2) + "\n"
+    stop_ids = read_stop_ids(exported_dir) or (config.eos_token_id,)
+    text = json.dumps(_genai_config(exported, config, stop_ids), indent=2) + "\n"
     (out / GENAI_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _take_attention_mask(graph: GraphProto) -> None:
-    """Compute the rows' lengths from the mask, and name the lengths of past and present apart."""
+    """Compute the rows' lengths from the mask, and give the lengths of past and present names of their own."""
     for given in [each for each in graph.input if each.name in _OURS]:
         graph.input.remove(given)
     mask = helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["B", "total"])
@@ -84,7 +88,7 @@ def _give_all_logits(graph: GraphProto, config: DecoderConfig) -> None:
     logits.CopyFrom(helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "L", config.vocab_size]))
 
 
-def _genai_config(exported: ExportedModel, config: DecoderConfig) -> dict[str, Any]:
+def _genai_config(exported: ExportedModel, config: DecoderConfig, stop_ids: Sequence[int | None]) -> dict[str, Any]:
     cache = {f"{time}_{kind}_names": f"{prefix}.%d.{kind}" for time, prefix in _CACHES for kind in ("key", "value")}
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
@@ -103,7 +107,7 @@ def _genai_config(exported: ExportedModel, config: DecoderConfig) -> dict[str, A
         "vocab_size": config.vocab_size,
         "context_length": exported.max_length,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
+        "eos_token_id": list(stop_ids) if stop_ids[1:] else stop_ids[0],
         "pad_token_id": config.pad_token_id,
         "decoder": decoder,
     }

@@ -23,7 +23,7 @@ from twinloop.common.errors import UserError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 READ_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
-"""Q5_K and the others of its kind stand beside Q4_K in most files that are called by it."""
+"""Q5_K and the others of its kind are beside Q4_K in most files that are named by it."""
 DEFAULT_ALIGNMENT = 32
 MOST_DIMENSIONS = 4
 ROWS_AT_ONCE = 1024
@@ -61,7 +61,7 @@ class GGUFFile:
         header = _Header(self._bytes)
         try:
             self.metadata, rows, data_start = header.read()
-        except (struct.error, IndexError, OverflowError):
+        except (struct.error, IndexError, OverflowError, RecursionError):
             raise UserError(f"{path}: cut off within its header; fetch it again") from None
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None

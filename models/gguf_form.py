@@ -52,8 +52,8 @@ _LAYER = {
 
 
 @dataclass(frozen=True)
-class GGUFTensor:
-    """One tensor of a file. shape: ours, as torch has it; GGUF states it backwards."""
+class GGUFLayout:
+    """How one tensor lies in a file. shape: ours, as torch has it; GGUF states it backwards."""
 
     name: str
     shape: tuple[int, ...]
@@ -98,7 +98,7 @@ class GGUFForm:
     architecture: llama.cpp's name. permuted: whether llama.cpp turns neighbouring values, not halves, so that the rows
     of queries and keys are in another order. layer_names: what differs from the usual names of a layer's tensors.
     own_metadata: of a network, beside the usual sizes; own_fields: the fields of config.json that the metadata tell
-    beside them. refusal: why llama.cpp would compute something else for a network, if it would.
+    beside them. unsupported: why llama.cpp would compute something else for a network, if it would.
     """
 
     architecture: str
@@ -106,7 +106,7 @@ class GGUFForm:
     layer_names: Mapping[str, str] = field(default_factory=dict)
     own_metadata: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
     own_fields: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda metadata: {}
-    refusal: Callable[[DecoderConfig], str | None] = differs
+    unsupported: Callable[[DecoderConfig], str | None] = differs
 
     def metadata(self, config: DecoderConfig) -> dict[str, Any]:
         """The network's numbers by key, without the architecture before it.
@@ -123,7 +123,6 @@ class GGUFForm:
     def fields(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of config.json that metadata tell, by keys as `metadata` gives them. Llama 3's rotary scaling is
         not among them: see `rope_freqs`."""
-        metadata = {key: _decimal(value) for key, value in metadata.items()}
         fields = {name: metadata[key] for key, name in _SIZES.items() if key in metadata}
         kind = metadata.get("rope.scaling.type", "none")
         if kind != "none":
@@ -138,7 +137,7 @@ class GGUFForm:
         assert factors is not None
         return 1 / factors
 
-    def tensors(self, config: DecoderConfig) -> dict[str, GGUFTensor]:
+    def tensors(self, config: DecoderConfig) -> dict[str, GGUFLayout]:
         """Every tensor of a checkpoint, by Hugging Face's name.
 
         Raises UserError for a network that llama.cpp does not have.
@@ -153,7 +152,7 @@ class GGUFForm:
             if theirs is None:
                 _, _, index, part = module.split(".", 3)
                 theirs = f"blk.{index}.{names[part]}"
-            tensors[name] = GGUFTensor(
+            tensors[name] = GGUFLayout(
                 name=f"{theirs}.{kind}",
                 shape=shape,
                 heads=heads.get(module.rpartition(".")[2]),
@@ -162,10 +161,5 @@ class GGUFForm:
         return tensors
 
     def _check(self, config: DecoderConfig) -> None:
-        if reason := self.refusal(config):
+        if reason := self.unsupported(config):
             raise UserError(f"gguf: {reason}; export the model as a Hugging Face directory")
-
-
-def _decimal(value: Any) -> Any:
-    """A file holds float32: 1e-5 was written as what is 9.99999975e-06 in 64 bits."""
-    return float(str(np.float32(value))) if isinstance(value, float) else value

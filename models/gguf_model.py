@@ -34,7 +34,10 @@ LLAMA3_FACTORS = (8.0, 32.0)
 
 
 def read_network(file: GGUFFile) -> DecoderConfig:
-    """The network's shape. Raises UserError for another architecture, or where a size is missing."""
+    """The network's shape, its special tokens left to the tokenizer.
+
+    Raises UserError for another architecture, or where a size is missing.
+    """
     architecture = file.metadata.get("general.architecture")
     try:
         family = find_gguf_family(architecture)
@@ -51,7 +54,6 @@ def read_network(file: GGUFFile) -> DecoderConfig:
         **form.fields(own),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **_special_ids(file.metadata),
     }
     try:
         config = read_config(fields)
@@ -70,12 +72,6 @@ def _with_llama3_scaling(file: GGUFFile, form: GGUFForm, fields: dict[str, Any])
         if expected is not None and factors_F.shape == expected.shape and np.allclose(factors_F, expected, rtol=1e-4):
             return config
     raise UserError(f"{ROPE_FREQS} is not the rotary scaling of Llama 3.1, 3.2 or 3.3; only that is read")
-
-
-def _special_ids(metadata: dict[str, Any]) -> dict[str, int]:
-    keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    found = {name: metadata.get(f"tokenizer.ggml.{key}") for name, key in keys.items()}
-    return {name: id for name, id in found.items() if id is not None}
 
 
 def network_shapes(file: GGUFFile, config: DecoderConfig) -> dict[str, tuple[int, ...]]:

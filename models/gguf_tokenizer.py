@@ -10,31 +10,34 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from twinloop.common.errors import UserError, one_line
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 """`tokenizer.ggml.token_type`."""
 _PADDING = re.compile(r"\[PAD\d+\]")
 """What converters call rows of the embedding that no token has."""
+_TEMPLATE = "tokenizer.chat_template"
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _PLAIN = re.compile(r"[^\s:$]+")
-"""A token that can stand in the pattern of a post-processor."""
+"""A token that can be in the pattern of a post-processor."""
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+NUMBERS = r"\p{N}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+DEFAULT = "default"
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
+    "gpt-2": (GPT2,),
+    "smollm": (NUMBERS, GPT2),
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_LLAMA3.replace("{1,3}", ""),),
-    # As llama.cpp splits where a file names none: marks apart, then as GPT-2, then digits by threes.
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    # As llama.cpp splits where a file names none: marks alone, then as GPT-2, then digits by threes.
+    DEFAULT: (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 """By `tokenizer.ggml.pre`: patterns that a text is split by, one after the other, before its bytes are merged."""
 _NORMALISED = ("qwen2",)
 """Those that compose characters first (NFC)."""
-_WHOLE_WORDS = ("llama-bpe",)
+WHOLE_WORDS = ("llama-bpe",)
 """Those in which a word that is a token is one, whatever its merges say."""
 
 SPACE = "▁"
@@ -49,9 +52,7 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = _texts(metadata, "tokenizer.ggml.tokens", where)
-    types = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise UserError(f"{where}: {len(tokens)} tokens, but {len(types)} types of tokens: the file is corrupt")
+    types = _each_has(tokens, metadata, "tokenizer.ggml.token_type", where, default=_NORMAL)
     used = [not (type == _UNUSED and _PADDING.fullmatch(token)) for token, type in zip(tokens, types, strict=True)]
     vocabulary = {token: id for id, token in enumerate(tokens) if used[id]}
     added = {
@@ -78,11 +79,17 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> tuple[Tokenizer, 
     return tokenizer, settings
 
 
+def read_stop_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """What ends an answer: the end of a turn, of a message (a call of a tool), or of a text, as a file names them."""
+    named = (metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom", "eos"))
+    return tuple(dict.fromkeys(id for id in named if isinstance(id, int)))
+
+
 def _byte_level(
     metadata: Mapping[str, Any], vocabulary: dict[str, int], added: Collection[str], where: str
 ) -> Tokenizer:
     """added: tokens that are found in a text before it is split."""
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+    pre = metadata.get("tokenizer.ggml.pre", DEFAULT)
     if pre not in PRE_TOKENIZERS:
         raise UserError(f"{where}: tokenizer.ggml.pre {pre!r} is not one of {', '.join(PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ")) for merge in _texts(metadata, "tokenizer.ggml.merges", where)]
@@ -92,7 +99,7 @@ def _byte_level(
         token if token in added or ALPHABET.issuperset(token) else _spelled(token): id
         for token, id in vocabulary.items()
     }
-    tokenizer = Tokenizer(_bpe(where, vocab=spelled, merges=merges, ignore_merges=pre in _WHOLE_WORDS))
+    tokenizer = Tokenizer(_bpe(where, vocab=spelled, merges=merges, ignore_merges=pre in WHOLE_WORDS))
     if pre in _NORMALISED:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -106,7 +113,7 @@ def _byte_level(
 
 
 def _spelled(token: str) -> str:
-    """In the characters that stand for bytes, where a file has it in its own."""
+    """In the characters that mean bytes, where a file has it in its own."""
     ((spelled, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(token)
     return spelled
 
@@ -120,9 +127,7 @@ def _sentencepiece(
         raise UserError(
             f"{where}: the tokenizer has no token for byte {missing[0]}; only one with byte fallback is read"
         )
-    scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
-        raise UserError(f"{where}: tokenizer.ggml.scores does not hold a number for each token: the file is corrupt")
+    scores = _each_has(tokens, metadata, "tokenizer.ggml.scores", where)
     gemma = str(metadata.get("general.architecture")).startswith("gemma")
     if gemma:
         # Gemma's runs of spaces are written as such, and its scores are not the order of its merges; its ids are.
@@ -156,7 +161,7 @@ def _merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tupl
     """Every pair of pieces that is a piece, the best score first (SentencePiece merges by the score of the whole)."""
     found = []
     for piece, id in vocabulary.items():
-        if _BYTE.fullmatch(piece):  # only ever stands for a byte, however a text spells it
+        if _BYTE.fullmatch(piece):  # only ever means a byte, however a text spells it
             continue
         pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         halves = [pair for pair in pairs if pair[0] in vocabulary and pair[1] in vocabulary]
@@ -176,20 +181,22 @@ def _bpe(where: str, **parts: Any) -> models.BPE:
 
 
 def _settings(metadata: Mapping[str, Any], tokens: Sequence[str], where: str) -> dict[str, Any]:
-    # A chat ends at the end of a turn, where a file names that besides the end of a text.
-    stop = "eot_token_id" if "tokenizer.ggml.eot_token_id" in metadata else "eos_token_id"
     keys = {
         "bos_token": "bos_token_id",
-        "eos_token": stop,
+        "eos_token": "eos_token_id",
         "pad_token": "padding_token_id",
         "unk_token": "unknown_token_id",
     }
     named = {name: _named(metadata, key, tokens, where) for name, key in keys.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     settings |= {name: token for name, token in named.items() if token is not None}
-    if isinstance(template := metadata.get("tokenizer.chat_template"), str):
-        settings["chat_template"] = template
-    return settings
+    template = metadata.get(_TEMPLATE)
+    others = {
+        key.removeprefix(f"{_TEMPLATE}."): text for key, text in metadata.items() if key.startswith(f"{_TEMPLATE}.")
+    }
+    if others:
+        template = [{"name": name, "template": text} for name, text in {"default": template, **others}.items()]
+    return settings if template is None else settings | {"chat_template": template}
 
 
 def _named(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: str) -> str | None:
@@ -199,6 +206,18 @@ def _named(metadata: Mapping[str, Any], key: str, tokens: Sequence[str], where: 
     if not isinstance(id, int) or not 0 <= id < len(tokens):
         raise UserError(f"{where}: tokenizer.ggml.{key} {id!r} is none of the {len(tokens)} tokens")
     return tokens[id]
+
+
+def _each_has(
+    tokens: Sequence[str], metadata: Mapping[str, Any], key: str, where: str, default: float | None = None
+) -> list[float]:
+    """A number for each token."""
+    found = metadata.get(key, None if default is None else [default] * len(tokens))
+    if not isinstance(found, list) or not all(isinstance(each, (int, float)) for each in found):
+        found = []
+    if len(found) != len(tokens):
+        raise UserError(f"{where}: {key} has {len(found)} numbers for {len(tokens)} tokens: the file is corrupt")
+    return found
 
 
 def _texts(metadata: Mapping[str, Any], key: str, where: str) -> list[str]:

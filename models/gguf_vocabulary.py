@@ -18,27 +18,15 @@ from typing import Any, Literal, TypeAlias
 from gguf import TokenType
 
 from twinloop.common.errors import UserError
-from twinloop.models.tokenizer import TOKENIZER, ChatTokenizer
+from twinloop.models.gguf_tokenizer import DEFAULT, GPT2, NUMBERS, PRE_TOKENIZERS, WHOLE_WORDS
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.vocabulary import TOKENIZER
 
 _Step: TypeAlias = tuple[str, Any]
 """One step of splitting: a regular expression whose matches are pieces of their own, or whatever else it is."""
 
-_NUMBERS = r"\p{N}"
-_GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# The names of src/llama-vocab.cpp, with the splitting that its comments take from the tokenizer.json of each. The flag:
-# whether a piece that is a token as a whole skips the merges.
-_KNOWN: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT_2,), False): "gpt-2",
-    ((_NUMBERS, _GPT_2), False): "smollm",
-    ((_LLAMA_3,), True): "llama-bpe",
-    ((_QWEN_2,), False): "qwen2",
-}
+_KNOWN = {(patterns, name in WHOLE_WORDS): name for name, patterns in PRE_TOKENIZERS.items() if name != DEFAULT}
+"""Names of `tokenizer.ggml.pre`, by the splitting of each and whether a piece that is a token skips the merges."""
 
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _NFC = {"type": "NFC"}
@@ -53,9 +41,6 @@ _SPACES: list[tuple[tuple[Any, Any], bool]] = [
     (({"type": "Sequence", "normalizers": [_SPACE]}, None), False),
     (({"type": "Sequence", "normalizers": [_PREFIX, _SPACE]}, None), True),
 ]
-
-UNKNOWN_PRE = "twinloop"
-"""Where no name fits. llama.cpp refuses a file with a name that it does not know, and so cannot read text wrongly."""
 
 NORMALISES = "text that is not in Unicode's form NFC is normalised by the model's own tokenizer, but not by llama.cpp"
 
@@ -78,26 +63,27 @@ class Reading:
 class GGUFVocabulary:
     """What `tokenizer.ggml.*` holds. tokens, types: one for each row of the embedding.
 
-    reading: how text becomes tokens, None where llama.cpp has no way that is the same. note: what differs in rare
-    texts, or nothing.
+    reading: how text becomes tokens. note: what differs in rare texts, or nothing. stop_ids: with the token that ends a
+    turn first.
     """
 
     tokens: list[str]
     types: list[int]
     merges: list[str]
-    reading: Reading | None
+    reading: Reading
     note: str
     bos_id: int
-    stop_id: int
+    eos_id: int
+    stop_ids: tuple[int, ...]
     pad_id: int
     unknown_id: int | None
-    chat_template: str
+    chat_templates: Mapping[str, str]
 
 
 def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     """The vocabulary of a model directory. rows: of the embedding, which may have more than the tokenizer has tokens.
 
-    Raises UserError for a tokenizer that is no BPE, or has more tokens than rows.
+    Raises UserError for a tokenizer that llama.cpp does not have, or that has more tokens than rows.
     """
     tokenizer = ChatTokenizer.load(directory)
     content = json.loads((directory / TOKENIZER).read_text(encoding="utf-8"))
@@ -108,31 +94,26 @@ def read_vocabulary(directory: Path, rows: int) -> GGUFVocabulary:
     named = {id: token for token, id in model["vocab"].items()} | {id: each["content"] for id, each in added.items()}
     if max(named) >= rows:
         raise UserError(f"{directory / TOKENIZER}: it has the id {max(named)}, but the embedding has {rows} rows")
-    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    reading = find_reading(content)
+    if reading is None:
+        raise UserError(
+            "gguf: llama.cpp cannot split text as this tokenizer does, and would read other tokens; a file is written "
+            "of a base with a tokenizer that llama.cpp knows, and of this one a Hugging Face directory or genai's"
+        )
     unknown = model.get("unk_token")
     return GGUFVocabulary(
         tokens=[named.get(id, f"[PAD{id}]") for id in range(rows)],
         types=[_type(id, named, added) for id in range(rows)],
         merges=[" ".join(_pair(merge)) for merge in model["merges"]],
-        reading=find_reading(content),
+        reading=reading,
         note=NORMALISES if content.get("normalizer") == _NFC else "",
         bos_id=tokenizer.bos_id,
-        stop_id=tokenizer.stop_id,
+        eos_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
         unknown_id=None if unknown is None else model["vocab"].get(unknown),
-        chat_template=_chat_template(directory, settings),
+        chat_templates=tokenizer.chat_templates,
     )
-
-
-def _chat_template(directory: Path, settings: Mapping[str, Any]) -> str:
-    file, stated = directory / "chat_template.jinja", settings.get("chat_template")
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    if isinstance(stated, list):  # several by name, as some exporters write them
-        stated = next((each["template"] for each in stated if each["name"] == "default"), None)
-    if not isinstance(stated, str):
-        raise UserError(f"{directory}: no chat template, which a GGUF file needs")
-    return stated
 
 
 def find_reading(content: Mapping[str, Any]) -> Reading | None:
@@ -165,7 +146,7 @@ def _sentencepiece(content: Mapping[str, Any]) -> Reading | None:
     scores = _scores(model["vocab"], [_pair(merge) for merge in model["merges"]])
     if prefix is None or scores is None or model.get("ignore_merges"):
         return None
-    return Reading("llama", "default", scores, space_prefix=prefix)
+    return Reading("llama", DEFAULT, scores, space_prefix=prefix)
 
 
 def _scores(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float] | None:
@@ -210,9 +191,9 @@ def _steps(each: Mapping[str, Any]) -> list[_Step]:
     """One kind of pre-tokenizer, as regular expressions where it splits by one."""
     kind = each["type"]
     if kind == "ByteLevel" and not each["add_prefix_space"]:
-        return [("Split", _GPT_2), _BYTES] if each.get("use_regex", True) else [_BYTES]
+        return [("Split", GPT2), _BYTES] if each.get("use_regex", True) else [_BYTES]
     if kind == "Digits" and each["individual_digits"]:
-        return [("Split", _NUMBERS)]
+        return [("Split", NUMBERS)]
     if kind == "Split" and each["behavior"] == "Isolated" and not each["invert"] and "Regex" in each["pattern"]:
         return [(kind, each["pattern"]["Regex"])]
     return [("other", None)]

@@ -1,4 +1,4 @@
-"""A GGUF file of a model directory, as llama.cpp reads it, and its weights read back.
+"""A GGUF file of a model directory, as llama.cpp reads it.
 
 Names, numbers and the order of rows are the family's `GGUFForm`. Vectors stay float32.
 """
@@ -18,7 +18,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import check_tensors, load_config, load_tensors
 from twinloop.models.family import find_family
 from twinloop.models.gguf_form import ROPE_FREQS, GGUFForm
-from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, GGUFVocabulary, Reading
+from twinloop.models.gguf_vocabulary import GGUFVocabulary
 from twinloop.models.shapes import weight_shapes
 
 GGUFType: TypeAlias = Literal["f32", "f16", "bf16", "q8_0", "q4_0"]
@@ -63,16 +63,6 @@ def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type:
     writer.close()
 
 
-def read_weights(path: Path, config: DecoderConfig) -> dict[str, np.ndarray]:
-    """The weights of a file that `write_gguf` wrote: float32, by Hugging Face's names and in its order of rows."""
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    weights = {}
-    for name, tensor in gguf_form(config).tensors(config).items():
-        found = stored[tensor.name]
-        weights[name] = tensor.from_gguf(gguf.quants.dequantize(found.data, found.tensor_type))
-    return weights
-
-
 def gguf_form(config: DecoderConfig) -> GGUFForm:
     form: GGUFForm = find_family(config.model_type).GGUF
     return form
@@ -112,7 +102,7 @@ def _add_network(writer: gguf.GGUFWriter, metadata: Mapping[str, Any], type: GGU
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None:
-    reading = vocabulary.reading or Reading("gpt2", UNKNOWN_PRE)
+    reading = vocabulary.reading
     writer.add_tokenizer_model(reading.model)
     writer.add_tokenizer_pre(reading.pre)
     writer.add_token_list(vocabulary.tokens)
@@ -122,8 +112,11 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None
     else:
         writer.add_token_scores([reading.scores.get(token, 0.0) for token in vocabulary.tokens])
     writer.add_bos_token_id(vocabulary.bos_id)
-    writer.add_eos_token_id(vocabulary.stop_id)
-    writer.add_eot_token_id(vocabulary.stop_id)
+    # llama.cpp ends an answer at each of these three; its templates have the first one's text as `eos_token`.
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_eot_token_id(vocabulary.stop_ids[0])
+    if others := [id for id in vocabulary.stop_ids[1:] if id != vocabulary.eos_id]:
+        writer.add_eom_token_id(others[0])
     writer.add_pad_token_id(vocabulary.pad_id)
     if vocabulary.unknown_id is not None:
         writer.add_unk_token_id(vocabulary.unknown_id)
@@ -131,4 +124,4 @@ def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: GGUFVocabulary) -> None
     writer.add_add_bos_token(False)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(reading.space_prefix)
-    writer.add_chat_template(vocabulary.chat_template)
+    writer.add_chat_template([{"name": name, "template": text} for name, text in vocabulary.chat_templates.items()])

@@ -3,7 +3,7 @@
 Weights, scales, gradients, optimizer state and KV cache are exact. Activations, runtime buffers and time are estimates:
 they depend on kernels, and say so in their names' documentation.
 
-Shapes: D width, F MLP width, H query heads, K key-value heads, E head width, V vocabulary, N layers.
+Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations

@@ -16,27 +16,33 @@ from typing import Any, Protocol
 import numpy as np
 
 from twinloop.common.errors import UserError
+from twinloop.common.files import file_digest
+from twinloop.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import (
+    ADAPTER,
+    BASE,
     CONFIG,
     GENERATION_CONFIG,
     WEIGHTS,
+    WEIGHTS_INDEX,
     check_tensors,
+    is_adapted,
     load_config,
     load_tensors,
     weight_files,
 )
 from twinloop.models.gguf_file import MAGIC, GGUFFile
 from twinloop.models.gguf_model import load_network, network_shapes, read_network
-from twinloop.models.gguf_tokenizer import read_tokenizer
+from twinloop.models.gguf_tokenizer import read_stop_ids, read_tokenizer
 from twinloop.models.shapes import weight_shapes
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.tokenizer_files import settings_files
+from twinloop.models.vocabulary import TOKENIZER
 
 STORED_TYPES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 """Of tensors in safetensors that are kept as they are, and what people call them."""
-ADAPTER = "adapter_config.json"
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 """What transformers wrote beside the weights before 2023, and computes today."""
 LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
@@ -44,9 +50,10 @@ LICENSE = re.compile(r"^license:\s*[\"']?([\w.+-]+)", re.MULTILINE)
 
 class Source(Protocol):
     """config: the network, its special tokens those of the tokenizer. form: of the weights, such as bf16 or Q4_1.
-    license: as the source states it."""
+    license: as the source states it. adapter: the directory of one that becomes a part of the weights."""
 
     path: Path
+    adapter: Path | None
     config: DecoderConfig
     form: str
     license: str | None
@@ -60,14 +67,24 @@ class Source(Protocol):
         """sha256 over the names and bytes of the files that the model is read from."""
 
 
-def open_source(path: Path) -> Source:
-    """The model in a directory or a GGUF file, its header checked. Raises UserError for one that cannot be a base."""
+def open_source(path: Path, adapter: Path | None = None) -> Source:
+    """The model in a directory or a GGUF file, its header checked. Raises UserError for one that cannot be a base.
+
+    adapter: a directory in PEFT's form, of this model.
+    """
+    if adapter is not None:
+        return AdaptedSource(open_source(path), adapter)
+    if is_adapted(path):
+        return AdaptedSource(HuggingFaceSource(path / BASE), path / ADAPTER)
     if path.is_dir():
         return HuggingFaceSource(path)
     if not path.exists():
         raise UserError(f"{path}: no such directory or file; a base is a Hugging Face directory or a GGUF file")
-    with path.open("rb") as file:
-        start = file.read(len(MAGIC))
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if start != MAGIC and path.suffix == ".safetensors":
         raise UserError(f"{path}: weights alone are no model; name the directory that holds them with {CONFIG}")
     return GGUFSource(path)
@@ -75,6 +92,8 @@ def open_source(path: Path) -> Source:
 
 class HuggingFaceSource:
     """config.json, safetensors (one file, or shards and their index) and the tokenizer's files."""
+
+    adapter: Path | None = None
 
     def __init__(self, path: Path):
         self.path = path
@@ -84,15 +103,16 @@ class HuggingFaceSource:
         shapes: dict[str, tuple[int, ...]] = {}
         types: set[str] = set()
         for file in files:
-            for name, entry in read_safetensors_header(file).items():
+            for name, (dtype, shape) in read_safetensors_header(file).items():
                 if not BUFFERS.fullmatch(name):
-                    shapes[name] = tuple(entry["shape"])
-                    types.add(entry["dtype"])
+                    shapes[name] = shape
+                    types.add(dtype)
         if unknown := types - STORED_TYPES.keys():
             raise UserError(f"{path}: weights of type {min(unknown)} are not read; convert them to bf16")
         check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(path))
-        self._files = [CONFIG, *TOKENIZER_FILES, GENERATION_CONFIG, *(file.name for file in files)]
         self.config = _with_tokens(config, self.load_tokenizer(), path)
+        names = (CONFIG, GENERATION_CONFIG, TOKENIZER, WEIGHTS_INDEX)
+        self._files = [*(path / name for name in names), *settings_files(path), *files]
         self.form = " and ".join(STORED_TYPES[each] for each in sorted(types))
         self.license = _stated_license(path)
 
@@ -107,11 +127,13 @@ class HuggingFaceSource:
             raise _in_directory(self.path, error) from None
 
     def digest(self) -> str:
-        return _digest([path for name in self._files if (path := self.path / name).exists()])
+        return _digest(self.path, [file for file in self._files if file.exists()])
 
 
 class GGUFSource:
     """One GGUF file, tokenizer and chat template included. Its weights are float32 once they are read."""
+
+    adapter: Path | None = None
 
     def __init__(self, path: Path):
         self.path = path
@@ -134,15 +156,38 @@ class GGUFSource:
     def load_tokenizer(self) -> ChatTokenizer:
         tokenizer, settings = read_tokenizer(self._file.metadata, str(self.path))
         try:
-            return ChatTokenizer(tokenizer, settings)
+            return ChatTokenizer(tokenizer, settings, stop_ids=read_stop_ids(self._file.metadata))
         except UserError as error:
             raise UserError(f"{self.path}: its tokenizer, {error}") from None
 
     def digest(self) -> str:
-        return _digest([self.path])
+        return _digest(self.path.parent, [self.path])
 
 
-def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+class AdaptedSource:
+    """A model and an adapter of it, merged once they are read."""
+
+    def __init__(self, base: Source, adapter: Path):
+        """Raises UserError for an adapter of another base, see `read_adapter`."""
+        self._base = base
+        self.path, self.config, self.license = base.path, base.config, base.license
+        self.adapter: Path | None = adapter
+        self.form = f"{base.form} with an adapter of rank {max(read_adapter(adapter, base.config).ranks.values())}"
+
+    def load_weights(self) -> dict[str, np.ndarray]:
+        assert self.adapter is not None
+        return read_adapter(self.adapter, self.config).merge(self._base.load_weights())
+
+    def load_tokenizer(self) -> ChatTokenizer:
+        return self._base.load_tokenizer()
+
+    def digest(self) -> str:
+        assert self.adapter is not None
+        own = _digest(self.adapter, [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)])
+        return hashlib.sha256(f"{self._base.digest()} {own}".encode()).hexdigest()
+
+
+def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of each tensor. Raises UserError for a file that is cut off or not one."""
     size = path.stat().st_size if path.is_file() else 0
     try:
@@ -152,8 +197,8 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        tensors = {name: {"dtype": entry["dtype"], "shape": entry["shape"]} for name, entry in header.items()}
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
     except OSError as error:
         raise UserError(f"{path}: no weights to read here ({error.strerror})") from None
     except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -165,10 +210,10 @@ def read_safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _refuse_directory(path: Path) -> None:
     """Raise UserError for a directory that has other than a whole model's weights, and say what it has."""
-    if (path / ADAPTER).exists() and not (path / CONFIG).exists():
-        base = _adapters_base(path / ADAPTER)
+    if (path / ADAPTER_CONFIG).exists() and not (path / CONFIG).exists():
+        base = _adapters_base(path / ADAPTER_CONFIG)
         raise UserError(
-            f"{path}: an adapter, not a model; name its base{base} here, and the adapter in `lora:` of a stage"
+            f"{path}: an adapter, not a model; name its base{base} here, and beside it `adapter: {path.name}`"
         )
     if not list(path.glob("*.safetensors")):
         if pickled := sorted(file.name for pattern in PICKLED for file in path.glob(pattern)):
@@ -222,9 +267,9 @@ def _stated_license(path: Path) -> str | None:
     return found[1] if found else None
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(folder: Path, files: list[Path]) -> str:
     content = hashlib.sha256()
     for path in sorted(files):
-        with path.open("rb") as file:
-            content.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        name = path.relative_to(folder).as_posix()
+        content.update(f"{name} {file_digest(path)}\n".encode())
     return content.hexdigest()

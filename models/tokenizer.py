@@ -160,6 +160,11 @@ class ChatTokenizer:
         return len(self._vocabulary.bytes_of)
 
     @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """Jinja by name; `default` is always there."""
+        return self._template.sources
+
+    @property
     def token_bytes(self) -> Sequence[bytes]:
         """What each id means, by id: UTF-8, maybe a part of a character only. Empty for an id of no token."""
         return self._vocabulary.bytes_of

@@ -11,6 +11,8 @@ from twinloop.common.errors import UserError
 from twinloop.models.vocabulary import read_source
 
 SETTINGS = "tokenizer_config.json"
+_OLD_NAMES = "special_tokens_map.json"
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
@@ -19,22 +21,34 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises UserError where a file is missing or broken.
     """
     settings = _read_json(directory / SETTINGS)
-    if "added_tokens_decoder" not in settings and (directory / "special_tokens_map.json").exists():
-        # of old exporters, read in the place of what the settings say
-        named = _read_json(directory / "special_tokens_map.json").items()
+    if _has_old_names(directory, settings):
+        named = _read_json(directory / _OLD_NAMES).items()
         settings |= {name: text for name, value in named if isinstance(text := token_text(value), str)}
-    return settings | _template_files(directory)
+    return settings | _templates(directory)
+
+
+def settings_files(directory: Path) -> list[Path]:
+    """The files that `read_settings` reads there. Raises UserError where tokenizer_config.json is missing or broken."""
+    settings = _read_json(directory / SETTINGS)
+    old_names = [directory / _OLD_NAMES] if _has_old_names(directory, settings) else []
+    return [directory / SETTINGS, *old_names, *_template_files(directory).values()]
 
 
 def read_stop_ids(directory: Path) -> tuple[int, ...]:
     """With which a model ends its answers. Generation settings come before those of the network."""
+    return next(iter(stop_ids_by_file(directory).values()), ())
+
+
+def stop_ids_by_file(directory: Path) -> dict[str, tuple[int, ...]]:
+    """What each file that names stop tokens says, by its name. Raises UserError where one is broken."""
+    found = {}
     for name in ("generation_config.json", "config.json"):
         if (directory / name).exists():
             ids = _read_json(directory / name).get("eos_token_id")
             ids = ids if isinstance(ids, list) else [ids]
             if ids := [id for id in ids if type(id) is int]:
-                return tuple(ids)
-    return ()
+                found[name] = tuple(ids)
+    return found
 
 
 def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -66,12 +80,22 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _template_files(directory: Path) -> dict[str, Any]:
-    """The chat templates that are files of their own; they come before those of the settings."""
-    files = {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
-    if (directory / "chat_template.jinja").exists():
-        files["default"] = directory / "chat_template.jinja"
-    sources = {name: read_source(path) for name, path in files.items()}
+def _has_old_names(directory: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether an old exporter wrote a file that is read in the place of what the settings say."""
+    return "added_tokens_decoder" not in settings and (directory / _OLD_NAMES).exists()
+
+
+def _template_files(directory: Path) -> dict[str, Path]:
+    """The chat templates that are files of their own, by name."""
+    files = {path.stem: path for path in sorted((directory / _MORE_TEMPLATES).glob("*.jinja"))}
+    if (directory / _TEMPLATE).exists():
+        files["default"] = directory / _TEMPLATE
+    return files
+
+
+def _templates(directory: Path) -> dict[str, Any]:
+    """`chat_template` as files say it, which come before the settings."""
+    sources = {name: read_source(path) for name, path in _template_files(directory).items()}
     if not sources:
         return {}
     several = [{"name": name, "template": source} for name, source in sources.items()]

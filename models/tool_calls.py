@@ -22,7 +22,7 @@ _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWX
 
 @dataclass(frozen=True)
 class CallForm:
-    """What stands around names and arguments (a JSON object) where an answer is calls of tools.
+    """What is around names and arguments (a JSON object) where an answer is calls of tools.
 
     The answer is `opening`, name, `after_name`, arguments, then, where there is one, `before_id` and an id of
     CALL_ID_LENGTH letters and digits; then `between` and the next call from its name on, or `closing` and the stop
@@ -57,7 +57,7 @@ def takes_tools(tokenizer: ChatTokenizer) -> bool:
 
 def read_call_form(tokenizer: ChatTokenizer) -> CallForm:
     """The form of calls. Raises UserError, with the reason, where the chat template does not show one that can be
-    told from text and read back."""
+    distinguished from text and read back."""
     probe = _Probe(tokenizer)
     if not probe.plain_text():
         raise UserError("it writes something around an answer of text")
@@ -160,7 +160,7 @@ def _trigger(opening: str, tokenizer: ChatTokenizer) -> str:
 
 
 def _between(form: CallForm, probe: _Probe) -> str | None:
-    """What stands from the end of one call to the name of the next; None where there is nothing that always does."""
+    """What is from the end of one call to the name of the next; None where there is nothing that always does."""
     try:
         two, three = probe.turn(2), probe.turn(3)
     except UserError:  # some templates take one call only

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from twinloop.common.files import fsync, write_whole
+from twinloop.common.files import file_digest, fsync, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -246,12 +246,6 @@ def hash_files(folder: Path) -> dict[str, str]:
 def content_digest(folder: Path) -> str:
     """The digest that an artifact of these files has. Raises OSError."""
     return _digest(hash_files(folder))
-
-
-def file_digest(path: Path) -> str:
-    """Sha256. Raises OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def integrity_error(path: Path, manifest: Manifest) -> str | None:

@@ -69,19 +69,20 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
             f'model = mlflow.pyfunc.load_model("models:/{registry.name}/{version.version}")\nmodel.predict([request])'
         )
         parts += [_code(load), f"`twinloop serve --model {registry.name}` serves the champion."]
-    elif version.stage != "export":
+    elif not version.exported:
         parts.append(_code(f'mlflow.transformers.load_model("models:/{registry.name}/{version.version}")'))
     return "\n\n".join(parts)
 
 
-def model_card(registry: Registry, version: Version, code: str) -> str:
+def model_card(registry: Registry, version: Version, code: str, *, library: str = "transformers") -> str:
     """The README.md of a version that is handed over, as model hubs read it, without names of people and folders.
 
-    code: how it is loaded, in Python.
+    code: how it is loaded, in Python, by that library.
     """
     about = version.tags.get("about", "")
+    license = [f"license: {named}"] if (named := version.tags.get("base_license")) else []
     parts = [
-        "---\npipeline_tag: text-generation\nlibrary_name: transformers\n---",
+        "\n".join(["---", "pipeline_tag: text-generation", f"library_name: {library}", *license, "---"]),
         f"# {version}",
         f"Domain `{version.tags.get('domain', '')}`" + (f": {about}" if about else ""),
         *_facts(registry, version, recipe=f"`{Path(version.tags.get('recipe', '')).name}`"),
@@ -114,7 +115,7 @@ def _headline(version: Version) -> str:
     precision = version.tags.get("precision", "")
     if version.servable:
         return f"**Exported model**{f' in {precision}' if precision else ''}, {purpose}"
-    if version.stage == "export":
+    if version.exported:
         return f"**Exported model in {precision or 'another precision'}, not served**, {purpose}"
     return f"**Checkpoint after {version.stage}**, not served, {purpose}"
 

@@ -114,6 +114,4 @@ def why_not(snapshot: Snapshot, champion: Champion) -> str:
 
 def what_it_is(version: Version) -> str:
     """What a version that is not served is, in words."""
-    return (
-        "an export of a precision that is not served" if version.stage == "export" else f"a {version.stage} checkpoint"
-    )
+    return "an export of a precision that is not served" if version.exported else f"a {version.stage} checkpoint"

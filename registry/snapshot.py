@@ -64,8 +64,13 @@ class Version:
         return self.tags.get("manifest_digest", "")
 
     @property
+    def exported(self) -> bool:
+        """Whether it is an exported model, which was made from a checkpoint."""
+        return self.stage == "export"
+
+    @property
     def servable(self) -> bool:
-        """Whether it is an exported model, which may be promoted."""
+        """Whether it is an exported model that may be promoted."""
         return self.tags.get("servable") == "true"
 
     @property

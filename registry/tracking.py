@@ -31,8 +31,8 @@ from pydantic import BaseModel
 
 from twinloop.common.errors import is_disk_full, one_line
 from twinloop.records import DATA_FILE
-from twinloop.registry.database import Migrations, prepare_database
 from twinloop.registry.liveness import HOST, alive_lock, mark_killed, release, seen_alive
+from twinloop.registry.mlflow_database import prepare_mlflow_database, quiet_mlflow
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -88,7 +88,7 @@ class Mlruns:
             self.prepare_database()
         from mlflow.tracking import MlflowClient
 
-        _quiet_mlflow()
+        quiet_mlflow()
         for name, value in SOON.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # it would, at the end of every run
@@ -99,12 +99,8 @@ class Mlruns:
 
     def prepare_database(self) -> None:
         """Make or upgrade `database` for this MLflow. Before anything opens it. Raises UserError where it cannot."""
-        import mlflow.store.db_migrations as migrations
-
-        _quiet_mlflow()
-        versions = Path(migrations.__path__[0]) / "versions"
         with self.lock("database"):
-            prepare_database(self.database, Migrations("MLflow", versions, _migrate))
+            prepare_mlflow_database(self.database)
 
     def lock(self, name: str) -> FileLock:
         """A lock among processes. The kernel holds it, so that it ends with its process however that dies."""
@@ -356,25 +352,6 @@ def code_version(project: Path, *needed: Path) -> CodeVersion:
     except (OSError, subprocess.SubprocessError):
         return CodeVersion(None)
     return CodeVersion(commit, dirty=bool(changed))
-
-
-def _quiet_mlflow() -> None:
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # at INFO, its migrations would be in the display
-    # At INFO the same, and at ERROR a traceback of each exception that it also raises.
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line for each retry
-
-
-def _migrate(database: Path) -> None:
-    """What `mlflow db upgrade` does (3.17.2); that leaves its connections open."""
-    from mlflow.store.db.utils import _initialize_tables, _is_empty_database, _upgrade_db
-    from sqlalchemy import URL, NullPool, create_engine
-
-    engine = create_engine(URL.create("sqlite", database=str(database)), poolclass=NullPool)
-    if _is_empty_database(engine):
-        _initialize_tables(engine)
-    else:
-        _upgrade_db(engine)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:

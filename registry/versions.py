@@ -153,6 +153,10 @@ class Registry:
             f"{self.name}: no {alias} in the registry{gone}; `twinloop run` makes one when its gate says SHIP"
         )
 
+    def named(self, name: str) -> Version:
+        """By its number or an alias, such as 3 or champion. Raises as `version` and `find` do."""
+        return self.version(int(name)) if name.isdecimal() else self.find(name)
+
     def resolve(self, alias: str) -> Served:
         """The version that the alias names, every byte of it verified. Raises UserError if there is none, or if it
         is not what was registered.
@@ -230,6 +234,11 @@ class Registry:
                 break
             chain.append(found)
         return chain
+
+    def checkpoint_of(self, version: Version) -> Version | None:
+        """The checkpoint that a version was exported from, or that it is; None where it was deleted in MLflow."""
+        chain = self.lineage(version)[1:] if version.exported else [version]
+        return chain[0] if chain else None
 
     def _known(self, digest: str, domain: str, servable: bool) -> Version | None:
         wanted = (digest, domain, servable)

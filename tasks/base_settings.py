@@ -66,11 +66,13 @@ class PathBase(BaseSettings):
     """A Hugging Face directory or a GGUF file, relative to the project."""
 
     path: Annotated[str, Field(min_length=1)]
+    adapter: Annotated[str, Field(min_length=1)] | None = None
+    """A directory of an adapter of it, in PEFT's form, relative to the project; it is merged."""
     max_length: Length | None = None
 
 
 class PackageBase(PathBase):
-    """The same, within an installed Python package."""
+    """The same, its `path` within an installed Python package."""
 
     package: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 

@@ -98,7 +98,7 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
 
     try:
         found = _Found.by(settings, recipe.name, project)
-        source = open_source(found.path)
+        source = open_source(found.path, found.adapter)
         positions = source.config.max_position_embeddings
         max_length = settings.max_length or min(positions, DEFAULT_MAX_LENGTH)
         if max_length > positions:
@@ -117,17 +117,22 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
 class _Found:
     path: Path
     title: str
+    adapter: Path | None = None
     checkpoint: Version | None = None
 
     @classmethod
     def by(cls, settings: object, recipe: str, project: Path) -> _Found:
-        if isinstance(settings, PackageBase):
-            return cls(_package_folder(settings.package) / settings.path, f"{settings.path} of {settings.package}")
         if isinstance(settings, PathBase):
-            return cls(project / settings.path, settings.path)
+            folder, where = project, ""
+            if isinstance(settings, PackageBase):
+                folder, where = _package_folder(settings.package), f" of {settings.package}"
+            adapter = project / settings.adapter if settings.adapter else None
+            beside = f", {settings.adapter}" if settings.adapter else ""
+            return cls(folder / settings.path, f"{settings.path}{where}{beside}", adapter)
         assert isinstance(settings, VersionBase)
         version, checkpoint = _registered(settings, recipe, project)
-        return cls(checkpoint.path, f"{version}, checkpoint {checkpoint.name}/{checkpoint.version}", checkpoint)
+        title = f"{version}, checkpoint {checkpoint.name}/{checkpoint.version}"
+        return cls(checkpoint.path, title, checkpoint=checkpoint)
 
 
 def _package_folder(package: str) -> Path:
@@ -141,13 +146,10 @@ def _package_folder(package: str) -> Path:
 
 def _registered(settings: VersionBase, recipe: str, project: Path) -> tuple[Version, Version]:
     """The version, and the checkpoint that it was exported from, or is."""
-    from twinloop.models.directory import CONFIG, WEIGHTS
     from twinloop.registry.versions import Registry
 
     registry = Registry.of(project, settings.model or recipe)
-    number = settings.version
-    version = registry.version(number) if isinstance(number, int) else registry.find(number)
-    for each in registry.lineage(version):
-        if all((each.path / name).is_file() for name in (CONFIG, WEIGHTS)):
-            return version, each
+    version = registry.named(str(settings.version))
+    if checkpoint := registry.checkpoint_of(version):
+        return version, checkpoint
     raise UserError(f"{version}: the checkpoint that it was exported from is not in the registry; name another version")

@@ -15,25 +15,25 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import fsync
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request
-from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.directory import is_adapted
 from twinloop.registry.artifact import MANIFEST, Manifest
 from twinloop.registry.cards import model_card
 from twinloop.registry.champion import load_served_domain
 from twinloop.registry.snapshot import Version
 from twinloop.registry.versions import Registry
-from twinloop.tasks.conversion_forms import ADAPTER, FORMS, Source
+from twinloop.tasks.conversion_forms import FORMATS, Original
 
 COMPARED_CASES = 7
 """Beside the domain's example."""
 COMPARED_TOKENS = 32
 """Of an answer, at most."""
-EXPORT = "export"
 
 
 @dataclass(frozen=True)
@@ -54,29 +54,29 @@ def convert_version(
     name: a number, or an alias such as champion. type: of the weights. Raises UserError where the form, its type or the
     version is not known, `out` is in use, or the form would answer differently.
     """
-    form = FORMS.get(form_name)
+    form, place = FORMATS.get(form_name), out.resolve()
     if form is None:
-        raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMS)}")
+        raise UserError(f"export: {form_name!r} is not one of {', '.join(FORMATS)}")
     if type is not None and type not in form.types:
         choice = f"one of {', '.join(form.types)}" if form.types else "not chosen here: its weights stay as they are"
         raise UserError(f"export: --type {type} does not fit {form_name}; it is {choice}")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"export: {out} is not an empty directory; remove it or choose another one")
-    version = registry.version(int(name)) if name.isdecimal() else registry.find(name)
+    version = registry.named(name)
     checkpoint = find_checkpoint(registry, version)
-    if form_name == "peft" and not (checkpoint.path / ADAPTER).is_dir():
+    if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as beside:
         made = Path(beside) / "made"
         made.mkdir()
         notes = form.make(source, made, type or next(iter(form.types), ""))
         files = {str(path.relative_to(made)): path.stat().st_size for path in sorted(made.rglob("*")) if path.is_file()}
         for path in [*made.rglob("*"), made]:
             fsync(path)
-        made.replace(out)
-    fsync(out.parent)
+        made.replace(place)
+    fsync(place.parent)
     return Converted(version, files, notes, form.load(out))
 
 
@@ -85,42 +85,36 @@ def find_checkpoint(registry: Registry, version: Version) -> Version:
 
     Every byte is verified. Raises UserError where it is not there, or was changed.
     """
-    if version.stage != EXPORT:
-        return registry.verify(version)
-    registry.verify(version)
-    _, *parents = registry.lineage(version)
-    if not parents:
-        raise UserError(
-            f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again"
-        )
-    return registry.checkpoints.verify(parents[0])
+    verified = registry.verify(version)
+    if not version.exported:
+        return verified
+    if checkpoint := registry.checkpoint_of(version):
+        return registry.verify(checkpoint)
+    raise UserError(f"{version}: the checkpoint that it was made from is not in MLflow any more; run its recipe again")
 
 
-def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Source:
-    from twinloop.tasks.agreement import greedy_exchanges
+def _open(project: Path, registry: Registry, version: Version, checkpoint: Version) -> Original:
+    from twinloop.evaluation.parity import greedy_exchanges
+    from twinloop.tasks.forms import NetworkForm
     from twinloop.training.weights import load_decoder
 
-    tokenizer = ChatTokenizer.load(checkpoint.path)
     network = load_decoder(checkpoint.path)
+    reference = NetworkForm("network", checkpoint.path, checkpoint.digest, network, threads=1)
     domain = load_served_domain(version, project).domain
-    room = network.config.max_position_embeddings - COMPARED_TOKENS
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in _prompts(project, version, domain)]
-    prompts = [prompt for prompt in prompts if len(prompt) <= room]
+    longest = network.config.max_position_embeddings - COMPARED_TOKENS
+    prompts = _prompts(project, version, domain)
+    prompts = [prompt for prompt in prompts if len(reference.tokenizer.encode_prompt(prompt)) <= longest]
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
-    limits = {"vocab_size": tokenizer.vocab_size, "stop_id": tokenizer.stop_id, "max_tokens": COMPARED_TOKENS}
 
-    def card(code: str) -> str:
-        return model_card(registry, version, code)
-
-    return Source(
+    return Original(
         version=version,
         checkpoint=checkpoint.path,
-        exported=version.path if version.stage == EXPORT else None,
-        tokenizer=tokenizer,
-        network=network,
-        exchanges=greedy_exchanges(network, prompts, **limits),
-        card=card,
+        exported=version.path if version.exported else None,
+        config=network.config,
+        reference=reference,
+        exchanges=greedy_exchanges(reference, prompts, COMPARED_TOKENS),
+        card=partial(model_card, registry, version),
     )
 
 

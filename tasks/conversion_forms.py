@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import normalize
 
 from twinloop.common.errors import UserError, one_line
+from twinloop.models.directory import ADAPTER, BASE
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.snapshot import Version
 
 if TYPE_CHECKING:
-    from twinloop.models.decoder import Decoder
+    from twinloop.evaluation.parity import Exchange, Logits
+    from twinloop.models.config import DecoderConfig
     from twinloop.models.gguf_writer import GGUFType
-    from twinloop.tasks.agreement import Exchange, Logits
+    from twinloop.tasks.forms import NetworkForm
 
 AWKWARD = "  Größe 你好 😀 don't\tIT'S\n\n 10234  7.5% (a_b) e\u0301 "
 """Text that tokenizers are apt to split differently."""
@@ -29,82 +34,87 @@ AWKWARD = "  Größe 你好 😀 don't\tIT'S\n\n 10234  7.5% (a_b) e\u0301 "
 ROUNDED_ALIKE = 0.97
 """Share of greedy tokens that weights of fewer bits must keep. Of SmolLM2-135M, Q8_0 keeps 99% and Q4_0 78%."""
 
-ADAPTER, BASE = "adapter", "base"
-
 
 @dataclass(frozen=True)
-class Source:
-    """What a form is made from. exported: what serves it, None for a checkpoint. card: for people, in Markdown."""
+class Original:
+    """What a form is made from. exported: what serves it, None for a checkpoint. reference: the trained network.
+    card: for people, in Markdown."""
 
     version: Version
     checkpoint: Path
     exported: Path | None
-    tokenizer: ChatTokenizer
-    network: Decoder
+    config: DecoderConfig
+    reference: NetworkForm
     exchanges: Sequence[Exchange]
-    card: Callable[[str], str]
+    card: Callable[..., str]
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self.reference.tokenizer
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """make(source, out, type): fill the directory `out`, read it back and compare; returns what to tell the user.
 
     types: of its weights, the default first; none where it has no choice. load(out): how it is loaded.
     """
 
-    make: Callable[[Source, Path, Any], list[str]]
+    make: Callable[[Original, Path, Any], list[str]]
     load: Callable[[Path], str]
     types: tuple[str, ...] = ()
 
 
-def _huggingface(source: Source, out: Path, type: str) -> list[str]:
+def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     import ml_dtypes
     import numpy as np
 
     from twinloop.models.directory import CONFIG, load_tensors, save_model
-    from twinloop.tasks.agreement import network_logits
+    from twinloop.tasks.forms import network_logits
     from twinloop.training.weights import load_decoder
 
     dtypes = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16)}
     dtype = dtypes[type]
     tensors = {name: array.astype(dtype) for name, array in load_tensors(source.checkpoint).items()}
-    save_model(out, source.network.config, tensors, source.tokenizer)
+    save_model(out, source.config, tensors, source.tokenizer)
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (out / "README.md").write_text(source.card(_CODE), encoding="utf-8")
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"
-        return [_agrees(source, network_logits(load_decoder(out)), how, at_least=alike)]
-    return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
+        return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
+    with _run_by("transformers", source):
+        return [_agrees(source, _transformers_logits(out), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
-def _gguf(source: Source, out: Path, type: GGUFType) -> list[str]:
-    from twinloop.models.decoder import Decoder
+def _gguf(source: Original, out: Path, type: GGUFType) -> list[str]:
     from twinloop.models.gguf_vocabulary import read_vocabulary
-    from twinloop.models.gguf_writer import read_weights, write_gguf
-    from twinloop.tasks.agreement import network_logits
-    from twinloop.training.weights import set_weights
+    from twinloop.models.gguf_writer import write_gguf
+    from twinloop.models.source import open_source
+    from twinloop.tasks.forms import gguf_network, network_logits
 
-    config = source.network.config
-    vocabulary = read_vocabulary(source.checkpoint, config.vocab_size)
-    if vocabulary.reading is None:
-        raise UserError(
-            f"{source.version}: llama.cpp cannot split text as its tokenizer does, and would read other tokens; a GGUF "
-            "file is written of a base with a tokenizer that llama.cpp knows, and --to huggingface or genai of this one"
-        )
+    vocabulary = read_vocabulary(source.checkpoint, source.config.vocab_size)
     path = out / f"{source.version.name}-{source.version.version}-{type}.gguf"
     name = f"{source.version.name} {source.version.version}"
     write_gguf(source.checkpoint, path, vocabulary, type=type, name=name)
-    read = Decoder(config).eval()
-    set_weights(read, read_weights(path, config), where=str(path))
+    read = open_source(path)
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
-    note = _agrees(source, network_logits(read), f"read back from {type}", at_least=alike)
+    note = _agrees(source, partial(network_logits, gguf_network(read)), f"read back from {type}", at_least=alike)
+    # llama.cpp normalises nothing, and our reader as the model's tokenizer does.
+    text, messages = normalize("NFC", AWKWARD), [{"role": "user", "content": "question"}]
+    tokenizer, ours = read.load_tokenizer(), source.tokenizer
+    if (
+        tokenizer.encode(text) != ours.encode(text)
+        or tokenizer.encode_prompt(messages) != ours.encode_prompt(messages)
+        or tokenizer.stop_ids != ours.stop_ids
+    ):
+        raise UserError(f"{source.version}: not handed over: the file's tokenizer has other tokens; report this")
     splitting = f"text becomes tokens as by llama.cpp's {vocabulary.reading.model}, {vocabulary.reading.pre}"
     return [note, splitting, *([vocabulary.note] if vocabulary.note else [])]
 
 
-def _genai(source: Source, out: Path, type: str) -> list[str]:
+def _genai(source: Original, out: Path, type: str) -> list[str]:
     from twinloop.models.genai import write_genai
 
     if source.exported is None:
@@ -112,15 +122,11 @@ def _genai(source: Source, out: Path, type: str) -> list[str]:
     _need("onnxruntime_genai", "onnxruntime-genai")
     write_genai(source.exported, out)
     prompts = [exchange.prompt for exchange in source.exchanges]
-    try:
+    with _run_by("onnxruntime-genai", source):
         return [_same_answers(source, source.exported, out, prompts), _genai_tokenizer(source, out)]
-    except UserError:
-        raise
-    except Exception as error:  # of its C++ code
-        raise UserError(f"{source.version}: onnxruntime-genai does not run it: {one_line(error)}") from error
 
 
-def _peft(source: Source, out: Path, type: str) -> list[str]:
+def _peft(source: Original, out: Path, type: str) -> list[str]:
     _need("transformers", "transformers")
     _need("peft", "peft")
     shutil.copytree(source.checkpoint / ADAPTER, out, dirs_exist_ok=True)
@@ -128,9 +134,10 @@ def _peft(source: Source, out: Path, type: str) -> list[str]:
     config = out / "adapter_config.json"
     content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    source.tokenizer.save(out, max_length=source.network.config.max_position_embeddings)
-    (out / "README.md").write_text(source.card(_PEFT_CODE), encoding="utf-8")
-    return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
+    source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
+    (out / "README.md").write_text(source.card(_PEFT_CODE, library="peft"), encoding="utf-8")
+    with _run_by("peft", source):
+        return [_agrees(source, _peft_logits(out), "in peft"), _same_ids(source, out)]
 
 
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,22 +161,23 @@ def _load_peft(out: Path) -> str:
     return f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{out / BASE}"), "{out}")'
 
 
-FORMS: Mapping[str, Form] = {
-    "huggingface": Form(_huggingface, _load_huggingface, ("f32", "bf16", "f16")),
-    "gguf": Form(_gguf, lambda out: f"llama-server --jinja -m {out}/*.gguf", ("f16", "f32", "bf16", "q8_0", "q4_0")),
-    "genai": Form(_genai, lambda out: f'onnxruntime_genai.Model("{out}")'),
-    "peft": Form(_peft, _load_peft),
+FORMATS: Mapping[str, Format] = {
+    "huggingface": Format(_huggingface, _load_huggingface, ("f32", "bf16", "f16")),
+    "gguf": Format(_gguf, lambda out: f"llama-server --jinja -m {out}/*.gguf", ("f16", "f32", "bf16", "q8_0", "q4_0")),
+    "genai": Format(_genai, lambda out: f'onnxruntime_genai.Model("{out}")'),
+    "peft": Format(_peft, _load_peft),
 }
 
 
 # --- compared -----------------------------------------------------------------------------------------------------
 
 
-def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
+def _agrees(source: Original, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
     """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's."""
-    from twinloop.tasks.agreement import agreement
+    from twinloop.evaluation.parity import compare_exchanges
 
-    found = agreement(source.network, logits, source.exchanges, vocab_size=source.tokenizer.vocab_size)
+    size = source.tokenizer.vocab_size
+    found = compare_exchanges(source.reference.logits, logits, source.exchanges, vocab_size=size, name=how)
     words = f"{found.alike} of {found.tokens} greedy tokens are the network's ({how})"
     if found.alike < at_least * found.tokens:
         advice = "choose a --type with more bits" if at_least < 1 else "report this"
@@ -177,7 +185,18 @@ def _agrees(source: Source, logits: Logits, how: str, *, at_least: float = 1.0) 
     return f"{words}, largest logit gap {found.logit_gap:.2g}"
 
 
-def _same_ids(source: Source, out: Path) -> str:
+@contextmanager
+def _run_by(library: str, source: Original) -> Iterator[None]:
+    """Whatever a library raises that we do not install is that it does not run this form."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source.version}: not handed over: {library} does not run it: {one_line(error)}") from error
+
+
+def _same_ids(source: Original, out: Path) -> str:
     """Whether `transformers` reads the texts and prompts as the same ids. Raises UserError where it does not."""
     from transformers import AutoTokenizer
 
@@ -196,7 +215,7 @@ def _need(module: str, package: str) -> None:
         raise UserError(f"export: this form is compared in {package} before it is handed over; install {package}")
 
 
-def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[list[int]]) -> str:
+def _same_answers(source: Original, exported: Path, out: Path, prompts: Sequence[list[int]]) -> str:
     """Raises UserError where genai's greedy tokens are not those of our engine with the same weights."""
     import numpy as np
     import onnxruntime_genai
@@ -207,8 +226,8 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
     engine = Engine.load(exported, slots=1)
     prompts = [prompt for prompt in prompts if len(prompt) < engine.max_length]
     longest = max(len(exchange.answer) for exchange in source.exchanges)
-    stop = source.tokenizer.stop_id
-    expected = engine.generate(prompts, SamplingParams(max_tokens=longest, stop=(stop,)))
+    stops = source.tokenizer.stop_ids
+    expected = engine.generate(prompts, SamplingParams(max_tokens=longest, stop=stops))
     model = onnxruntime_genai.Model(str(out))
     compared = 0
     for prompt, answer in zip(prompts, expected, strict=True):
@@ -219,7 +238,7 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
         while not generator.is_done():
             generator.generate_next_token()
         found = generator.get_sequence(0)[len(prompt) :].tolist()
-        if found != [token for token in answer.tokens if token != stop]:  # genai (0.18) keeps no stop token
+        if found != [token for token in answer.tokens if token not in stops]:  # genai (0.18) keeps no stop token
             raise UserError(
                 f"{source.version}: not handed over: onnxruntime-genai chooses other tokens than our engine"
             )
@@ -227,7 +246,7 @@ def _same_answers(source: Source, exported: Path, out: Path, prompts: Sequence[l
     return f"{compared} of {compared} greedy tokens are those of our engine (in onnxruntime-genai)"
 
 
-def _genai_tokenizer(source: Source, out: Path) -> str:
+def _genai_tokenizer(source: Original, out: Path) -> str:
     """What to tell of genai's own tokenizer. Raises UserError where it makes other tokens."""
     import onnxruntime_genai
 

@@ -12,12 +12,12 @@ from twinloop.evaluation.parity import Form
 from twinloop.models.adapter import read_adapter
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import ADAPTER, BASE, load_config, load_tensors, save_model
-from twinloop.models.source import open_source
+from twinloop.models.source import Source, open_source
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.training.adapters import bind_adapter
 from twinloop.training.sampler import BoundSampler
-from twinloop.training.weights import load_decoder, set_weights
+from twinloop.training.weights import set_weights
 
 
 class NetworkForm(Form):
@@ -39,17 +39,14 @@ class NetworkForm(Form):
         self._network, self._threads = network, threads
         self._proposer = proposer or network
 
-    @torch.no_grad()
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        tokens_BL = torch.tensor([list(tokens)])
-        hidden = self._network.hidden(tokens_BL, torch.arange(len(tokens))[None])
-        logits_LV: np.ndarray = self._network.logits(hidden)[0].float().numpy()
-        return logits_LV
+        return network_logits(self._network, tokens)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
         """The engine over the proposer's tensors proposes, and the network decides about every token: torch alone would
         read a whole answer again for each of its tokens."""
-        max_length = self._network.config.max_position_embeddings
+        most = self._network.config.max_position_embeddings
+        max_length = min(most, max(map(len, prompts)) + max_tokens)
         sampler = BoundSampler(
             self._proposer,
             max_length=max_length,
@@ -58,19 +55,19 @@ class NetworkForm(Form):
             threads=self._threads,
             vocab_size=self.tokenizer.vocab_size,
         )
-        room = [min(max_tokens, max_length - len(prompt)) for prompt in prompts]
+        available = [min(max_tokens, max_length - len(prompt)) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = list(range(len(prompts)))
         while unfinished:
-            longest = max(room[index] - len(answers[index]) for index in unfinished)
-            greedy = SamplingParams(max_tokens=longest, stop=(self.tokenizer.stop_id,))
+            longest = max(available[index] - len(answers[index]) for index in unfinished)
+            greedy = SamplingParams(max_tokens=longest, stop=self.tokenizer.stop_ids)
             texts = [[*prompts[index], *answers[index]] for index in unfinished]
             for index, text, proposed in zip(unfinished, texts, sampler.generate(texts, greedy, group=1), strict=True):
-                answers[index] += self._decided(text, proposed.tokens[: room[index] - len(answers[index])])
+                answers[index] += self._decided(text, proposed.tokens[: available[index] - len(answers[index])])
             unfinished = [
                 index
                 for index in unfinished
-                if answers[index][-1] != self.tokenizer.stop_id and len(answers[index]) < room[index]
+                if answers[index][-1] not in self.tokenizer.stop_ids and len(answers[index]) < available[index]
             ]
         return answers
 
@@ -82,6 +79,14 @@ class NetworkForm(Form):
         return list(chosen[: differs[0] + 1].tolist() if len(differs) else proposed)
 
 
+@torch.no_grad()
+def network_logits(network: Decoder, tokens: Sequence[int]) -> np.ndarray:
+    """float32 [L, V] of tokens [L], all at once."""
+    hidden = network.hidden(torch.tensor([list(tokens)]), torch.arange(len(tokens))[None])
+    logits_LV: np.ndarray = network.logits(hidden)[0].float().numpy()
+    return logits_LV
+
+
 def adapted_network(directory: Path) -> Decoder:
     """The base of an adapted model with the adapter beside it, as it was trained: nothing is merged."""
     network = Decoder(load_config(directory)).eval()
@@ -90,12 +95,18 @@ def adapted_network(directory: Path) -> Decoder:
     return network
 
 
-def read_gguf(path: Path, directory: Path) -> Decoder:
-    """The network of a GGUF file, whose tokenizer, template and special tokens are written to `directory`, as a model
-    directory has them. Raises UserError where its tokenizer or network cannot be read."""
+def describe_gguf(path: Path, directory: Path) -> Source:
+    """A GGUF file, whose configuration, tokenizer and template are written to `directory`, as a model directory has
+    them. Raises UserError where one of them cannot be read."""
     source = open_source(path)
-    save_model(directory, source.config, source.load_weights(), source.load_tokenizer())
-    return load_decoder(directory)
+    save_model(directory, source.config, {}, source.load_tokenizer())
+    return source
+
+
+def gguf_network(source: Source) -> Decoder:
+    network = Decoder(source.config).eval()
+    set_weights(network, source.load_weights(), where=str(source.path))
+    return network
 
 
 class ExportedForm(Form):
@@ -118,5 +129,5 @@ class ExportedForm(Form):
         return np.stack(steps)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
-        greedy = SamplingParams(max_tokens=max_tokens, stop=(self.tokenizer.stop_id,))
+        greedy = SamplingParams(max_tokens=max_tokens, stop=self.tokenizer.stop_ids)
         return [completion.tokens for completion in self._engine.generate(prompts, greedy)]

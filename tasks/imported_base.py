@@ -14,6 +14,7 @@ from twinloop.tasks.context import Context, Report
 
 def import_stage(context: Context, base: Base) -> Artifact:
     """A model directory with the source's weights, in its own float type or float32, its tokenizer and chat template.
+    An adapter is merged.
 
     Made again where a byte of the source has changed. Raises UserError where a registered version is not what it was.
     """
@@ -24,7 +25,7 @@ def import_stage(context: Context, base: Base) -> Artifact:
         from twinloop.models.directory import save_model
         from twinloop.models.source import open_source
 
-        read = open_source(source.path)
+        read = open_source(source.path, source.adapter)
         save_model(out, base.config, read.load_weights(), read.load_tokenizer())
         return {"parameters": base.config.num_parameters}
 

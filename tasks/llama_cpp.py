@@ -18,6 +18,7 @@ from typing import Any
 
 from twinloop.common.errors import UserError
 from twinloop.evaluation.parity import Form
+from twinloop.evaluation.parity_report import LLAMA_CPP
 
 SERVER = "llama-server"
 STARTS_WITHIN_S = 120.0
@@ -36,22 +37,25 @@ class LlamaCppForm(Form):
 
     def __init__(self, directory: Path, digest: str, server: str, path: Path, *, threads: int):
         """directory: the file's tokenizer as we read it. Raises UserError where the server does not start on it."""
-        super().__init__("llama.cpp", directory, digest)
+        super().__init__(LLAMA_CPP, directory, digest)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
         command = [server, "-m", str(path), "--host", "127.0.0.1", "--port", str(port), "--jinja", "-t", str(threads)]
-        self._process = subprocess.Popen(
-            [*command, "-np", "1", "-ngl", "0"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        self._wait()
+        no = subprocess.DEVNULL
+        try:
+            self._process = subprocess.Popen([*command, "-np", "1", "-ngl", "0"], stdin=no, stdout=no, stderr=no)
+        except OSError as error:
+            raise UserError(f"{server}: does not run ({error.strerror})") from None
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        self._process.terminate()
+        self._process.kill()  # it holds nothing that is worth an orderly end
         self._process.wait()
 
     def logits(self, tokens: Sequence[int]) -> None:
@@ -59,8 +63,8 @@ class LlamaCppForm(Form):
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """By its own template and tokenizer."""
-        text = self._post("/apply-template", messages=list(messages))["prompt"]
-        ids: list[int] = self._post("/tokenize", content=text, add_special=False, parse_special=True)["tokens"]
+        text = self._ask("/apply-template", "prompt", messages=list(messages))
+        ids: list[int] = self._ask("/tokenize", "tokens", content=text, add_special=False, parse_special=True)
         return ids
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -69,10 +73,9 @@ class LlamaCppForm(Form):
     def _answer(self, prompt: Sequence[int], max_tokens: int) -> list[int]:
         asked = {"n_predict": max_tokens, "temperature": 0.0, "return_tokens": True, "cache_prompt": False}
         found = self._post("/completion", prompt=list(prompt), **asked)
-        tokens: list[int] = found["tokens"]
-        stop = self.tokenizer.stop_id
-        ended = found.get("stop_type") == "eos" and tokens[-1:] != [stop]
-        return [*tokens, stop] if ended else tokens
+        tokens: list[int] = _field(found, "/completion", "tokens")
+        shown = bool(tokens) and tokens[-1] in self.tokenizer.stop_ids
+        return [*tokens, self.tokenizer.stop_id] if found.get("stop_type") == "eos" and not shown else tokens
 
     def _wait(self) -> None:
         until = time.monotonic() + STARTS_WITHIN_S
@@ -82,8 +85,10 @@ class LlamaCppForm(Form):
                     return
             except OSError:  # it does not listen yet, or loads
                 time.sleep(0.1)
-        self._process.kill()
-        raise UserError(f"{SERVER} does not start on the GGUF file; try it by hand on what `twinloop export` writes")
+        raise UserError(f"{SERVER} does not start on the GGUF file; try it yourself on what `twinloop export` writes")
+
+    def _ask(self, path: str, field: str, **body: Any) -> Any:
+        return _field(self._post(path, **body), path, field)
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         request = urllib.request.Request(
@@ -95,3 +100,9 @@ class LlamaCppForm(Form):
         except (OSError, ValueError) as error:
             raise UserError(f"{SERVER}{path}: {error}") from error
         return content
+
+
+def _field(answer: Mapping[str, Any], path: str, field: str) -> Any:
+    if field not in answer:
+        raise UserError(f"{SERVER}{path}: its answer has no {field}; take a newer llama.cpp")
+    return answer[field]

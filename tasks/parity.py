@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 from prefect import task
 
 from twinloop.common.errors import UserError
-from twinloop.evaluation.parity_report import FORMS
+from twinloop.common.files import file_digest
+from twinloop.evaluation.parity_report import FORMS, LLAMA_CPP
 from twinloop.models.config import Precision
-from twinloop.registry.artifact import Artifact, content_digest, file_digest
+from twinloop.registry.artifact import Artifact, content_digest
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
@@ -74,13 +75,17 @@ def parity_stage(
 
     Raises UserError for a name that no form has.
     """
+    from twinloop.tasks.llama_cpp import SERVER
+
     names = in_order(forms)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         import torch
 
         torch.set_num_threads(runtime.threads)
-        found = compare_forms(context, settings, runtime, data=data, release=release, forms=names, report=report)
+        found = compare_forms(
+            context, settings, runtime, data=data, release=release, forms=names, report=report, scratch=keep
+        )
         (out / PARITY_REPORT).write_text(found.to_json())
         return {"compared_cases": len(found.cases), "compared_forms": len(found.forms), **found.metrics()}
 
@@ -93,7 +98,7 @@ def parity_stage(
             "cases": COMPARED_CASES,
             "max_new_tokens": settings.max_new_tokens,
             "threads": runtime.threads,
-            "llama_cpp": shutil.which("llama-server") or "",
+            **({"llama_cpp": shutil.which(SERVER) or ""} if LLAMA_CPP in names else {}),
         },
         inputs={"data": data} | {n: each if isinstance(each, Artifact) else each.digest for n, each in stored.items()},
         modules=("twinloop.tasks.parity", "twinloop.tasks.forms", "twinloop.tasks.llama_cpp"),
@@ -113,8 +118,12 @@ def compare_forms(
     release: Release,
     forms: Iterable[str],
     report: Report | None = None,
+    scratch: Path | None = None,
 ) -> ParityReport:
-    """Compare now. A form that cannot be made or read is missing, with the reason."""
+    """Compare now. A form that cannot be made or read is missing, with the reason.
+
+    scratch: where what is made only to be compared lies meanwhile, by default in the system's temporary folder.
+    """
     from twinloop.evaluation.cases import read_cases
     from twinloop.evaluation.parity import Reference, cases_digest
     from twinloop.evaluation.parity_report import ParityReport
@@ -125,7 +134,7 @@ def compare_forms(
     cases = read_cases(records, context.domain)
     if not cases:
         raise UserError("cases: there are none to compare forms on; add some to the data")
-    with tempfile.TemporaryDirectory(prefix="twinloop-forms-") as folder:
+    with tempfile.TemporaryDirectory(prefix="forms-", dir=scratch) as folder:
         makers = _Makers(release, Path(folder), runtime.threads)
         reference = Reference(makers.make(REFERENCE), cases, context.domain, settings.max_new_tokens)
         found, missing = [reference.parity()], {}
@@ -137,7 +146,7 @@ def compare_forms(
                 with closing(makers.make(name)) as form:
                     found.append(reference.compare(form))
             except UserError as error:
-                missing[name] = str(error).replace(folder, name)
+                missing[name] = str(error).replace(folder, name).replace(f"{context.project}/", "")
     return ParityReport(
         cases=tuple(case.case_id for case in cases),
         cases_digest=cases_digest(cases),
@@ -161,7 +170,7 @@ class _Makers:
             REFERENCE: self._network,
             "merged": self._merged,
             "gguf": self._gguf,
-            "llama.cpp": self._llama_cpp,
+            LLAMA_CPP: self._llama_cpp,
         }
         by_name |= {precision: lambda each=precision: self._exported(each) for precision in get_args(Precision)}
         return by_name[name]()
@@ -187,18 +196,19 @@ class _Makers:
         return NetworkForm("merged", model.path, model.digest, load_decoder(model.path), threads=self.threads)
 
     def _gguf(self) -> Form:
-        from twinloop.tasks.forms import NetworkForm, read_gguf
+        from twinloop.tasks.forms import NetworkForm, describe_gguf, gguf_network
 
         path, directory = self._gguf_file(), self.folder / "gguf"
-        return NetworkForm("gguf", directory, file_digest(path), read_gguf(path, directory), threads=self.threads)
+        network = gguf_network(describe_gguf(path, directory))
+        return NetworkForm("gguf", directory, file_digest(path), network, threads=self.threads)
 
     def _llama_cpp(self) -> Form:
-        from twinloop.tasks.forms import read_gguf
+        from twinloop.tasks.forms import describe_gguf
         from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
 
         server = find_server()
         path, directory = self._gguf_file(), self.folder / "gguf"
-        read_gguf(path, directory)
+        describe_gguf(path, directory)
         return LlamaCppForm(directory, file_digest(path), server, path, threads=self.threads)
 
     def _gguf_file(self) -> Path:
@@ -210,8 +220,6 @@ class _Makers:
         path, model = self.folder / "model.gguf", self.release.model.path
         if not path.exists():
             vocabulary = read_vocabulary(model, load_config(model).vocab_size)
-            if vocabulary.reading is None:
-                raise UserError("llama.cpp cannot split text as this tokenizer does, and would read other tokens")
             write_gguf(model, path, vocabulary, type="f16", name="compared")
         return path
 

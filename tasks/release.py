@@ -42,14 +42,14 @@ def release_of(registry: Registry, version: Version) -> Release | None:
 
     Raises UserError where one of them is not what was registered.
     """
-    chain = registry.lineage(version)
-    if len(chain) < 2:
+    checkpoint = registry.checkpoint_of(version)
+    if checkpoint is None:
         return None
     exported = {precision_of(version): registry.verify(version)}
     for other in registry.checkpoints.snapshot().versions.values():
-        if other.stage == version.stage and other.parent == version.parent:
+        if other.exported and other.parent == version.parent:
             exported.setdefault(precision_of(other), registry.verify(other))
-    return Release(registry.verify(chain[1]), exported)
+    return Release(registry.verify(checkpoint), exported)
 
 
 def precision_of(version: Version) -> Precision:

@@ -52,7 +52,7 @@ def _gguf_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": metadata.get("attention.sliding_window"), "query_pre_attn_scalar": scalar}
 
 
-def _gguf_refusal(config: DecoderConfig) -> str | None:
+def _gguf_unsupported(config: DecoderConfig) -> str | None:
     """llama.cpp fixes in its code what a config.json may vary."""
     if [window is not None for window in config.windows] != _sliding(config.num_hidden_layers, 6):
         return "llama.cpp knows a gemma3 only with every sixth layer without a window"
@@ -77,7 +77,7 @@ GGUF = GGUFForm(
     },
     own_metadata=lambda config: {"attention.sliding_window": next(window for window in config.windows if window)},
     own_fields=_gguf_fields,
-    refusal=_gguf_refusal,
+    unsupported=_gguf_unsupported,
 )
 
 

@@ -19,7 +19,7 @@ DEFAULTS = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-GGUF = GGUFForm("qwen2", refusal=differs_or_llama3)
+GGUF = GGUFForm("qwen2", unsupported=differs_or_llama3)
 
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:

@@ -21,11 +21,11 @@ DEFAULTS = {
 }
 
 
-def _gguf_refusal(config: DecoderConfig) -> str | None:
+def _gguf_unsupported(config: DecoderConfig) -> str | None:
     return "llama.cpp has no biases in a qwen3" if config.attention_bias else differs_or_llama3(config)
 
 
-GGUF = GGUFForm("qwen3", refusal=_gguf_refusal)
+GGUF = GGUFForm("qwen3", unsupported=_gguf_unsupported)
 
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:

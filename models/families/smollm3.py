@@ -24,13 +24,13 @@ DEFAULTS = {
 }
 
 
-def _refusal(config: DecoderConfig) -> str | None:
+def _unsupported(config: DecoderConfig) -> str | None:
     if config.rotary_layers != tuple((index + 1) % 4 != 0 for index in range(config.num_hidden_layers)):
         return "llama.cpp knows a smollm3 only with every fourth layer without rotary positions"
     return differs_or_llama3(config)
 
 
-GGUF = GGUFForm("smollm3", permuted=True, refusal=_refusal)
+GGUF = GGUFForm("smollm3", permuted=True, unsupported=_unsupported)
 
 
 def read(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from twinloop.common.errors import UserError
 from twinloop.common.modules import modules_in
 from twinloop.models.config import DecoderConfig
 from twinloop.models.family import find_family, find_gguf_family, read_config, write_config
+from twinloop.models.gguf_file import GGUFFile
 from twinloop.models.gguf_form import GGUFForm
 from twinloop.training.weights import get_weights, load_decoder
 
@@ -81,8 +82,8 @@ def test_transformers_reads_what_the_form_writes(family, tmp_path):
     tokens = torch.randint(3, VOCABULARY, (1, 30), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits, atol=1e-4, rtol=0)
     form = form_of(ours.config)
-    stored = gguf.GGUFReader(tmp_path / file).fields.items()
-    metadata = {key.removeprefix(f"{form.architecture}."): field.contents() for key, field in stored}
+    stored = GGUFFile(tmp_path / file).metadata.items()
+    metadata = {key.removeprefix(f"{form.architecture}."): value for key, value in stored}
     written = write_config(ours.config)
     assert form.fields(metadata) == {name: written[name] for name in form.fields(metadata)}
 

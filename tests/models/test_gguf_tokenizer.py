@@ -178,8 +178,15 @@ def test_ids_of_a_trained_tokenizer_come_back(tmp_path: Path) -> None:
 
 
 def test_a_chat_stops_at_the_end_of_a_turn_where_the_file_names_one(tmp_path: Path) -> None:
-    named = vocabulary(TOKENIZER) | {"tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.eot_token_id": TOKENIZER.stop_id}
-    assert open_source(write(tmp_path, named)).config.eos_token_id == TOKENIZER.stop_id
+    named = vocabulary(TOKENIZER) | {
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.eot_token_id": TOKENIZER.stop_id,
+        "tokenizer.ggml.eom_token_id": 3,
+    }
+    source = open_source(write(tmp_path, named))
+    assert source.config.eos_token_id == TOKENIZER.stop_id
+    tokenizer = source.load_tokenizer()
+    assert (tokenizer.eos_id, tokenizer.stop_ids) == (1, (TOKENIZER.stop_id, 1, 3))
 
 
 def test_a_sentencepiece_file_is_a_base(tmp_path: Path, llama: dict[str, Any]) -> None:

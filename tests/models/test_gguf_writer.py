@@ -14,8 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
-from twinloop.models.gguf_vocabulary import UNKNOWN_PRE, Reading, find_reading, read_vocabulary
-from twinloop.models.gguf_writer import read_weights, write_gguf
+from twinloop.models.gguf_file import GGUFFile
+from twinloop.models.gguf_model import load_network
+from twinloop.models.gguf_vocabulary import Reading, find_reading, read_vocabulary
+from twinloop.models.gguf_writer import write_gguf
+from twinloop.models.source import open_source
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.training.weights import set_weights
 
@@ -75,7 +78,7 @@ def test_transformers_reads_the_same_tokenizer(tmp_path: Path) -> None:
 def test_other_types_are_the_weights_within_their_rounding(tmp_path: Path, type: str, bits: int) -> None:
     network, path = written(tmp_path, type)
     config = network.config
-    read = read_weights(path, config)
+    read = load_network(GGUFFile(path), config)
     for name, tensor in network.state_dict().items():
         # A scale is shared by 32 neighbours; the embedding keeps 8 bits beside layers of 4.
         blocks = tensor.numpy().reshape(-1, 32)
@@ -144,13 +147,10 @@ def test_a_splitting_that_llama_cpp_knows_has_its_name(tmp_path: Path, name: str
         assert find_reading(content | {"pre_tokenizer": sequence}) is None
 
 
-def test_our_own_splitting_has_no_name_and_the_file_one_that_llama_cpp_refuses(tmp_path: Path) -> None:
-    tokenizer = train_tokenizer(TEXTS, 300)
-    network = make_model(tmp_path / "model", tokenizer)
-    vocabulary = read_vocabulary(tmp_path / "model", network.config.vocab_size)
-    assert vocabulary.reading is None
-    write_gguf(tmp_path / "model", tmp_path / "model.gguf", vocabulary, type="f32", name="small")
-    assert fields(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == UNKNOWN_PRE
+def test_our_own_splitting_is_refused(tmp_path: Path) -> None:
+    network = make_model(tmp_path / "model", train_tokenizer(TEXTS, 300))
+    with pytest.raises(UserError, match=r"llama\.cpp cannot split text as this tokenizer does"):
+        read_vocabulary(tmp_path / "model", network.config.vocab_size)
 
 
 def test_what_a_file_cannot_hold_is_refused_in_one_line(tmp_path: Path) -> None:
@@ -166,12 +166,29 @@ def test_what_a_file_cannot_hold_is_refused_in_one_line(tmp_path: Path) -> None:
         read_vocabulary(tmp_path / "model", 300)
 
 
-def test_a_template_in_a_file_of_its_own_is_written_too(tmp_path: Path) -> None:
+def test_every_stop_token_comes_back(tmp_path: Path) -> None:
+    network, _ = written(tmp_path)
+    ours, folder = known_tokenizer(), tmp_path / "model"
+    others = sorted(ours.special_ids - {ours.stop_id})[:1]
+    stops = json.dumps({"eos_token_id": [ours.stop_id, *others]})
+    (folder / "generation_config.json").write_text(stops)
+    vocabulary = read_vocabulary(folder, network.config.vocab_size)
+    write_gguf(folder, tmp_path / "model.gguf", vocabulary, type="f16", name="small")
+    read = open_source(tmp_path / "model.gguf").load_tokenizer()
+    assert read.stop_ids == ChatTokenizer.load(folder).stop_ids == (ours.stop_id, *others)
+    assert read.eos_id == ChatTokenizer.load(folder).eos_id
+
+
+def test_templates_in_files_of_their_own_are_written_and_read_too(tmp_path: Path) -> None:
     network, _ = written(tmp_path)
     folder = tmp_path / "model"
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "chat_template.jinja").write_text(settings.pop("chat_template"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     vocabulary = read_vocabulary(folder, network.config.vocab_size)
-    assert vocabulary.chat_template == (folder / "chat_template.jinja").read_text()
+    assert vocabulary.chat_templates["default"] == (folder / "chat_template.jinja").read_text()
     assert ChatTokenizer.load(folder).encode_prompt(CONVERSATION) == known_tokenizer().encode_prompt(CONVERSATION)
+    write_gguf(folder, tmp_path / "model.gguf", vocabulary, type="f16", name="small")
+    assert open_source(tmp_path / "model.gguf").load_tokenizer().chat_templates == vocabulary.chat_templates

@@ -154,6 +154,7 @@ def saved(tmp_path, base):
         ({"r": 8}, "has rank 4, adapter_config.json says 8"),
         ({"lora_alpha": None}, "lora_alpha is None; it must be a number more than 0"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern.q_proj is 'x'"),
+        ({"rank_pattern": [4]}, r"rank_pattern is \[4\], not an object with numbers by layer"),
         ({"alpha_pattern": {"(": 1}}, r"alpha_pattern: '\(' is not a pattern"),
     ],
 )

@@ -15,8 +15,10 @@ from gguf_files import SIZES, TOKENIZER
 from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
-from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.models.adapter import Adapter, read_adapter, save_adapter
+from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.source import open_source
+from twinloop.models.tokenizer import CHAT_TEMPLATE
 from twinloop.training.weights import load_decoder
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -104,6 +106,61 @@ def test_what_transformers_wrote_beside_the_weights_is_left_out(tmp_path: Path) 
     assert set(open_source(tmp_path).load_weights()) == wanted
 
 
+def test_the_digest_follows_what_older_and_newer_exporters_keep_beside_the_settings(small: Path) -> None:
+    before = open_source(small).digest()
+    (small / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<|end|>"}))
+    named = open_source(small).digest()
+    (small / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    default = open_source(small).digest()
+    (small / "additional_chat_templates").mkdir()
+    (small / "additional_chat_templates" / "tool_use.jinja").write_text(CHAT_TEMPLATE)
+    assert len({before, named, default, open_source(small).digest()}) == 4
+    rewrite(small, "tokenizer_config.json", added_tokens_decoder={})
+    without = open_source(small).digest()  # the map of an old exporter is not read any more
+    (small / "special_tokens_map.json").unlink()
+    assert open_source(small).digest() == without
+
+
+def changing(name: str) -> Adapter:
+    """An adapter of rank 2 of one layer of the small model."""
+    a, b = np.full((2, 64), 0.5, np.float32), np.full((64, 2), 0.25, np.float32)
+    return Adapter({name: (a, b)}, alpha=4.0)
+
+
+def test_an_adapter_is_merged_and_counts_in_the_digest(small: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    save_adapter(tmp_path / "adapter", changing(name), base=str(small))
+    alone, source = open_source(small), open_source(small, tmp_path / "adapter")
+    assert source.form == f"{alone.form} with an adapter of rank 2"
+    weights, before = source.load_weights(), alone.load_weights()
+    assert {each for each in weights if (weights[each] != before[each]).any()} == {f"{name}.weight"}
+    np.testing.assert_allclose(weights[f"{name}.weight"] - before[f"{name}.weight"], 0.5, rtol=1e-5)
+    digest = source.digest()
+    assert digest != alone.digest()
+    save_adapter(tmp_path / "adapter", changing("model.layers.1.self_attn.q_proj"), base=str(small))
+    assert open_source(small, tmp_path / "adapter").digest() != digest
+
+
+def test_an_adapted_model_directory_is_a_base(tmp_path: Path, small: Path) -> None:
+    source = open_source(small)
+    save_model(tmp_path / "whole", source.config, source.load_weights(), source.load_tokenizer())
+    adapter = changing("model.layers.0.self_attn.o_proj")
+    save_adapted(tmp_path / "adapted", tmp_path / "whole", adapter, skip="manifest.json")
+    found = open_source(tmp_path / "adapted")
+    expected = load_tensors(tmp_path / "adapted")
+    assert all((array == expected[name]).all() for name, array in found.load_weights().items())
+    assert found.load_tokenizer().encode("the order") == TOKENIZER.encode("the order")
+    assert read_adapter(tmp_path / "adapted" / "adapter", found.config).ranks == adapter.ranks
+
+
+def test_an_adapter_of_another_base_is_refused(small: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "adapter", changing("model.layers.9.self_attn.q_proj"), base="org/other")
+    with pytest.raises(UserError, match=r"layers\.9\.self_attn\.q_proj is no linear layer of the base; .* another one"):
+        open_source(small, tmp_path / "adapter")
+    with pytest.raises(UserError, match="no such file; an adapter holds"):
+        open_source(small, tmp_path / "gone")
+
+
 def rewrite(folder: Path, name: str, **changes: Any) -> None:
     path = folder / name
     fields = json.loads(path.read_text()) | changes
@@ -148,6 +205,11 @@ BROKEN = {
     "a shard with no header": (
         lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(b"\xff" * 99), "longer than the file",
     ),
+    "a shard with a header of other things": (
+        lambda at: (at / "model-00001-of-00004.safetensors").write_bytes(
+            b"\x3a" + bytes(7) + b'{"a": {"dtype": [], "shape": 3, "data_offsets": [0, "x"]}}'
+        ), "not a safetensors file, or cut off",
+    ),
     "a shard missing": (lambda at: (at / "model-00003-of-00004.safetensors").unlink(), "no weights to read here"),
     "a tensor missing": (
         lambda at: change_tensors(at, lambda t: t.pop(max(t))), "has shape none, config.json wants (",
@@ -165,7 +227,7 @@ BROKEN = {
         "weights of type F8_E4M3 are not read; convert them to bf16",
     ),
     "pickled weights": (pickle_only, "pytorch_model.bin is pickled, which can run any code when it is read"),
-    "an adapter": (adapter, "an adapter, not a model; name its base (org/base-1B) here, and the adapter in `lora:`"),
+    "an adapter": (adapter, "an adapter, not a model; name its base (org/base-1B) here, and beside it `adapter: "),
     "quantised weights": (
         lambda at: rewrite(at, "config.json", quantization_config={"quant_method": "gptq"}), "a quantised checkpoint",
     ),

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.loader import load_domain
+from twinloop.models.adapter import Adapter, save_adapter
 from twinloop.models.config import DecoderConfig
-from twinloop.models.directory import load_config, load_tensors, save_model
+from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.family import write_config
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import Artifact
@@ -154,7 +156,8 @@ def test_a_mistake_names_the_key_and_what_is_allowed(tmp_path: Path, base: Any, 
 
 def test_a_recipe_is_read_where_its_base_is_not_here(tmp_path: Path) -> None:
     """So that a served model does not depend on the directory that it once started from."""
-    assert recipe(tmp_path, {"path": "models/gone"}).plain()["base"] == {"path": "models/gone", "max_length": None}
+    plain = recipe(tmp_path, {"path": "models/gone"}).plain()["base"]
+    assert plain == {"path": "models/gone", "adapter": None, "max_length": None}
 
 
 @pytest.mark.parametrize(
@@ -231,6 +234,40 @@ def test_the_base_is_a_model_directory_and_made_again_where_a_byte_has_changed(c
     changed = imported(max_length=1000)
     assert not changed.reused
     assert changed.digest != first.digest
+
+
+def test_an_adapter_of_the_base_is_merged_into_it(context: Context, model: Path) -> None:
+    """Whether PEFT's form lies beside a directory, or the registered checkpoint was trained with `lora`."""
+    name = "model.layers.0.mlp.up_proj"
+    factors = np.ones((2, 32), np.float32), np.ones((64, 2), np.float32)
+    save_adapter(context.project / "models/adapter", Adapter({name: factors}, alpha=2.0), base="../small")
+    named = {"path": "models/small", "adapter": "models/adapter"}
+    base = resolve_base(recipe(context.project, named), context.project)
+    made = import_stage(context, base)
+    expected, found = load_tensors(model), load_tensors(made.path)
+    expected[f"{name}.weight"] = expected[f"{name}.weight"] + 2
+    assert all((found[each] == array).all() for each, array in expected.items())
+    text = "models/small, models/adapter (18,016 parameters, fp32 with an adapter of rank 2, mit)"
+    assert base.tags(made)["base"] == text
+
+    def train(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        save_adapted(out, made.path, Adapter({name: factors}, alpha=6.0), skip="manifest.json")
+        return {}
+
+    def export(out: Path, keep: Path, report: Report) -> dict[str, Any]:
+        (out / "model.onnx").write_text("another graph")
+        return {"precision": "fp32"}
+
+    modules = ("twinloop.records.validated",)
+    checkpoint = context.run("grpo", train, settings={}, inputs={"model": made}, modules=modules)
+    exported = context.run("export", export, settings={}, inputs={"model": checkpoint}, modules=modules)
+    data = context.run("validate", lambda *_: {"rows": 10.0}, settings={}, inputs={}, modules=modules)
+    version = register_stage(context, Made([checkpoint], [], exported, base.tags(made), base.parent), data=data)
+    further = resolve_base(recipe(context.project, {"version": version.version}), context.project)
+    assert str(further.parent) == "tiny-checkpoints/2"
+    expected[f"{name}.weight"] = expected[f"{name}.weight"] + 6
+    found = load_tensors(import_stage(context, further).path)
+    assert all((found[each] == array).all() for each, array in expected.items())
 
 
 def test_what_was_made_names_its_base(context: Context) -> None:

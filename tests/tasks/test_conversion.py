@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,11 @@ from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
 from twinloop.models import gguf_form
-from twinloop.models.directory import load_config, save_model
+from twinloop.models.adapter import read_adapter
+from twinloop.models.directory import load_config, save_adapted
 from twinloop.models.exported import export_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
-from twinloop.registry.artifact import ArtifactStore
+from twinloop.registry.artifact import MANIFEST, ArtifactStore
 from twinloop.registry.snapshot import VersionName
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Lineage, Registry
@@ -27,6 +30,7 @@ from twinloop.tasks import conversion_forms
 from twinloop.tasks.conversion import convert_version
 from twinloop.training.weights import load_decoder
 
+EOS = "tokenizer.ggml.eos_token_id"
 OWN, KNOWN = "1", "candidate"
 """Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
 
@@ -54,21 +58,21 @@ def register(project: Path, registry: Registry, make: Callable[[Path], object]) 
 
 
 def make_adapted(out: Path) -> None:
-    """A base in `base/`, an adapter on it in `adapter/`, and the two merged beside them."""
+    """A checkpoint of a stage with `lora`, its adapter trained in `peft`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    make_model(out / "base", known_tokenizer())
-    base = AutoModelForCausalLM.from_pretrained(out / "base", dtype=torch.float32)
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    adapted.save_pretrained(out / "adapter")
-    merged = adapted.merge_and_unload().state_dict()
-    weights = {name: tensor.numpy() for name, tensor in merged.items()}
-    save_model(out, load_config(out / "base"), weights, known_tokenizer())
+    with tempfile.TemporaryDirectory() as folder:
+        whole, adapter = Path(folder) / "whole", Path(folder) / "adapter"
+        make_model(whole, known_tokenizer())
+        base = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
+        adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        adapted.save_pretrained(adapter)
+        save_adapted(out, whole, read_adapter(adapter, load_config(whole)), skip=MANIFEST)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         registry = Registry(Mlruns(folder / "mlruns"), "small")
         register(folder, registry, lambda out: make_model(out, train_tokenizer(TEXTS, 300)))
         register(folder, registry, lambda out: make_model(out, known_tokenizer()))
+        registry.tag(registry.version(1), {"base_license": "mit"})
         yield SimpleNamespace(folder=folder, registry=registry)
 
 
@@ -106,7 +111,8 @@ def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp
         done.files
     )
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\npipeline_tag: text-generation\n")
+    assert card.startswith("---\npipeline_tag: text-generation\nlibrary_name: transformers\n")
+    assert ("\nlicense: mit\n---" in card) == (name == OWN)
     assert f"# small version {done.version.version}" in card
     assert "`small-checkpoints/" in card
     assert "| recipe | `small.yaml` |" in card  # no folder of the machine
@@ -133,7 +139,7 @@ def test_a_gguf_file_is_written_of_a_tokenizer_that_llama_cpp_knows(project: Sim
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="small-2-f32.gguf", dtype=torch.float32)
     weights = dict(theirs.state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in network.state_dict().items())
-    with pytest.raises(UserError, match=r"small version 1: llama\.cpp cannot split text as its tokenizer does"):
+    with pytest.raises(UserError, match=r"llama\.cpp cannot split text as this tokenizer does"):
         convert(project, OWN, "gguf", tmp_path / "own")
     assert not (tmp_path / "own").exists()
 
@@ -204,8 +210,17 @@ def test_a_folder_in_use_is_left_alone(project: SimpleNamespace, tmp_path: Path)
 def test_a_form_that_answers_differently_is_not_handed_over(
     project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_form.GGUFTensor, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
+    monkeypatch.setattr(gguf_form.GGUFLayout, "to_gguf", lambda tensor, values: values)  # rows in the wrong order
     with pytest.raises(UserError, match=r"small version 2: not handed over: only \d+ of \d+ greedy tokens"):
+        convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gguf_file_that_ends_answers_otherwise_is_not_handed_over(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf.GGUFWriter, "add_eos_token_id", lambda writer, id: writer.add_uint32(EOS, id - 1))
+    with pytest.raises(UserError, match="small version 2: not handed over: the file's tokenizer has other tokens"):
         convert(project, KNOWN, "gguf", tmp_path / "out", type="f32")
     assert list(tmp_path.iterdir()) == []
 
@@ -218,6 +233,18 @@ def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_w
     assert "are the network's (read back here; transformers is not installed)" in done.notes[0]
     with pytest.raises(UserError, match=r"is compared in onnxruntime-genai before .* install onnxruntime-genai"):
         convert(project, KNOWN, "genai", tmp_path / "genai")
+
+
+def test_what_another_library_raises_is_one_line(
+    project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(out: Path) -> Any:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(conversion_forms, "_transformers_model", broken)
+    with pytest.raises(UserError, match=r"not handed over: transformers does not run it: .*first") as e:
+        convert(project, KNOWN, "huggingface", tmp_path / "out")
+    assert "\n" not in str(e.value)
 
 
 def test_a_version_whose_checkpoint_is_gone_is_refused(project: SimpleNamespace, tmp_path: Path) -> None:

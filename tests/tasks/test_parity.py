@@ -22,7 +22,7 @@ from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import linear_layers
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
-from twinloop.models.gguf_form import GGUFTensor
+from twinloop.models.gguf_form import GGUFLayout
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.registry.tracking import CodeVersion
@@ -385,7 +385,7 @@ def test_a_gguf_file_is_read_back_by_our_own_reader(
     assert gguf.logit_gap is not None
     assert gguf.logit_gap < 0.1  # its matrices are float16
     assert "no adapter to merge" in found.missing["merged"]
-    monkeypatch.setattr(GGUFTensor, "from_gguf", lambda self, values: values)
+    monkeypatch.setattr(GGUFLayout, "from_gguf", lambda self, values: values)
     fault = compare_forms(context, SETTINGS, RUNTIME, data=data, release=release, forms=["gguf"])
     assert (fault.forms[1].logit_gap or 0) > 10 * gguf.logit_gap
     own = Release(model, {})

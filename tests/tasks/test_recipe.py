@@ -55,10 +55,9 @@ def test_all_linear_is_every_layer_and_the_default(tmp_path: Path) -> None:
 
 def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
     lora = {"lora": {"rank": 2, "targets": ["q_proj"]}}
-    sizes = [
-        run_bytes(load_recipe(write(tmp_path, fields(**dict.fromkeys(methods, lora)))), tmp_path)
-        for methods in ((), ("dpo",), ("sft", "dpo", "grpo"))
-    ]
+    adapted = ((), ("dpo",), ("sft", "dpo", "grpo"))
+    recipes = [load_recipe(write(tmp_path, fields(**dict.fromkeys(methods, lora)))) for methods in adapted]
+    sizes = [run_bytes(recipe, recipe.base.decoder_config(512), tmp_path) for recipe in recipes]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 3
 

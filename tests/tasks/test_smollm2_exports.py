@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+from twinloop.evaluation.parity import compare_exchanges, greedy_exchanges
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import load_config, save_model
 from twinloop.models.exported import export_model
 from twinloop.models.genai import write_genai
+from twinloop.models.gguf_file import GGUFFile
+from twinloop.models.gguf_model import load_network
 from twinloop.models.gguf_vocabulary import Reading, read_vocabulary
-from twinloop.models.gguf_writer import read_weights, write_gguf
+from twinloop.models.gguf_writer import write_gguf
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.tasks.agreement import agreement, greedy_exchanges, network_logits
 from twinloop.tasks.conversion_forms import ROUNDED_ALIKE
+from twinloop.tasks.forms import NetworkForm, network_logits
 from twinloop.training.weights import load_decoder, set_weights
 
 pytestmark = [
@@ -64,10 +68,14 @@ def test_a_gguf_file_gives_the_same_greedy_tokens(smollm2: Path, tmp_path: Path,
     )  # transformers does not keep `smollm`; no merge of it crosses a digit
     write_gguf(smollm2, tmp_path / "out.gguf", vocabulary, type=type, name="smollm2")  # type: ignore[arg-type]
     read = Decoder(network.config).eval()
-    set_weights(read, read_weights(tmp_path / "out.gguf", network.config), where="out.gguf")
+    set_weights(read, load_network(GGUFFile(tmp_path / "out.gguf"), network.config), where="out.gguf")
     size = tokenizer.vocab_size
-    exchanges = greedy_exchanges(network, prompts(tokenizer), vocab_size=size, stop_id=tokenizer.stop_id, max_tokens=16)
-    found = agreement(network, network_logits(read), exchanges, vocab_size=size)
+    reference = NetworkForm("network", smollm2, "", network, threads=1)
+    asked = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    exchanges = greedy_exchanges(reference, asked, 16)
+    found = compare_exchanges(
+        reference.logits, partial(network_logits, read), exchanges, vocab_size=size, name="read back"
+    )
     assert found.alike >= share * found.tokens, found
     assert type != "f32" or found.logit_gap == 0
 
