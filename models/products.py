@@ -44,7 +44,7 @@ def products_in_use() -> Products:
 
 
 def backward_dtype(device: torch.device) -> torch.dtype:
-    """What factors are rounded to where precision matters least: in the backward pass, and in Muon's iterations."""
+    """What factors are rounded to in the backward pass, where precision matters least."""
     return torch.bfloat16 if device.type == "cuda" or _chosen.backward == "bfloat16" else torch.float32
 
 

@@ -22,7 +22,7 @@ from twinloop.models.products import products_in_use
 from twinloop.training import checkpoint
 from twinloop.training.adapters import adapter_form, trained_tensors
 from twinloop.training.checkpoint import Checkpoint
-from twinloop.training.heap import return_free_memory
+from twinloop.training.heap import keep_free_memory, return_free_memory
 from twinloop.training.objectives import Objective, join_metrics
 from twinloop.training.optim import Optimizer, build_optimizer, learning_rate_at
 from twinloop.training.reproducible import reproducible
@@ -114,6 +114,8 @@ def run_training(
     """
     target = torch.device(device)
     model.to(target).train()
+    if target.type == "cpu":
+        keep_free_memory()
     optimizer = build_optimizer(model, settings)
     result = TrainResult()
     if checkpoint_dir is not None and (found := checkpoint.latest(checkpoint_dir)) is not None:
@@ -142,6 +144,7 @@ def run_training(
             _save(checkpoint_dir, model, optimizer, batches, result)
             result.seconds.checkpoint += time.perf_counter() - started
     model.eval()
+    return_free_memory()
     return result
 
 
