@@ -88,7 +88,7 @@ class ChatTemplate:
         try:
             self._templates = {name: environment.from_string(text) for name, text in self.sources.items()}
         except TemplateError as error:
-            raise UserError(f"tokenizer_config.json: chat_template does not parse ({error})") from error
+            raise UserError(f"chat template: it does not parse ({error})") from error
         self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
         # A plain token that holds a special one comes before it, as wherever text is split at added tokens.
         within = _any_of(special)
@@ -134,6 +134,14 @@ class ChatTemplate:
         images = _IMAGE.findall(whole.shadow, begin)
         if images != _IMAGE.findall(whole.contents[-1]):
             raise UserError("chat template: it leaves out or moves a part of the answer, which would not be trained")
+        first = whole.shadow.index(images[0], begin) if images else begin
+        if self.render(messages[:-1], add_generation_prompt=False) == prompt and any(
+            self.specials(whole.shadow, begin, first)
+        ):
+            raise UserError(
+                f"chat template: it does not ask for an answer (add_generation_prompt), and begins one with "
+                f"{whole.text[begin:first]!r}, which the model would have to write itself; add to it what asks"
+            )
         last = whole.shadow.rindex(images[-1]) + 1 if images else begin
         ending = next(self.specials(whole.shadow, last), None)
         if ending is None:

@@ -189,6 +189,10 @@ def test_thinking_that_later_prompts_drop_is_trained_where_it_was_thought(qwen3:
             {"eos_token": "<|im_end|>"}, chat("why", "thought</think>so"), "leaves out or moves a part of the answer",
         ),
         (
+            "qwen", "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+            {"eos_token": "<|im_end|>"}, chat("why", "so"), r"begins one with '<\|im_start\|>assistant\\n'",
+        ),
+        (
             "qwen", "{% for m in messages %}{{ m.content | upper }}<|im_end|>{% endfor %}",
             {"eos_token": "<|im_end|>"}, chat("why", "so"), "in a way that cannot be followed",
         ),
