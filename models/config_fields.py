@@ -32,8 +32,8 @@ def read_activation(fields: Fields) -> str:
 
 def read_rope(fields: Fields, plain: DecoderConfig) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` of DecoderConfig, where all layers turn by the same angles."""
-    # Before transformers 5 the scaling was alone, beside rope_theta.
-    rope = parse_rope(fields.get("rope_parameters") or fields.get("rope_scaling") or {}, fields, plain)
+    # Before transformers 5 the scaling was alone, beside rope_theta; added to a file of today, it is all that counts.
+    rope = parse_rope(fields.get("rope_scaling") or fields.get("rope_parameters") or {}, fields, plain)
     return {"rope_theta": rope.theta, "rope_scaling": rope.scaling}
 
 

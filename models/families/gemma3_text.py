@@ -134,13 +134,14 @@ def _sliding(layers: int, pattern: int) -> list[bool]:
 
 
 def _rope_kinds(fields: Fields) -> dict[str, Any]:
-    """The angles by kind of layer; before transformers 5 `rope_scaling` was that of the layers that see all."""
-    given = fields.get("rope_parameters")
-    if given is None:
-        given = {"full_attention": fields.get("rope_scaling")}
+    """The angles by kind of layer; `rope_scaling`, of before transformers 5, is of the layers that see all."""
+    given = {} if fields.get("rope_parameters") is None else fields["rope_parameters"]
     if not isinstance(given, dict):
         raise UserError(f"config.json: rope_parameters: {given!r} is not an object")
-    return {kind: given.get(kind) or {} for kind in ("full_attention", "sliding_attention")}
+    full, scaling = given.get("full_attention") or {}, fields.get("rope_scaling") or {}
+    if isinstance(full, dict):
+        full = full | scaling if isinstance(scaling, dict) else scaling
+    return {"full_attention": full, "sliding_attention": given.get("sliding_attention") or {}}
 
 
 def _whole(value: float) -> int | float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -247,3 +248,22 @@ def test_gemma_3_of_before_transformers_5_reads_alike():
     }
     shared = {"model_type": "gemma3_text", **SIZES, "sliding_window": 512}
     assert read_config({**shared, **old}) == read_config({**shared, **new})
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_scaling_that_was_added_to_a_file_of_today_counts_as_in_transformers(family):
+    """As Qwen's model cards advise, whose files have rope_parameters by now."""
+    plain = {"rope_type": "default", "rope_theta": 5e5}
+    kinds = {"full_attention": plain, "sliding_attention": plain}
+    added = {"rope_type": "linear", "factor": 4.0}
+    fields = {
+        **SIZES,
+        "model_type": family,
+        "rope_parameters": kinds if family == "gemma3_text" else plain,
+        "rope_scaling": added,
+    }
+    theirs = transformers.AutoConfig.for_model(**copy.deepcopy(fields)).rope_parameters
+    theirs = theirs["full_attention"] if family == "gemma3_text" else theirs
+    ours = read_config(fields)
+    assert ours.rope_scaling == RopeScaling(kind="linear", factor=theirs["factor"])
+    assert ours.rope_theta == theirs["rope_theta"]
