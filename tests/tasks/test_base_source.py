@@ -236,6 +236,15 @@ def test_the_base_is_a_model_directory_and_made_again_where_a_byte_has_changed(c
     assert changed.digest != first.digest
 
 
+def test_weights_that_are_not_finite_are_no_base(context: Context) -> None:
+    folder = context.project / "models/small"
+    name = "model.layers.0.mlp.up_proj.weight"
+    broken = load_tensors(folder)[name] * np.float32("nan")
+    save_model(folder, CONFIG, load_tensors(folder) | {name: broken})
+    with pytest.raises(UserError, match=r"base: .*/models/small: model\.layers\.0\.mlp\.up_proj\.weight holds values"):
+        import_stage(context, resolve_base(recipe(context.project, {"path": "models/small"}), context.project))
+
+
 def test_an_adapter_of_the_base_is_merged_into_it(context: Context, model: Path) -> None:
     """Whether PEFT's form lies beside a directory, or the registered checkpoint was trained with `lora`."""
     name = "model.layers.0.mlp.up_proj"
