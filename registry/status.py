@@ -47,7 +47,7 @@ class GateStatus:
 class Origin:
     """One link of the chain from the served exported model back to its data and code."""
 
-    kind: str  # a stage's name, "dataset", "code" or "recipe"
+    kind: str  # a stage's name, "base", "dataset", "code" or "recipe"
     name: str
     digest: str
     run_id: str | None = None
@@ -92,7 +92,8 @@ class Status:
             ]
         if self.origins:
             lines.append("made from")
-            lines += [f"  {o.kind:<10} {o.name:<24} {o.digest[:SHORT]}" for o in self.origins]
+            width = max(len(origin.name) for origin in self.origins if origin.digest)
+            lines += [f"  {o.kind:<10} {o.name:<{width}} {o.digest[:SHORT]}".rstrip() for o in self.origins]
         return "\n".join(lines + [f"warning: {warning}" for warning in self.warnings])
 
 
@@ -138,7 +139,7 @@ def status(registry: Registry) -> Status:
 
 
 def origins(chain: list[Version]) -> list[Origin]:
-    """The chain of versions, itself first, and what is at its end: recipe, dataset and commit."""
+    """The chain of versions, itself first, and what is at its end: base, dataset, recipe and commit."""
     own = chain[0].name
     steps = [
         Origin(
@@ -151,6 +152,9 @@ def origins(chain: list[Version]) -> list[Origin]:
     ]
     if gone := chain[-1].parent:
         steps.append(Origin("deleted", f"{gone} (not in MLflow any more)", ""))
+    first = chain[-1].tags
+    if base := first.get("base"):
+        steps.append(Origin("base", base, first.get("base_digest", "")))
     subject = chain[0].tags
     steps.append(Origin("dataset", chain[0].dataset, subject.get("dataset_digest", "")))
     steps.append(Origin("recipe", subject.get("recipe", ""), ""))

@@ -88,7 +88,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     kinds = [origin["kind"] for origin in served["origins"]]
     # grpo is missing where so small a network earned no reward: its weights are DPO's, and so is their version
     assert [kind for kind in kinds if kind != "grpo"] == [
-        "export", "dpo", "sft", "pretrain", "dataset", "recipe", "code",
+        "export", "dpo", "sft", "pretrain", "base", "dataset", "recipe", "code",
     ]  # fmt: skip
     assert served["warnings"] == []
     assert not (project / "mlflow.db").exists()  # what MLflow makes where it is asked for its global store

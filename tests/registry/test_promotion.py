@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -297,7 +298,11 @@ def test_status_reports_everything(registry: Registry, three: list[Version], exp
     assert seen.warnings == []
     plain = json.loads(seen.to_json())
     assert plain["champion"]["digest"] == three[2].digest
-    text = seen.to_text()
+    registry.tag(three[2], {"base": "models/small (18,016 parameters, fp32)", "base_digest": "ab" * 32})
+    base = next(origin for origin in status(registry).origins if origin.kind == "base")
+    assert (base.name, base.digest) == ("models/small (18,016 parameters, fp32)", "ab" * 32)
+    text = status(registry).to_text()
+    assert re.search(r"^  base       models/small \(18,016 parameters, fp32\) (ab){6}$", text, re.MULTILINE)
     assert "champion   version 3" in text
     assert "policy regression (owner: SFT data)" in text
 
