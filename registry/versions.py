@@ -149,9 +149,9 @@ class Registry:
             gone = f" (MLflow has no registered model {self.name})"
         elif snapshot.versions:
             gone = f" (its versions are {ranges(snapshot.versions)}; `twinloop status` says what was there)"
-        raise UserError(
-            f"{self.name}: no {alias} in the registry{gone}; `twinloop run` makes one when its gate says SHIP"
-        )
+        known = alias in (CHAMPION, CANDIDATE, PREVIOUS)
+        then = "`twinloop run` makes one when its gate says SHIP" if known else "name a version's number, or champion"
+        raise UserError(f"{self.name}: no {alias} in the registry{gone}; {then}")
 
     def named(self, name: str) -> Version:
         """By its number or an alias, such as 3 or champion. Raises as `version` and `find` do."""

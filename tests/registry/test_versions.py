@@ -172,6 +172,8 @@ def test_a_corrupt_artifact_is_not_registered(registry: Registry, make: Make, li
 
 
 def test_what_does_not_exist_is_said_in_one_line(registry: Registry, exported: Export) -> None:
+    with pytest.raises(UserError, match=r"no best in the registry.*; name a version's number, or champion$"):
+        registry.find("best")
     with pytest.raises(UserError, match="no champion in the registry"):
         registry.resolve("champion")
     with pytest.raises(UserError, match="no version 4"):
