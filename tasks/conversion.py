@@ -102,7 +102,7 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     reference = NetworkForm("network", checkpoint.path, checkpoint.digest, network, threads=1)
     domain = load_served_domain(version, project).domain
     longest = network.config.max_position_embeddings - COMPARED_TOKENS
-    prompts = _prompts(project, version, domain)
+    prompts = _prompts(project, registry.lineage(version), domain)
     prompts = [prompt for prompt in prompts if len(reference.tokenizer.encode_prompt(prompt)) <= longest]
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
@@ -118,12 +118,16 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     )
 
 
-def _prompts(project: Path, version: Version, domain: Domain) -> list[list[Message]]:
-    """The domain's example, and cases of the data that the version was made with, where they are still there."""
+def _prompts(project: Path, chain: Sequence[Version], domain: Domain) -> list[list[Message]]:
+    """The domain's example, and cases of the data that the version was trained with, where they are still there.
+
+    chain: the version and what it was made from.
+    """
     from twinloop.records.validated import has_records, read_records
 
     prompts = [_example(domain)]
-    data = Manifest.read(version.path / MANIFEST).inputs.get("data")
+    inputs = [Manifest.read(path).inputs for each in chain if (path := each.path / MANIFEST).is_file()]
+    data = next((each["data"] for each in inputs if "data" in each), None)
     if data is not None and data.stage is not None and data.key is not None:
         folder = project / "artifacts" / data.stage / data.key
         if has_records(folder, "cases"):

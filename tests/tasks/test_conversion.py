@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
@@ -27,7 +28,7 @@ from twinloop.registry.snapshot import VersionName
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Lineage, Registry
 from twinloop.tasks import conversion_forms
-from twinloop.tasks.conversion import convert_version
+from twinloop.tasks.conversion import COMPARED_CASES, convert_version
 from twinloop.training.weights import load_decoder
 
 EOS = "tokenizer.ggml.eos_token_id"
@@ -35,8 +36,11 @@ OWN, KNOWN = "1", "candidate"
 """Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
 
 
-def register(project: Path, registry: Registry, make: Callable[[Path], object]) -> None:
-    """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder."""
+def register(
+    project: Path, registry: Registry, make: Callable[[Path], object], cases: Sequence[list[dict[str, str]]] = ()
+) -> None:
+    """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder.
+    cases: prompts of the data that it was trained with."""
 
     def train(out: Path, work: Path) -> dict[str, Any]:
         make(out)
@@ -44,7 +48,14 @@ def register(project: Path, registry: Registry, make: Callable[[Path], object]) 
 
     store = ArtifactStore(project / "artifacts")
     number = f"{registry.name} {len(registry.snapshot().versions)}"
-    checkpoint = store.run("sft", settings={"number": number}, inputs={}, code="c", build=train)
+
+    def validate(out: Path, work: Path) -> dict[str, Any]:
+        pl.DataFrame({"prompt": list(cases)}).write_parquet(out / "cases.parquet")
+        return {}
+
+    data = store.run("validate", settings={"number": number}, inputs={}, code="c", build=validate) if cases else None
+    inputs = {"data": data} if data else {}
+    checkpoint = store.run("sft", settings={"number": number}, inputs=inputs, code="c", build=train)
 
     def export(out: Path, work: Path) -> dict[str, Any]:
         export_model(checkpoint.path, out, precision="fp32", max_length=200)
@@ -55,6 +66,10 @@ def register(project: Path, registry: Registry, make: Callable[[Path], object]) 
     made = registry.checkpoints.register(checkpoint.path, lineage)
 
     registry.register(exported.path, replace(lineage, parent=VersionName(made.name, made.version)), servable=True)
+
+
+def greedy_tokens(notes: Sequence[str]) -> int:
+    return int(notes[0].split()[0])
 
 
 def make_adapted(out: Path) -> None:
@@ -116,10 +131,18 @@ def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp
     assert f"# small version {done.version.version}" in card
     assert "`small-checkpoints/" in card
     assert "| recipe | `small.yaml` |" in card  # no folder of the machine
-    greedy = int(done.notes[0].split()[0])
+    greedy = greedy_tokens(done.notes)
     assert done.notes[0].startswith(f"{greedy} of {greedy} greedy tokens are the network's (in transformers)")
     assert greedy > 0
     assert done.notes[1] == "text and chat template give the same tokens in transformers"
+
+
+def test_cases_of_the_data_that_it_was_trained_with_are_compared_too(project: SimpleNamespace, tmp_path: Path) -> None:
+    registry = Registry(project.registry.mlruns, "cased")
+    register(project.folder, registry, lambda out: make_model(out, known_tokenizer()), [CONVERSATION[:1]] * 9)
+    example = convert(project, KNOWN, "gguf", tmp_path / "example", type="f32")
+    done = convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "gguf", tmp_path / "out", type="f32")
+    assert greedy_tokens(done.notes) >= greedy_tokens(example.notes) + COMPARED_CASES
 
 
 def test_weights_may_have_sixteen_bits(project: SimpleNamespace, tmp_path: Path) -> None:
