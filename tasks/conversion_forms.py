@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -277,13 +278,23 @@ def _transformers_model(out: Path) -> Any:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    with _without_deprecations():
+        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
 
 
 def _peft_logits(out: Path) -> Logits:
     from peft import PeftModel
 
-    return _logits_of(PeftModel.from_pretrained(_transformers_model(out / BASE), out))
+    model = _transformers_model(out / BASE)
+    with _without_deprecations():  # PEFT 0.21 and transformers 5.23 warn of each other
+        return _logits_of(PeftModel.from_pretrained(model, out))
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _logits_of(model: Any) -> Logits:
