@@ -145,6 +145,40 @@ def test_cases_of_the_data_that_it_was_trained_with_are_compared_too(project: Si
     assert greedy_tokens(done.notes) >= greedy_tokens(example.notes) + COMPARED_CASES
 
 
+def test_a_tokenizer_that_transformers_reads_as_another_one_is_not_handed_over(
+    project: SimpleNamespace, tmp_path: Path
+) -> None:
+    """transformers builds that of Qwen2 itself, and normalises text, whatever tokenizer.json says."""
+    registry = Registry(project.registry.mlruns, "qwen")
+    for splitting in ("gpt-2", "qwen2"):
+        tokenizer = known_tokenizer(splitting)
+        register(project.folder, registry, lambda out, own=tokenizer: make_model(out, own, attention_bias=True))
+    qwen = SimpleNamespace(folder=project.folder, registry=registry)
+    said = "transformers reads the tokenizer as Qwen2Tokenizer, which makes other tokens of text than"
+    with pytest.raises(UserError, match=f"qwen version 1: not handed over: {said}"):
+        convert(qwen, "1", "huggingface", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = convert(qwen, "2", "huggingface", tmp_path / "out")
+    assert done.notes[1].endswith("in transformers, but for text that is not in Unicode's form NFC")
+
+
+def test_a_tool_that_does_not_normalise_text_gets_the_form_and_the_user_a_note(
+    project: SimpleNamespace, tmp_path: Path
+) -> None:
+    """As with all models of Qwen."""
+    pytest.importorskip("onnxruntime_genai")
+
+    def make(out: Path) -> None:
+        make_model(out, known_tokenizer())
+        content = json.loads((out / "tokenizer.json").read_text())
+        (out / "tokenizer.json").write_text(json.dumps(content | {"normalizer": {"type": "NFC"}}))
+
+    registry = Registry(project.registry.mlruns, "normalising")
+    register(project.folder, registry, make)
+    done = convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "genai", tmp_path / "out")
+    assert done.notes[1].endswith("in onnxruntime_genai.Tokenizer, but for text that is not in Unicode's form NFC")
+
+
 def test_weights_may_have_sixteen_bits(project: SimpleNamespace, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
