@@ -306,6 +306,8 @@ def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place
         near = difflib.get_close_matches(str(value), [w.strip("' ") for w in re.split(r",| or ", context["expected"])])
         hint = f" (did you mean {near[0]}?)" if near else ""
         return f"{key}: {value!r} is not one of {context['expected'].replace(' or ', ', ')}{hint}"
+    if problem["type"] == "model_type":
+        return f"{key}: {value!r}: not a mapping; known in it: {', '.join(_keys(model, location))}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message

@@ -71,6 +71,7 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"sft": {"lora": {"rnk": 4}}}, "train[1].lora.rnk: unknown key; did you mean rank?"),
         ({"sft": {"lora": {"rank": 4, "targets": ["x_proj"]}}}, "train[1].lora.targets[0]: 'x_proj' is not one of"),
         ({"sft": {"lora": {"rank": 4, "targets": []}}}, "train[1].lora.targets: []: list should have at least 1 item"),
+        ({"sft": {"lora": 16}}, "train[1].lora: 16: not a mapping; known in it: rank, alpha, targets"),
         ({"sft": {"lora": {"rank": 0}}}, "train[1].lora.rank: 0: input should be greater than or equal to 1"),
         ({"dpo": {"beta": 0}}, "train[2].beta: 0: input should be greater than 0"),
         ({"dpo": {"beta": float("inf")}}, "train[2].beta"),
