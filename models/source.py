@@ -79,7 +79,9 @@ def open_source(path: Path, adapter: Path | None = None) -> Source:
     if path.is_dir():
         return HuggingFaceSource(path)
     if not path.exists():
-        raise UserError(f"{path}: no such directory or file; a base is a Hugging Face directory or a GGUF file")
+        raise UserError(
+            f"{path}: no such directory or file; a base is a Hugging Face directory or a GGUF file on this disk"
+        )
     try:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))

@@ -104,9 +104,11 @@ FORMS = "{depth: 4} makes a new network; {path: ...} or {package: ..., path: ...
 
 def kind_of_base(fields: Mapping[str, Any]) -> type[BaseSettings]:
     """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so."""
-    for key, kind in KINDS.items():
-        if key in fields:
-            return kind
+    named = [key for key in KINDS if key in fields and not (key == "path" and "package" in fields)]
+    if len(named) > 1:
+        raise ValueError(f"base: {' and '.join(named)} name different models; keep one of them")
+    if named:
+        return KINDS[named[0]]
     for key in fields:
         if near := difflib.get_close_matches(str(key), list(KINDS), n=1):
             raise ValueError(f"base.{key}: unknown key; did you mean {near[0]}?")

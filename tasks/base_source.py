@@ -149,7 +149,12 @@ def _registered(settings: VersionBase, recipe: str, project: Path) -> tuple[Vers
     from twinloop.registry.versions import Registry
 
     registry = Registry.of(project, settings.model or recipe)
-    version = registry.named(str(settings.version))
+    try:
+        version = registry.named(str(settings.version))
+    except UserError as error:
+        if settings.model is not None or registry.snapshot().exists:
+            raise
+        raise UserError(f"{error}; another recipe's model is named by base.model") from None
     if checkpoint := registry.checkpoint_of(version):
         return version, checkpoint
     raise UserError(f"{version}: the checkpoint that it was exported from is not in the registry; name another version")

@@ -132,7 +132,8 @@ def recipe(folder: Path, base: Any) -> Recipe:
         ({"dept": 4}, "base.dept: unknown key; did you mean depth?"),
         ({"pathh": "m"}, "base.pathh: unknown key; did you mean path?"),
         ({"path": "m", "max_lenght": 64}, "base.max_lenght: unknown key; did you mean max_length?"),
-        ({"path": "m", "version": 1}, "base.version: unknown key; "),
+        ({"path": "m", "version": 1}, "base: path and version name different models; keep one of them"),
+        ({"depth": 2, "path": "m"}, "base: depth and path name different models; keep one of them"),
         ({"path": 3}, "base.path: 3: input should be a valid string"),
         ({"path": "m", "max_length": 8}, "base.max_length: 8: input should be greater than or equal to 32"),
         (
@@ -171,6 +172,7 @@ def test_a_recipe_is_read_where_its_base_is_not_here(tmp_path: Path) -> None:
         ({"package": "json", "path": "a.gguf"}, "json/a.gguf: no such directory or file"),
         ({"version": "previous"}, "base: tiny: no previous in the registry"),
         ({"version": 3, "model": "other"}, "base: other: no version 3"),
+        ({"path": "models/small", "adapter": "models/none"}, "models/none/adapter_config.json: no such file"),
         (
             {"path": "models/small", "max_length": 5000},
             "base: max_length 5000 is more than the 4096 positions of models/small",
@@ -183,6 +185,14 @@ def test_a_base_that_cannot_be_used_is_reported_before_anything_runs(project: Pa
     assert str(raised.value).startswith("base: ")
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_a_second_recipe_is_told_how_another_ones_model_is_named(project: Path) -> None:
+    other = recipe(project, {"version": "champion"}).model_copy(update={"name": "second"})
+    with pytest.raises(
+        UserError, match=r"base: second: no champion .*; another recipe's model is named by base\.model"
+    ):
+        resolve_base(other, project)
 
 
 def test_the_package_of_smollm2_is_named_with_its_release(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
