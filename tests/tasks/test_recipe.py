@@ -40,7 +40,7 @@ def write(folder: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_are_valid(path: Path) -> None:
-    assert load_recipe(path).base.decoder_config(512).num_parameters > 0
+    assert load_recipe(path).name == path.stem
 
 
 def test_all_linear_is_every_layer_and_the_default(tmp_path: Path) -> None:
