@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.training import First, PaidByChance
 from twinloop.domains.loader import load_domain
 from twinloop.models.tokenizer import ChatTokenizer
@@ -42,14 +40,14 @@ class Counted(First):
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    torch.set_num_threads(job["threads"])
     print(json.dumps(measure(job)))
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
     method = load_method(job["method"], Path.cwd())
     settings = method.settings.model_validate(job["settings"])
-    runtime = Runtime(seed=1, threads=job["threads"])
+    runtime = Runtime.model_validate(job["runtime"])
+    runtime.use()
     network, tokenizer = load_decoder(Path(job["model"])), ChatTokenizer.load(job["model"])
     domain = PaidByChance(load_domain(job["domain"], Path.cwd()).domain)
     records = (json.loads(line) for line in Path(job["records"]).read_text().splitlines())

@@ -132,6 +132,7 @@ def describe(
         "domain": workload.recipe.domain,
         "settings": settings.model_dump(mode="json", exclude_computed_fields=True),
         "threads": threads,
+        "runtime": workload.runtime.model_copy(update={"threads": threads}).model_dump(),
         "steps": steps,
         "warm_steps": WARM_STEPS,
         "learning_rate": 1e-4,

@@ -53,7 +53,7 @@ class TrainSettings(StrictModel):
     """What every stage of training has. warmup_ratio, decay_ratio: shares of all steps, at the start and at the end."""
 
     learning_rate: Positive
-    """The peak. Muon's updates are scaled to half the size of AdamW's, so one rate serves both."""
+    """The peak. Muon's updates are scaled to two fifths of AdamW's, so one rate serves both."""
     micro_batch_size: Count | None = None
     """Rows that go through the network at once, where memory is short; the result is the same within rounding."""
     warmup_ratio: Share = 0.02
