@@ -5,7 +5,7 @@ width, and oneDNN is twice as fast (240 against 105 GFLOP/s a core of Zen 5). Wh
 products of the backward pass can round their factors to bfloat16 (470); the forward pass, on which the ratios of DPO
 and GRPO rest, and the weights stay float32.
 
-The choice is made once a process, as the number of threads is: `training.runtime` sets it, as part of every key.
+The library is chosen by measurement, the rounding by the recipe; `training.runtime` sets both, as part of every key.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from twinloop.models.products import Products, linear, products_in_use, use_prod
 from twinloop.training.loop import _accumulate, run_training
 from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
-from twinloop.training.runtime import Runtime, fastest_products
+from twinloop.training.runtime import Runtime, fastest_library
 from twinloop.training.scoring import attach_reference
 from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import Step, micro_batches
@@ -103,11 +103,11 @@ def test_a_checkpoint_is_not_gone_on_with_in_another_way(tmp_path):
 
 
 def test_the_choice_is_the_same_each_time_and_a_runtime_makes_it():
-    chosen = {fastest_products.__wrapped__() for _ in range(3)}
+    chosen = {fastest_library.__wrapped__() for _ in range(3)}
     assert len(chosen) == 1
-    library, backward = chosen.pop()
-    Runtime(seed=1, threads=1, library=library, backward=backward).use()
+    library = chosen.pop()
+    Runtime(seed=1, threads=1, library=library, backward="bfloat16").use()
     try:
-        assert products_in_use() == Products(library, backward)
+        assert products_in_use() == Products(library, "bfloat16")
     finally:
         use_products(Products())
