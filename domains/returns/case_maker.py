@@ -85,6 +85,7 @@ class CaseMaker:
     def __init__(self, rng: random.Random, params: GeneratorParams, *, held_out: bool):
         self.rng, self.params, self.held_out = rng, params, held_out
         self.policy_ids = [f"P-{n}" for n in range(1, 100) if is_held_out_policy(f"P-{n}") == held_out]
+        self.id_weights = [4 if len(policy_id) == len("P-7") else 1 for policy_id in self.policy_ids]
         self.phrasing = PHRASINGS[params.phrasing]
         parts = (self.phrasing.sentences, self.phrasing.nouns, VERBS, TAILS)
         self.choices = [
@@ -94,13 +95,13 @@ class CaseMaker:
         ]
 
     def ids_of_policies(self, count: int) -> list[str]:
-        """Different ones. In training every fourth has one digit: drawn evenly, these few are the last to be learned,
-        and their case is the one that counts (P-7)."""
+        """Different ones. In training about every fourth has one digit: drawn evenly, these few are the last to be
+        learned, and the golden cases cite one of them (P-7)."""
         if self.held_out:
             return self.rng.sample(self.policy_ids, count)
         ids: list[str] = []
         while len(ids) < count:
-            (policy_id,) = self.rng.choices(self.policy_ids, [4 if len(name) == 3 else 1 for name in self.policy_ids])
+            (policy_id,) = self.rng.choices(self.policy_ids, self.id_weights)
             if policy_id not in ids:
                 ids.append(policy_id)
         return ids

@@ -89,6 +89,12 @@ def test_no_policy_id_that_a_case_turns_on_is_in_training(rows: Rows) -> None:
     assert not held_out & {word for row in rows["corpus"] for word in re.findall(r"\bP-\d+\b", row["text"])}
 
 
+def test_ids_of_one_digit_are_no_rarity_in_training(rows: Rows) -> None:
+    """They are 7 of 82, and the golden cases cite one."""
+    ids = [record["facts"]["policy"]["policy_id"] for record in rows["prompts"]]
+    assert 0.2 < sum(len(policy_id) == len("P-7") for policy_id in ids) / len(ids) < 0.35
+
+
 def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None:
     held_out = {pair(case) for case in rows["cases"]}
     assert not held_out & {pair(row) for name in TRAIN for row in rows[name]}
