@@ -43,7 +43,7 @@ ORDINARY_WINDOWS = (7, 14, 30, 60, 90, 180, 365)
 """What most shops grant."""
 
 EDGE_DAYS = 5
-"""Half of all cases lie within so many days of the window's edge."""
+"""Half of all held-out cases, and more in training, lie within so many days of the window's edge."""
 
 GOLDEN_PAIRS = (
     *((30, 12), (30, 45), (7, 12)),
@@ -133,14 +133,17 @@ class CaseMaker:
                 return window, days
 
     def days(self, window: int) -> int | None:
-        """Days since delivery: half near the window's edge, a quarter up to twice the window, a quarter anywhere.
+        """Days since delivery: near the window's edge, up to twice the window, or anywhere.
 
-        None where the draw is not allowed.
+        In training two thirds are near the edge, half of them within a day of it, and of held-out cases half: that is
+        where verdicts are lost, while those far from it are learned in any case. None where the draw is not allowed.
         """
+        near = 1 / 2 if self.held_out else 2 / 3
         roll = self.rng.random()
-        if roll < 0.5:
-            days = window + self.rng.randint(-EDGE_DAYS, EDGE_DAYS)
-        elif roll < 0.75:
+        if roll < near:
+            most = EDGE_DAYS if self.held_out else self.rng.choice((1, EDGE_DAYS))
+            days = window + self.rng.randint(-most, most)
+        elif roll < (1 + near) / 2:
             days = self.rng.randint(0, 2 * window)
         else:
             days = self.rng.randint(0, self.params.largest_days)

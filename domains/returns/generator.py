@@ -93,7 +93,7 @@ def archive_document(facts: Facts, message: str) -> str:
 
 
 def ledger_document(maker: CaseMaker) -> str:
-    """A line of many short verdicts, half of them at the window's edge."""
+    """A line of many short verdicts, most of them at the window's edge."""
     entries = []
     for _ in range(VERDICTS_A_LEDGER):
         window, days = maker.pair()
