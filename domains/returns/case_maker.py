@@ -176,9 +176,12 @@ class CaseMaker:
         self.rng.shuffle(passages)
         return applies, tuple(passages)
 
+    def reason(self) -> str:
+        return self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
+
     def facts(self) -> Facts:
         window = self.window()
-        reason = self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
+        reason = self.reason()
         policy, passages = self.policies(reason, window)
         return Facts(self.order(reason, window), policy, passages)
 
