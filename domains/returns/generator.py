@@ -93,12 +93,12 @@ def archive_document(facts: Facts, message: str) -> str:
 
 
 def ledger_document(maker: CaseMaker) -> str:
-    """Many short verdicts, most of them at the window's edge; in every third ledger fewer, with their orders.
+    """Many short verdicts, most of them at the window's edge; in every fourth ledger fewer, with their orders.
 
     The first teach to compare two numbers. The second teach what else a verdict takes, the reason and whether damage
     was confirmed, which in the archive stands once in a row of tokens.
     """
-    if maker.rng.random() < 2 / 3:
+    if maker.rng.random() < 0.75:
         pairs = [maker.pair() for _ in range(VERDICTS_A_LEDGER)]
         return ", ".join(_verdict(window, days, days <= window) for window, days in pairs)
     entries = []
