@@ -43,7 +43,7 @@ ORDINARY_WINDOWS = (7, 14, 30, 60, 90, 180, 365)
 """What most shops grant."""
 
 EDGE_DAYS = 5
-"""Half of all held-out cases, and more in training, lie within so many days of the window's edge."""
+"""Half of all cases lie within so many days of the window's edge."""
 
 GOLDEN_PAIRS = (
     *((30, 12), (30, 45), (7, 12)),
@@ -133,18 +133,20 @@ class CaseMaker:
                 return window, days
 
     def days(self, window: int) -> int | None:
-        """Days since delivery: near the window's edge, up to twice the window, or anywhere.
+        """Days since delivery: half near the window's edge, a quarter up to twice the window, a quarter anywhere.
 
-        In training two thirds are near the edge, half of them within a day of it, and of held-out cases half: that is
-        where verdicts are lost, while those far from it are learned in any case. None where the draw is not allowed.
+        In training half of the first are within a day of the edge, where most verdicts are lost, and the quarter is at
+        distances of every magnitude. None where the draw is not allowed.
         """
-        near = 1 / 2 if self.held_out else 2 / 3
         roll = self.rng.random()
-        if roll < near:
+        if roll < 0.5:
             most = EDGE_DAYS if self.held_out else self.rng.choice((1, EDGE_DAYS))
             days = window + self.rng.randint(-most, most)
-        elif roll < (1 + near) / 2:
+        elif roll < 0.75 and self.held_out:
             days = self.rng.randint(0, 2 * window)
+        elif roll < 0.75:
+            distance = int(math.exp(self.rng.uniform(math.log(EDGE_DAYS), math.log(self.params.largest_window))))
+            days = window + self.rng.choice((-distance, distance))
         else:
             days = self.rng.randint(0, self.params.largest_days)
         allowed = 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out

@@ -93,7 +93,7 @@ def archive_document(facts: Facts, message: str) -> str:
 
 
 def ledger_document(maker: CaseMaker) -> str:
-    """Many short verdicts, most of them at the window's edge; in every fourth ledger fewer, with their orders.
+    """Many short verdicts, half of them at the window's edge; in every fourth ledger fewer, with their orders.
 
     The first teach to compare two numbers. The second teach what else a verdict takes, the reason and whether damage
     was confirmed, which in the archive stands once in a row of tokens.
