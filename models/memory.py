@@ -62,24 +62,23 @@ def serving_memory(
     """Memory to serve `slots` requests of up to `max_length` tokens each, prompt and answer together.
 
     In int8 and int4 the matrices are quantised in blocks, with one float32 scale a block, and a zero point where they
-    have four bits; the output projection has eight in both. The embedding table is looked up in float32 and, where it
-    is also that projection, quantised once more beside that. The cache has the type of the activations and holds a
-    slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one prefill chunk, its
-    attention scores, and the logits of every slot.
+    have four bits; the embedding table and the output projection, one table where they are tied, have eight in both.
+    The cache has the type of the activations and holds a slot's length rounded up. The runtime's buffers are an
+    estimate: the widest layer of one prefill chunk, its attention scores, and the logits of every slot.
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
     cell = compute_type(precision)[1].itemsize
     in_matrices = sum(rows * columns for rows, columns in hidden_matrices(config))
-    embedding = config.vocab_size * config.hidden_size
-    vectors = config.num_parameters - in_matrices - embedding * (1 if config.tie_word_embeddings else 2)
+    tables = 1 if config.tie_word_embeddings else 2
+    vectors = config.num_parameters - in_matrices - tables * config.vocab_size * config.hidden_size
     if precision in QUANTIZED:
         matrices = {name: shape for name, shape in weight_shapes(config).items() if is_hidden_matrix(name, shape)}
         blocked = [
             _blocked(*shape, four_bits=precision == "int4" and takes_four_bits(name))
             for name, shape in matrices.items()
         ]
-        blocked.append(_blocked(config.vocab_size, config.hidden_size, four_bits=False))
-        weights = sum(values for values, _ in blocked) + cell * (embedding + vectors)
+        blocked += tables * [_blocked(config.vocab_size, config.hidden_size, four_bits=False)]
+        weights = sum(values for values, _ in blocked) + cell * vectors
         scales = sum(scales for _, scales in blocked)
     else:
         weights, scales = cell * config.num_parameters, 0
@@ -93,6 +92,17 @@ def serving_memory(
         scales_bytes=scales,
         kv_cache_bytes=config.kv_cache_bytes_per_token * cell * slots * slot_capacity(max_length),
         runtime_bytes=runtime,
+    )
+
+
+def check_fits(plan: ServingMemory, available: int, *, what: str) -> None:
+    """Raises UserError, with the sizes, where an engine needs more than the available bytes. what: is to be served."""
+    if plan.total_bytes <= available:
+        return
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.1f}" for name, size in plan.rows()[:-1])
+    raise UserError(
+        f"engine: {what} needs {plan.total_bytes / 2**20:,.1f} MiB of memory ({parts}), and "
+        f"{available / 2**20:,.1f} MiB are available; take fewer slots, a smaller max_length or fewer bits"
     )
 
 

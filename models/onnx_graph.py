@@ -113,6 +113,7 @@ class _Graph:
     declared_bytes: int = 0
     casts: set[str] = field(default_factory=set)
     rotary_tables: dict[Rope | None, tuple[str, ...]] = field(default_factory=dict)
+    blocks: dict[str, tuple[list[str], dict[str, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.element_type, self.dtype = _COMPUTE[self.precision]
@@ -151,9 +152,11 @@ class _Graph:
     # --- parts of the network -------------------------------------------------------------------------------------
 
     def _embedding(self) -> str:
-        # The table is gathered before it is cast: a few rows, not the vocabulary.
         name = "model.embed_tokens.weight"
-        rows = self._to_compute(self._node("Gather", [self._stored(name), "input_ids"], "embedded"))
+        if self.precision in QUANTIZED:
+            rows = self._quantized_rows(name)
+        else:  # the table is gathered before it is cast: a few rows, not the vocabulary
+            rows = self._to_compute(self._node("Gather", [self._stored(name), "input_ids"], "embedded"))
         scale = self.config.embedding_scale
         if scale == 1:
             return rows
@@ -260,12 +263,8 @@ class _Graph:
         return self._node("FusedMatMul", [down, b], f"{name}.lora_B.out", domain=MICROSOFT, transB=1)
 
     def _quantized(self, x: str, weight: str, output: str) -> str:
-        assert self.tensors is not None
         out_features, in_features = self.shapes[weight]
-        four = self.precision == "int4" and takes_four_bits(weight)
-        blocks = (quantize_four_bit_blocks if four else quantize_blocks)(np.asarray(self.tensors[weight], np.float32))
-        parts = {f"int{blocks.bits}": blocks.values, "scales": blocks.scales, "zero_points": blocks.zero_points}
-        stored = [self._constant(f"{weight}.{part}", array) for part, array in parts.items() if array is not None]
+        stored, form = self._blocks(weight)
         return self._node(
             "MatMulNBits",
             [x, *stored],
@@ -273,10 +272,37 @@ class _Graph:
             domain=MICROSOFT,
             K=in_features,
             N=out_features,
-            bits=blocks.bits,
-            block_size=blocks.block_size,
             accuracy_level=4,  # int8 activations inside the kernel; level 0 is 50 times slower on CPU (1.31)
+            **form,
         )
+
+    def _quantized_rows(self, weight: str) -> str:
+        """The tokens' rows of a table whose blocks are those that the output projection reads where they are tied."""
+        (values, scales), form = self._blocks(weight)  # eight bits, without zero points
+        # Scales have the rank of the values here, and one less in MatMulNBits (1.31).
+        last = self._constant("last_axis", np.array([-1], np.int64))
+        inputs = [values, "input_ids", self._node("Unsqueeze", [scales, last], f"{scales}.unsqueezed")]
+        rows = self._node(
+            "GatherBlockQuantized", inputs, "embedded_blocks", domain=MICROSOFT, gather_axis=0, quantize_axis=2, **form
+        )
+        rows = self._node("Reshape", [rows, self._constant("rows_shape", np.array([0, 0, -1], np.int64))], "embedded")
+        width = self.config.hidden_size
+        if width % form["block_size"] == 0:
+            return rows
+        ends = [self._constant(f"width_{end}", np.array([end], np.int64)) for end in (0, width)]
+        return self._node("Slice", [rows, *ends, last], "embedded_width")
+
+    def _blocks(self, weight: str) -> tuple[list[str], dict[str, int]]:
+        """Initializers and attributes of a quantised weight, made once whatever number of nodes read it."""
+        if weight not in self.blocks:
+            assert self.tensors is not None
+            four = self.precision == "int4" and takes_four_bits(weight)
+            quantize = quantize_four_bit_blocks if four else quantize_blocks
+            made = quantize(np.asarray(self.tensors[weight], np.float32))
+            parts = {f"int{made.bits}": made.values, "scales": made.scales, "zero_points": made.zero_points}
+            stored = [self._constant(f"{weight}.{part}", array) for part, array in parts.items() if array is not None]
+            self.blocks[weight] = stored, {"bits": made.bits, "block_size": made.block_size}
+        return self.blocks[weight]
 
     def _norm(self, x: str, weight: str) -> str:
         scale = self._norm_weight(weight)

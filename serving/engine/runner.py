@@ -17,10 +17,12 @@ import onnxruntime as ort
 from numpy.typing import ArrayLike
 
 from twinloop.common.errors import UserError
+from twinloop.common.memory import available_bytes
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import WEIGHTS_FILE, read_exported
+from twinloop.models.memory import check_fits, serving_memory
 from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
 from twinloop.models.vocabulary import read_vocab_size
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
@@ -82,7 +84,8 @@ class ModelRunner:
         """Open an exported model. max_length: what it was exported for unless given; provider: the one its precision
         runs on.
 
-        Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine.
+        Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine;
+        and, on CPU, where it needs more memory than is available, before any is taken.
         """
         exported_dir = Path(exported_dir)
         exported, config = read_exported(exported_dir)
@@ -94,13 +97,18 @@ class ModelRunner:
                 f"was exported for"
             )
         device = choose_device(exported.precision, provider)
+        max_length = max_length or exported.max_length
+        if device == "cpu":
+            plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
+            what = f"{exported_dir} ({exported.precision}, {slots:,} slots of {max_length:,} tokens)"
+            check_fits(plan, available_bytes(), what=what)
         return cls(
             open_exported(exported_dir, config, device=device, threads=threads),
             config,
             precision=exported.precision,
             device=device,
             slots=slots,
-            max_length=max_length or exported.max_length,
+            max_length=max_length,
             weight_bytes=(exported_dir / WEIGHTS_FILE).stat().st_size,
             vocab_size=read_vocab_size(exported_dir),
         )

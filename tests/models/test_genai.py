@@ -23,10 +23,12 @@ FORMS = [
     ("fp32", {"attention_bias": True, "tie_word_embeddings": True}),
     ("fp32", {"qk_norm": True}),
     ("int8", {}),
+    ("int8", {"tie_word_embeddings": True}),
+    ("int4", {"tie_word_embeddings": True}),
 ]
 
 
-@pytest.fixture(params=FORMS, ids=["llama", "qwen2, tied", "qwen3", "int8"])
+@pytest.fixture(params=FORMS, ids=["llama", "qwen2, tied", "qwen3", "int8", "int8, tied", "int4, tied"])
 def forms(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Path]]:
     """An exported model in our engine, and the directory for genai."""
     precision, changes = request.param

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -15,6 +16,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model, read_exported
+from twinloop.models.memory import serving_memory
 from twinloop.models.onnx_quantize import choose_block_size, quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
 from twinloop.models.shapes import weight_shapes
@@ -127,6 +129,18 @@ def test_int4_computes_with_the_weights_that_its_blocks_stand_for(changes, tmp_p
     assert error < 0.05 * expected.std()
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_table_is_stored_in_eight_bits_and_once_where_it_is_tied(tied: bool, precision: str, tmp_path) -> None:
+    exported = onnx.load(export(network(tie_word_embeddings=tied), tmp_path, precision) / "model.onnx")
+    of_tokens = {each.name: each for each in exported.graph.initializer if each.dims[0] == BASE.vocab_size}
+    tables = [name for name, each in of_tokens.items() if each.data_type == onnx.TensorProto.UINT8]
+    values, scales = BASE.vocab_size * BASE.hidden_size, 4 * BASE.vocab_size * BASE.hidden_size // 64
+    assert sum(len(each.raw_data) for each in of_tokens.values()) == (1 if tied else 2) * (values + scales)
+    readers = [node.op_type for node in exported.graph.node for name in node.input if name in tables]
+    assert sorted(readers) == ["GatherBlockQuantized", "MatMulNBits"]
+
+
 def four_bits(weight: np.ndarray) -> np.ndarray:
     """The weight that its four-bit blocks stand for, by the operator's definition."""
     blocks = quantize_four_bit_blocks(weight)
@@ -226,6 +240,19 @@ def test_an_impossible_export_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="max_length 4096"):
         export_model(model_dir, tmp_path / "out", precision="fp32", max_length=4096)
+
+
+def test_what_does_not_fit_into_memory_is_refused_with_numbers(tmp_path, monkeypatch):
+    exported_dir = export(network(), tmp_path, "int8")
+    plan = serving_memory(BASE, precision="int8", slots=4, max_length=MAX_LENGTH)
+    monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda: plan.total_bytes)
+    assert Engine.load(exported_dir, slots=4).slots == 4
+    sizes = r"needs 0\.\d MiB of memory \(weights 0\.1, scales 0\.0, kv cache 0\.2, runtime 0\.\d\), and 0\.\d MiB are"
+    with pytest.raises(UserError, match=rf"int8 \(int8, 5 slots of 64 tokens\) {sizes} available; take fewer slots"):
+        Engine.load(exported_dir, slots=5)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="1,000,000,000 slots"):  # nothing was allocated
+        Engine.load(exported_dir, slots=10**9)
 
 
 def test_a_precision_names_the_provider_it_needs(tmp_path):
