@@ -71,8 +71,8 @@ def _serve(
         return stream.timings.ttft_s, time.perf_counter() - asked, tokens
 
     with ThreadPoolExecutor(CLIENTS) as clients:
-        # The first steps bind buffers, as in a server that has just started. The last prompts: their keys and values are
-        # displaced before they are asked again, those of the first would be found.
+        # The first steps bind buffers, as in a server that has just started. Keys and values of the last prompts are
+        # displaced before those are asked again; the first ones' would be found.
         list(clients.map(ask, prompts[-CLIENTS:]))
         started = time.perf_counter()
         answers = list(clients.map(ask, prompts))
