@@ -29,6 +29,7 @@ from twinloop.serving.described import (
     AnswerMessage,
     ChatCompletion,
     Choice,
+    PromptTokensDetails,
     Usage,
 )
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
@@ -114,6 +115,7 @@ class Completion:
             prompt_tokens=self._prompt_tokens,
             completion_tokens=completion,
             total_tokens=self._prompt_tokens + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=self.text.cached_tokens),
         )
 
     def _object(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:

@@ -76,10 +76,17 @@ def guard(check: Callable[[Request], None], *, by_token: bool) -> Guard:
     return Guard([Depends(check), Depends(HTTPBearer(auto_error=False, description="TWINLOOP_ADMIN_TOKEN"))], (401,))
 
 
+class PromptTokensDetails(BaseModel):
+    """`cached_tokens`: those with which an earlier prompt or conversation began, and which were not computed again."""
+
+    cached_tokens: int
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class AnsweredFunction(BaseModel):

@@ -52,6 +52,11 @@ class TextStream:
         """Seconds that the request waited for a slot, once it has had one."""
         return self._stream.timings.queue_s
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were not computed again, once the request has had a slot."""
+        return self._stream.cached_tokens
+
     def cancel(self) -> None:
         """Free the slot; may be called from any thread, and again."""
         self._stream.cancel()

@@ -125,6 +125,10 @@ class _State(Collector):
         tokens.add_metric(["prompt"], totals.prompt_tokens)
         tokens.add_metric(["completion"], totals.completion_tokens)
         yield tokens
+        queries = "Tokens of prompts that were looked up in what the slots hold of earlier ones"
+        yield CounterMetricFamily("twinloop_prefix_cache_queries", queries, totals.prefix_cache_queries)
+        hits = "Those of them that were not computed again"
+        yield CounterMetricFamily("twinloop_prefix_cache_hits", hits, totals.prefix_cache_hits)
         answers = CounterMetricFamily(
             "twinloop_answers", "Generated answers by end: finished, failed, cancelled", labels=["end"]
         )
@@ -133,7 +137,7 @@ class _State(Collector):
         yield answers
         gauges = {
             "twinloop_tokens_per_second": ("Completion tokens a second, over the last ten seconds", now.tokens_per_s),
-            "twinloop_queued_requests": ("Requests that wait for a slot", now.queued),
+            "twinloop_queued_requests": ("Requests that wait for a slot, or for the prompts before theirs", now.queued),
             "twinloop_active_requests": ("Requests that have a slot", now.active),
             "twinloop_slots": ("Answers that can be generated at the same time", now.slots),
             "twinloop_champion_refused": (

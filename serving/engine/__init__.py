@@ -5,6 +5,7 @@ kv_cache     the cache of all slots, and the bindings of a step to it
 runner       prefill, decode and scoring over the slots; one forward pass each
 sampling     how the next token is chosen, and what a constraint on an answer is
 grammar      constraints: answers that follow a JSON Schema
+prefixes     what slots hold of earlier prompts, for new ones that begin alike
 slots        the sequences in the slots: admission, prefill, decode steps, their ends. Both drivers below use it
 engine       many prompts at once, for rollouts and evaluation
 scheduler    many callers at once, for serving; `stream` is what each of them gets

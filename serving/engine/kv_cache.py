@@ -60,17 +60,35 @@ class KVArena:
             for to, source_view in zip(self._slot(session, target), self._slot(session, source), strict=True):
                 to.update_inplace(source_view)
 
+    def swap(self, session: ort.InferenceSession, slot: int, other: int, length: int) -> None:
+        """Exchange the first `length` positions of two slots (on CUDA the whole slots, through one block's memory)."""
+        if self.device == "cpu":
+            used = length * self.slot_shape[2] * self.itemsize
+            for block in self._blocks:
+                pair = block.memory.reshape(self.slots, self.slot_shape[0], -1)[:, :, :used]
+                pair[[slot, other]] = pair[[other, slot]]
+            return
+        spare_block = _Block(self.slot_bytes, self.device)
+        (spare,) = self._views_at(session, [spare_block.address])
+        for one, two in zip(self._slot(session, slot), self._slot(session, other), strict=True):
+            spare.update_inplace(one)
+            one.update_inplace(two)
+            two.update_inplace(spare)
+
     def _slot(self, session: ort.InferenceSession, slot: int) -> list[ort.OrtValue]:
-        """One OrtValue a block over a slot's memory. Only a binding can make them from an address."""
+        """One OrtValue a block over a slot's memory."""
         if slot not in self._views:
-            binding = session.io_binding()
-            for block, name in enumerate(self.names):
-                shape = (1, *self.slot_shape)
-                binding.bind_output(
-                    f"present.{name}", self.device, 0, self.element_type, shape, self.address(block, slot)
-                )
-            self._views[slot] = binding.get_outputs()
+            addresses = [self.address(block, slot) for block in range(len(self.names))]
+            self._views[slot] = self._views_at(session, addresses)
         return self._views[slot]
+
+    def _views_at(self, session: ort.InferenceSession, addresses: Sequence[int]) -> list[ort.OrtValue]:
+        """OrtValues of a slot's shape, at most one a block. Only a binding can make them from an address."""
+        binding, shape = session.io_binding(), (1, *self.slot_shape)
+        for name, address in zip(self.names, addresses, strict=False):
+            binding.bind_output(f"present.{name}", self.device, 0, self.element_type, shape, address)
+        views: list[ort.OrtValue] = binding.get_outputs()
+        return views
 
 
 class _Block:

@@ -34,7 +34,8 @@ _BINDING_BYTES_KEPT = 256 << 20
 
 
 class ModelRunner:
-    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds.
+    """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds, which are
+    the first of its row of `tokens_CM`.
 
     vocab_size: ids that the tokenizer has. Many published models have more rows in their embeddings, padded to a
     multiple that suits a GPU: an id of those means nothing, and is never drawn.
@@ -67,6 +68,7 @@ class ModelRunner:
             itemsize=dtype.itemsize,
             device=device,
         )
+        self.tokens_CM = np.zeros((slots, self._arena.capacity), np.int64)
         self._weight_bytes = weight_bytes
         self._bindings: OrderedDict[tuple[int, int, int, int], StepBinding] = OrderedDict()
         self._binding_bytes = 0
@@ -197,6 +199,8 @@ class ModelRunner:
         step.seqlens[:] = lengths_B
         step.total[()] = lengths_B.max() + 1
         logits_BV = step.run()
+        active = np.flatnonzero(active_B)
+        self.tokens_CM[first + active, lengths_B[active]] = tokens_B[active]
         lengths_B += active_B
         return logits_BV
 
@@ -204,7 +208,15 @@ class ModelRunner:
         """Give other slots the first `length` tokens of a slot, as if each had been prefilled with them."""
         assert length <= self.lengths[source]
         self._arena.copy_prefix(self._session, source, targets, length)
+        self.tokens_CM[list(targets), :length] = self.tokens_CM[source, :length]
         self.lengths[list(targets)] = length
+
+    def swap(self, slot: int, other: int) -> None:
+        """Exchange what two slots hold."""
+        pair = [slot, other]
+        self._arena.swap(self._session, slot, other, int(self.lengths[pair].max()))
+        for state in (self.tokens_CM, self.lengths):
+            state[pair] = state[pair[::-1]]
 
     def score(self, tokens: ArrayLike, *, slot: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
         """Teacher forcing: the logits after every token, float32 [L, V]. Uses up the slot's content."""
@@ -239,7 +251,9 @@ class ModelRunner:
         step.seqlens[0] = start + length - 1
         step.total[()] = start + length
         step.score(np.arange(length - rows, length))
+        self.lengths[slot] = start  # also where the run fails, which may have written some layers
         logits = step.run()
+        self.tokens_CM[slot, start : start + length] = tokens_L
         self.lengths[slot] = start + length
         return logits
 

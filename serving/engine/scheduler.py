@@ -1,7 +1,8 @@
 """Many callers, one engine: a thread owns it, and every request is a stream of tokens.
 
-Each round gives free slots to waiting requests, computes a bounded piece of the prompts that are being read, and takes
-one batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole.
+Each round computes a bounded piece of the prompts that wait, in order of arrival, and takes one batched decode step of
+all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
+is the next to be computed, and goes on from what any slot then holds of its beginning.
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ class SchedulerClosedError(QueueFullError):
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts since the start: tokens read and written, and how answers ended."""
+    """Counts since the start: tokens read and written, how answers ended, tokens of prompts that were looked up in the
+    slots, and those of them that were not computed again."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -96,8 +100,7 @@ class Scheduler:
         self._closing = False
         self._batch = SlotBatch(engine)
         self._streams: list[Stream | None] = [None] * engine.slots
-        self._counts = {"finished": 0, "failed": 0, "cancelled": 0}
-        self._prompt_tokens = self._tokens = 0
+        self._counts = {each.name: 0 for each in fields(Totals)}
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)])
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -116,7 +119,7 @@ class Scheduler:
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a slot."""
+        """Requests that wait for a slot, or for the prompts before theirs."""
         return len(self._waiting)
 
     @property
@@ -169,13 +172,14 @@ class Scheduler:
         """A snapshot."""
         now = time.perf_counter()
         recent = [entry for entry in list(self._recent) if entry[0] >= now - _RATE_WINDOW_S]
-        rate = (self._tokens - recent[0][1]) / max(now - recent[0][0], 1e-9) if recent else 0.0
+        tokens = self._counts["completion_tokens"]
+        rate = (tokens - recent[0][1]) / max(now - recent[0][0], 1e-9) if recent else 0.0
         return SchedulerMetrics(
             queued=self.queued,
             active=self.active,
             slots=self._engine.slots,
             tokens_per_s=rate,
-            totals=Totals(self._prompt_tokens, self._tokens, **self._counts),
+            totals=Totals(**self._counts),
         )
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:
@@ -214,7 +218,6 @@ class Scheduler:
 
     def _round(self) -> None:
         self._drop_cancelled()
-        self._admit()
         self._read_prompts()
         if slots := self._batch.decoding:
             try:
@@ -238,24 +241,29 @@ class Scheduler:
                 self._counts["cancelled"] += 1
                 stream.end("cancelled")
 
-    def _admit(self) -> None:
-        """Give free slots to those who wait longest."""
-        while self._waiting and self._batch.free:
-            with self._lock:
-                stream = self._waiting[0]
-                (slot,) = self._batch.admit(Prompt(stream.prompt), stream.params)
-                self._streams[slot] = self._waiting.popleft()
-            stream.started()
+    def _admit(self) -> bool:
+        """Give a free slot to who waits longest, if there are both."""
+        if not self._waiting or not self._batch.free:
+            return False
+        stream = self._waiting[0]
+        slot, cached = self._batch.admit_reusing(Prompt(stream.prompt), stream.params)
+        self._counts["prompt_tokens"] += cached
+        self._counts["prefix_cache_queries"] += len(stream.prompt)
+        self._counts["prefix_cache_hits"] += cached
+        stream.started(cached)
+        with self._lock:
+            self._streams[slot] = self._waiting.popleft()
+        return True
 
     def _read_prompts(self) -> None:
         """Compute prompts in order of arrival, up to the token budget of a round."""
         budget = self._prefill_tokens
-        while budget > 0 and (slots := self._batch.reading):
-            (slot,) = slots
+        while budget > 0 and (self._batch.reading or self._admit()):
+            (slot,) = self._batch.reading
             try:
                 count, drawn = self._batch.read_prompt(budget)
                 budget -= count
-                self._prompt_tokens += count
+                self._counts["prompt_tokens"] += count
                 if drawn is not None:
                     self._deliver(drawn)
             except SlotConstraintError as error:
@@ -281,8 +289,8 @@ class Scheduler:
             stream.push(token, logprob, now)
             if ended:
                 self._end(slot, "stop" if stopped else "length")
-        self._tokens += len(drawn.slots)
-        self._recent.append((now, self._tokens))
+        self._counts["completion_tokens"] += len(drawn.slots)
+        self._recent.append((now, self._counts["completion_tokens"]))
         while self._recent[0][0] < now - _RATE_WINDOW_S:
             self._recent.popleft()
 

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from twinloop.serving.engine.prefixes import PrefixCache
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import (
     ConstraintError,
@@ -74,6 +75,7 @@ class SlotBatch:
         self._runner = runner
         slots, length, vocabulary = runner.slots, runner.max_length, runner.vocab_size
         self._reading: deque[tuple[Prompt, list[int]]] = deque()
+        self._prefixes = PrefixCache(runner)
         self._held: list[Prompt | None] = [None] * slots  # what a slot begins with, also after its sequence has ended
         self._occupied_C = np.zeros(slots, bool)
         self._decoding_C = np.zeros(slots, bool)  # occupied, and the prompt is computed
@@ -117,6 +119,21 @@ class SlotBatch:
         else:
             prompt.logits_V = None
             self._runner.lengths[slots] = 0
+        self._occupy(slots, prompt, params, sequences)
+        return slots
+
+    def admit_reusing(self, prompt: Prompt, params: SamplingParams) -> tuple[int, int]:
+        """Give a free slot to one sequence whose prompt goes on from the longest beginning that any slot holds of it.
+
+        Returns the slot, and how many tokens of the prompt `read_prompt` need not compute. So computed, logits differ
+        by the rounding of a prompt that is read in other pieces.
+        """
+        self._held = [None] * len(self._held)  # what slots hold may move
+        slot, length = self._prefixes.place(prompt.tokens, ~self._occupied_C)
+        self._occupy([slot], prompt, params, [0])
+        return slot, length
+
+    def _occupy(self, slots: list[int], prompt: Prompt, params: SamplingParams, sequences: Sequence[int]) -> None:
         limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
         self._occupied_C[slots] = True
         self._sequence_C[slots] = sequences
@@ -133,7 +150,6 @@ class SlotBatch:
             if params.temperature > 0:
                 self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)
         self._reading.append((prompt, slots.copy()))
-        return slots
 
     def read_prompt(self, max_tokens: int | None = None) -> tuple[int, Drawn | None]:
         """Compute the next tokens of the prompt that was admitted first, all or `max_tokens` of them.

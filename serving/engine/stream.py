@@ -30,7 +30,8 @@ class Stream:
     the request, if it did.
 
     `cancel` may be called from any thread and frees the slot before the next step. `finish_reason` is set once the
-    iteration has ended, `timings` during it.
+    iteration has ended, `timings` during it, and `cached_tokens`, those of the prompt that were not computed again,
+    before it.
     """
 
     def __init__(self, prompt: Sequence[int], params: SamplingParams):
@@ -39,6 +40,7 @@ class Stream:
         self.logprobs: list[float] = []
         self.finish_reason: StreamEnd | None = None
         self.cancelled = False
+        self.cached_tokens = 0
         self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._submitted = self._latest = time.perf_counter()
         self._ended = False
@@ -67,8 +69,9 @@ class Stream:
 
     # --- for the scheduler ----------------------------------------------------------------------------------------
 
-    def started(self) -> None:
-        """It has a slot."""
+    def started(self, cached_tokens: int) -> None:
+        """It has a slot, which holds that many tokens of its prompt already."""
+        self.cached_tokens = cached_tokens
         self.timings.queue_s = time.perf_counter() - self._submitted
 
     def push(self, token: int, logprob: float, now: float) -> None:

@@ -87,6 +87,7 @@ class ScriptedStream:
     def __init__(self, tokens: list[int], delay_s: float, end: str = "stop"):
         self.end = end
         self.timings = Timings()
+        self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.cancelled = threading.Event()
         self._tokens = tokens

@@ -266,7 +266,9 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     def tokens():
         lines = client.get("/metrics").text.splitlines()
         found = (line.split() for line in lines if line.startswith("twinloop_tokens_total{"))
-        return {name.split('"')[1]: int(float(count)) for name, count in found}
+        cached = (line.split() for line in lines if line.startswith("twinloop_prefix_cache_"))
+        counts = {name.split('"')[1]: int(float(count)) for name, count in found}
+        return counts | {name.split("_")[3]: int(float(count)) for name, count in cached}
 
     before = tokens()
     trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
@@ -276,6 +278,10 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     after = tokens()
     for kind in ("prompt", "completion"):
         assert after[kind] - before[kind] == asked[f"{kind}_tokens"] + usage[f"{kind}_tokens"]
+    assert after["queries"] - before["queries"] == asked["prompt_tokens"] + usage["prompt_tokens"]
+    again = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}).json()["usage"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+    assert tokens()["hits"] - after["hits"] == usage["prompt_tokens"] - 1
     assert f"twinloop_slots {engine_scheduler.metrics().slots}.0" in client.get("/metrics").text.splitlines()
 
 

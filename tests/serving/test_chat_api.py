@@ -45,6 +45,7 @@ def test_a_chat_completion_has_openais_form(scripted):
 )
 def test_streamed_and_whole_answers_are_the_same(client, settings):
     request = {"messages": HELLO, "max_tokens": 40, **settings}
+    client.post("/v1/chat/completions", json={**request, "max_tokens": 1})  # so that both find the prompt in the cache
     whole = client.post("/v1/chat/completions", json=request).json()
     streamed = client.post(
         "/v1/chat/completions", json={**request, "stream": True, "stream_options": {"include_usage": True}}
@@ -57,6 +58,7 @@ def test_streamed_and_whole_answers_are_the_same(client, settings):
     assert last["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"]
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": whole["usage"]["prompt_tokens"] - 1}
     assert len({chunk["id"] for chunk in [*chunks, last, usage]}) == 1
     assert all(stop not in text for stop in settings.get("stop", []))
     if "stop" not in settings:

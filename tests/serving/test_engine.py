@@ -125,6 +125,8 @@ def test_idle_slots_keep_their_content(engine, network):
     engine.prefill(3, full[:4])
     for token in (4, 5, 6):
         engine.decode(0, np.full(4, token), np.array([False, False, False, True]))
+    assert engine.tokens_CM[1, :12].tolist() == full[:12].tolist()
+    assert engine.tokens_CM[3, :7].tolist() == [*full[:4], 4, 5, 6]
     assert engine.lengths.tolist() == [0, 12, MAX_LENGTH, 7]
     assert_close(engine, decode_one(engine, 1, full[12]), forced_logits(network, full[:13])[-1])
     again = engine.prefill(2, full[-1:], start=MAX_LENGTH - 1)
@@ -139,6 +141,17 @@ def test_a_copied_prefix_continues_like_its_own(engine, network):
         expected = forced_logits(network, np.array([*tokens[:15], 1, 2]))[-1]
         assert_close(engine, engine.prefill(slot, [1, 2], start=15), expected)
     assert_close(engine, decode_one(engine, 3, 9), forced_logits(network, np.append(tokens, 9))[-1])
+
+
+def test_slots_that_exchange_their_content_go_on_as_each_other(engine, network):
+    short, long = some_tokens(5, seed=2), some_tokens(20)
+    engine.prefill(0, short)
+    engine.prefill(3, long)
+    engine.swap(0, 3)
+    assert engine.lengths.tolist() == [20, 0, 0, 5]
+    for slot, tokens in ((0, long), (3, short)):
+        assert engine.tokens_CM[slot, : len(tokens)].tolist() == tokens.tolist()
+        assert_close(engine, decode_one(engine, slot, 9), forced_logits(network, np.append(tokens, 9))[-1])
 
 
 # --- no cache byte is copied -------------------------------------------------------------------------------------
