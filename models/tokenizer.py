@@ -204,12 +204,20 @@ class ChatTokenizer:
         """As `encode`, for text that goes on after other text: SentencePiece's tokenizers put no space before it."""
         return self._vocabulary.encode_continuation(_valid_unicode(text))
 
+    def encode_text(self, text: str) -> list[int]:
+        """A text that is no chat, with what the model's texts begin with: as tokenizer.json has it, else BOS, as in
+        `encode_document`."""
+        first = self._vocabulary.first_ids
+        return [*((self.bos_id,) if first is None else first), *self.encode(text)]
+
+    def decode_all(self, ids: Sequence[int]) -> str:
+        """Ids to text, in which every special token is shown by its name."""
+        stream = self.decoder_stream()
+        return stream.push_bytes(b"".join(map(self.token_bytes.__getitem__, ids))) + stream.finish()
+
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text. A stop token at the end is not shown; any other special token is, by its name."""
-        stream = self.decoder_stream()
-        if len(ids) and ids[-1] in self._stops.values():
-            ids = ids[:-1]
-        return stream.push_bytes(b"".join(map(self.token_bytes.__getitem__, ids))) + stream.finish()
+        return self.decode_all(ids[:-1] if len(ids) and ids[-1] in self._stops.values() else ids)
 
     def decoder_stream(self) -> DecoderStream:
         """A decoder that takes one id at a time and gives text as soon as its characters are whole."""

@@ -34,6 +34,7 @@ class Vocabulary:
     special_ids: id by token, of tokens that no text can produce. private_names: what to write in a text for each.
     added: all added tokens, plain ones too.
     drops_first_space: decoding leaves out one space at the beginning, which encoding had put there.
+    first_ids: what comes before a text with add_special_tokens=True; None where tokenizer.json has no post-processor.
     """
 
     def __init__(self, source: str, *, named: Iterable[str] = (), named_ids: Collection[int] = (), where: str):
@@ -56,6 +57,7 @@ class Vocabulary:
         token_of = {name: token for token, name in self.private_names.items()}
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.special_ids: Mapping[str, int] = {token: ids[name] for token, name in self.private_names.items()}
+        self.first_ids = _first_ids(data)
         steps = list(_steps(data["decoder"]))
         named_ids_of = {token_of.get(token, token): id for token, id in ids.items()}
         self.bytes_of: Sequence[bytes] = _token_bytes(named_ids_of, steps, self.added)
@@ -131,6 +133,20 @@ def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
 
 def _size(ids: Mapping[str, int]) -> int:
     return max(ids.values(), default=-1) + 1
+
+
+def _first_ids(data: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The ids that the post-processor of a tokenizer.json puts before a text."""
+    whole = data.get("post_processor")
+    if not isinstance(whole, dict):
+        return None
+    found: list[int] = []
+    for step in whole.get("processors", [whole]):
+        for piece in step.get("single", ()) if step.get("type") == "TemplateProcessing" else ():
+            if "Sequence" in piece:
+                break
+            found += step["special_tokens"][piece["SpecialToken"]["id"]]["ids"]
+    return tuple(found)
 
 
 def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:

@@ -18,17 +18,20 @@ from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
+from twinloop.serving.answers import Answers
 from twinloop.serving.chat import chat_router, closed_route
+from twinloop.serving.completions import completions_router
 from twinloop.serving.console import Access, console_page
 from twinloop.serving.described import WITH_BODY, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.errors import field_descriptions, install
 from twinloop.serving.health import state_router
 from twinloop.serving.load_api import load_router
-from twinloop.serving.metrics import CHAT, DECISIONS, Metrics
+from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.middleware import AnswerAtTheEnd, AnswerHead, CountRequests, LimitBody
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
+from twinloop.serving.tokens import tokens_router
 from twinloop.serving.traces_api import traces_router
 from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
@@ -72,10 +75,16 @@ def create_app(
         app.add_middleware(OtherOrigins, origins=cors_origins)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(AnswerHead)
-    app.include_router(chat_router(manager, metrics, workers) if domain.serves_chat else closed_route(CHAT, domain))
+    if domain.serves_chat:
+        app.include_router(chat_router(manager, Answers(metrics, workers, "chat")))
+        app.include_router(completions_router(manager, Answers(metrics, workers, "completions")))
+    else:
+        app.include_router(closed_route(CHAT, domain))
+        app.include_router(closed_route(COMPLETIONS, domain))
     app.include_router(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
     )
+    app.include_router(tokens_router(manager))
     app.include_router(state_router(manager, metrics))
     app.include_router(load_router(manager, metrics))
     app.include_router(document_router(documents))

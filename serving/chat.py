@@ -6,21 +6,19 @@ What a small greedy-or-sampled engine can do is accepted; a parameter that it wo
 from __future__ import annotations
 
 import json
-import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.types import Receive, Scope, Send
+from pydantic import ConfigDict, Field
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.domains.examples import GREETING
+from twinloop.serving.answers import Answers, StreamOptions
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import (
     CHAT_RESPONSES,
@@ -32,20 +30,17 @@ from twinloop.serving.described import (
     PromptTokensDetails,
     Usage,
 )
-from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Place
-from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
+from twinloop.serving.errors import METHODS, ApiError
 from twinloop.serving.generation import TextStream
 from twinloop.serving.health import refuse_other_model, routes_of
 from twinloop.serving.messages import ChatMessage, encode_messages
-from twinloop.serving.metrics import CHAT, Metrics
+from twinloop.serving.metrics import CHAT
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.response_format import constraint_of
 from twinloop.serving.tool_calls import ArgumentsPiece, CallStart, Piece, read_calls
 from twinloop.serving.tools import FormFields, ToolUse, tool_use
-from twinloop.serving.work import Workers
-
-log = logging.getLogger(__name__)
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 100
@@ -64,13 +59,7 @@ EXAMPLE = {"messages": GREETING, "max_tokens": 16}
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
-def _describe_others(schema: dict[str, Any]) -> None:
+def describe_others(schema: dict[str, Any]) -> None:
     """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
     schema["properties"] |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
     schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
@@ -80,7 +69,7 @@ def _describe_others(schema: dict[str, Any]) -> None:
 class ChatRequest(FormFields):
     """The part of OpenAI's request that is served. Temperature 0 is greedy."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=describe_others)
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
@@ -108,6 +97,10 @@ class Completion:
         self._model = model
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
+
+    @property
+    def texts(self) -> tuple[TextStream, ...]:
+        return (self.text,)
 
     def usage(self) -> Usage:
         completion = self.text.completion_tokens
@@ -176,59 +169,22 @@ def _call_delta(piece: CallStart | ArgumentsPiece) -> dict[str, Any]:
     return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. `cancel` is called in the end, also where the client has left before the first of them."""
-
-    def __init__(self, events: AsyncIterator[str], cancel: Callable[[], None]):
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._cancel = cancel
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._cancel()
-
-
-def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
+def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
     """`POST /v1/chat/completions`."""
     router = APIRouter()
-
-    def observe(completion: Completion, started: float) -> None:
-        metrics.answered("chat", time.perf_counter() - started, completion.text.ttft_s)
-
-    async def events(completion: Completion, include_usage: bool, started: float) -> AsyncIterator[str]:
-        chunks = completion.chunks(include_usage=include_usage)
-        try:
-            while (chunk := await workers.run(next, chunks, None)) is not None:
-                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-            yield "data: [DONE]\n\n"
-            observe(completion, started)
-        except ConstraintError as error:
-            yield f"data: {json.dumps(constraint_body(error))}\n\n"
-        except Exception as error:
-            log.exception("a stream ends before its answer does")
-            body = error_body(500, f"the model could not go on ({type(error).__name__})")
-            yield f"data: {json.dumps(body)}\n\n"
 
     @router.post(CHAT, response_model=None, responses=CHAT_RESPONSES)
     async def complete(request: Request, body: Annotated[ChatRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
-        if body.stream:
-            include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return _EventStream(events(completion, include_usage, started), completion.text.cancel)
-        answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
-        observe(completion, started)
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        return await answers.respond(request, completion, started, body.stream, body.stream_options)
 
     return router
 
 
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
-    _refuse_unserved(body, service)
+    refuse_unserved(body.model, body.model_extra, service)
     with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
@@ -278,11 +234,11 @@ def closed_route(path: str, domain: Domain) -> APIRouter:
     return router
 
 
-def _refuse_unserved(body: ChatRequest, service: DecisionService) -> None:
-    if body.model is not None:
-        refuse_other_model(body.model, service.model)
-    extra = body.model_extra or {}
-    for name, problem in _unserved(extra):
+def refuse_unserved(model: str | None, extra: Mapping[str, Any] | None, service: DecisionService) -> None:
+    """Raises ApiError for another model, and for parameters beside a request's own fields that cannot be served."""
+    if model is not None:
+        refuse_other_model(model, service.model)
+    for name, problem in _unserved(extra or {}):
         raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
 
 

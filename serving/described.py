@@ -130,21 +130,19 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
+ASK_WORDS = {
+    400: "The request is not one, or cannot be served: `param` names the field, and `code` what is wrong with a "
+    "request that has its form",
+    404: "Another model is served than `model` names",
+}
+
 CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "model": ChatCompletion,
         "description": "The completion; with `stream`, server-sent events of OpenAI's chunks",
         "content": {"text/event-stream": {"schema": {}}},
     },
-    **errors(
-        404,
-        415,
-        words={
-            400: "The request is not one, or cannot be served: `param` names the field, and `code` what is wrong with "
-            "a request that has OpenAI's form",
-            404: "Another model is served than `model` names",
-        },
-    ),
+    **errors(404, 415, words=ASK_WORDS),
 }
 
 

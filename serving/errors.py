@@ -39,8 +39,18 @@ _WORDS = {
 }
 
 Code = Literal[
-    "context_length_exceeded", "model_not_found", "queue_full", "unsupported_message", "unsupported_parameter"
+    "context_length_exceeded",
+    "empty_prompt",
+    "model_not_found",
+    "queue_full",
+    "too_many_prompts",
+    "unknown_token",
+    "unsupported_message",
+    "unsupported_parameter",
 ]
+
+OTHERS_ROUTES = ("/v1/chat/", "/v1/completions", "/tokenize", "/detokenize")
+"""In the form of OpenAI's and vLLM's, where what is wrong with a request is a 400."""
 
 
 class ErrorDetail(BaseModel):
@@ -192,7 +202,7 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
         if isinstance(error.body, bytes) and "missing" not in kinds:  # it was not read as JSON
             return JSONResponse(error_body(415, _not_json(request.headers.get("content-type"))), 415)
         message, param = describe_validation(error.errors(), descriptions, error.body)
-        status = 400 if "json_invalid" in kinds or request.url.path.startswith("/v1/chat/") else 422
+        status = 400 if "json_invalid" in kinds or request.url.path.startswith(OTHERS_ROUTES) else 422
         return JSONResponse(error_body(status, message, param=param), status)
 
     @app.exception_handler(DocumentError)

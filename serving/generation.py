@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -46,6 +48,10 @@ class TextStream:
         self._started = started
         self._stop = tuple(stop)
         self._calls = (calls,) if calls and stop else ()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self._stream.prompt)
 
     @property
     def queue_s(self) -> float | None:
@@ -103,3 +109,29 @@ class TextStream:
             if any(each.startswith(text[-length:]) for each in awaited):
                 return length
         return 0
+
+
+def interleaved(texts: Sequence[TextStream]) -> Iterator[tuple[int, str | None]]:
+    """The pieces of several texts as they come, each with its text's index, and None after a text's last one.
+
+    Raises what the first text raises that does; the caller then cancels the others, which end their threads.
+    """
+    events: queue.SimpleQueue[tuple[int, str | None] | Exception] = queue.SimpleQueue()
+
+    def read(index: int) -> None:
+        try:
+            for piece in texts[index]:
+                events.put((index, piece))
+            events.put((index, None))
+        except Exception as error:  # it is the reader's
+            events.put(error)
+
+    for index in range(len(texts)):
+        threading.Thread(target=read, args=(index,), name="text", daemon=True).start()
+    running = len(texts)
+    while running:
+        event = events.get()
+        if isinstance(event, Exception):
+            raise event
+        yield event
+        running -= event[1] is None

@@ -15,7 +15,7 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import errors
 from twinloop.serving.errors import ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
-from twinloop.serving.metrics import CHAT, DECISIONS, Metrics
+from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.model_manager import Degradation, ModelManager
 
 log = logging.getLogger(__name__)
@@ -96,16 +96,17 @@ class ModelList(BaseModel):
 
 def routes_of(domain: Domain) -> list[str]:
     """Where a model of this domain is asked."""
-    return [DECISIONS] * (domain.request is not None) + [CHAT] * domain.serves_chat
+    return [DECISIONS] * (domain.request is not None) + [CHAT, COMPLETIONS] * domain.serves_chat
 
 
 def purpose_of(domain: Domain) -> Purpose:
     """What a model of this domain is for."""
     decides = f"the fields of a request to {DECISIONS}, from which the server makes the prompt"
     if domain.request is None:
-        prompt = "the messages of a chat"
+        prompt = "the messages of a chat, or a text to go on with"
     else:
-        prompt = f"{decides}, or the messages of a chat" if domain.serves_chat else f"{decides}; no other text"
+        others = ", the messages of a chat, or a text to go on with" if domain.serves_chat else "; no other text"
+        prompt = f"{decides}{others}"
     return Purpose(description=domain.description, routes=routes_of(domain), prompt=prompt)
 
 

@@ -92,11 +92,23 @@ def encode_messages(
             raise ApiError(400, f"{path}: is required without tool_calls", code="unsupported_message", param=path)
     tool_field = next((field for index, each in enumerate(messages) if (field := _tool_field(index, each))), None)
     if tool_field is None and not tools:
-        return tokenizer.encode_prompt([{"role": _role(each), "content": _text(each)} for each in messages])
+        return tokenizer.encode_prompt(_plain(messages))
     if tool_field is not None and call_arguments(tokenizer) is None:
         problem = f"{tool_field}: the chat template of this model has no tools; send their results as a user's text"
         raise ApiError(400, problem, code="unsupported_message", param=tool_field)
     return encode_tool_prompt(tokenizer, [_with_tools(each) for each in messages], tools)
+
+
+def encode_conversation(messages: Sequence[ChatMessage], tokenizer: ChatTokenizer) -> list[int]:
+    """The messages without the header of an answer to come. Raises like `encode_messages`."""
+    if field := next((field for index, each in enumerate(messages) if (field := _tool_field(index, each))), None):
+        problem = f"{field}: calls of tools are encoded with add_generation_prompt only"
+        raise ApiError(400, problem, code="unsupported_message", param=field)
+    return tokenizer.encode_conversation(_plain(messages))
+
+
+def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    return [{"role": _role(each), "content": _text(each)} for each in messages]
 
 
 def _tool_field(index: int, message: ChatMessage) -> str | None:

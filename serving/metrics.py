@@ -17,7 +17,8 @@ from twinloop.serving.model_manager import DEGRADATIONS, ModelManager
 
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
-DECISIONS, CHAT = "/v1/decisions", "/v1/chat/completions"
+DECISIONS, CHAT, COMPLETIONS = "/v1/decisions", "/v1/chat/completions", "/v1/completions"
+ASKED = (DECISIONS, CHAT, COMPLETIONS)
 """The routes at which the model is asked."""
 
 MOST_NAMES = 100
@@ -73,7 +74,7 @@ class Metrics:
 
     def counted(self) -> Counted:
         """The sums over all routes at which the model is asked."""
-        asked = [each for each in _samples(self.requests, "_total") if each.labels["route"] in (DECISIONS, CHAT)]
+        asked = [each for each in _samples(self.requests, "_total") if each.labels["route"] in ASKED]
         return Counted(
             requests=int(sum(each.value for each in asked)),
             refused=int(sum(each.value for each in asked if int(each.labels["status"]) >= 400)),

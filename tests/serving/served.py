@@ -84,7 +84,8 @@ def small_tokenizer() -> ChatTokenizer:
 
 
 class ScriptedStream:
-    def __init__(self, tokens: list[int], delay_s: float, end: str = "stop"):
+    def __init__(self, prompt: list[int], tokens: list[int], delay_s: float, end: str = "stop"):
+        self.prompt = prompt
         self.end = end
         self.timings = Timings()
         self.cached_tokens = 0
@@ -141,7 +142,7 @@ class ScriptedScheduler:
             raise self.script
         self.prompts.append(list(prompt))
         tokens = self._tokenizer.encode_answer(self.script)[: params.max_tokens]
-        self.streams.append(ScriptedStream(tokens, self.delay_s))
+        self.streams.append(ScriptedStream(self.prompts[-1], tokens, self.delay_s))
         return self.streams[-1]
 
 

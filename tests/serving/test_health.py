@@ -13,7 +13,7 @@ from twinloop.serving.decisions import DecisionService
 from twinloop.serving.knowledge.history import contents_digest
 from twinloop.serving.model_manager import ModelManager, ServeFailure
 
-DECISIONS, CHAT = "/v1/decisions", "/v1/chat/completions"
+DECISIONS, CHAT, TEXT = "/v1/decisions", "/v1/chat/completions", "/v1/completions"
 
 
 class Greeter(Domain):
@@ -44,10 +44,10 @@ def serve(folder, tokenizer, domain, measured=None):
         (Returns(), [DECISIONS], "Orders, return policies"),
         (Classification(labels=["a", "b"]), [DECISIONS], "Texts and their labels"),
         (Reasoning(), [DECISIONS], "Worked answers"),
-        (Chat(), [CHAT], "An assistant"),
-        (DOMAIN, [DECISIONS, CHAT], "The returns domain, with chat"),
-        (Greeter(), [CHAT], "Greets whoever comes, by their name."),
-        (Named(), [CHAT], "Greets people."),
+        (Chat(), [CHAT, TEXT], "An assistant"),
+        (DOMAIN, [DECISIONS, CHAT, TEXT], "The returns domain, with chat"),
+        (Greeter(), [CHAT, TEXT], "Greets whoever comes, by their name."),
+        (Named(), [CHAT, TEXT], "Greets people."),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -62,7 +62,7 @@ def test_a_model_says_what_it_is_for_and_is_asked_only_there(tmp_path, tokenizer
         assert purpose["description"].startswith(said)
         assert "not shown" not in purpose["description"]
         assert ("messages of a chat" in purpose["prompt"]) == (CHAT in routes)
-        for path in {DECISIONS, CHAT} - set(routes):
+        for path in {DECISIONS, CHAT, TEXT} - set(routes):
             for answer in (client.post(path, json={"messages": HELLO}), client.post(path), client.get(path)):
                 assert answer.status_code == 404
                 assert answer.json()["error"]["message"].endswith(f"it answers POST {' and POST '.join(routes)}")

@@ -55,4 +55,4 @@ class Wish:
                     wished, wish = [], int(random.choice(allowed))
                 state.accept(wish)
             tokens.append(wish)
-        return ScriptedStream(tokens, 0.0, "stop" if stop in tokens else "length")
+        return ScriptedStream(prompt, tokens, 0.0, "stop" if stop in tokens else "length")
