@@ -1,6 +1,6 @@
 """OpenAI's chat completions on the served model: whole, or streamed as server-sent events.
 
-What a small greedy-or-sampled engine can do is accepted; a parameter that it would have to ignore is refused by name.
+A parameter that would have to be ignored is refused by its name.
 """
 
 from __future__ import annotations
@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
@@ -21,17 +20,10 @@ from starlette.types import Receive, Scope, Send
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.domains.examples import GREETING
-from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import (
-    CHAT_RESPONSES,
-    AnsweredCall,
-    AnsweredFunction,
-    AnswerMessage,
-    ChatCompletion,
-    Choice,
-    Usage,
-)
-from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
+from twinloop.serving.chat_answer import Answer, Completion
+from twinloop.serving.decisions import DecisionService
+from twinloop.serving.described import CHAT_RESPONSES
+from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.scheduler import Place
 from twinloop.serving.errors import METHODS, ApiError, constraint_body, error_body
 from twinloop.serving.generation import TextStream
@@ -40,27 +32,16 @@ from twinloop.serving.messages import ChatMessage, encode_messages
 from twinloop.serving.metrics import CHAT, Metrics
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.response_format import constraint_of
-from twinloop.serving.tool_calls import ArgumentsPiece, CallStart, Piece, read_calls
-from twinloop.serving.tools import FormFields, ToolUse, tool_use
+from twinloop.serving.sampling_fields import SamplingFields
+from twinloop.serving.tools import FormFields, tool_use
 from twinloop.serving.work import Workers
 
 log = logging.getLogger(__name__)
 
-MAX_STOP_STRINGS = 4
-MAX_STOP_CHARACTERS = 100
-
-NEUTRAL: dict[str, Any] = {
-    "frequency_penalty": 0, "presence_penalty": 0, "logprobs": False, "logit_bias": {}, "n": 1,
-}  # fmt: skip
-"""Parameters that are accepted only with the value that changes nothing (or null)."""
-
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Parameters that do not concern the answer."""
 
-
 EXAMPLE = {"messages": GREETING, "max_tokens": 16}
-
-StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
@@ -71,107 +52,19 @@ class StreamOptions(BaseModel):
 
 def _describe_others(schema: dict[str, Any]) -> None:
     """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
-    schema["properties"] |= {name: {"enum": [value, None]} for name, value in NEUTRAL.items()}
     schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
     schema["additionalProperties"] = False
 
 
-class ChatRequest(FormFields):
-    """The part of OpenAI's request that is served. Temperature 0 is greedy."""
+class ChatRequest(FormFields, SamplingFields):
+    """The part of OpenAI's request that is served, and vLLM's further parameters of sampling."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-
-    @property
-    def stop_texts(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-class Completion:
-    """One accepted request, and the objects that OpenAI's clients expect of it."""
-
-    def __init__(self, text: TextStream, prompt_tokens: int, model: ModelInfo, use: ToolUse | None):
-        self.text = text
-        self._use = use if use is not None and use.may_call else None
-        self._prompt_tokens = prompt_tokens
-        self._model = model
-        self._id = f"chatcmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
-
-    def usage(self) -> Usage:
-        completion = self.text.completion_tokens
-        return Usage(
-            prompt_tokens=self._prompt_tokens,
-            completion_tokens=completion,
-            total_tokens=self._prompt_tokens + completion,
-        )
-
-    def _object(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._model.digest,
-            "choices": choices,
-        }
-
-    def whole(self) -> ChatCompletion:
-        """Wait for the answer and return the completion object."""
-        content, calls = "", list[AnsweredCall]()
-        for piece in self._pieces():
-            if isinstance(piece, str):
-                content += piece
-            elif isinstance(piece, CallStart):
-                function = AnsweredFunction(name=piece.name, arguments="")
-                calls.append(AnsweredCall(id=piece.id, type="function", function=function))
-            else:
-                calls[piece.index].function.arguments += piece.text
-        called = {"tool_calls": calls} if calls else {}  # an answer of text has no such field
-        message = AnswerMessage(role="assistant", content=content or (None if calls else ""), refusal=None, **called)
-        choice = Choice(index=0, message=message, logprobs=None, finish_reason=self._finish_reason(bool(calls)))
-        return ChatCompletion(**self._object("chat.completion", [choice]), usage=self.usage())
-
-    def _pieces(self) -> Iterator[Piece]:
-        return iter(self.text) if self._use is None else read_calls(self.text, self._use)
-
-    def _finish_reason(self, called: bool) -> Literal["stop", "length", "tool_calls"]:
-        reason = self.text.finish_reason
-        return "tool_calls" if called and reason == "stop" else reason
-
-    def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
-        """The same answer as chunk objects, each as soon as its text is there."""
-        no_usage = {"usage": None} if include_usage else {}
-
-        def chunk(delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-            return self._object("chat.completion.chunk", [choice]) | no_usage
-
-        called = False
-        yield chunk({"role": "assistant", "content": "" if self._use is None else None})
-        for piece in self._pieces():
-            called = called or not isinstance(piece, str)
-            yield chunk({"content": piece} if isinstance(piece, str) else {"tool_calls": [_call_delta(piece)]})
-        yield chunk({}, self._finish_reason(called))
-        if include_usage:
-            yield self._object("chat.completion.chunk", []) | {"usage": self.usage().model_dump()}
-
-
-def _call_delta(piece: CallStart | ArgumentsPiece) -> dict[str, Any]:
-    if isinstance(piece, ArgumentsPiece):
-        return {"index": piece.index, "function": {"arguments": piece.text}}
-    function = {"name": piece.name, "arguments": ""}
-    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
 class _EventStream(StreamingResponse):
@@ -194,13 +87,14 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
     router = APIRouter()
 
     def observe(completion: Completion, started: float) -> None:
-        metrics.answered("chat", time.perf_counter() - started, completion.text.ttft_s)
+        metrics.answered("chat", time.perf_counter() - started, completion.ttft_s)
 
     async def events(completion: Completion, include_usage: bool, started: float) -> AsyncIterator[str]:
-        chunks = completion.chunks(include_usage=include_usage)
         try:
-            while (chunk := await workers.run(next, chunks, None)) is not None:
+            async for chunk in workers.merge(completion.chunks(include_usage=include_usage)):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            if include_usage:
+                yield f"data: {json.dumps(completion.usage_chunk(), ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
             observe(completion, started)
         except ConstraintError as error:
@@ -216,10 +110,12 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
         if body.stream:
             include_usage = body.stream_options is not None and body.stream_options.include_usage
-            return _EventStream(events(completion, include_usage, started), completion.text.cancel)
-        answer = await workers.run_unless_gone(request, completion.whole, completion.text.cancel)
+            return _EventStream(events(completion, include_usage, started), completion.cancel)
+        works = [answer.whole for answer in completion.answers]
+        choices = await workers.run_unless_gone(request, completion.cancel, *works)
         observe(completion, started)
-        return Response(answer.model_dump_json(exclude_unset=True), media_type="application/json")
+        whole = completion.whole(choices)
+        return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
     return router
 
@@ -227,7 +123,7 @@ def chat_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> AP
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     _refuse_unserved(body, service)
-    with service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
+    with service.scheduler.reserve(body.choices) as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
 
@@ -240,8 +136,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         prompt = encode_messages(body.messages, tokenizer, () if use is None else use.prompt_tools)
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
-    available = longest - len(prompt)
-    wanted = body.max_completion_tokens or body.max_tokens
+    available, wanted = longest - len(prompt), body.most_tokens
     if available < (wanted or 1):
         raise ApiError(
             400,
@@ -250,18 +145,28 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
             code="context_length_exceeded",
             param="messages",
         )
-    params = SamplingParams(
-        max_tokens=wanted or available,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-        stop=tokenizer.stop_ids,
-        constraint=constraint,
+    params = body.sampling_params(
+        max_tokens=available, stop=tokenizer.stop_ids, constraint=constraint, vocab_size=tokenizer.vocab_size
     )
-    stream = place.submit(prompt, params)
-    calls = use.form.trigger if use is not None and use.may_call else None
-    text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls)
-    return Completion(text, len(prompt), service.model, use)
+    answers = [
+        Answer(
+            index,
+            TextStream(
+                stream,
+                tokenizer,
+                started=started,
+                stop=body.stop_texts,
+                calls=use.form.trigger if use is not None and use.may_call else None,
+                min_tokens=params.min_tokens,
+                ignore_eos=bool(body.ignore_eos),
+                reported=bool(body.logprobs),
+            ),
+            use,
+            tokenizer if body.logprobs else None,
+        )
+        for index, stream in enumerate(place.submit(prompt, params))
+    ]
+    return Completion(answers, len(prompt), service.model)
 
 
 def closed_route(path: str, domain: Domain) -> APIRouter:
@@ -279,19 +184,9 @@ def closed_route(path: str, domain: Domain) -> APIRouter:
 def _refuse_unserved(body: ChatRequest, service: DecisionService) -> None:
     if body.model is not None:
         refuse_other_model(body.model, service.model)
-    extra = body.model_extra or {}
-    for name, problem in _unserved(extra):
-        raise ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
-
-
-def _unserved(extra: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Parameters that cannot be served, and why."""
-    for name, value in extra.items():
-        if name in IGNORED or value is None or (name in NEUTRAL and _same(value, NEUTRAL[name])):
-            continue
-        yield name, f"only {json.dumps(NEUTRAL[name])} is served" if name in NEUTRAL else "is not a known parameter"
-
-
-def _same(value: Any, other: Any) -> bool:
-    """As JSON, which knows true from 1."""
-    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
+    for name, value in (body.model_extra or {}).items():
+        if name not in IGNORED and value is not None:
+            raise ApiError(400, f"{name}: is not a known parameter", code="unsupported_parameter", param=name)
+    if body.choices > (capacity := service.scheduler.capacity):
+        problem = f"n: this server works on {capacity} answers at once, at most"
+        raise ApiError(400, problem, code="unsupported_parameter", param="n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.engine.sampling import ConstraintError
+from twinloop.serving.engine.sampling import ConstraintError, TokenReport
 from twinloop.serving.engine.slots import FinishReason
 from twinloop.serving.engine.stream import Stream
 
@@ -17,6 +19,13 @@ class GivenUpError(Exception):
 
 class CallError(ConstraintError):
     """The calls of an answer cannot be held to their tools any further."""
+
+
+class ReportedToken(NamedTuple):
+    """A token of the text, and what the engine reports of it."""
+
+    id: int
+    report: TokenReport
 
 
 class TextStream:
@@ -37,7 +46,12 @@ class TextStream:
         started: float,
         stop: Sequence[str] = (),
         calls: str | None = None,
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
+        reported: bool = False,
     ):
+        """min_tokens: of the answer before a stop string may end it. ignore_eos: a stop token does not end it.
+        reported: the engine reports its tokens, see `take_reported`."""
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.ttft_s: float | None = None
@@ -46,6 +60,11 @@ class TextStream:
         self._started = started
         self._stop = tuple(stop)
         self._calls = (calls,) if calls and stop else ()
+        self._min_tokens = min_tokens
+        self._ends = () if ignore_eos else tokenizer.stop_ids
+        self._reported = reported
+        self._waiting: deque[tuple[int, ReportedToken]] = deque()  # and where in the text each token begins
+        self._released: list[ReportedToken] = []
 
     @property
     def queue_s(self) -> float | None:
@@ -56,34 +75,59 @@ class TextStream:
         """Free the slot; may be called from any thread, and again."""
         self._stream.cancel()
 
+    def take_reported(self) -> list[ReportedToken]:
+        """The tokens whose text begins in the pieces read so far, that were not taken before."""
+        taken, self._released = self._released, []
+        return taken
+
     def __iter__(self) -> Iterator[str]:
         decoder = self._tokenizer.decoder_stream()
-        held = ""
+        held, given = "", 0  # text that is decoded and not yet a piece; the length of all pieces
+        free = 0  # so much of the text may hold stop strings: the tokens before min_tokens
         for tokens in self._stream.bursts():
             if self.ttft_s is None:
                 self.ttft_s = time.perf_counter() - self._started
             for token in tokens:
                 self.completion_tokens += 1
+                self._wait(token, given + len(held))
                 held += decoder.push(token)
-                end = len(held) if token in self._tokenizer.stop_ids else self._stop_at(held)
+                if self.completion_tokens <= self._min_tokens:
+                    free = given + len(held)
+                ended = token in self._ends
+                end = len(held) if ended else self._stop_at(held, free - given)
                 if end is not None:
                     self.finish_reason = "stop"
                     self.cancel()
+                    self._release(None if ended else given + end)
                     if end:
                         yield held[:end]
                     return
-            keep = self._possible_stop(held)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
+            if keep := len(held) - self._possible_stop(held):
+                given += keep
+                piece, held = held[:keep], held[keep:]
+                self._release(given)
+                yield piece
         if self._stream.finish_reason == "cancelled":
             raise GivenUpError("the answer was given up")
         held += decoder.finish()
+        self._release(None)
         if held:
             yield held
 
-    def _stop_at(self, text: str) -> int | None:
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+    def _wait(self, token: int, begin: int) -> None:
+        if self._reported and token not in self._ends:
+            report = self._stream.reports[self.completion_tokens - 1]
+            self._waiting.append((begin, ReportedToken(token, report)))
+
+    def _release(self, end: int | None) -> None:
+        """Of the tokens that wait, those that begin before this place of the text; None: all."""
+        while self._waiting and (end is None or self._waiting[0][0] < end):
+            self._released.append(self._waiting.popleft()[1])
+
+    def _stop_at(self, text: str, free: int) -> int | None:
+        """Where the first stop string begins that ends after `free` characters."""
+        begins = ((stop, max(0, free - len(stop) + 1)) for stop in self._stop)
+        places = [place for stop, begin in begins if (place := text.find(stop, begin)) >= 0]
         end = min(places, default=None)
         if any(0 <= text.find(calls) <= (len(text) if end is None else end) for calls in self._calls):
             self._stop = self._calls = ()

@@ -1,4 +1,4 @@
-"""Many callers, one engine: a thread owns it, and every request is a stream of tokens.
+"""Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
 Each round gives free slots to waiting requests, computes a bounded piece of the prompts that are being read, and takes
 one batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole.
@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Self
 
 from twinloop.serving.engine.engine import Engine
@@ -58,21 +60,24 @@ class SchedulerMetrics:
 
 
 class Place:
-    """A place in the queue for one request; held until its prompt is submitted or the `with` block ends."""
+    """Places in the queue for the answers of one request; held until its prompt is submitted or the `with` block
+    ends."""
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, answers: int):
         self._scheduler = scheduler
+        self._answers = answers
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue the prompt in this place, once. Its answer ends at max_tokens or when the slot is full.
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Stream]:
+        """Queue the prompt in these places, once; it is computed once for all of its answers.
 
-        Raises UserError for a prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. Raises UserError for a
+        prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        stream = self._scheduler._fill_place(prompt, params)
+        streams = self._scheduler._fill_places(prompt, params, self._answers)
         self._held = False
-        return stream
+        return streams
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +85,7 @@ class Place:
     def __exit__(self, *_: object) -> None:
         if self._held:
             self._held = False
-            self._scheduler._give_back_place()
+            self._scheduler._give_back_places(self._answers)
 
 
 class Scheduler:
@@ -129,41 +134,44 @@ class Scheduler:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def reserve(self) -> Place:
-        """A place for a request whose prompt is still to be made, so that one that must be refused costs no more.
+    def reserve(self, answers: int = 1) -> Place:
+        """Places for the answers of a request whose prompt is still to be made, so that one that must be refused costs
+        no more.
 
         Use it as a context manager: it gives back a place that nothing was submitted to. Raises QueueFullError.
         """
         with self._lock:
             self._check_open()
             # Free slots count too: the engine's thread fetches who waits for them within a round.
-            if len(self._waiting) + self.active + self._reserved >= self.capacity:
+            if len(self._waiting) + self.active + self._reserved + answers > self.capacity:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
-            self._reserved += 1
-        return Place(self)
+            self._reserved += answers
+        return Place(self, answers)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue a prompt, as `Place.submit` does. Raises like `reserve` and that."""
+        """Queue a prompt for one answer, as `Place.submit` does. Raises like `reserve` and that."""
         with self.reserve() as place:
-            return place.submit(prompt, params)
+            (stream,) = place.submit(prompt, params)
+        return stream
 
     def _check_open(self) -> None:
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
-    def _fill_place(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        self._engine.check_prompt(prompt)
-        stream = Stream(prompt, params)
+    def _fill_places(self, tokens: Sequence[int], params: SamplingParams, answers: int) -> list[Stream]:
+        self._engine.check_prompt(tokens)
+        prompt = Prompt(list(tokens))
+        streams = [Stream(prompt, params, sequence) for sequence in range(answers)]
         with self._lock:
             self._check_open()
-            self._reserved -= 1
-            self._waiting.append(stream)
+            self._reserved -= answers
+            self._waiting += streams
             self._lock.notify()
-        return stream
+        return streams
 
-    def _give_back_place(self) -> None:
+    def _give_back_places(self, answers: int) -> None:
         with self._lock:
-            self._reserved -= 1
+            self._reserved -= answers
 
     def metrics(self) -> SchedulerMetrics:
         """A snapshot."""
@@ -239,19 +247,21 @@ class Scheduler:
                 stream.end("cancelled")
 
     def _admit(self) -> None:
-        """Give free slots to those who wait longest."""
-        while self._waiting and self._batch.free:
+        """Give free slots to those who wait longest, to the answers of one request at once."""
+        while self._waiting and (free := self._batch.free):
             with self._lock:
-                stream = self._waiting[0]
-                (slot,) = self._batch.admit(Prompt(stream.prompt), stream.params)
-                self._streams[slot] = self._waiting.popleft()
-            stream.started()
+                prompt, answers = next(groupby(islice(self._waiting, free), key=attrgetter("prompt")))
+                streams = list(answers)
+                sequences = [stream.sequence for stream in streams]
+                for slot in self._batch.admit(prompt, streams[0].params, sequences):
+                    self._streams[slot] = self._waiting.popleft()
+            for stream in streams:
+                stream.started()
 
     def _read_prompts(self) -> None:
         """Compute prompts in order of arrival, up to the token budget of a round."""
         budget = self._prefill_tokens
         while budget > 0 and (slots := self._batch.reading):
-            (slot,) = slots
             try:
                 count, drawn = self._batch.read_prompt(budget)
                 budget -= count
@@ -260,25 +270,26 @@ class Scheduler:
                     self._deliver(drawn)
             except SlotConstraintError as error:
                 log.warning("an answer cannot keep its form: %s", error)
-                self._release(slot, "error", error)
+                self._fail([error.slot], error)
             except Exception as error:  # caused by this prompt or its sampling: the others go on
                 log.exception("a prompt failed")
-                self._release(slot, "error", error)
+                self._fail(slots, error)
 
     def _deliver(self, drawn: Drawn) -> None:
         """Hand every drawn token to its stream, and end the streams that are complete."""
         now = time.perf_counter()
-        for slot, token, logprob, stopped, ended in zip(
+        for slot, token, logprob, stopped, ended, report in zip(
             drawn.slots.tolist(),
             drawn.tokens.tolist(),
             drawn.logprobs.tolist(),
             drawn.stopped.tolist(),
             drawn.ended.tolist(),
+            map(drawn.reports.get, range(len(drawn.slots))),
             strict=True,
         ):
             stream = self._streams[slot]
             assert stream is not None
-            stream.push(token, logprob, now)
+            stream.push(token, logprob, report, now)
             if ended:
                 self._end(slot, "stop" if stopped else "length")
         self._tokens += len(drawn.slots)

@@ -22,7 +22,7 @@ from twinloop.domains.returns.prompt import REASONS
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.sampling import SamplingParams, TokenReport
 from twinloop.serving.engine.scheduler import QueueFullError, SchedulerMetrics, Totals
 from twinloop.serving.engine.stream import Timings
 from twinloop.serving.knowledge.documents import DocumentStore
@@ -84,8 +84,9 @@ def small_tokenizer() -> ChatTokenizer:
 
 
 class ScriptedStream:
-    def __init__(self, tokens: list[int], delay_s: float, end: str = "stop"):
+    def __init__(self, tokens: list[int], delay_s: float, end: str = "stop", reported: bool = False):
         self.end = end
+        self.reports = [TokenReport(-1.0, {token: -1.0}) for token in tokens] if reported else []
         self.timings = Timings()
         self.finish_reason: str | None = None
         self.cancelled = threading.Event()
@@ -109,6 +110,16 @@ class ScriptedStream:
         self.finish_reason = self.end
 
 
+class ScriptedPlace:
+    """Places of a request at a scheduler that stands in for a model."""
+
+    def __init__(self, scheduler: Any, answers: int):
+        self._scheduler, self._answers = scheduler, answers
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> list[ScriptedStream]:
+        return [self._scheduler.submit(prompt, params) for _ in range(self._answers)]
+
+
 class ScriptedScheduler:
     """In place of a model: whatever is asked, it answers `script`, or raises it."""
 
@@ -129,18 +140,17 @@ class ScriptedScheduler:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals())
 
     @contextmanager
-    def reserve(self) -> Iterator[ScriptedScheduler]:
-        """A place, which is the scheduler itself."""
+    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
-        yield self
+        yield ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         if isinstance(self.script, Exception):
             raise self.script
         self.prompts.append(list(prompt))
         tokens = self._tokenizer.encode_answer(self.script)[: params.max_tokens]
-        self.streams.append(ScriptedStream(tokens, self.delay_s))
+        self.streams.append(ScriptedStream(tokens, self.delay_s, reported=params.top_logprobs is not None))
         return self.streams[-1]
 
 
