@@ -93,7 +93,7 @@ class Place:
 
 
 class Scheduler:
-    """Owns the engine from now on. `queue_size` requests may wait beside those in the slots."""
+    """Owns the engine from now on. `queue_size` answers may wait beside those in the slots."""
 
     def __init__(self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256):
         """prefill_tokens: prompt tokens computed between two decode steps at most."""
@@ -119,17 +119,17 @@ class Scheduler:
 
     @property
     def capacity(self) -> int:
-        """Requests that it can hold at once, waiting or in a slot."""
+        """Answers that it can hold at once, waiting or in a slot: a request has one or more."""
         return self._queue_size + self._engine.slots
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a slot, or for the prompts before theirs."""
+        """Answers that wait for a slot, or for the prompts before theirs."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
-        """Requests that have a slot."""
+        """Answers that have a slot."""
         return sum(stream is not None for stream in self._streams)
 
     @property

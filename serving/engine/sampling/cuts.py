@@ -20,6 +20,8 @@ _CANDIDATES = (256, 4096)
 _GROUPS_PER_CANDIDATE = 3
 """More groups are slower to sort, fewer leave more candidates: with 3 there are about 1.2 times as many as wanted."""
 
+_BLOCK = 128
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
@@ -38,29 +40,29 @@ class Cuts:
 
     def kept(self, shifted_V: np.ndarray) -> np.ndarray:
         """The ids of the tokens left, int64, ascending. shifted_V: logits after the temperature, the largest one 0."""
+        top_p_alone = self.top_p < 1 and self.top_k <= 0 and self.min_p == 0
+        total = float(np.exp(shifted_V).sum(dtype=np.float64)) if top_p_alone else None
         for wanted in (*_CANDIDATES, len(shifted_V)):
             ids_N, are_all = largest(shifted_V, max(wanted, self.top_k + 1))
             values_N = shifted_V[ids_N]
-            ranked_N = np.sort(values_N)[::-1]
-            count = self._count(ranked_N, shifted_V, are_all)
+            ranked_N = -np.sort(-values_N)
+            count = self._count(ranked_N, total, are_all)
             if are_all or count < len(ids_N):
                 break
         return ids_N[_first(values_N, count, ranked_N[count - 1])]
 
-    def _count(self, ranked_N: np.ndarray, shifted_V: np.ndarray, are_all: bool) -> int:
-        """How many of the candidates are left; all of them: maybe others are too, unless they are all that there is."""
+    def _count(self, ranked_N: np.ndarray, total: float | None, are_all: bool) -> int:
+        """How many of the candidates are left; where it is all of them, others may be left too. total: the weight of
+        which top_p is a share, where it is not that of the candidates that the other cuts leave."""
         count = len(ranked_N)
         if self.min_p > 0:
             count = int(np.count_nonzero(ranked_N >= math.log(self.min_p)))
         if self.top_k > 0:
             count = min(count, self.top_k)
-        known = are_all or count < len(ranked_N)
-        if self.top_p < 1 and (known or self.min_p == 0):
+        decided = are_all or count < len(ranked_N) or total is not None
+        if self.top_p < 1 and decided:
             weight_N = np.exp(ranked_N[:count]).astype(np.float64)
-            total = weight_N.sum() if known else np.exp(shifted_V).sum(dtype=np.float64)
-            before_N = np.cumsum(weight_N) - weight_N
-            before_N[0] = -1  # the likeliest is always kept, however small top_p is
-            count = int(np.count_nonzero(before_N < self.top_p * total))
+            count = _leading(weight_N, self.top_p * (weight_N.sum() if total is None else total))
         return count
 
 
@@ -92,6 +94,18 @@ def largest(values_V: np.ndarray, count: int) -> tuple[np.ndarray, bool]:
     if least == -np.inf:
         return np.flatnonzero(values_V > -np.inf), True
     return np.flatnonzero(values_V >= least), False
+
+
+def _leading(weight_N: np.ndarray, sum_wanted: float) -> int:
+    """How many of the first weights, at least one, it takes to sum up to so much; all of them where that is not enough.
+
+    Sums of blocks come first: a running sum over a vocabulary takes longer than its sort."""
+    block_sums = np.add.reduceat(weight_N, np.arange(0, len(weight_N), _BLOCK))
+    before_blocks = np.cumsum(block_sums) - block_sums
+    block = max(0, int(np.count_nonzero(before_blocks < sum_wanted)) - 1)
+    inside = weight_N[block * _BLOCK : (block + 1) * _BLOCK]
+    before_inside = before_blocks[block] + np.cumsum(inside) - inside
+    return max(1, block * _BLOCK + int(np.count_nonzero(before_inside < sum_wanted)))
 
 
 def _first(values_N: np.ndarray, count: int, least: np.float32) -> np.ndarray:

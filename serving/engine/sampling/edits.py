@@ -82,9 +82,9 @@ class _Penalties:
     def __init__(self, penalties: Edits, prompt: Sequence[int]):
         self._penalties = penalties
         self._place = {token: place for place, token in enumerate(dict.fromkeys(prompt))}
-        self._ids = np.zeros(2 * len(self._place) + 64, np.int64)
+        self._ids: np.ndarray = np.zeros(2 * len(self._place) + 64, np.int64)
         self._ids[: len(self._place)] = list(self._place)
-        self._counts = np.zeros(len(self._ids), np.float32)
+        self._counts: np.ndarray = np.zeros(len(self._ids), np.float32)
 
     def apply(self, logits_V: np.ndarray) -> None:
         ids_N, count_N = self._ids[: len(self._place)], self._counts[: len(self._place)]
