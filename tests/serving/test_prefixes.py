@@ -217,6 +217,37 @@ def test_answers_under_any_traffic_are_those_without_reuse(scheduler, alone):
     assert totals.prefix_cache_hits > totals.prefix_cache_queries / 5
 
 
+@pytest.mark.parametrize("length", [SHORTEST - 9, 100])
+def test_the_answers_of_one_request_share_their_prompt_beside_what_slots_hold(scheduler, computed, length):
+    """Also those that get a slot only when the first ones have ended: the prompt is looked up and counted once."""
+    prompt, params = prompt_of(7, length), SamplingParams(max_tokens=9, temperature=1.0, seed=4)
+    alone = [answer.tokens for answer in small_engine(slots=1).generate([prompt], params, group=7)]
+    half = length // 2 if length > 2 * SHORTEST else 0
+    answer(scheduler, [*prompt[: length // 2], *prompt_of(2, 9)])
+    before = scheduler.metrics().totals
+    computed.clear()
+    with scheduler.reserve(7) as place:
+        streams = place.submit(prompt, params)
+    assert [list(stream) for stream in streams] == alone
+    assert sum(computed) == length - half
+    wait_for(lambda: scheduler.active == 0)
+    after = scheduler.metrics().totals
+    assert after.prompt_tokens - before.prompt_tokens == length
+    assert after.prefix_cache_queries - before.prefix_cache_queries == length
+    assert after.prefix_cache_hits - before.prefix_cache_hits == half == streams[0].prompt.cached_tokens
+
+
+def test_several_answers_to_the_same_prompt_again_and_again_displace_nothing(scheduler):
+    other = prompt_of(2, 60)
+    answer(scheduler, other)
+    for _ in range(4):
+        with scheduler.reserve(2) as place:
+            for stream in place.submit(SYSTEM, GREEDY):
+                list(stream)
+        wait_for(lambda: scheduler.active == 0)
+    assert answer(scheduler, other)[1] == 59
+
+
 def test_layers_with_windows_reuse_too():
     """Their slots hold every position, not the window's alone."""
     config = CONFIG.model_copy(update={"windows": (8, None)})
