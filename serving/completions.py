@@ -16,7 +16,7 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.answers import Answers, StreamOptions
 from twinloop.serving.chat import MAX_STOP_STRINGS, StopText, describe_others, refuse_unserved
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import ASK_WORDS, Usage, errors
+from twinloop.serving.described import ASK_WORDS, errors, PromptTokensDetails, Usage
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream, interleaved
@@ -107,7 +107,12 @@ class Completion:
     def usage(self) -> Usage:
         prompt = sum(text.prompt_tokens for text in self.texts)
         completion = sum(text.completion_tokens for text in self.texts)
-        return Usage(prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(text.cached_tokens for text in self.texts)),
+        )
 
     def _object(self, choices: Sequence[Any]) -> dict[str, Any]:
         return {
