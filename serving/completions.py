@@ -16,7 +16,7 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.answers import Answers, StreamOptions
 from twinloop.serving.chat import MAX_STOP_STRINGS, StopText, describe_others, refuse_unserved
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import ASK_WORDS, errors, PromptTokensDetails, Usage
+from twinloop.serving.described import ASK_WORDS, PromptTokensDetails, Usage, errors
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream, interleaved
