@@ -102,7 +102,7 @@ class ModelRunner:
         max_length = max_length or exported.max_length
         if device == "cpu":
             plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
-            what = f"{exported_dir} ({exported.precision}, {slots:,} slots of {max_length:,} tokens)"
+            what = f"{exported_dir} ({exported.precision}, slots {slots:,}, max_length {max_length:,})"
             check_fits(plan, available_bytes(), what=what)
         return cls(
             open_exported(exported_dir, config, device=device, threads=threads),
