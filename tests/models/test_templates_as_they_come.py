@@ -60,14 +60,11 @@ def asked(theirs: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> li
 
 def test_a_prompt_has_the_ids_of_transformers(pair: Pair) -> None:
     name, ours, theirs = pair
-    contents = [*CONTENTS, *(THOUGHTS if name.startswith("qwen") else ())]
-    for first, second in itertools.product(contents, contents[:3]):
-        for messages in (
-            chat(first),
-            chat(second, first, "so?"),
-            chat(second, system=first),
-            chat(first, second, first),
-        ):
+    thoughts = THOUGHTS if name.startswith("qwen") else []  # of the assistant: others' are plain text
+    for first, second in itertools.product([*CONTENTS, *thoughts], CONTENTS[:3]):
+        said = chat(second, first, "so?"), chat(second, first, second, first, "so?")
+        others = chat(first), chat(second, system=first), chat(first, second, first)
+        for messages in said if first in thoughts else (*said, *others):
             assert ours.encode_prompt(messages) == asked(theirs, messages), messages
             rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             assert ours.render(messages) == rendered
