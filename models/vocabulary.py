@@ -171,7 +171,11 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
     vocabulary, merges = data["model"].get("vocab"), data["model"].get("merges", [])
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         raise UserError(f"{where}: not a tokenizer (its model has no vocabulary, or no merges)")
-    steps = {step["type"] for step in _steps(data["decoder"])}
+    try:
+        steps = {step["type"] for step in _steps(data["decoder"])}
+        replaced = {kind for step in _steps(data["decoder"]) for kind, _ in step.get("pattern", {}).items()}
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where}: not a tokenizer (its decoder is none)") from None
     if "ByteLevel" in steps:
         return
     if not steps or not steps <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
@@ -179,6 +183,8 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: the decoder ({names}) is neither byte-level nor SentencePiece's, so text would be lost"
         )
+    if replaced - {"String"}:
+        raise UserError(f"{where}: the decoder replaces what fits a regular expression, which is not supported")
     if not data["model"].get("byte_fallback"):
         raise UserError(f"{where}: BPE without byte_fallback loses text that it has no token for")
 

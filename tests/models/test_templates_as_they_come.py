@@ -239,11 +239,19 @@ def test_a_strangers_template_ends_in_no_foreign_exception(template: str, says: 
         ("merges", None),
         ("merges", [1]),
         ("merges", ["a"]),
+        ("decoder", "ByteLevel"),
+        ("decoder", ["ByteLevel"]),
+        ("decoder", {"kind": "ByteLevel"}),
+        ("decoder", {"type": ["ByteLevel"]}),
+        ("decoder", {"type": "Sequence"}),
+        ("decoder", {"type": "Sequence", "decoders": [3]}),
+        ("decoder", {"type": "Replace", "pattern": " ", "content": "x"}),
+        ("decoder", {"type": "ByteLevel", "add_prefix_space": 3}),
     ],
 )
 def test_a_tokenizer_of_other_parts_is_refused_in_one_line(part: str, value: Any) -> None:
     content = json.loads(tokenizer_of("gpt2").to_str())
-    (content if part == "added_tokens" else content["model"])[part] = value
+    (content if part in content else content["model"])[part] = value
     with pytest.raises(UserError, match=r"^tokenizer\.json: not a tokenizer") as caught:
         ChatTokenizer(json.dumps(content), {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"})
     assert "\n" not in str(caught.value)
@@ -259,6 +267,7 @@ def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> Non
             '{"type":"WordPiece","prefix":"#","cleanup":true}',
             "decoder .*WordPiece.* text would be lost",
         ),
+        ('"pattern":{"String":"▁"}', '"pattern":{"Regex":"▁"}', "decoder replaces what fits a regular expression"),
         ('"content":"<s>"', '"content":"\\n"', "has no visible character"),
     ):
         source = tokenizer_of("metaspace").to_str()
