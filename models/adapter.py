@@ -60,6 +60,19 @@ class Adapter:
     rank_stabilised: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        alphas: Mapping[str, float],
+        *,
+        rank_stabilised: bool = False,
+    ) -> Adapter:
+        """alphas: of every layer."""
+        alpha = _most_common(alphas)
+        own = {name: each for name, each in alphas.items() if each != alpha}
+        return cls(factors, alpha, rank_stabilised, own)
+
     @property
     def ranks(self) -> dict[str, int]:
         """By the linear layer's name."""
@@ -85,9 +98,7 @@ class Adapter:
             a = np.concatenate([a for a, _, _ in parts])
             b = np.concatenate([np.float32(scale) * b for _, b, scale in parts], axis=1)
             factors[name] = a, b
-        ranks = {name: len(a) for name, (a, _) in factors.items()}
-        alpha = _most_common(ranks)
-        return Adapter(factors, alpha, alphas={name: rank for name, rank in ranks.items() if rank != alpha})
+        return Adapter.of(factors, {name: len(a) for name, (a, _) in factors.items()})
 
 
 def save_adapter(directory: Path, adapter: Adapter, *, base: str) -> None:
@@ -134,9 +145,7 @@ def read_adapter(directory: Path, config: DecoderConfig) -> Adapter:
                 f"{directory}: {name} has rank {len(a)}, {ADAPTER_CONFIG} says {ranks[name]:g}; save the adapter again"
             )
     alphas = {name: _pattern(directory, fields, "alpha_pattern", name, "lora_alpha") for name in factors}
-    alpha = _most_common(alphas)
-    own = {name: each for name, each in alphas.items() if each != alpha}
-    return Adapter(factors, alpha, bool(fields.get("use_rslora")), own)
+    return Adapter.of(factors, alphas, rank_stabilised=bool(fields.get("use_rslora")))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
