@@ -110,7 +110,7 @@ def base_digest(tensors: Mapping[str, np.ndarray], config: DecoderConfig) -> str
     for name in sorted(linear_layers(config)):
         array = tensors[f"{name}.weight"]
         types.add(array.dtype.name)
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return f"{'+'.join(sorted(types))} {digest.hexdigest()}"
 
 
