@@ -47,7 +47,9 @@ class LlamaCppForm(Form):
         command = [server, "-m", str(path), "--host", "127.0.0.1", "--port", str(port), "--jinja", "-t", str(threads)]
         no = subprocess.DEVNULL
         try:
-            self._process = subprocess.Popen([*command, "-np", "1", "-ngl", "0"], stdin=no, stdout=no, stderr=no)
+            self._process = subprocess.Popen(
+                [*_ending_with_us(), *command, "-np", "1", "-ngl", "0"], stdin=no, stdout=no, stderr=no
+            )
         except OSError as error:
             raise FormError(f"{server}: does not run ({error.strerror})") from None
         try:
@@ -106,6 +108,13 @@ class LlamaCppForm(Form):
         except (OSError, HTTPException, ValueError) as error:
             raise FormError(f"{SERVER}{path}: {one_line(error)}; run it again") from error
         return content
+
+
+def _ending_with_us() -> list[str]:
+    """How a command begins whose process the kernel kills once the thread that started it has ended, however that
+    dies: where util-linux is, on Linux."""
+    found = shutil.which("setpriv")
+    return [found, "--pdeathsig", "KILL"] if found else []
 
 
 def _field(answer: Mapping[str, Any], path: str, field: str) -> Any:

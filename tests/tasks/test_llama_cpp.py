@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -119,6 +122,27 @@ def test_a_server_that_ends_at_once_does_not_start(described: Path, tmp_path: Pa
     server.chmod(0o755)
     with pytest.raises(FormError, match="does not start on the GGUF file"):
         LlamaCppForm(described, "digest", str(server), tmp_path / "model.gguf", threads=1)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="util-linux is not installed")
+def test_a_server_ends_with_what_started_it_however_that_dies(described: Path, tmp_path: Path) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text(SERVER.format(python=sys.executable, answers="{}"))
+    server.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from twinloop.tasks.llama_cpp import LlamaCppForm\n"
+        "form = LlamaCppForm(Path(sys.argv[1]), 'digest', sys.argv[2], Path('model.gguf'), threads=1)\n"
+        "print(form._process.pid, flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, described, server], stdin=pipe, stdout=pipe) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        command = Path(f"/proc/{pid}/cmdline")
+        assert str(server).encode() in command.read_bytes()
+        parent.kill()
+    while command.exists() and command.read_bytes():  # empty for one that nobody has waited for
+        time.sleep(0.05)
 
 
 def test_without_a_server_on_the_path_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
