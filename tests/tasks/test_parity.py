@@ -397,7 +397,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/completion":
             os._exit(1)
         self.do_GET()
-        self.wfile.write(b'{"tokens": []}')
+        self.wfile.write(b'{{"tokens": []}}')
 
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
