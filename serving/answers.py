@@ -1,18 +1,23 @@
-"""How an accepted request to a model is answered over HTTP: whole, or streamed as server-sent events."""
+"""How an accepted request to a model is answered over HTTP: whole, or streamed as server-sent events, in the objects
+that OpenAI's clients expect."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from twinloop.serving.asked import Asked
+from twinloop.serving.decisions import ModelInfo
+from twinloop.serving.described import PromptTokensDetails, Usage
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.errors import constraint_body, error_body
 from twinloop.serving.generation import TextStream
@@ -22,61 +27,118 @@ from twinloop.serving.work import Workers
 log = logging.getLogger(__name__)
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    include_usage: bool = False
-
-
 class Answer(Protocol):
-    """One accepted request, in the objects that its route answers with."""
+    """One of the choices. Read it once: by `whole`, or by `deltas`."""
 
     @property
-    def texts(self) -> Sequence[TextStream]:
+    def text(self) -> TextStream:
         """What the model writes for it."""
 
     def whole(self) -> BaseModel:
-        """Wait for all of it."""
+        """Wait for all of it. Returns the choice of a completion."""
 
-    def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
-        """The same piece by piece, each as soon as its text is there."""
+    def deltas(self) -> Iterator[dict[str, Any]]:
+        """The same as the choices of chunks, each as soon as its text is there."""
+
+
+class Form(NamedTuple):
+    """Of a route's completions. kind: the name under which they are counted; id: how their ids begin."""
+
+    kind: str
+    id: str
+    whole: type[BaseModel]
+    whole_object: str
+    chunk_object: str
+
+
+class Completion:
+    """All answers of one accepted request."""
+
+    def __init__(self, answers: Sequence[Answer], model: ModelInfo, form: Form):
+        self.answers = answers
+        self.form = form
+        self._model = model
+        self._id = f"{form.id}-{uuid.uuid4().hex}"
+        self._created = int(time.time())
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Seconds to the first token of any answer, once they are read."""
+        return min((each for answer in self.answers if (each := answer.text.ttft_s) is not None), default=None)
+
+    def cancel(self) -> None:
+        """Free the slots; may be called from any thread, and again."""
+        for answer in self.answers:
+            answer.text.cancel()
+
+    def whole(self, choices: Sequence[BaseModel]) -> BaseModel:
+        """The completion object, of all answers' `whole`."""
+        return self.form.whole(**self._object(self.form.whole_object, choices), usage=self._usage())
+
+    def chunks(self, *, include_usage: bool) -> list[Iterator[dict[str, Any]]]:
+        """The chunk objects of each answer; after them, with include_usage, comes `usage_chunk`."""
+        no_usage = {"usage": None} if include_usage else {}
+
+        def chunks_of(answer: Answer) -> Iterator[dict[str, Any]]:
+            for delta in answer.deltas():
+                yield self._object(self.form.chunk_object, [delta]) | no_usage
+
+        return [chunks_of(answer) for answer in self.answers]
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk, once all answers are read."""
+        return self._object(self.form.chunk_object, []) | {"usage": self._usage().model_dump()}
+
+    def _object(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model.name,
+            "system_fingerprint": self._model.digest,
+            "choices": choices,
+        }
+
+    def _usage(self) -> Usage:
+        prompts = {answer.text.prompt for answer in self.answers}  # several answers may be of one
+        prompt = sum(len(each.tokens) for each in prompts)
+        completion = sum(answer.text.completion_tokens for answer in self.answers)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens or 0 for each in prompts)),
+        )
 
 
 class Answers:
-    """The end of every route whose answer is the model's text. kind: the name under which its answers are counted."""
+    """The end of every route whose answer is the model's text."""
 
-    def __init__(self, metrics: Metrics, workers: Workers, kind: str):
+    def __init__(self, metrics: Metrics, workers: Workers):
         self._metrics = metrics
         self._workers = workers
-        self._kind = kind
 
-    async def respond(
-        self, request: Request, answer: Answer, started: float, stream: bool | None, options: StreamOptions | None
-    ) -> Response:
+    async def respond(self, request: Request, asked: Asked, completion: Completion, started: float) -> Response:
         """started: the `time.perf_counter()` at which the request arrived. The client that leaves frees the slots."""
-
-        def end() -> None:
-            for text in answer.texts:
-                text.cancel()
-
-        if stream:
-            include_usage = options is not None and options.include_usage
-            return _EventStream(self._events(answer, started, include_usage), end)
-        whole = await self._workers.run_unless_gone(request, answer.whole, end)
-        self._observe(answer, started)
+        if asked.stream:
+            return _EventStream(self._events(completion, started, asked.include_usage), completion.cancel)
+        works = [answer.whole for answer in completion.answers]
+        choices = await self._workers.run_unless_gone(request, completion.cancel, *works)
+        self._observe(completion, started)
+        whole = completion.whole(choices)
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
-    def _observe(self, answer: Answer, started: float) -> None:
-        first = min((text.ttft_s for text in answer.texts if text.ttft_s is not None), default=None)
-        self._metrics.answered(self._kind, time.perf_counter() - started, first)
+    def _observe(self, completion: Completion, started: float) -> None:
+        self._metrics.answered(completion.form.kind, time.perf_counter() - started, completion.ttft_s)
 
-    async def _events(self, answer: Answer, started: float, include_usage: bool) -> AsyncIterator[str]:
-        chunks = answer.chunks(include_usage=include_usage)
+    async def _events(self, completion: Completion, started: float, include_usage: bool) -> AsyncIterator[str]:
         try:
-            while (chunk := await self._workers.run(next, chunks, None)) is not None:
+            async for chunk in self._workers.merge(completion.chunks(include_usage=include_usage)):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            if include_usage:
+                yield f"data: {json.dumps(completion.usage_chunk(), ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
-            self._observe(answer, started)
+            self._observe(completion, started)
         except ConstraintError as error:
             yield f"data: {json.dumps(constraint_body(error))}\n\n"
         except Exception as error:

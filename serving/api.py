@@ -76,8 +76,9 @@ def create_app(
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(AnswerHead)
     if domain.serves_chat:
-        app.include_router(chat_router(manager, Answers(metrics, workers, "chat")))
-        app.include_router(completions_router(manager, Answers(metrics, workers, "completions")))
+        answers = Answers(metrics, workers)
+        app.include_router(chat_router(manager, answers))
+        app.include_router(completions_router(manager, answers))
     else:
         app.include_router(closed_route(CHAT, domain))
         app.include_router(closed_route(COMPLETIONS, domain))
@@ -119,7 +120,7 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
     async def decide(request: Request, body: Annotated[body_model, described]) -> Response:  # type: ignore[valid-type]
         started = time.perf_counter()
         pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(body))
-        response = await workers.run_unless_gone(request, pending.finish, pending.cancel)
+        (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         metrics.decided(response, pending.outcome)
         ttft_ms = response.timings.ttft_ms
         metrics.answered("decisions", time.perf_counter() - started, None if ttft_ms is None else ttft_ms / 1000)

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.answers import Answers, StreamOptions
-from twinloop.serving.chat import MAX_STOP_STRINGS, StopText, describe_others, refuse_unserved
-from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import ASK_WORDS, PromptTokensDetails, Usage, errors
-from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.answers import Answers, Completion, Form
+from twinloop.serving.asked import Asked, refuse_unserved
+from twinloop.serving.decisions import DecisionService
+from twinloop.serving.described import ASK_WORDS, Usage, errors
+from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from twinloop.serving.errors import ApiError
-from twinloop.serving.generation import TextStream, interleaved
+from twinloop.serving.generation import ReportedToken, TextStream
 from twinloop.serving.metrics import COMPLETIONS
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.sampling_fields import refused
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -31,23 +31,15 @@ EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 16}
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class CompletionRequest(BaseModel):
-    """The part of OpenAI's request that is served. Temperature 0 is greedy.
+class CompletionRequest(Asked):
+    """The part of OpenAI's request that is served, and vLLM's further parameters of sampling.
 
     prompt: one or several, each a text, in which nothing is a special token, or token ids, which may be any.
     """
 
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=describe_others)
-
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    model: str | None = None
     max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=1)
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    seed: int | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many of the likeliest tokens")
     echo: bool | None = False
     add_special_tokens: bool = Field(True, description="whether a text begins as the model's texts do, with BOS")
 
@@ -60,19 +52,31 @@ class CompletionRequest(BaseModel):
         return [self.prompt] if isinstance(first, int) else self.prompt  # type: ignore[list-item,return-value]
 
     @property
-    def stop_texts(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def reported(self) -> int | None:
+        if self.echo and self.logprobs is not None:
+            raise refused("logprobs", "they are those of the answer; ask for them without echo")
+        return self.logprobs
+
+
+class TextLogprobs(BaseModel):
+    """Of each token of the text. text_offset: where in the text it begins. A token that is a part of a character is
+    written as its bytes."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
 
 
 class TextChoice(BaseModel):
     index: int
     text: str
-    logprobs: None
+    logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
 class TextCompletion(BaseModel):
-    """OpenAI's, of a request without `stream`. There is a choice a prompt, in their order."""
+    """OpenAI's, of a request without `stream`. There are `n` choices a prompt, in the order of the prompts."""
 
     id: str
     object: Literal["text_completion"]
@@ -92,61 +96,67 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     **errors(404, 415, words=ASK_WORDS),
 }
 
+FORM = Form("completions", "cmpl", TextCompletion, "text_completion", "text_completion")
 
-class Completion:
-    """One accepted request, and the objects that OpenAI's clients expect of it."""
 
-    def __init__(self, texts: Sequence[TextStream], echoed: Sequence[str], model: ModelInfo):
-        """echoed: what is shown before each text."""
-        self.texts = texts
+class TextAnswer:
+    """One of the choices, see `answers.Answer`."""
+
+    def __init__(self, index: int, text: TextStream, echoed: str, reports_of: ChatTokenizer | None):
+        """echoed: what is shown before the text. reports_of: as `ChatAnswer` has it."""
+        self.text = text
+        self._index = index
         self._echoed = echoed
-        self._model = model
-        self._id = f"cmpl-{uuid.uuid4().hex}"
-        self._created = int(time.time())
+        self._tokenizer = reports_of
 
-    def usage(self) -> Usage:
-        prompt = sum(text.prompt_tokens for text in self.texts)
-        completion = sum(text.completion_tokens for text in self.texts)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(text.cached_tokens for text in self.texts)),
-        )
+    def whole(self) -> TextChoice:
+        """Wait for the text."""
+        text = self._echoed + "".join(self.text)
+        finish_reason = self.text.finish_reason
+        return TextChoice(index=self._index, text=text, logprobs=self._logprobs(), finish_reason=finish_reason)
 
-    def _object(self, choices: Sequence[Any]) -> dict[str, Any]:
+    def deltas(self) -> Iterator[dict[str, Any]]:
+        """The same as the choices of chunks, each as soon as its text is there."""
+        if self._echoed:
+            yield self._delta(self._echoed)
+        for piece in self.text:
+            yield self._delta(piece)
+        yield self._delta("", self.text.finish_reason)
+
+    def _delta(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
+        logprobs = self._logprobs(always=False)
         return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._model.digest,
-            "choices": choices,
+            "index": self._index,
+            "text": text,
+            "logprobs": None if logprobs is None else logprobs.model_dump(),
+            "finish_reason": finish_reason,
         }
 
-    def whole(self) -> TextCompletion:
-        """Wait for all texts and return the completion object."""
-        choices = [
-            TextChoice(index=index, text=echo + "".join(text), logprobs=None, finish_reason=text.finish_reason)
-            for index, (echo, text) in enumerate(zip(self._echoed, self.texts, strict=True))
-        ]
-        return TextCompletion(**self._object(choices), usage=self.usage())
+    def _logprobs(self, *, always: bool = True) -> TextLogprobs | None:
+        """Of the tokens read since the last call, where they are asked for. always: also where there are none."""
+        tokens = self.text.take_reported()
+        if self._tokenizer is None or not (tokens or always):
+            return None
+        return TextLogprobs(
+            tokens=[_shown_token(token.id, self._tokenizer) for token in tokens],
+            token_logprobs=[token.report.logprob for token in tokens],
+            top_logprobs=[_top(token, self._tokenizer) for token in tokens],
+            text_offset=[token.begin for token in tokens],
+        )
 
-    def chunks(self, *, include_usage: bool) -> Iterator[dict[str, Any]]:
-        """The same texts as chunk objects, each as soon as it is there, whichever prompt it belongs to."""
-        no_usage = {"usage": None} if include_usage else {}
 
-        def chunk(index: int, text: str, finish_reason: str | None = None) -> dict[str, Any]:
-            choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-            return self._object([choice]) | no_usage
+def _top(token: ReportedToken, tokenizer: ChatTokenizer) -> dict[str, float]:
+    """The likeliest tokens, and the one that was drawn."""
+    top = token.report.top | {token.id: token.report.logprob}
+    return {_shown_token(id, tokenizer): logprob for id, logprob in top.items()}
 
-        for index, echo in enumerate(self._echoed):
-            if echo:
-                yield chunk(index, echo)
-        for index, piece in interleaved(self.texts):
-            yield chunk(index, "", self.texts[index].finish_reason) if piece is None else chunk(index, piece)
-        if include_usage:
-            yield self._object([]) | {"usage": self.usage().model_dump()}
+
+def _shown_token(id: int, tokenizer: ChatTokenizer) -> str:
+    text = tokenizer.token_bytes[id]
+    try:
+        return text.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
 
 
 def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
@@ -157,32 +167,30 @@ def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
     async def complete(request: Request, body: Annotated[CompletionRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
-        return await answers.respond(request, completion, started, body.stream, body.stream_options)
+        return await answers.respond(request, body, completion, started)
 
     return router
 
 
 def _submit(service: DecisionService, body: CompletionRequest, started: float) -> Completion:
     """Queue every prompt. Raises ApiError for what cannot be served, QueueFullError where not all have a place."""
-    refuse_unserved(body.model, body.model_extra, service)
+    refuse_unserved(body, service, prompts=len(body.prompts))
     scheduler, tokenizer = service.scheduler, service.tokenizer
-    if len(body.prompts) > scheduler.capacity:
-        raise ApiError(
-            400, f"prompt: at most {scheduler.capacity} are answered at a time", code="too_many_prompts", param="prompt"
-        )
+    reports_of = None if body.logprobs is None else tokenizer
+    answers: list[TextAnswer] = []
     with ExitStack() as stack:
         # All or none: a request that must be refused costs no more than this.
-        places = [stack.enter_context(scheduler.reserve()) for _ in body.prompts]
+        places = [stack.enter_context(scheduler.reserve(body.choices)) for _ in body.prompts]
         prompts = [_encode(prompt, tokenizer, body.add_special_tokens) for prompt in body.prompts]
         params = [_params(prompt, body, service) for prompt in prompts]
-        texts: list[TextStream] = []
-        for place, prompt, sampling in zip(places, prompts, params, strict=True):
-            stream = place.submit(prompt, sampling)
-            texts.append(TextStream(stream, tokenizer, started=started, stop=body.stop_texts))
-            stack.callback(stream.cancel)  # where a later prompt is not taken
+        for asked, place, prompt, sampling in zip(body.prompts, places, prompts, params, strict=True):
+            echoed = _shown(asked, tokenizer) if body.echo else ""
+            for stream in place.submit(prompt, sampling):
+                stack.callback(stream.cancel)  # where a later prompt is not taken
+                text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
+                answers.append(TextAnswer(len(answers), text, echoed, reports_of))
         stack.pop_all()  # each place has its prompt
-    echoed = [_shown(prompt, tokenizer) if body.echo else "" for prompt in body.prompts]
-    return Completion(texts, echoed, service.model)
+    return Completion(answers, service.model, FORM)
 
 
 def _encode(prompt: str | list[int], tokenizer: ChatTokenizer, add_special_tokens: bool) -> list[int]:
@@ -217,10 +225,6 @@ def _params(prompt: Sequence[int], body: CompletionRequest, service: DecisionSer
             code="context_length_exceeded",
             param="prompt",
         )
-    return SamplingParams(
-        max_tokens=wanted,
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-        stop=service.tokenizer.stop_ids,
+    return body.sampling_params(
+        max_tokens=wanted, stop=service.tokenizer.stop_ids, constraint=None, vocab_size=service.tokenizer.vocab_size
     )

@@ -252,7 +252,7 @@ class PendingDecision:
             self._failures = {"prompt": words}
             return
         params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=service.tokenizer.stop_ids)
-        stream = place.submit(prompt, params)
+        (stream,) = place.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
 

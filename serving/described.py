@@ -111,10 +111,29 @@ class AnswerMessage(BaseModel):
     tool_calls: list[AnsweredCall] | None = None
 
 
+class TopLogprob(BaseModel):
+    """A token; `bytes` are its UTF-8, which may be a part of a character, shown as U+FFFD in `token`."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """A token of the answer, and the likeliest ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    content: list[TokenLogprob]
+    refusal: None
+
+
 class Choice(BaseModel):
     index: int
     message: AnswerMessage
-    logprobs: None
+    logprobs: ChoiceLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
 
 

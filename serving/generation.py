@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.engine.sampling import ConstraintError
-from twinloop.serving.engine.slots import FinishReason
+from twinloop.serving.engine.sampling import ConstraintError, TokenReport
+from twinloop.serving.engine.slots import FinishReason, Prompt
 from twinloop.serving.engine.stream import Stream
 
 
@@ -19,6 +19,14 @@ class GivenUpError(Exception):
 
 class CallError(ConstraintError):
     """The calls of an answer cannot be held to their tools any further."""
+
+
+class ReportedToken(NamedTuple):
+    """A token of the text, where in the text it begins, and what the engine reports of it."""
+
+    id: int
+    begin: int
+    report: TokenReport
 
 
 class TextStream:
@@ -48,53 +56,77 @@ class TextStream:
         self._started = started
         self._stop = tuple(stop)
         self._calls = (calls,) if calls and stop else ()
+        self._params = stream.params
+        self._waiting: deque[ReportedToken] = deque()  # until the text is a piece in which they begin
+        self._released: list[ReportedToken] = []
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self._stream.prompt)
+    def prompt(self) -> Prompt:
+        """The same object for all answers that share it."""
+        return self._stream.prompt
 
     @property
     def queue_s(self) -> float | None:
         """Seconds that the request waited for a slot, once it has had one."""
         return self._stream.timings.queue_s
 
-    @property
-    def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not computed again, once the request has had a slot."""
-        return self._stream.cached_tokens
-
     def cancel(self) -> None:
         """Free the slot; may be called from any thread, and again."""
         self._stream.cancel()
 
+    def take_reported(self) -> list[ReportedToken]:
+        """The tokens whose text begins in the pieces read so far, that were not taken before."""
+        taken, self._released = self._released, []
+        return taken
+
     def __iter__(self) -> Iterator[str]:
         decoder = self._tokenizer.decoder_stream()
-        held = ""
+        held, given = "", 0  # text that is decoded and not yet a piece; the length of all pieces
+        free = 0  # so much of the text may hold stop strings: the tokens before min_tokens
         for tokens in self._stream.bursts():
             if self.ttft_s is None:
                 self.ttft_s = time.perf_counter() - self._started
             for token in tokens:
                 self.completion_tokens += 1
+                self._wait(token, given + len(held))
                 held += decoder.push(token)
-                end = len(held) if token in self._tokenizer.stop_ids else self._stop_at(held)
+                if self.completion_tokens <= self._params.min_tokens:
+                    free = given + len(held)
+                ended = token in self._params.stop
+                end = len(held) if ended else self._stop_at(held, free - given)
                 if end is not None:
                     self.finish_reason = "stop"
                     self.cancel()
+                    self._release(None if ended else given + end)
                     if end:
                         yield held[:end]
                     return
-            keep = self._possible_stop(held)
-            if len(held) > keep:
-                yield held[: len(held) - keep]
-                held = held[len(held) - keep :]
+            if keep := len(held) - self._possible_stop(held):
+                given += keep
+                piece, held = held[:keep], held[keep:]
+                self._release(given)
+                yield piece
         if self._stream.finish_reason == "cancelled":
             raise GivenUpError("the answer was given up")
         held += decoder.finish()
+        self._release(None)
         if held:
             yield held
 
-    def _stop_at(self, text: str) -> int | None:
-        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+    def _wait(self, token: int, begin: int) -> None:
+        if self._params.top_logprobs is not None and token not in self._params.stop:
+            report = self._stream.reports[self.completion_tokens - 1]
+            self._waiting.append(ReportedToken(token, begin, report))
+
+    def _release(self, end: int | None) -> None:
+        """Of the tokens that wait, those that begin before this place of the text; None: all."""
+        while self._waiting and (end is None or self._waiting[0].begin < end):
+            self._released.append(self._waiting.popleft())
+
+    def _stop_at(self, text: str, free: int) -> int | None:
+        """Where the first stop string begins that ends after `free` characters."""
+        begins = ((stop, max(0, free - len(stop) + 1)) for stop in self._stop)
+        places = [place for stop, begin in begins if (place := text.find(stop, begin)) >= 0]
         end = min(places, default=None)
         if any(0 <= text.find(calls) <= (len(text) if end is None else end) for calls in self._calls):
             self._stop = self._calls = ()
@@ -109,29 +141,3 @@ class TextStream:
             if any(each.startswith(text[-length:]) for each in awaited):
                 return length
         return 0
-
-
-def interleaved(texts: Sequence[TextStream]) -> Iterator[tuple[int, str | None]]:
-    """The pieces of several texts as they come, each with its text's index, and None after a text's last one.
-
-    Raises what the first text raises that does; the caller then cancels the others, which end their threads.
-    """
-    events: queue.SimpleQueue[tuple[int, str | None] | Exception] = queue.SimpleQueue()
-
-    def read(index: int) -> None:
-        try:
-            for piece in texts[index]:
-                events.put((index, piece))
-            events.put((index, None))
-        except Exception as error:  # it is the reader's
-            events.put(error)
-
-    for index in range(len(texts)):
-        threading.Thread(target=read, args=(index,), name="text", daemon=True).start()
-    running = len(texts)
-    while running:
-        event = events.get()
-        if isinstance(event, Exception):
-            raise event
-        yield event
-        running -= event[1] is None

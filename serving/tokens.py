@@ -47,11 +47,12 @@ class TokenizeMessages(_Fields):
 
 
 def _form(body: Any) -> str:
-    return "messages" if isinstance(body, dict) and "messages" in body else "prompt"
+    """A tag that is no field's name: an error's path has it in front of the field's."""
+    return "a chat" if isinstance(body, dict) and "messages" in body else "a text"
 
 
 TokenizeRequest = Annotated[
-    Annotated[TokenizeText, Tag("prompt")] | Annotated[TokenizeMessages, Tag("messages")], Discriminator(_form)
+    Annotated[TokenizeText, Tag("a text")] | Annotated[TokenizeMessages, Tag("a chat")], Discriminator(_form)
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -34,12 +34,36 @@ class Workers:
             self._limiter = anyio.CapacityLimiter(MAX_THREADS)
         return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
 
-    async def run_unless_gone(self, request: Request, work: Callable[[], T], cancel: Callable[[], None]) -> T:
-        """Run `work` in a thread, and call `cancel` when the client disconnects or this task is cancelled.
+    async def merge(self, iterators: Sequence[Iterator[T]]) -> AsyncIterator[T]:
+        """What all of them give, each item as soon as it is there. Raises what the first that fails raises."""
+        if len(iterators) == 1:  # most answers are one: no task is made for each of its items
+            while (item := await self.run(next, iterators[0], None)) is not None:
+                yield item
+            return
+        waiting = {self._next_of(iterator): iterator for iterator in iterators}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if (item := await task) is not None:
+                        yield item
+                        waiting[self._next_of(waiting[task])] = waiting[task]
+                    del waiting[task]
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)  # also those that have failed are looked at
 
-        Raises ClientDisconnect where the client did, and else what `work` raises.
+    def _next_of(self, iterator: Iterator[T]) -> asyncio.Task[T | None]:
+        return asyncio.ensure_future(self.run(next, iterator, None))
+
+    async def run_unless_gone(self, request: Request, cancel: Callable[[], None], *works: Callable[[], T]) -> list[T]:
+        """Run each of `works` in a thread, and call `cancel` when the client disconnects or this task is cancelled.
+
+        Raises ClientDisconnect where the client did, and else what one of the works raises.
         """
         gone = False
+        results: dict[int, T] = {}
 
         async def watch() -> None:
             nonlocal gone
@@ -50,9 +74,15 @@ class Workers:
 
         try:
             async with anyio.create_task_group() as group:
+
+                async def run(index: int) -> None:
+                    results[index] = await self.run(works[index])
+                    if len(results) == len(works):
+                        group.cancel_scope.cancel()
+
                 group.start_soon(watch)
-                result = await self.run(work)
-                group.cancel_scope.cancel()
+                for index in range(len(works)):
+                    group.start_soon(run, index)
         except BaseExceptionGroup as errors:
             if not gone or not isinstance(errors.exceptions[0], GivenUpError):
                 raise errors.exceptions[0] from None
@@ -60,7 +90,7 @@ class Workers:
             cancel()
         if gone:
             raise ClientDisconnect
-        return result
+        return [results[index] for index in range(len(works))]
 
 
 async def run_detached(work: Callable[..., T], *args: object) -> T:

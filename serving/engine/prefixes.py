@@ -27,23 +27,25 @@ class PrefixCache:
         self._used_C = np.zeros(runner.slots, np.int64)  # number of the last prompt while which a slot was in use
         self._prompts = 0
 
-    def place(self, prompt: Sequence[int], free_C: np.ndarray) -> tuple[int, int]:
-        """Make the lowest free slot begin with as much of the prompt as any slot holds, and with nothing else.
+    def place(
+        self, tokens: Sequence[int], free_C: np.ndarray, shortest: int = SHORTEST, *, empty: bool = False
+    ) -> tuple[int, int]:
+        """Make the lowest free slot begin with as many of the tokens as any slot holds, and with nothing else.
 
         The lowest, so that the range of a decode step stays narrow. What it held, if it was used later than what
-        another free slot holds, goes on in that one. Returns the slot and its length: less than the prompt's, whose
-        last token is computed for its logits.
+        another free slot holds, goes on in that one. Returns the slot and its length: 0, or at least `shortest`.
+        empty: it is to hold nothing, and gets the tokens later from a slot that was made to begin with them.
         """
         runner = self._runner
         self._prompts += 1
         self._used_C[~free_C] = self._prompts
         free = np.flatnonzero(free_C)
-        slot, before = int(free[0]), np.array(prompt[:-1], np.int64)
-        common_C = self._common(before)
+        slot = int(free[0])
+        common_C = self._common(np.array(tokens, np.int64), shortest)
         source = slot if common_C[slot] == common_C.max() else int(common_C.argmax())
         length = int(common_C[source])
         # What is a beginning of the prompt, or the same prompt with another answer, need not be held twice.
-        contained_C = common_C == np.minimum(runner.lengths, max(len(before), SHORTEST))
+        contained_C = common_C == np.minimum(runner.lengths, max(len(tokens), shortest))
         if free_C[source] and contained_C[source]:
             outdated = source
         else:
@@ -54,15 +56,17 @@ class PrefixCache:
             else:
                 runner.copy_prefix(slot, [outdated], int(runner.lengths[slot]))
             self._used_C[outdated] = self._used_C[slot]
-        if source not in (slot, outdated):
+        if empty:
+            length = 0
+        elif source not in (slot, outdated):
             runner.copy_prefix(source, [slot], length)
             self._used_C[source] = self._prompts
         runner.lengths[slot] = length
         self._used_C[slot] = self._prompts
         return slot, length
 
-    def _common(self, tokens_L: np.ndarray) -> np.ndarray:
-        """With how many of the tokens each slot begins, int [C]; 0 where they are too few to count."""
+    def _common(self, tokens_L: np.ndarray, shortest: int) -> np.ndarray:
+        """With how many of the tokens each slot begins, int [C]; 0 where they are fewer than `shortest`."""
         equal_CL = self._runner.tokens_CM[:, : len(tokens_L)] == tokens_L
         common_C = np.minimum(np.logical_and.accumulate(equal_CL, axis=1).sum(axis=1), self._runner.lengths)
-        return np.where(common_C < SHORTEST, 0, common_C)
+        return np.where(common_C < shortest, 0, common_C)

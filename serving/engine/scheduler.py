@@ -1,4 +1,4 @@
-"""Many callers, one engine: a thread owns it, and every request is a stream of tokens.
+"""Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
 Each round computes a bounded piece of the prompts that wait, in order of arrival, and takes one batched decode step of
 all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
@@ -13,6 +13,8 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby, islice
+from operator import attrgetter
 from typing import Self
 
 from twinloop.serving.engine.engine import Engine
@@ -62,21 +64,24 @@ class SchedulerMetrics:
 
 
 class Place:
-    """A place in the queue for one request; held until its prompt is submitted or the `with` block ends."""
+    """Places in the queue for the answers of one request; held until its prompt is submitted or the `with` block
+    ends."""
 
-    def __init__(self, scheduler: Scheduler):
+    def __init__(self, scheduler: Scheduler, answers: int):
         self._scheduler = scheduler
+        self._answers = answers
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue the prompt in this place, once. Its answer ends at max_tokens or when the slot is full.
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Stream]:
+        """Queue the prompt in these places, once; it is computed once for all of its answers.
 
-        Raises UserError for a prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. Raises UserError for a
+        prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        stream = self._scheduler._fill_place(prompt, params)
+        streams = self._scheduler._fill_places(prompt, params, self._answers)
         self._held = False
-        return stream
+        return streams
 
     def __enter__(self) -> Self:
         return self
@@ -84,11 +89,11 @@ class Place:
     def __exit__(self, *_: object) -> None:
         if self._held:
             self._held = False
-            self._scheduler._give_back_place()
+            self._scheduler._give_back_places(self._answers)
 
 
 class Scheduler:
-    """Owns the engine from now on. `queue_size` requests may wait beside those in the slots."""
+    """Owns the engine from now on. `queue_size` answers may wait beside those in the slots."""
 
     def __init__(self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256):
         """prefill_tokens: prompt tokens computed between two decode steps at most."""
@@ -114,17 +119,17 @@ class Scheduler:
 
     @property
     def capacity(self) -> int:
-        """Requests that it can hold at once, waiting or in a slot."""
+        """Answers that it can hold at once, waiting or in a slot: a request has one or more."""
         return self._queue_size + self._engine.slots
 
     @property
     def queued(self) -> int:
-        """Requests that wait for a slot, or for the prompts before theirs."""
+        """Answers that wait for a slot, or for the prompts before theirs."""
         return len(self._waiting)
 
     @property
     def active(self) -> int:
-        """Requests that have a slot."""
+        """Answers that have a slot."""
         return sum(stream is not None for stream in self._streams)
 
     @property
@@ -132,41 +137,44 @@ class Scheduler:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def reserve(self) -> Place:
-        """A place for a request whose prompt is still to be made, so that one that must be refused costs no more.
+    def reserve(self, answers: int = 1) -> Place:
+        """Places for the answers of a request whose prompt is still to be made, so that one that must be refused costs
+        no more.
 
         Use it as a context manager: it gives back a place that nothing was submitted to. Raises QueueFullError.
         """
         with self._lock:
             self._check_open()
             # Free slots count too: the engine's thread fetches who waits for them within a round.
-            if len(self._waiting) + self.active + self._reserved >= self.capacity:
+            if len(self._waiting) + self.active + self._reserved + answers > self.capacity:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
-            self._reserved += 1
-        return Place(self)
+            self._reserved += answers
+        return Place(self, answers)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        """Queue a prompt, as `Place.submit` does. Raises like `reserve` and that."""
+        """Queue a prompt for one answer, as `Place.submit` does. Raises like `reserve` and that."""
         with self.reserve() as place:
-            return place.submit(prompt, params)
+            (stream,) = place.submit(prompt, params)
+        return stream
 
     def _check_open(self) -> None:
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
-    def _fill_place(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
-        self._engine.check_prompt(prompt)
-        stream = Stream(prompt, params)
+    def _fill_places(self, tokens: Sequence[int], params: SamplingParams, answers: int) -> list[Stream]:
+        self._engine.check_prompt(tokens)
+        prompt = Prompt(list(tokens))
+        streams = [Stream(prompt, params, sequence) for sequence in range(answers)]
         with self._lock:
             self._check_open()
-            self._reserved -= 1
-            self._waiting.append(stream)
+            self._reserved -= answers
+            self._waiting += streams
             self._lock.notify()
-        return stream
+        return streams
 
-    def _give_back_place(self) -> None:
+    def _give_back_places(self, answers: int) -> None:
         with self._lock:
-            self._reserved -= 1
+            self._reserved -= answers
 
     def metrics(self) -> SchedulerMetrics:
         """A snapshot."""
@@ -242,24 +250,32 @@ class Scheduler:
                 stream.end("cancelled")
 
     def _admit(self) -> bool:
-        """Give a free slot to who waits longest, if there are both."""
-        if not self._waiting or not self._batch.free:
-            return False
-        stream = self._waiting[0]
-        slot, cached = self._batch.admit_reusing(Prompt(stream.prompt), stream.params)
-        self._counts["prompt_tokens"] += cached
-        self._counts["prefix_cache_queries"] += len(stream.prompt)
-        self._counts["prefix_cache_hits"] += cached
-        stream.started(cached)
+        """Give free slots to who waits longest, to the answers of one request at once, if there are both."""
+        free = self._batch.free
         with self._lock:
-            self._streams[slot] = self._waiting.popleft()
+            waiting = islice(self._waiting, free)
+            streams = next((list(answers) for _, answers in groupby(waiting, key=attrgetter("prompt"))), [])
+        if not streams:
+            return False
+        prompt = streams[0].prompt
+        first = prompt.cached_tokens is None  # answers that find no slot beside the first ones come later
+        slots = self._batch.admit_reusing(prompt, streams[0].params, [stream.sequence for stream in streams])
+        if first:
+            self._counts["prompt_tokens"] += prompt.cached_tokens or 0
+            self._counts["prefix_cache_queries"] += len(prompt.tokens)
+            self._counts["prefix_cache_hits"] += prompt.cached_tokens or 0
+        for stream in streams:
+            stream.started()
+        with self._lock:
+            for slot in slots:
+                self._streams[slot] = self._waiting.popleft()
         return True
 
     def _read_prompts(self) -> None:
         """Compute prompts in order of arrival, up to the token budget of a round."""
         budget = self._prefill_tokens
         while budget > 0 and (self._batch.reading or self._admit()):
-            (slot,) = self._batch.reading
+            slots = self._batch.reading
             try:
                 count, drawn = self._batch.read_prompt(budget)
                 budget -= count
@@ -268,25 +284,26 @@ class Scheduler:
                     self._deliver(drawn)
             except SlotConstraintError as error:
                 log.warning("an answer cannot keep its form: %s", error)
-                self._release(slot, "error", error)
+                self._fail([error.slot], error)
             except Exception as error:  # caused by this prompt or its sampling: the others go on
                 log.exception("a prompt failed")
-                self._release(slot, "error", error)
+                self._fail(slots, error)
 
     def _deliver(self, drawn: Drawn) -> None:
         """Hand every drawn token to its stream, and end the streams that are complete."""
         now = time.perf_counter()
-        for slot, token, logprob, stopped, ended in zip(
+        for slot, token, logprob, stopped, ended, report in zip(
             drawn.slots.tolist(),
             drawn.tokens.tolist(),
             drawn.logprobs.tolist(),
             drawn.stopped.tolist(),
             drawn.ended.tolist(),
+            map(drawn.reports.get, range(len(drawn.slots))),
             strict=True,
         ):
             stream = self._streams[slot]
             assert stream is not None
-            stream.push(token, logprob, now)
+            stream.push(token, logprob, report, now)
             if ended:
                 self._end(slot, "stop" if stopped else "length")
         self._counts["completion_tokens"] += len(drawn.slots)

@@ -15,23 +15,18 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from twinloop.serving.engine.prefixes import PrefixCache
+from twinloop.serving.engine.prefixes import SHORTEST, PrefixCache
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import (
+    AnswerSampler,
     ConstraintError,
-    ConstraintState,
     SamplingParams,
-    choose,
+    TokenReport,
+    draw,
     uniform_draws,
 )
 
 FinishReason = Literal["stop", "length"]
-
-# What eight bits of a constraint add to eight logits. Over 150,000 of them a look-up takes 30 us, where choosing by a
-# boolean mask takes 60 to 700.
-_BIAS_OF_BYTE = np.where(
-    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), 0, -np.inf
-).astype(np.float32)
 
 
 @dataclass(eq=False)
@@ -41,13 +36,16 @@ class Prompt:
     tokens: Sequence[int]
     logits_V: np.ndarray | None = None
     """After the last token, once the prompt is computed."""
+    cached_tokens: int | None = None
+    """Those that a slot held already when the first sequences got theirs by `SlotBatch.admit_reusing`."""
 
 
 class Drawn(NamedTuple):
     """The next token of some sequences, an array [B] each.
 
     positions: tokens that the answer had before. stopped: ended with one of its stop tokens; ended: for that reason or
-    because the cache is full. Slots of ended sequences are free again.
+    because the cache is full. Slots of ended sequences are free again. reports: by row, of the sequences whose
+    parameters ask for them.
     """
 
     slots: np.ndarray
@@ -57,6 +55,7 @@ class Drawn(NamedTuple):
     logprobs: np.ndarray
     stopped: np.ndarray
     ended: np.ndarray
+    reports: Mapping[int, TokenReport]
 
 
 class SlotConstraintError(ConstraintError):
@@ -84,10 +83,9 @@ class SlotBatch:
         self._limit_C = np.zeros(slots, np.int64)
         self._next_C = np.zeros(slots, np.int64)
         self._temperature_C = np.zeros(slots, np.float32)
-        self._top_p_C = np.ones(slots, np.float64)
         self._uniform_ST = np.zeros((slots, length))
         self._stops_SV = np.zeros((slots, vocabulary), bool)
-        self._constraints: dict[int, ConstraintState] = {}  # by slot, of the sequences that have one
+        self._samplers: dict[int, AnswerSampler] = {}  # by slot, of the sequences that need one
 
     @property
     def free(self) -> int:
@@ -109,11 +107,12 @@ class SlotBatch:
         """Give free slots to sequences of one prompt, at most `free` of them, and return the slots.
 
         The lowest ones are taken, so that the range of a decode step stays narrow. sequences: their numbers to the
-        seed. A prompt that some slot still begins with is copied; any other is computed by `read_prompt`.
+        seed. A prompt that some slot still begins with is copied; any other is computed by `read_prompt`, once for all
+        that are admitted with it before it is whole.
         """
         slots: list[int] = np.flatnonzero(~self._occupied_C)[: len(sequences)].tolist()
         assert len(slots) == len(sequences), "more sequences than free slots"
-        holder = next((slot for slot, held in enumerate(self._held) if held is prompt), None)
+        holder = self._holder(prompt)
         if prompt.logits_V is not None and holder is not None:
             self._copy(prompt, holder, slots)
         else:
@@ -122,16 +121,32 @@ class SlotBatch:
         self._occupy(slots, prompt, params, sequences)
         return slots
 
-    def admit_reusing(self, prompt: Prompt, params: SamplingParams) -> tuple[int, int]:
-        """Give a free slot to one sequence whose prompt goes on from the longest beginning that any slot holds of it.
+    def admit_reusing(self, prompt: Prompt, params: SamplingParams, sequences: Sequence[int] = (0,)) -> list[int]:
+        """`admit` for a prompt that goes on from the longest beginning that any slot holds of it.
 
-        Returns the slot, and how many tokens of the prompt `read_prompt` need not compute. So computed, logits differ
-        by the rounding of a prompt that is read in other pieces.
+        `read_prompt` need not compute that, nor anything for sequences that come once the prompt is computed. So
+        computed, logits differ by the rounding of a prompt that is read in other pieces.
         """
+        assert len(sequences) <= self.free, "more sequences than free slots"
         self._held = [None] * len(self._held)  # what slots hold may move
-        slot, length = self._prefixes.place(prompt.tokens, ~self._occupied_C)
-        self._occupy([slot], prompt, params, [0])
-        return slot, length
+        # The last token is computed for its logits, where they are not known.
+        whole = prompt.logits_V is not None
+        tokens, shortest = (prompt.tokens, len(prompt.tokens)) if whole else (prompt.tokens[:-1], SHORTEST)
+        free_C = ~self._occupied_C
+        slots: list[int] = []
+        for number in range(len(sequences)):
+            slot, _ = self._prefixes.place(tokens, free_C, shortest, empty=number > 0)
+            free_C[slot] = False
+            slots.append(slot)
+        length = int(self._runner.lengths[slots[0]])
+        if prompt.cached_tokens is None:
+            prompt.cached_tokens = length
+        if length == len(prompt.tokens):
+            self._copy(prompt, slots[0], slots)
+        else:
+            prompt.logits_V = None
+        self._occupy(slots, prompt, params, sequences)
+        return slots
 
     def _occupy(self, slots: list[int], prompt: Prompt, params: SamplingParams, sequences: Sequence[int]) -> None:
         limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
@@ -140,15 +155,18 @@ class SlotBatch:
         self._produced_C[slots] = 0
         self._limit_C[slots] = limit
         self._temperature_C[slots] = params.temperature
-        self._top_p_C[slots] = params.top_p
         self._stops_SV[slots] = False
         self._stops_SV[np.ix_(slots, params.stop)] = True
         for slot, sequence in zip(slots, sequences, strict=True):
             self._held[slot] = prompt
-            if params.constraint is not None:
-                self._constraints[slot] = params.constraint.start()
+            if (sampler := AnswerSampler.if_needed(params, prompt.tokens)) is not None:
+                self._samplers[slot] = sampler
             if params.temperature > 0:
                 self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)
+        for reading, readers in self._reading:
+            if reading is prompt:
+                readers += slots
+                return
         self._reading.append((prompt, slots.copy()))
 
     def read_prompt(self, max_tokens: int | None = None) -> tuple[int, Drawn | None]:
@@ -169,11 +187,11 @@ class SlotBatch:
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
         slots_B = np.array(slots)
-        allowed = self._allowed(slots_B)
+        samplers = self._prepared(slots_B)
         self._reading.popleft()
         self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
-        return count, self._draw(slots_B, logits_BV, allowed)
+        return count, self._draw(slots_B, logits_BV, samplers)
 
     def step(self) -> Drawn:
         """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all.
@@ -181,15 +199,15 @@ class SlotBatch:
         Raises SlotConstraintError, see there.
         """
         slots = np.flatnonzero(self._decoding_C)
-        allowed = self._allowed(slots)
+        samplers = self._prepared(slots)
         first, end = int(slots[0]), int(slots[-1]) + 1
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
-        return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], allowed)
+        return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], samplers)
 
     def release(self, slot: int) -> None:
         """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""
         self._occupied_C[slot] = self._decoding_C[slot] = False
-        self._constraints.pop(slot, None)
+        self._samplers.pop(slot, None)
         for _, slots in self._reading:
             if slot in slots:
                 slots.remove(slot)
@@ -209,8 +227,8 @@ class SlotBatch:
         for target, source in zip(gaps.tolist(), occupied[-len(gaps) :].tolist(), strict=True):
             self._runner.copy_prefix(source, [target], int(self._runner.lengths[source]))
             self._held[target] = self._held[source]
-            if source in self._constraints:
-                self._constraints[target] = self._constraints.pop(source)
+            if source in self._samplers:
+                self._samplers[target] = self._samplers.pop(source)
             for state in (
                 self._occupied_C,
                 self._decoding_C,
@@ -219,7 +237,6 @@ class SlotBatch:
                 self._limit_C,
                 self._next_C,
                 self._temperature_C,
-                self._top_p_C,
                 self._uniform_ST,
                 self._stops_SV,
             ):
@@ -233,49 +250,39 @@ class SlotBatch:
             self._runner.copy_prefix(source, targets, length)
         self._runner.lengths[list(slots)] = length
 
-    def _allowed(self, slots: np.ndarray) -> dict[int, np.ndarray]:
-        """What the constraints of slots allow next, bits by row; rows of other slots are left out."""
-        allowed: dict[int, np.ndarray] = {}
-        for row, slot in enumerate(slots.tolist() if self._constraints else ()):
-            if (constraint := self._constraints.get(slot)) is not None:
+    def _holder(self, prompt: Prompt) -> int | None:
+        """A slot that begins with the whole prompt."""
+        for slot, held in enumerate(self._held):
+            if held is prompt and self._runner.lengths[slot] >= len(prompt.tokens):
+                return slot
+        return None
+
+    def _prepared(self, slots: np.ndarray) -> dict[int, AnswerSampler]:
+        """The samplers of slots that have one, by row, ready for their next draw."""
+        samplers: dict[int, AnswerSampler] = {}
+        for row, slot in enumerate(slots.tolist() if self._samplers else ()):
+            if (sampler := self._samplers.get(slot)) is not None:
                 try:
-                    allowed[row] = constraint.allowed()
+                    sampler.prepare()
                 except ConstraintError as error:
                     raise SlotConstraintError(slot, str(error)) from error
-        return allowed
+                samplers[row] = sampler
+        return samplers
 
-    def _draw(self, slots: np.ndarray, logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> Drawn:
+    def _draw(self, slots: np.ndarray, logits_BV: np.ndarray, samplers: Mapping[int, AnswerSampler]) -> Drawn:
         """Choose each slot's next token, and free the slots whose sequences end with it."""
         logits_BV = logits_BV[:, : self._runner.vocab_size]
-        if allowed:
-            logits_BV = _masked(logits_BV, allowed)
-        positions, top_p_B = self._produced_C[slots], self._top_p_C[slots]
-        cut = np.count_nonzero(top_p_B < 1)  # `any` takes ten times as long over so few
-        tokens, logprobs = choose(
-            logits_BV,
-            self._temperature_C[slots],
-            self._uniform_ST[slots, positions],
-            top_p_B=top_p_B if cut else None,
+        positions = self._produced_C[slots]
+        tokens, logprobs, reports = draw(
+            logits_BV, self._temperature_C[slots], self._uniform_ST[slots, positions], samplers
         )
         self._next_C[slots] = tokens
         self._produced_C[slots] = positions + 1
-        for row in allowed:
-            self._constraints[int(slots[row])].accept(int(tokens[row]))
         stopped = self._stops_SV[slots, tokens]
         ended = stopped | (positions + 1 >= self._limit_C[slots])
         if np.count_nonzero(ended):
             freed = slots[ended]
             self._occupied_C[freed] = self._decoding_C[freed] = False
-            for slot in freed.tolist() if self._constraints else ():
-                self._constraints.pop(slot, None)
-        return Drawn(slots, self._sequence_C[slots], positions, tokens, logprobs, stopped, ended)
-
-
-def _masked(logits_BV: np.ndarray, allowed: Mapping[int, np.ndarray]) -> np.ndarray:
-    """A copy in which the tokens that a row may not draw have no probability. allowed: bits, by row."""
-    masked_BV = logits_BV.copy()
-    for row, bits in allowed.items():
-        bias_V = _BIAS_OF_BYTE.take(bits, axis=0).reshape(-1)[: masked_BV.shape[1]]
-        masked_BV[row, : len(bias_V)] += bias_V
-        masked_BV[row, len(bias_V) :] = -np.inf
-    return masked_BV
+            for slot in freed.tolist() if self._samplers else ():
+                self._samplers.pop(slot, None)
+        return Drawn(slots, self._sequence_C[slots], positions, tokens, logprobs, stopped, ended, reports)

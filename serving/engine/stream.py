@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.slots import FinishReason
+from twinloop.serving.engine.sampling import SamplingParams, TokenReport
+from twinloop.serving.engine.slots import FinishReason, Prompt
 
 StreamEnd = Literal[FinishReason, "cancelled", "error"]
 
@@ -30,17 +30,18 @@ class Stream:
     the request, if it did.
 
     `cancel` may be called from any thread and frees the slot before the next step. `finish_reason` is set once the
-    iteration has ended, `timings` during it, and `cached_tokens`, those of the prompt that were not computed again,
-    before it.
+    iteration has ended, `timings` during it. `logprobs` and `reports` have an entry a token, `reports` where the
+    parameters ask for them.
     """
 
-    def __init__(self, prompt: Sequence[int], params: SamplingParams):
-        self.prompt, self.params = list(prompt), params
+    def __init__(self, prompt: Prompt, params: SamplingParams, sequence: int = 0):
+        """sequence: the answer's number to the seed, of those that share the prompt."""
+        self.prompt, self.params, self.sequence = prompt, params, sequence
         self.timings = Timings()
         self.logprobs: list[float] = []
+        self.reports: list[TokenReport] = []
         self.finish_reason: StreamEnd | None = None
         self.cancelled = False
-        self.cached_tokens = 0
         self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._submitted = self._latest = time.perf_counter()
         self._ended = False
@@ -69,12 +70,11 @@ class Stream:
 
     # --- for the scheduler ----------------------------------------------------------------------------------------
 
-    def started(self, cached_tokens: int) -> None:
-        """It has a slot, which holds that many tokens of its prompt already."""
-        self.cached_tokens = cached_tokens
+    def started(self) -> None:
+        """It has a slot."""
         self.timings.queue_s = time.perf_counter() - self._submitted
 
-    def push(self, token: int, logprob: float, now: float) -> None:
+    def push(self, token: int, logprob: float, report: TokenReport | None, now: float) -> None:
         """The next token, drawn at `now` (time.perf_counter)."""
         if self.timings.ttft_s is None:
             self.timings.ttft_s = now - self._submitted
@@ -82,6 +82,8 @@ class Stream:
             self.timings.token_s.append(now - self._latest)
         self._latest = now
         self.logprobs.append(logprob)
+        if report is not None:
+            self.reports.append(report)
         self._events.put(token)
 
     def end(self, reason: StreamEnd, error: BaseException | None = None) -> None:

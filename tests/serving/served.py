@@ -22,8 +22,9 @@ from twinloop.domains.returns.prompt import REASONS
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.serving.engine.sampling import SamplingParams, TokenReport
 from twinloop.serving.engine.scheduler import QueueFullError, SchedulerMetrics, Totals
+from twinloop.serving.engine.slots import Prompt
 from twinloop.serving.engine.stream import Timings
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import ModelManager
@@ -84,11 +85,11 @@ def small_tokenizer() -> ChatTokenizer:
 
 
 class ScriptedStream:
-    def __init__(self, prompt: list[int], tokens: list[int], delay_s: float, end: str = "stop"):
-        self.prompt = prompt
+    def __init__(self, prompt: list[int], params: SamplingParams, tokens: list[int], delay_s: float, end: str = "stop"):
+        self.prompt, self.params = Prompt(prompt), params
         self.end = end
+        self.reports = [TokenReport(-1.0, {token: -1.0}) for token in tokens] if params.top_logprobs is not None else []
         self.timings = Timings()
-        self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.cancelled = threading.Event()
         self._tokens = tokens
@@ -111,6 +112,19 @@ class ScriptedStream:
         self.finish_reason = self.end
 
 
+class ScriptedPlace:
+    """Places of a request at a scheduler that stands in for a model."""
+
+    def __init__(self, scheduler: Any, answers: int):
+        self._scheduler, self._answers = scheduler, answers
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> list[ScriptedStream]:
+        streams: list[ScriptedStream] = [self._scheduler.submit(prompt, params) for _ in range(self._answers)]
+        for stream in streams:
+            stream.prompt = streams[0].prompt
+        return streams
+
+
 class ScriptedScheduler:
     """In place of a model: whatever is asked, it answers `script`, or raises it."""
 
@@ -131,18 +145,17 @@ class ScriptedScheduler:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals())
 
     @contextmanager
-    def reserve(self) -> Iterator[ScriptedScheduler]:
-        """A place, which is the scheduler itself."""
+    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
-        yield self
+        yield ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         if isinstance(self.script, Exception):
             raise self.script
         self.prompts.append(list(prompt))
         tokens = self._tokenizer.encode_answer(self.script)[: params.max_tokens]
-        self.streams.append(ScriptedStream(self.prompts[-1], tokens, self.delay_s))
+        self.streams.append(ScriptedStream(prompt, params, tokens, self.delay_s))
         return self.streams[-1]
 
 

@@ -41,6 +41,7 @@ def test_a_chat_completion_has_openais_form(scripted):
         {"temperature": 0.7, "top_p": 0.8, "seed": -3},
         {"temperature": 1.0, "seed": 5, "stop": ["e", "return"]},
         {"temperature": 1.0, "seed": 5, "max_tokens": 1},
+        {"temperature": 1.0, "seed": 5, "top_k": 20, "min_p": 0.01, "repetition_penalty": 1.3},
     ],
 )
 def test_streamed_and_whole_answers_are_the_same(client, settings):
@@ -119,14 +120,14 @@ def test_messages_may_come_in_parts_and_cannot_spell_special_tokens(scripted, sc
         ({"messages": [{"role": "tool", "tool_call_id": "c", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content"),
         ({"model": "gpt-4"}, 404, "not served here"),
-        ({"n": 2}, 400, "n: only 1"),
+        ({"n": 5}, 400, "n: this server works on 4 answers at once"),
         ({"tools": [{"type": "function"}]}, 400, "tools.0.function: is required"),
         (
             {"tools": [{"type": "function", "function": {"name": "f"}}]},
             400,
             "tools: the chat template of this model has no tools",
         ),
-        ({"logprobs": True}, 400, "logprobs"),
+        ({"best_of": 2}, 400, "best_of: is not a known parameter"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
         ({"temprature": 0.5}, 400, "temprature"),
@@ -212,10 +213,12 @@ def test_more_clients_than_the_queue_holds_get_answers_or_503(client, engine_sch
         ("/v1/decisions", CASE),
         ("/v1/chat/completions", {"messages": HELLO}),
         ("/v1/chat/completions", {"messages": HELLO, "stream": True}),
+        ("/v1/chat/completions", {"messages": HELLO, "n": 2}),
+        ("/v1/chat/completions", {"messages": HELLO, "stream": True, "n": 2}),
     ],
 )
 def test_a_client_that_leaves_frees_its_slot(scripted, script, path, body):
     script.delay_s = 0.05  # some 4 seconds an answer
     with suppress(httpx.ReadTimeout), scripted.stream("POST", path, json=body, timeout=0.3) as response:
         next(response.iter_bytes())
-    wait_until(lambda: script.streams and script.streams[0].cancelled.is_set(), seconds=2)
+    wait_until(lambda: script.streams and all(stream.cancelled.is_set() for stream in script.streams), seconds=2)

@@ -64,6 +64,48 @@ def test_a_text_begins_as_the_models_texts_do_and_spells_no_special_token(script
     assert plain == tokenizer.encode("a")
 
 
+def test_every_prompt_has_n_answers_which_are_those_that_it_gets_alone(official, engine_scheduler):
+    request = {"max_tokens": 12, "temperature": 1.0, "seed": 5, "n": 2}
+    before = engine_scheduler.metrics().totals.prompt_tokens
+    both = official.completions.create(model=MODEL.name, prompt=[TEXT, "late"], **request)
+    assert [choice.index for choice in both.choices] == [0, 1, 2, 3]
+    assert len({choice.text for choice in both.choices}) == 4
+    assert engine_scheduler.metrics().totals.prompt_tokens - before == both.usage.prompt_tokens
+    alone = [official.completions.create(model=MODEL.name, prompt=prompt, **request) for prompt in (TEXT, "late")]
+    assert [choice.text for choice in both.choices] == [choice.text for each in alone for choice in each.choices]
+    texts, _, usage = streamed(official, prompt=[TEXT, "late"], **request)
+    assert [texts[index] for index in range(4)] == [choice.text for choice in both.choices]
+    assert usage.completion_tokens == both.usage.completion_tokens
+
+
+def test_logprobs_are_of_the_tokens_of_the_text(official):
+    request = {"model": MODEL.name, "prompt": TEXT, "max_tokens": 12, "temperature": 1.0, "seed": 6}
+    choice = official.completions.create(**request, logprobs=3).choices[0]
+    logprobs = choice.logprobs
+    assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) > 0
+    assert logprobs.text_offset == sorted(logprobs.text_offset)
+    whole = True
+    for token, logprob, top, offset in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, logprobs.text_offset, strict=True
+    ):
+        assert 3 <= len(top) <= 4
+        assert top[token] == logprob <= max(top.values()) <= 0
+        whole = whole and not token.startswith("bytes:")  # a character that is cut has no place of its own
+        assert not whole or choice.text[offset:].startswith(token)
+    pieces = [chunk.choices[0].logprobs for chunk in official.completions.create(**request, logprobs=3, stream=True)]
+    assert [token for each in pieces if each for token in each.tokens] == logprobs.tokens
+    assert official.completions.create(**request).choices[0].logprobs is None
+
+
+def test_each_reported_token_is_at_its_place_in_the_text(scripted):
+    choice = scripted.post("/v1/completions", json={"prompt": TEXT, "logprobs": 0, "stop": "days"}).json()["choices"][0]
+    logprobs, end = choice["logprobs"], 0
+    for token, offset, top in zip(logprobs["tokens"], logprobs["text_offset"], logprobs["top_logprobs"], strict=True):
+        assert (offset, list(top)) == (end, [token])
+        end += len(token)
+    assert "".join(logprobs["tokens"]).startswith(choice["text"])
+
+
 def test_openais_default_length_is_kept_and_stop_strings_end_a_text(scripted, script, tokenizer):
     short = scripted.post("/v1/completions", json={"prompt": TEXT}).json()
     assert (short["usage"]["completion_tokens"], short["choices"][0]["finish_reason"]) == (16, "length")
@@ -90,6 +132,10 @@ def test_openais_default_length_is_kept_and_stop_strings_end_a_text(scripted, sc
         ({"max_tokens": 10**6}, "prompt", "context_length_exceeded"),
         ({"max_tokens": 0}, "max_tokens", None),
         ({"suffix": "end"}, "suffix", "unsupported_parameter"),
+        ({"prompt": ["a"] * 7, "n": 2}, "n", "unsupported_parameter"),
+        ({"logprobs": 2, "echo": True}, "logprobs", "unsupported_parameter"),
+        ({"logprobs": 21}, "logprobs", None),
+        ({"min_tokens": 17}, "min_tokens", "unsupported_parameter"),
         ({"messages": HELLO}, "messages", "unsupported_parameter"),
     ],
 )

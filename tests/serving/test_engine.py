@@ -16,7 +16,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
-from twinloop.serving.engine.sampling import SamplingParams, choose, uniform_draws
+from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.session import cuda_devices
 
 CONFIG = DecoderConfig(
@@ -324,56 +324,6 @@ def test_a_group_computes_its_prompt_once(engine, monkeypatch, group):
 def test_a_prompt_that_cannot_be_answered_is_refused(engine, prompt, words):
     with pytest.raises(UserError, match=words):
         engine.generate([[1, 2], prompt], SamplingParams(max_tokens=4))
-
-
-# --- sampling ----------------------------------------------------------------------------------------------------
-
-
-def test_draws_follow_the_distribution():
-    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    count = 20_000
-    uniform = uniform_draws(1, 0, count)
-    rows = np.broadcast_to(logits, (count, 4))
-
-    def shares(temperature=1.0, **cuts):
-        cut = {name: np.full(count, value) for name, value in cuts.items()}
-        tokens, logprobs = choose(rows, np.full(count, temperature, np.float32), uniform, **cut)
-        share = np.bincount(tokens, minlength=4) / count
-        likely = np.unique(tokens)
-        for token in likely:
-            assert np.exp(logprobs[tokens == token]).max() == pytest.approx(share[token], abs=0.015)
-        return share
-
-    np.testing.assert_allclose(shares(), [0.5, 0.3, 0.15, 0.05], atol=0.015)
-    np.testing.assert_allclose(shares(top_p_B=0.9), [0.526, 0.316, 0.158, 0], atol=0.015)
-    np.testing.assert_allclose(shares(top_p_B=0.5), [1, 0, 0, 0])
-    np.testing.assert_allclose(shares(temperature=0.5), [0.685, 0.247, 0.062, 0.007], atol=0.015)
-
-
-def test_rows_of_a_batch_are_drawn_each_in_its_own_way():
-    logits = np.random.default_rng(0).standard_normal((4, 50)).astype(np.float32)
-    temperature, top_p = np.array([0, 1, 0.5, 2], np.float32), np.array([1, 1, 0.3, 0.6])
-    uniform = np.array([0.1, 0.9999999999999999, 0.5, 0.3])
-    tokens, logprobs = choose(logits, temperature, uniform, top_p_B=top_p)
-    assert tokens[0] == logits[0].argmax()
-    for row in range(4):
-        one = slice(row, row + 1)
-        token, logprob = choose(logits[one], temperature[one], uniform[one], top_p_B=top_p[one])
-        assert (token[0], logprob[0]) == (tokens[row], pytest.approx(logprobs[row], abs=1e-6))
-
-
-def test_draws_depend_on_seed_and_sequence_alone():
-    draws = uniform_draws(3, 1, 10)
-    assert (uniform_draws(3, 1, 4) == draws[:4]).all()
-    assert not np.isin(draws, uniform_draws(3, 2, 10)).any()
-    assert not np.isin(draws, uniform_draws(4, 1, 10)).any()
-    assert len(uniform_draws(-1, 0, 3)) == len(uniform_draws(2**70, 0, 3)) == 3
-
-
-def test_sampling_out_of_bounds_is_refused():
-    for wrong in ({"temperature": -0.1}, {"top_p": 0.0}, {"max_tokens": 0}):
-        with pytest.raises(UserError, match=next(iter(wrong))):
-            SamplingParams(**wrong)
 
 
 # --- the package -------------------------------------------------------------------------------------------------

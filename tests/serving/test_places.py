@@ -72,7 +72,7 @@ def test_places_are_as_many_as_the_scheduler_holds(scheduler):
 def test_a_place_is_for_one_prompt(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
     with scheduler.reserve() as place:
-        stream = place.submit([1, 2], PARAMS)
+        (stream,) = place.submit([1, 2], PARAMS)
         with pytest.raises(AssertionError):
             place.submit([1, 2], PARAMS)
     others = [scheduler.reserve() for _ in range(2)]
@@ -81,7 +81,8 @@ def test_a_place_is_for_one_prompt(scheduler, monkeypatch):
     gate.opened.set()
     assert len(list(stream)) == 3
     for place in others:
-        assert len(list(place.submit([1, 2], PARAMS))) == 3
+        (stream,) = place.submit([1, 2], PARAMS)
+        assert len(list(stream)) == 3
 
 
 @pytest.mark.parametrize("prompt", [[], [10**6]])
@@ -116,7 +117,7 @@ def test_requests_that_race_never_get_more_places_than_there_are(monkeypatch):
                 time.sleep(chance.random() / 1000)
                 with counting:
                     if chance.random() < 0.1:
-                        streams.append(place.submit([1, 2], PARAMS))
+                        streams.extend(place.submit([1, 2], PARAMS))
                     else:
                         held -= 1
             time.sleep(chance.random() / 1000)

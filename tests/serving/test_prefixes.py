@@ -54,7 +54,7 @@ def answer(scheduler: Scheduler, prompt: list[int], params: SamplingParams = GRE
     stream = scheduler.submit(prompt, params)
     tokens = list(stream)
     wait_for(lambda: scheduler.active == 0)
-    return tokens, stream.cached_tokens
+    return tokens, stream.prompt.cached_tokens
 
 
 def test_a_repeated_beginning_is_computed_once(scheduler, computed, alone):
@@ -86,7 +86,7 @@ def test_prompts_that_arrive_together_share_their_beginning(scheduler, computed,
     with scheduler._lock:
         streams = [scheduler.submit(prompt, GREEDY) for prompt in prompts]
     assert [list(stream) for stream in streams] == [alone(prompt) for prompt in prompts]
-    assert [stream.cached_tokens for stream in streams] == [0] + [100] * 7
+    assert [stream.prompt.cached_tokens for stream in streams] == [0] + [100] * 7
 
 
 def test_the_logits_are_those_of_a_prompt_in_pieces():
@@ -96,7 +96,8 @@ def test_the_logits_are_those_of_a_prompt_in_pieces():
     batch = SlotBatch(engine)
     for tokens, cached in (([*SYSTEM, *prompt_of(3, 50)], 0), (prompt, 100)):
         admitted = Prompt(tokens)
-        assert batch.admit_reusing(admitted, GREEDY)[1] == cached
+        batch.admit_reusing(admitted, GREEDY)
+        assert admitted.cached_tokens == cached
         batch.read_prompt()
         for _ in range(4):  # decoded beyond what the next one shares
             batch.step()
@@ -112,7 +113,7 @@ def test_an_answer_that_still_runs_is_copied_from_and_goes_on(scheduler, monkeyp
     later = scheduler.submit(second, GREEDY)
     gate.opened.set()
     assert list(later) == alone(second)
-    assert later.cached_tokens == 100
+    assert later.prompt.cached_tokens == 100
     assert [begin, *tokens] == alone(first, 60)
 
 
@@ -148,26 +149,25 @@ def test_the_same_prompt_again_and_again_displaces_nothing(scheduler):
 def test_answers_take_the_lowest_slots_wherever_their_beginnings_are():
     """So a decode step has no more rows than without reuse."""
     batch = SlotBatch(small_engine(slots=3))
-    for seed in range(3):
-        assert batch.admit_reusing(Prompt(prompt_of(seed, 40)), ONE) == (0, 0)
+    prompts = [[Prompt(prompt_of(seed, 40)) for seed in range(3)] for _ in range(2)]
+    for prompt in prompts[0]:
+        assert batch.admit_reusing(prompt, ONE) == [0]
         batch.read_prompt()
-    assert [batch.admit_reusing(Prompt(prompt_of(seed, 40)), GREEDY) for seed in range(3)] == [
-        (0, 39),
-        (1, 39),
-        (2, 39),
-    ]
+    assert [batch.admit_reusing(prompt, GREEDY) for prompt in prompts[1]] == [[0], [1], [2]]
+    assert [[prompt.cached_tokens for prompt in each] for each in prompts] == [[0] * 3, [39] * 3]
 
 
 def test_a_prompt_that_was_cancelled_halfway_is_reused_as_far_as_it_was_computed():
     batch = SlotBatch(small_engine(slots=2))
-    slot, _ = batch.admit_reusing(Prompt(SYSTEM), GREEDY)
+    (slot,) = batch.admit_reusing(Prompt(SYSTEM), GREEDY)
     batch.read_prompt(40)
     batch.release(slot)
     batch.admit_reusing(Prompt(prompt_of(2, 9)), GREEDY)
     batch.read_prompt()
     batch.step()
     again = Prompt(SYSTEM)
-    assert batch.admit_reusing(again, GREEDY)[1] == 40
+    batch.admit_reusing(again, GREEDY)
+    assert again.cached_tokens == 40
     assert batch.read_prompt()[0] == 60
     np.testing.assert_allclose(again.logits_V, small_engine(slots=1).prefill(0, SYSTEM), atol=1e-4)
 
@@ -217,6 +217,37 @@ def test_answers_under_any_traffic_are_those_without_reuse(scheduler, alone):
     assert totals.prefix_cache_hits > totals.prefix_cache_queries / 5
 
 
+@pytest.mark.parametrize("length", [SHORTEST - 9, 100])
+def test_the_answers_of_one_request_share_their_prompt_beside_what_slots_hold(scheduler, computed, length):
+    """Also those that get a slot only when the first ones have ended: the prompt is looked up and counted once."""
+    prompt, params = prompt_of(7, length), SamplingParams(max_tokens=9, temperature=1.0, seed=4)
+    alone = [answer.tokens for answer in small_engine(slots=1).generate([prompt], params, group=7)]
+    half = length // 2 if length > 2 * SHORTEST else 0
+    answer(scheduler, [*prompt[: length // 2], *prompt_of(2, 9)])
+    before = scheduler.metrics().totals
+    computed.clear()
+    with scheduler.reserve(7) as place:
+        streams = place.submit(prompt, params)
+    assert [list(stream) for stream in streams] == alone
+    assert sum(computed) == length - half
+    wait_for(lambda: scheduler.active == 0)
+    after = scheduler.metrics().totals
+    assert after.prompt_tokens - before.prompt_tokens == length
+    assert after.prefix_cache_queries - before.prefix_cache_queries == length
+    assert after.prefix_cache_hits - before.prefix_cache_hits == half == streams[0].prompt.cached_tokens
+
+
+def test_several_answers_to_the_same_prompt_again_and_again_displace_nothing(scheduler):
+    other = prompt_of(2, 60)
+    answer(scheduler, other)
+    for _ in range(4):
+        with scheduler.reserve(2) as place:
+            for stream in place.submit(SYSTEM, GREEDY):
+                list(stream)
+        wait_for(lambda: scheduler.active == 0)
+    assert answer(scheduler, other)[1] == 59
+
+
 def test_layers_with_windows_reuse_too():
     """Their slots hold every position, not the window's alone."""
     config = CONFIG.model_copy(update={"windows": (8, None)})
@@ -231,7 +262,8 @@ def test_layers_with_windows_reuse_too():
     batch.read_prompt()
     batch.step()
     admitted = Prompt(prompt)
-    assert batch.admit_reusing(admitted, GREEDY) == (1, 60)
+    assert batch.admit_reusing(admitted, GREEDY) == [1]
+    assert admitted.cached_tokens == 60
     batch.read_prompt()
     np.testing.assert_allclose(admitted.logits_V, expected, atol=1e-4)
 
@@ -259,7 +291,7 @@ def test_the_next_model_begins_with_nothing(tmp_path):
     def cached() -> int:
         stream = manager.submit(lambda service: service.scheduler.submit(SYSTEM, GREEDY))
         list(stream)
-        return stream.cached_tokens
+        return stream.prompt.cached_tokens
 
     manager = ModelManager(service())
     assert [cached(), cached()] == [0, 99]

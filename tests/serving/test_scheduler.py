@@ -232,3 +232,19 @@ def test_the_rate_of_tokens_is_measured(scheduler):
     assert metrics.totals.completion_tokens == 100
     assert metrics.tokens_per_s > 0
     assert (metrics.queued, metrics.active, metrics.slots) == (0, 0, 3)
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_the_answers_of_one_request_share_its_prompt(scheduler, count):
+    prompt, params = prompt_of(3, 30), SamplingParams(max_tokens=9, temperature=1.0, seed=4)
+    alone = [answer.tokens for answer in small_engine(slots=1).generate([prompt], params, group=count)]
+    before = scheduler.metrics().totals.prompt_tokens
+    others = [scheduler.submit(prompt_of(seed, 5), SamplingParams(max_tokens=20)) for seed in range(2)]
+    with scheduler.reserve(count) as place:
+        streams = place.submit(prompt, params)
+    assert [list(stream) for stream in streams] == alone
+    assert all(list(stream) for stream in others)
+    wait_for(lambda: scheduler.active == 0)
+    assert scheduler.metrics().totals.prompt_tokens - before == 30 + 2 * 5
+    with pytest.raises(QueueFullError), scheduler.reserve(scheduler.capacity + 1):
+        pass

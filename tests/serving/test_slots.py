@@ -91,3 +91,55 @@ def test_an_answer_ends_when_its_slot_is_full(engine):
     batch = SlotBatch(engine)
     batch.admit(Prompt(prompt_of(1, MAX_LENGTH - 3)), PARAMS)
     assert len(run(batch)[0]) == 3
+
+
+def test_sequences_that_come_while_their_prompt_is_read_wait_for_it(engine):
+    tokens = prompt_of(6, 30)
+    answers = expected(engine, tokens, 3)
+    batch, prompt = SlotBatch(engine), Prompt(tokens)
+    batch.admit(prompt, PARAMS, [0])
+    assert batch.read_prompt(8) == (8, None)
+    batch.admit(prompt, PARAMS, [1, 2])
+    assert [batch.read_prompt(8)[0] for _ in range(2)] == [8, 8]
+    count, drawn = batch.read_prompt(8)
+    assert (count, drawn.sequences.tolist()) == (6, [0, 1, 2])
+    later = run(batch)
+    assert {at: [token, *later[at]] for at, token in enumerate(drawn.tokens.tolist())} == answers
+
+
+def test_a_slot_that_was_released_before_its_prompt_was_whole_is_not_copied_from(engine):
+    tokens = prompt_of(7, 20)
+    answers = expected(engine, tokens, 3)
+    batch, prompt = SlotBatch(engine), Prompt(tokens)
+    slots = batch.admit(prompt, PARAMS, [0, 1])
+    batch.read_prompt(8)
+    batch.release(slots[1])
+    run(batch)
+    batch.admit(Prompt(prompt_of(8, 5)), PARAMS)  # takes the slot that has the whole prompt
+    batch.admit(prompt, PARAMS, [2])
+    assert run(batch)[2] == answers[2]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 5},
+        {"min_p": 0.05, "top_p": 0.9},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.5, "presence_penalty": -0.5, "logit_bias": {3: 4.0}},
+    ],
+    ids=["top_k", "min_p", "penalties"],
+)
+def test_a_seed_gives_the_same_answer_in_any_slot_beside_any_others(engine, settings):
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, **settings)
+    prompts = [prompt_of(seed, 9) for seed in range(3)]
+    alone = {at: engine.generate([each], params, first_sequence=at)[0].tokens for at, each in enumerate(prompts)}
+    batch = SlotBatch(engine)
+    batch.admit(Prompt(prompts[0]), SamplingParams(max_tokens=3, temperature=0.5, seed=1), [7])
+    slots = [batch.admit(Prompt(prompts[at]), params, [at])[0] for at in (1, 2)]
+    assert slots == [1, 2]
+    answers = run(batch)
+    assert {at: answers[at] for at in (1, 2)} == {at: alone[at] for at in (1, 2)}
+    together = engine.generate(prompts, params)
+    assert {at: completion.tokens for at, completion in enumerate(together)} == alone
+    plain = engine.generate(prompts, SamplingParams(max_tokens=12, temperature=1.0, seed=5))
+    assert {at: completion.tokens for at, completion in enumerate(plain)} != alone

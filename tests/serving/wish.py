@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from served import ScriptedStream
+from served import ScriptedPlace, ScriptedStream
 from tokenizers import Tokenizer
 
 from twinloop.models.tokenizer import ChatTokenizer
@@ -35,8 +35,8 @@ class Wish:
         return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals())
 
     @contextmanager
-    def reserve(self) -> Iterator[Wish]:
-        yield self
+    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
+        yield ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         self.prompts.append(list(prompt))
@@ -55,4 +55,4 @@ class Wish:
                     wished, wish = [], int(random.choice(allowed))
                 state.accept(wish)
             tokens.append(wish)
-        return ScriptedStream(prompt, tokens, 0.0, "stop" if stop in tokens else "length")
+        return ScriptedStream(prompt, params, tokens, 0.0, "stop" if stop in tokens else "length")

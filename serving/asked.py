@@ -1,0 +1,56 @@
+"""What every request for a text of the model has, whether it is a chat or a text that goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from twinloop.serving.decisions import DecisionService
+from twinloop.serving.errors import ApiError
+from twinloop.serving.health import refuse_other_model
+from twinloop.serving.sampling_fields import SamplingFields, refused
+
+IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
+"""Parameters that do not concern the answer."""
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    include_usage: bool = False
+
+
+def _describe_others(schema: dict[str, Any]) -> None:
+    """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
+    schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
+    schema["additionalProperties"] = False
+
+
+class Asked(SamplingFields):
+    """A parameter that would have to be ignored is refused by its name."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
+
+    model: str | None = None
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
+    """Raises ApiError for another model, unknown parameters, and more answers than the server can hold."""
+    if asked.model is not None:
+        refuse_other_model(asked.model, service.model)
+    for name, value in (asked.model_extra or {}).items():
+        if name not in IGNORED and value is not None:
+            raise refused(name, "is not a known parameter")
+    capacity = service.scheduler.capacity
+    if prompts > capacity:
+        problem = f"prompt: this server works on {capacity} answers at once, at most"
+        raise ApiError(400, problem, code="too_many_prompts", param="prompt")
+    if prompts * asked.choices > capacity:
+        raise refused("n", f"this server works on {capacity} answers at once, at most")

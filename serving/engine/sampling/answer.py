@@ -1,0 +1,100 @@
+"""The draw of one answer that asks for more than a temperature, and of a batch in which there are such answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from twinloop.serving.engine.sampling.constraint import masked
+from twinloop.serving.engine.sampling.cuts import draw_cut, largest
+from twinloop.serving.engine.sampling.draws import choose
+from twinloop.serving.engine.sampling.params import SamplingParams
+
+
+class TokenReport(NamedTuple):
+    """Log-probabilities, the model's own. top: of the likeliest tokens by id, falling; those that a constraint does not
+    allow are not among them."""
+
+    logprob: float
+    top: dict[int, float]
+
+
+class AnswerSampler:
+    """What one answer's draw needs beside its temperature, and how far it has come."""
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]):
+        self._params = params
+        self._constraint = None if params.constraint is None else params.constraint.start()
+        self._edits = params.start_edits(prompt, params.stop)
+        self._cuts = params if params.cutting and params.temperature > 0 else None
+        self._allowed: np.ndarray | None = None
+
+    @classmethod
+    def if_needed(cls, params: SamplingParams, prompt: Sequence[int]) -> Self | None:
+        """None for an answer that asks for no more than a temperature."""
+        sampler = cls(params, prompt)
+        asks = (sampler._constraint, sampler._cuts, sampler._edits or None, params.top_logprobs)
+        return None if all(each is None for each in asks) else sampler
+
+    def prepare(self) -> None:
+        """Ask the constraint what may be next, before anything is computed. Raises ConstraintError."""
+        if self._constraint is not None:
+            self._allowed = self._constraint.allowed()
+
+    def draw(self, logits_V: np.ndarray, uniform: float) -> tuple[int, float, TokenReport | None]:
+        """The next token, its log-probability under the distribution drawn from, and its report where asked for.
+
+        `prepare` must have been called since the last draw. logits_V is not changed.
+        """
+        own_V = logits_V if self._allowed is None else masked(logits_V, self._allowed)
+        edited_V = own_V.copy() if self._edits else own_V
+        for edit in self._edits:
+            edit.apply(edited_V)
+        token, logprob = self._choose(edited_V, uniform)
+        for edit in self._edits:
+            edit.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        top = self._params.top_logprobs
+        return token, logprob, None if top is None else _report(own_V, token, top)
+
+    def _choose(self, logits_V: np.ndarray, uniform: float) -> tuple[int, float]:
+        temperature = self._params.temperature
+        if self._cuts is not None:
+            return draw_cut(logits_V, self._cuts, temperature, uniform)
+        tokens_B, logprobs_B = choose(logits_V[None], np.array([temperature], np.float32), np.array([uniform]))
+        return int(tokens_B[0]), float(logprobs_B[0])
+
+
+def draw(
+    logits_BV: np.ndarray,
+    temperature_B: np.ndarray,
+    uniform_B: np.ndarray,
+    samplers: Mapping[int, AnswerSampler],
+) -> tuple[np.ndarray, np.ndarray, dict[int, TokenReport]]:
+    """Next tokens, int64 [B], their log-probabilities, float32 [B], and reports by row.
+
+    samplers: of the rows that have one; the others are drawn by `choose`.
+    """
+    if not samplers:
+        return *choose(logits_BV, temperature_B, uniform_B), {}
+    tokens_B, logprobs_B = np.empty(len(logits_BV), np.int64), np.empty(len(logits_BV), np.float32)
+    if plain := [row for row in range(len(logits_BV)) if row not in samplers]:
+        tokens_B[plain], logprobs_B[plain] = choose(logits_BV[plain], temperature_B[plain], uniform_B[plain])
+    reports: dict[int, TokenReport] = {}
+    for row, sampler in samplers.items():
+        tokens_B[row], logprobs_B[row], report = sampler.draw(logits_BV[row], float(uniform_B[row]))
+        if report is not None:
+            reports[row] = report
+    return tokens_B, logprobs_B, reports
+
+
+def _report(logits_V: np.ndarray, token: int, count: int) -> TokenReport:
+    best = logits_V.max()
+    total = best + np.log(np.exp(logits_V - best).sum(dtype=np.float64))
+    ids_N = largest(logits_V, count)[0] if count else np.empty(0, np.int64)
+    ids_N = ids_N[np.argsort(-logits_V[ids_N], kind="stable")[:count]]
+    top = {int(id): float(logits_V[id] - total) for id in ids_N if logits_V[id] > -np.inf}
+    return TokenReport(float(logits_V[token] - total), top)
