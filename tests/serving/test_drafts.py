@@ -105,12 +105,12 @@ def test_an_answer_ends_within_a_guess_with_its_stop_token_and_at_its_limit():
 @pytest.mark.parametrize(("network", "right", "pause_s"), [(small_engine, 0.6, 0.02), (varied_engine, 0, 0.002)])
 def test_greedy_answers_are_the_same_with_guesses_and_without(network, right, pause_s, slowly):
     """Of a network that repeats itself, and of one whose guesses are nearly all wrong."""
+    prompts = [prompt_of(seed, 40) for seed in range(4)]
+    answers = network(slots=1).generate(prompts, LONG)
     slowly("decode", pause_s)
-    scheduler, engine = Scheduler(network(slots=2)), network(slots=1)
-    for seed in range(4):
-        prompt = prompt_of(seed, 40)
+    scheduler = Scheduler(network(slots=2))
+    for prompt, alone in zip(prompts, answers, strict=True):
         stream = scheduler.submit(prompt, LONG)
-        (alone,) = engine.generate([prompt], LONG)
         assert list(stream) == alone.tokens
         np.testing.assert_allclose(stream.logprobs, alone.logprobs, atol=1e-4)
     scheduler.close()
