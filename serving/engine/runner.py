@@ -204,6 +204,12 @@ class ModelRunner:
         lengths_B += active_B
         return logits_BV
 
+    def extend(self, slot: int, tokens: ArrayLike) -> np.ndarray:
+        """Append tokens [L] to a slot. Returns the logits after each of them, float32 [L, V], a view."""
+        start = int(self.lengths[slot])
+        tokens_L = self._tokens(tokens, start)
+        return self._append(slot, tokens_L, start, rows=len(tokens_L))
+
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Give other slots the first `length` tokens of a slot, as if each had been prefilled with them."""
         assert length <= self.lengths[source]
