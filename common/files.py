@@ -73,10 +73,8 @@ def folder_beside(place: Path) -> Iterator[Path]:
     Raises BlockingIOError where another process uses it.
     """
     folder = place.with_name(f".{place.name}.twinloop-new")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _locked(folder)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with its process, however that dies
         for left in folder.iterdir():
             shutil.rmtree(left)
         try:
@@ -85,6 +83,24 @@ def folder_beside(place: Path) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(descriptor)
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor of the folder, made where it is not there, with a lock that ends with its process, however that
+    dies. Raises BlockingIOError where another process has it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # the process that had it has just removed it
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_there = os.path.samestat(os.fstat(descriptor), folder.stat())
+            except BaseException:
+                os.close(descriptor)
+                raise
+            if is_there:
+                return descriptor
+            os.close(descriptor)
 
 
 def write_all(descriptor: int, content: bytes) -> None:

@@ -36,6 +36,10 @@ Logits: TypeAlias = Callable[[Sequence[int]], np.ndarray]
 """float32 [L, V] of tokens [L]."""
 
 
+class FormError(UserError):
+    """What runs a form ended, or does not answer: nothing is known of the form, so nothing of it is recorded."""
+
+
 class Form:
     """One form of a release: what answers, with the tokenizer files that belong to it."""
 
@@ -56,7 +60,7 @@ class Form:
         return None
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """What is read before an answer. Raises UserError where its template refuses the messages."""
+        """What is read before an answer. Raises UserError where its template refuses the messages, and FormError."""
         return self.tokenizer.encode_prompt(messages)
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
@@ -206,6 +210,8 @@ class Reference:
                 own = form.prompt_ids(case.prompt)
                 whole = form.tokenizer.encode_conversation(messages)
                 differs = _first_difference("prompt", own, prompt) or _first_difference("answer", whole, expected)
+            except FormError:
+                raise
             except UserError as error:
                 own, differs = prompt, str(error)
             prompts.append(own)

@@ -8,6 +8,7 @@ the base too (PiSSA and its kin), and adapters of embeddings.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 once it is imported)
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
@@ -29,6 +30,8 @@ from twinloop.models.config import DecoderConfig
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BASE = "twinloop_base"
+"""What ADAPTER_WEIGHTS says of the base in its metadata, which `peft` does not look at: as `base_digest`."""
 _FAITHFUL_STARTS = (True, "gaussian", "eva", "orthogonal", "mica")
 """PEFT's initialisations that leave the base as it is."""
 _NEUTRAL = {
@@ -60,6 +63,19 @@ class Adapter:
     rank_stabilised: bool = False
     alphas: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(
+        cls,
+        factors: Mapping[str, tuple[np.ndarray, np.ndarray]],
+        alphas: Mapping[str, float],
+        *,
+        rank_stabilised: bool = False,
+    ) -> Adapter:
+        """alphas: of every layer."""
+        alpha = _most_common(alphas)
+        own = {name: each for name, each in alphas.items() if each != alpha}
+        return cls(factors, alpha, rank_stabilised, own)
+
     @property
     def ranks(self) -> dict[str, int]:
         """By the linear layer's name."""
@@ -85,13 +101,38 @@ class Adapter:
             a = np.concatenate([a for a, _, _ in parts])
             b = np.concatenate([np.float32(scale) * b for _, b, scale in parts], axis=1)
             factors[name] = a, b
-        ranks = {name: len(a) for name, (a, _) in factors.items()}
-        alpha = _most_common(ranks)
-        return Adapter(factors, alpha, alphas={name: rank for name, rank in ranks.items() if rank != alpha})
+        return Adapter.of(factors, {name: len(a) for name, (a, _) in factors.items()})
 
 
-def save_adapter(directory: Path, adapter: Adapter, *, base: str) -> None:
-    """Write an adapter as `peft` does. base: where its base is, in what PEFT calls `base_model_name_or_path`."""
+def base_digest(tensors: Mapping[str, np.ndarray], config: DecoderConfig) -> str:
+    """Of the matrices that adapters add to: the types that they are stored in, and the sha256 of their values."""
+    digest, types = hashlib.sha256(), set()
+    for name in sorted(linear_layers(config)):
+        array = tensors[f"{name}.weight"]
+        types.add(array.dtype.name)
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return f"{'+'.join(sorted(types))} {digest.hexdigest()}"
+
+
+def refuse_another_base(directory: Path, tensors: Mapping[str, np.ndarray], config: DecoderConfig) -> None:
+    """Raise UserError where Twinloop wrote the adapter for a network of other weights.
+
+    Those in other types may be the same, rounded. `peft` writes only the name of a base, which may have another here.
+    """
+    with safe_open(directory / ADAPTER_WEIGHTS, "np") as file:
+        recorded = (file.metadata() or {}).get(_BASE)
+    if recorded is None:
+        return
+    found = base_digest(tensors, config)
+    if found != recorded and found.split()[0] == recorded.split()[0]:
+        raise UserError(
+            f"{directory}: the adapter was trained on another base, of the same shapes and other weights; name that one"
+        )
+
+
+def save_adapter(directory: Path, adapter: Adapter, *, base: str, digest: str | None = None) -> None:
+    """Write an adapter as `peft` does. base: where its base is, in what PEFT calls `base_model_name_or_path`.
+    digest: `base_digest`, where it is known."""
     directory.mkdir(parents=True, exist_ok=True)
     ranks = adapter.ranks
     rank = _most_common(ranks)
@@ -115,7 +156,8 @@ def save_adapter(directory: Path, adapter: Adapter, *, base: str) -> None:
     for name, (a, b) in adapter.factors.items():
         tensors |= {f"{_PREFIX}{name}.{LORA_A}": a, f"{_PREFIX}{name}.{LORA_B}": b}
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(contiguous, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    known = {"format": "pt"} | ({_BASE: digest} if digest else {})
+    save_file(contiguous, directory / ADAPTER_WEIGHTS, metadata=known)
 
 
 def read_adapter(directory: Path, config: DecoderConfig) -> Adapter:
@@ -134,9 +176,7 @@ def read_adapter(directory: Path, config: DecoderConfig) -> Adapter:
                 f"{directory}: {name} has rank {len(a)}, {ADAPTER_CONFIG} says {ranks[name]:g}; save the adapter again"
             )
     alphas = {name: _pattern(directory, fields, "alpha_pattern", name, "lora_alpha") for name in factors}
-    alpha = _most_common(alphas)
-    own = {name: each for name, each in alphas.items() if each != alpha}
-    return Adapter(factors, alpha, bool(fields.get("use_rslora")), own)
+    return Adapter.of(factors, alphas, rank_stabilised=bool(fields.get("use_rslora")))
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -1,10 +1,15 @@
-"""Chat templates as models come with them, and which characters of a rendered conversation are content.
+"""Which characters of a rendered conversation are content, and which tokens in it are meant as such.
 
 A template may trim, split or look into content, so content is rendered where it is and as it is. Its place is found by
 rendering twice: as it is, and with each of its visible characters replaced by one of a private plane (its image). Where
 the images are, the first rendering has content; everywhere else it has the template's own text. The two must be the
 same text once the images are replaced back. A template that looks for a text of its own in content (such as `</think>`)
-makes them differ: then these texts stay as they are, where they cannot be a part of a special token.
+makes them differ: then these texts stay as they are, where they cannot be a part of a token that no content may be,
+each with a sign beside it where it is not the assistant's.
+
+Three kinds of added tokens are told from their spelling in content. Special tokens, and plain ones with which the
+template frames messages (`<|user|>`, where a tokenizer has it as a plain one), are the template's alone. Other plain
+ones that the template writes (`<think>`, `<tool_call>`) are the template's and the assistant's.
 """
 
 from __future__ import annotations
@@ -13,54 +18,52 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
-from jinja2 import Environment, TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from twinloop.common.errors import UserError, one_line
-
-Message = Mapping[str, Any]
-
-MARK = re.compile("\ue000(\\d+)(j?)\ue001")
-"""In the place of a text while a template is rendered: its index, and whether the template writes it inside of JSON."""
+from twinloop.common.errors import UserError
+from twinloop.models.jinja_template import MARK, ROLES, JinjaTemplate, Message
 
 _IMAGES = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
 _IMAGE = re.compile("[\U000f0000-\U0010ffff]")
-# Templates may write any text with these in their names: a role is never mapped to images.
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function", "ipython"})
-
-
-def mark(index: int, length: int = 3) -> str:
-    """The placeholder of a text while the template is rendered, of at least so many characters."""
-    return f"\ue000{index:0{length - 2}}\ue001"
+_AFTER, _BEFORE = range(0xE100, 0xEC00), range(0xEC00, 0xF700)
+"""Signs, after or before a text that stays as it is in a shadow: each such text has its own."""
+_SIGN = re.compile("[\ue100-\uf6ff]")
 
 
 @dataclass(frozen=True)
 class Rendered:
     """A rendered conversation. shadow: the same text, with an image in the place of each visible character of content.
-    contents: the messages' contents, as they are in the shadow."""
+    half_shadow: the same, with the assistant's content as it is. contents: the messages', as they are in the shadow."""
 
     text: str
     shadow: str
+    half_shadow: str
     contents: tuple[str, ...] = ()
 
     @classmethod
-    def from_marks(cls, rendered: str, texts: Sequence[str]) -> Rendered:
-        """Of a text with marks, in which `mark(i)` is the place of texts[i]."""
-        text, shadow = [], []
+    def from_marks(cls, rendered: str, texts: Sequence[str], answers: Collection[int]) -> Rendered:
+        """Of a text with marks, in which `mark(i)` is the place of texts[i]. answers: which are the assistant's."""
+        text, shadow, half_shadow = [], [], []
         pieces = MARK.split(rendered)
         for template, index, in_json in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], ""], strict=True):
             content = "" if index is None else texts[int(index)]
             content = json.dumps(content, ensure_ascii=False)[1:-1] if in_json else content
+            images = chr(_IMAGES[0][0]) * len(content)
             text += [template, content]
-            shadow += [template, chr(_IMAGES[0][0]) * len(content)]
-        return cls("".join(text), "".join(shadow))
+            shadow += [template, images]
+            half_shadow += [template, content if index is not None and int(index) in answers else images]
+        return cls("".join(text), "".join(shadow), "".join(half_shadow))
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token in a text, and where it is."""
+
+    start: int
+    end: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -75,52 +78,47 @@ class Turn:
 
 
 class ChatTemplate:
-    """A model's template. Thread-safe: nothing in it changes after construction."""
+    """A model's template, and which tokens its conversations have. Thread-safe: nothing in it changes."""
 
-    def __init__(self, source: Any, *, tokens: Mapping[str, str], added: Collection[str], special: Collection[str]):
-        """source: as in tokenizer_config.json, a text, or several with their names. tokens: `eos_token` and so on.
+    def __init__(
+        self, template: JinjaTemplate, *, added: Collection[str], special: Collection[str], markers: Collection[str]
+    ):
+        """added: tokens at which text is split before it is encoded. Of these: special ones, and others that the
+        template writes (markers)."""
+        self._template, self._added = template, frozenset(added)
+        # Of a pair such as <think>, </think> both are what an answer may hold. Some templates explain them in the
+        # system's message (SmolLM3), where they seem to frame it.
+        single = [token for token in markers if not _counterparts(token) & self._added]
+        self._reserved = template.framing(single) | {*special}
+        self._special = _Finder(special, added)
+        self._own = _Finder({*special, *markers}, added)
+        self._said = _Finder({*markers} - self._reserved, added)
 
-        added, special: tokens with which the text is encoded. Raises UserError where there is no template, or none
-        that parses.
-        """
-        self.sources = _by_name(source)
-        environment = _environment()
-        try:
-            self._templates = {name: environment.from_string(text) for name, text in self.sources.items()}
-        except Exception as error:  # Jinja makes Python of it, whose compiler has limits of its own
-            raise UserError(f"chat template: it does not parse ({one_line(error)})") from error
-        self._environment, self._tokens, self._special = environment, dict(tokens), frozenset(special)
-        # A plain token that holds a special one comes before it, as wherever text is split at added tokens.
-        within = _any_of(special)
-        self._found = _any_of({*special, *(token for token in added if within.search(token))})
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """Jinja by name; `default` is always there."""
+        return self._template.sources
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> str:
         """The conversation as `transformers` renders it. Raises UserError where the template refuses it."""
-        name = "tool_use" if tools is not None and "tool_use" in self._templates else "default"
-        given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        try:
-            rendered = self._templates[name].render(messages=messages, **given, **self._tokens)
-            rendered.encode()  # it may write a lone surrogate
-        except Exception as error:  # it is a program: it raises what Python raises, also for want of memory
-            raise UserError(f"chat template: {one_line(error)}") from error
-        return rendered
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
     def trace(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         """As `render`, for messages of role and content, and where their content is.
 
         Raises UserError for a template that changes content in a way that cannot be followed.
         """
-        contents = [message["content"] for message in messages]
-        image_of = _images(set("".join(contents)))
-        back = {ord(image): chr(character) for character, image in image_of.items()}
-        for kept in (_nothing, self._own_texts):
+        images = _images(messages)
+        back = [{ord(image): chr(character) for character, image in each.items()} for each in images]
+        for signs in (None, _AFTER, _BEFORE):
             text = self.render(messages, add_generation_prompt=add_generation_prompt)
             self._check_roles(messages)
-            shadows = [_shadow(content, image_of, kept(content)) for content in contents]
-            shadowed = [{**message, "content": each} for message, each in zip(messages, shadows, strict=True)]
+            contents = [self._shadow(message, images[_is_answer(message)], signs) for message in messages]
+            shadowed = [{**message, "content": each} for message, each in zip(messages, contents, strict=True)]
             shadow = self.render(shadowed, add_generation_prompt=add_generation_prompt)
-            if shadow.translate(back) == text:
-                return Rendered(text, shadow, tuple(shadows))
+            if (shadow if signs is None else _SIGN.sub("", shadow)).translate(back[0] | back[1]) == text:
+                shadow = shadow if signs is None else self._without_signed(shadow)
+                return Rendered(text, shadow, shadow.translate(back[True]), tuple(contents))
         raise UserError("chat template: it changes what messages say in a way that cannot be followed")
 
     def turn(self, messages: Sequence[Message], stops: Collection[str]) -> Turn:
@@ -148,18 +146,29 @@ class ChatTemplate:
         ending = next(self.specials(whole.shadow, last), None)
         if ending is None:
             raise UserError("chat template: no special token follows an answer: its stop token would not be trained")
-        if ending[0] not in stops:
+        if ending.text not in stops:
             raise UserError(
-                f"chat template: an answer ends with {ending[0]}, which is none of the stop tokens "
+                f"chat template: an answer ends with {ending.text}, which is none of the stop tokens "
                 f"({', '.join(sorted(stops))}), so a stop token would not be trained; add its id to eos_token_id of "
                 "generation_config.json"
             )
-        return Turn(whole, begin, ending.start(), ending.end())
+        return Turn(whole, begin, ending.start, ending.end)
 
-    def specials(self, shadow: str, start: int = 0, end: int | None = None) -> Iterator[re.Match[str]]:
+    def specials(self, shadow: str, start: int = 0, end: int | None = None) -> Iterator[Token]:
         """Special tokens in a shadow, which are the template's own."""
-        found = self._found.finditer(shadow, start, len(shadow) if end is None else end)
-        return (match for match in found if match[0] in self._special)
+        return self._special.find(shadow, start, end)
+
+    def tokens(self, rendered: Rendered, start: int = 0, end: int | None = None) -> Iterator[Token]:
+        """What is meant as a token in a rendered text: the template's own, and what an answer may hold."""
+        own, said = self._own.find(rendered.shadow, start, end), self._said.find(rendered.half_shadow, start, end)
+        for token in sorted({*own, *said}, key=lambda token: (token.start, -token.end)):
+            if token.start >= start:
+                yield token
+                start = token.end
+
+    def said_tokens(self, text: str) -> Iterator[Token]:
+        """What is meant as a token in a text of no conversation: what an answer may hold."""
+        return self._said.find(text)
 
     def _difference(self, messages: Sequence[Message], prompt: str, whole: str) -> str:
         """Why a conversation does not begin with the prompt of its answer."""
@@ -172,26 +181,60 @@ class ChatTemplate:
         return "it writes earlier messages otherwise once an answer follows them, so the prompt is not its beginning"
 
     def _check_roles(self, messages: Sequence[Message]) -> None:
-        """Raise UserError for a role that may be a part of a special token: it is rendered as it is."""
+        """Raise UserError for a role that may be a part of a token: it is rendered as it is."""
         for index, role in enumerate(message["role"] for message in messages):
-            if role not in _ROLES and (
-                not re.fullmatch(r"[\w-]+", role) or any(role in each for each in self._special)
-            ):
-                raise UserError(f"messages[{index}]: role {role!r} is not one of {', '.join(sorted(_ROLES))}")
+            if role not in ROLES and (not re.fullmatch(r"[\w-]+", role) or any(role in each for each in self._added)):
+                raise UserError(f"messages[{index}]: role {role!r} is not one of {', '.join(ROLES)}")
 
-    def _own_texts(self, content: str) -> list[tuple[int, int]]:
-        """Where content has texts that the template may look for, except those near to a special token."""
-        runs = [match.span() for match in self._constants.finditer(content)]
-        return [(start, end) for start, end in runs if not _may_join(content[start:end], self._special)]
+    def _shadow(self, message: Message, image_of: Mapping[int, str], signs: range | None) -> str:
+        """A message's content in images. signs: where texts that the template may look for stay as they are: those of
+        the assistant without a sign, others with one after them, or before them. The sign is on the other side of a
+        text with which content ends, or begins: templates look there."""
+        content = message["content"]
+        pieces, last = [], 0
+        for match in self._looked_for.finditer(content) if signs else ():
+            start, end = match.span()
+            after = bool(content[end:].strip()) if signs is _AFTER else not content[:start].strip()
+            sign = "" if _is_answer(message) else chr((_AFTER if after else _BEFORE)[self._kept.index(match[0])])
+            pieces += [content[last:start].translate(image_of), match[0] + sign if after else sign + match[0]]
+            last = end
+        return "".join([*pieces, content[last:].translate(image_of)])
+
+    def _without_signed(self, shadow: str) -> str:
+        """A shadow with images in the place of texts that have a sign, and without signs."""
+        image = chr(_IMAGES[0][0])
+        return _SIGN.sub("", self._signed.sub(lambda match: image * (len(match[0]) - 1), shadow))
 
     @cached_property
-    def _constants(self) -> re.Pattern[str]:
-        """Runs of the texts that the template's expressions hold."""
-        trees = map(self._environment.parse, self.sources.values())
-        values = (node.value for node in chain.from_iterable(tree.find_all(nodes.Const) for tree in trees))
-        texts = {value for value in values if isinstance(value, str) and value.strip()}
-        allowed = [text for text in texts if not _may_join(text, self._special)]
-        return re.compile(f"(?:{_any_of(allowed).pattern})+")
+    def _kept(self) -> list[str]:
+        """The texts of the template's expressions that stay as they are where they are in content: none of them can
+        be a part of a token that no content may be."""
+        return sorted(text for text in self._template.constants if not _may_join(text, self._reserved))[: len(_AFTER)]
+
+    @cached_property
+    def _looked_for(self) -> re.Pattern[str]:
+        return _any_of(self._kept)
+
+    @cached_property
+    def _signed(self) -> re.Pattern[str]:
+        signed = zip(self._kept, map(chr, _AFTER), map(chr, _BEFORE), strict=False)
+        return _any_of(chain.from_iterable((text + after, before + text) for text, after, before in signed))
+
+
+class _Finder:
+    """Finds tokens in a text. An added token that holds one of them comes before it, as wherever text is split."""
+
+    def __init__(self, tokens: Collection[str], added: Collection[str]):
+        within = _any_of(tokens)
+        self._tokens = frozenset(tokens)
+        self._pattern = _any_of({*tokens, *(token for token in added if within.search(token))})
+
+    def find(self, text: str, start: int = 0, end: int | None = None) -> Iterator[Token]:
+        if not any(token in text for token in self._tokens):  # much faster than the pattern, for a corpus
+            return
+        for match in self._pattern.finditer(text, start, len(text) if end is None else end):
+            if match[0] in self._tokens:
+                yield Token(*match.span(), match[0])
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -199,75 +242,35 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-def _nothing(_: str) -> list[tuple[int, int]]:
-    return []
+def _is_answer(message: Message) -> bool:
+    return bool(message["role"] == "assistant")
 
 
-def _images(characters: set[str]) -> dict[int, str]:
-    """An image for each character that is visible, and that JSON writes as it is."""
-    visible = [ord(each) for each in characters if not (each.isspace() or each < " " or each in '"\\')]
-    if len(visible) > sum(map(len, _IMAGES)):
-        raise UserError("messages: they hold more different characters than can be distinguished")
-    return dict(zip(visible, map(chr, chain(*_IMAGES)), strict=False))
+def _counterparts(token: str) -> set[str]:
+    """`</x>` of `<x>`, and the reverse."""
+    return {f"</{token[1:]}", token.replace("</", "<", 1)} - {token} if token.startswith("<") else set()
 
 
-def _shadow(content: str, image_of: Mapping[int, str], kept: Sequence[tuple[int, int]]) -> str:
-    pieces, last = [], 0
-    for start, end in kept:
-        pieces += [content[last:start].translate(image_of), content[start:end]]
-        last = end
-    return "".join([*pieces, content[last:].translate(image_of)])
+def _images(messages: Sequence[Message]) -> list[dict[int, str]]:
+    """An image for each character that is visible, and that JSON writes as it is: for all content but the assistant's,
+    and other ones for the assistant's."""
+    free = chain(*_IMAGES)
+    images = []
+    for answers in (False, True):
+        characters = set("".join(each["content"] for each in messages if _is_answer(each) is answers))
+        visible = [ord(each) for each in characters if not (each.isspace() or each < " " or each in '"\\')]
+        images.append(dict(zip(visible, map(chr, free), strict=False)))
+        if len(images[-1]) < len(visible):
+            raise UserError("messages: they hold more different characters than can be distinguished")
+    return images
 
 
-def _may_join(text: str, specials: Collection[str]) -> bool:
-    """Whether a text could be, hold, begin, end or lie inside of a special token."""
-    for special in specials:
-        if text in special or special in text:
+def _may_join(text: str, tokens: Collection[str]) -> bool:
+    """Whether a text could be, hold, begin, end or lie inside of one of the tokens."""
+    for token in tokens:
+        if text in token or token in text:
             return True
-        for length in range(1, min(len(text), len(special))):
-            if text.endswith(special[:length]) or text.startswith(special[-length:]):
+        for length in range(1, min(len(text), len(token))):
+            if text.endswith(token[:length]) or text.startswith(token[-length:]):
                 return True
     return False
-
-
-def _by_name(source: Any) -> dict[str, str]:
-    named = source if isinstance(source, Mapping) else {"default": source}
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        entries = [each for each in source if isinstance(each, Mapping) and isinstance(each.get("name"), str)]
-        named = {each["name"]: each.get("template") for each in entries}
-    if not isinstance(named.get("default"), str) or not all(isinstance(text, str) for text in named.values()):
-        raise UserError("tokenizer_config.json: no chat_template; add the template that the model is trained with")
-    return dict(named)
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for others. It renders what is in it."""
-
-    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _environment() -> Environment:
-    """As transformers has it: sandboxed, since a model directory may come from strangers."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """As transformers has it: Jinja's own would sort keys and write `<` as HTML needs it."""
-    text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-    return MARK.sub("\ue000\\1j\ue001", text)
-
-
-def _raise_template_error(message: str) -> NoReturn:
-    raise TemplateError(message)

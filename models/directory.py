@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import link_or_copy
-from twinloop.models.adapter import ADAPTER_CONFIG, Adapter, read_adapter, save_adapter
+from twinloop.models.adapter import ADAPTER_CONFIG, Adapter, base_digest, read_adapter, save_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.family import read_config, write_config
 from twinloop.models.shapes import weight_shapes
@@ -73,7 +73,8 @@ def save_adapted(directory: Path, source: Path, adapter: Adapter, *, skip: str) 
             link_or_copy(path, directory / BASE / path.name)
             if not path.name.startswith(WEIGHTS.partition(".")[0]):
                 shutil.copyfile(path, directory / path.name)
-    save_adapter(directory / ADAPTER, adapter, base=f"../{BASE}")
+    digest = base_digest(load_tensors(base), load_config(base))
+    save_adapter(directory / ADAPTER, adapter, base=f"../{BASE}", digest=digest)
 
 
 def is_adapted(directory: Path) -> bool:

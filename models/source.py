@@ -16,7 +16,7 @@ import numpy as np
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
-from twinloop.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from twinloop.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter, refuse_another_base
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import (
     ADAPTER,
@@ -177,8 +177,12 @@ class AdaptedSource:
         self.form = f"{base.form} with an adapter of rank {max(read_adapter(adapter, base.config).ranks.values())}"
 
     def load_weights(self) -> dict[str, np.ndarray]:
+        """Raises UserError for an adapter that was trained on other weights, where that can be known."""
         assert self.adapter is not None
-        return read_adapter(self.adapter, self.config).merge(self._base.load_weights())
+        adapter, weights = read_adapter(self.adapter, self.config), self._base.load_weights()
+        if self.path.is_dir():  # those of a GGUF file may be rounded
+            refuse_another_base(self.adapter, weights, self.config)
+        return adapter.merge(weights)
 
     def load_tokenizer(self) -> ChatTokenizer:
         return self._base.load_tokenizer()

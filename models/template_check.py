@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from twinloop.common.errors import UserError
-from twinloop.models.chat_template import Message
+from twinloop.models.jinja_template import Message
 from twinloop.models.tokenizer import ChatTokenizer
 
 

@@ -1,13 +1,13 @@
 """A model's tokenizer and chat template, as training, evaluation and serving share them; and a new model's own.
 
 Two kinds of text enter here and never mix. The template's own text may hold special tokens; content (a corpus line, a
-customer's message, an answer) is always plain: no text in it can become a special id. A conversation is encoded as one
-text, as `transformers` encodes it, in which only the template's special tokens are special.
+customer's message, an answer) is always plain: no text in it can become a special id. Nor can what is not the
+assistant's become another token that the template writes. A conversation is encoded as one text, as `transformers`
+encodes it, in which only the template's special tokens are special.
 """
 
 from __future__ import annotations
 
-import codecs
 import json
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -19,7 +19,9 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from twinloop.common.errors import UserError
-from twinloop.models.chat_template import ChatTemplate, Message, Rendered, Turn
+from twinloop.models.chat_template import ChatTemplate, Rendered, Token, Turn
+from twinloop.models.decoder_stream import DecoderStream
+from twinloop.models.jinja_template import JinjaTemplate, Message
 from twinloop.models.tokenizer_files import (
     SETTINGS,
     extra_special_tokens,
@@ -29,7 +31,7 @@ from twinloop.models.tokenizer_files import (
     token_text,
     without_unused_tokens,
 )
-from twinloop.models.vocabulary import TOKENIZER, Vocabulary, read_source
+from twinloop.models.vocabulary import TOKENIZER, Vocabulary, parsed, read_source
 
 PAD, BOS, SYSTEM, USER, ASSISTANT, END = (
     "<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -116,18 +118,20 @@ class ChatTokenizer:
         """
         self._source = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str(pretty=True)
         self._settings = dict(settings)
-        tokens = named_tokens(settings)
+        data, tokens = parsed(self._source, where), named_tokens(settings)
+        template = JinjaTemplate(settings.get("chat_template"), tokens=tokens)
         self._vocabulary = Vocabulary(
-            self._source,
+            data,
             named=[*tokens.values(), *extra_special_tokens(settings)],
             named_ids=frozenset(stop_ids),
+            written=template.written,
             where=where,
         )
         self._template = ChatTemplate(
-            settings.get("chat_template"),
-            tokens=tokens,
+            template,
             added=self._vocabulary.added,
             special=self._vocabulary.special_ids.keys(),
+            markers=self._vocabulary.markers,
         )
         self.eos_id = self._named_id("eos_token", default=next(iter(stop_ids), None))
         # Qwen has no BOS and many have no PAD: both then are the token that ends a text, as those models were trained.
@@ -193,16 +197,17 @@ class ChatTokenizer:
         return (self.stop_id, *sorted(set(self._stops.values()) - {self.stop_id}))
 
     def encode(self, text: str) -> list[int]:
-        """Plain text to ids, none of them special. Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
-        return self._vocabulary.encode(_valid_unicode(text))
+        """Plain text to ids, none of them special, nor of a plain token that begins or ends messages in the template.
+        Lone surrogates, which no UTF-8 can hold, become U+FFFD."""
+        return self._vocabulary.encode(self._plain(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode` for each text, on all cores."""
-        return self._vocabulary.encode_batch([_valid_unicode(text) for text in texts])
+        return self._vocabulary.encode_batch([self._plain(text) for text in texts])
 
     def encode_continuation(self, text: str) -> list[int]:
         """As `encode`, for text that goes on after other text: SentencePiece's tokenizers put no space before it."""
-        return self._vocabulary.encode_continuation(_valid_unicode(text))
+        return self._vocabulary.encode_continuation(self._plain(text))
 
     def encode_text(self, text: str) -> list[int]:
         """A text that is no chat, with what the model's texts begin with: as tokenizer.json has it, else BOS, as in
@@ -298,10 +303,15 @@ class ChatTokenizer:
         messages: Sequence[Mapping[str, Any]],
         texts: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        answers: Collection[int] = (),
     ) -> list[int]:
-        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i]."""
+        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i].
+
+        answers: which of the texts are what the assistant said.
+        """
         clean = [_valid_unicode(text) for text in texts]
-        return self._encode(Rendered.from_marks(self.render_marked(messages, tools), clean))
+        return self._encode(Rendered.from_marks(self.render_marked(messages, tools), clean, answers))
 
     @cached_property
     def _question(self) -> list[dict[str, str]]:
@@ -319,8 +329,8 @@ class ChatTokenizer:
     def _answer(self, turn: Turn) -> list[int]:
         """Ids of an answer, as they follow those of its prompt: no token of it is merged with one of the prompt's."""
         header = 0
-        for match in self._template.specials(turn.whole.shadow, 0, turn.begin):
-            header = match.start()  # text begins anew at a special token, so what is before it has no influence
+        for token in self._template.specials(turn.whole.shadow, 0, turn.begin):
+            header = token.start  # text begins anew at a special token, so what is before it has no influence
         answer = self._private(turn.whole, turn.begin, turn.end)
         before = self._private(turn.whole, header, turn.begin)
         prompt, both = self._vocabulary.encode(before), self._vocabulary.encode(before + answer)
@@ -331,13 +341,21 @@ class ChatTokenizer:
     def _encode(self, rendered: Rendered, start: int = 0, end: int | None = None) -> list[int]:
         return self._vocabulary.encode(self._private(rendered, start, end))
 
+    def _plain(self, text: str) -> str:
+        """A text of no conversation, with private names for the tokens that an answer may hold."""
+        text = _valid_unicode(text)
+        return self._with_names(text, self._template.said_tokens(text), 0, None)
+
     def _private(self, rendered: Rendered, start: int, end: int | None) -> str:
-        """The text of a rendered conversation, with private names in the place of the template's special tokens."""
+        """The text of a rendered conversation, with private names for its tokens."""
+        return self._with_names(rendered.text, self._template.tokens(rendered, start, end), start, end)
+
+    def _with_names(self, text: str, tokens: Iterable[Token], start: int, end: int | None) -> str:
         pieces: list[str] = []
-        for match in self._template.specials(rendered.shadow, start, end):
-            pieces += [rendered.text[start : match.start()], self._vocabulary.private_names[match[0]]]
-            start = match.end()
-        return "".join([*pieces, rendered.text[start:end]])
+        for token in tokens:
+            pieces += [text[start : token.start], self._vocabulary.private_names[token.text]]
+            start = token.end
+        return "".join([*pieces, text[start:end]])
 
     def _named_id(self, name: str, default: int | None = None) -> int:
         text = token_text(self._settings.get(name))
@@ -353,31 +371,6 @@ class TrainedTurns:
 
     ids: list[int]
     answers: tuple[range, ...]
-
-
-class DecoderStream:
-    """Incremental decoding: the pushed texts and `finish()` together are what `decode` of the same answer gives."""
-
-    def __init__(self, bytes_of: Sequence[bytes], stop_ids: Collection[int], *, drops_first_space: bool = False):
-        self._bytes_of = bytes_of
-        self._stop_ids = stop_ids
-        self._drops_space = drops_first_space
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, id: int) -> str:
-        """Text that is certain after this token; empty while a character is unfinished, and for a stop token."""
-        return "" if id in self._stop_ids else self.push_bytes(self._bytes_of[id])
-
-    def push_bytes(self, piece: bytes) -> str:
-        text = self._decoder.decode(piece)
-        if not (text and self._drops_space):
-            return text
-        self._drops_space = False
-        return text.removeprefix(" ")
-
-    def finish(self) -> str:
-        """What an unfinished character at the end is shown as (U+FFFD), or nothing."""
-        return self._decoder.decode(b"", final=True)
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:

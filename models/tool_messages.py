@@ -1,7 +1,7 @@
 """Tools, calls of tools and their results in a prompt, for chat templates that have a place for them.
 
 As everywhere, what people and models wrote is plain text: names, descriptions, arguments and results are encoded apart
-from the template's own text, and none of them can become a special token.
+from the template's own text, and none of them can become a special token, nor another that the template writes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from twinloop.common.errors import UserError
-from twinloop.models.chat_template import mark
+from twinloop.models.jinja_template import mark
 from twinloop.models.tokenizer import ChatTokenizer
 
 CALL_ID_LENGTH = 9
@@ -105,16 +105,21 @@ def encode_tool_prompt(
     texts = _Texts()
     as_text = any("tool_calls" in message for message in messages) and call_arguments(tokenizer) == "text"
     marked = [_marked_message(message, texts, as_text) for message in _named_results(messages)]
-    return tokenizer.encode_marked(marked, texts.texts, [_marked_tool(tool, texts.mark) for tool in tools] or None)
+    marked_tools = [_marked_tool(tool, texts.mark) for tool in tools] or None
+    return tokenizer.encode_marked(marked, texts.texts, marked_tools, answers=texts.answers)
 
 
 class _Texts:
-    """The texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare."""
+    """The texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare.
+
+    answers: the indices of what the assistant said.
+    """
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._marks: dict[str, str] = {}
         self._id_marks: dict[str, str] = {}
+        self.answers: set[int] = set()
 
     def mark(self, text: str) -> str:
         """Nothing for nothing: templates ask whether there is any content."""
@@ -122,6 +127,14 @@ class _Texts:
             self._marks[text] = mark(len(self.texts))
             self.texts.append(text)
         return self._marks[text] if text else ""
+
+    def mark_answer(self, text: str) -> str:
+        """As `mark`, for what the assistant said, which may hold tokens that others' texts may not."""
+        if not text:
+            return ""
+        self.answers.add(len(self.texts))
+        self.texts.append(text)
+        return mark(len(self.texts) - 1)
 
     def mark_id(self, text: str) -> str:
         """A mark as long as the ids that templates expect."""
@@ -144,7 +157,8 @@ def _named_results(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 def _marked_message(message: Mapping[str, Any], texts: _Texts, arguments_as_text: bool) -> dict[str, Any]:
     """The message with a mark for each text in it that a person, a model or a tool wrote."""
-    fields: dict[str, Any] = {"role": message["role"], "content": texts.mark(message["content"])}
+    marked = texts.mark_answer if message["role"] == "assistant" else texts.mark
+    fields: dict[str, Any] = {"role": message["role"], "content": marked(message["content"])}
     if "tool_call_id" in message:
         fields["tool_call_id"] = texts.mark_id(message["tool_call_id"])
     if "name" in message:
@@ -155,8 +169,9 @@ def _marked_message(message: Mapping[str, Any], texts: _Texts, arguments_as_text
             name, arguments = call["function"]["name"], call["function"]["arguments"]
             if arguments_as_text and not isinstance(arguments, str):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            marked = call_of(texts.mark_id(call["id"]), texts.mark(name), _marked(arguments, texts.mark))
-            fields["tool_calls"].append(marked)
+            fields["tool_calls"].append(
+                call_of(texts.mark_id(call["id"]), texts.mark(name), _marked(arguments, texts.mark))
+            )
     return fields
 
 

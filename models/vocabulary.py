@@ -1,7 +1,8 @@
 """The vocabulary of a tokenizer.json: text to ids of which none is special, and what each id means in bytes.
 
 A special token takes part in encoding under a private name that no text can know, in the same place and with the same
-rules as in `transformers` (what it strips, where text begins anew after it). Its own spelling is plain text.
+rules as in `transformers` (what it strips, where text begins anew after it). Its own spelling is plain text. So does an
+added token that is not special but that the chat template writes, a marker.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,32 +32,47 @@ class Vocabulary:
     """Encodes as `transformers` does with add_special_tokens=False. Thread-safe; nothing in it changes.
 
     bytes_of: what each id means, by id: UTF-8, maybe a part of a character only; empty for an id of no token.
-    special_ids: id by token, of tokens that no text can produce. private_names: what to write in a text for each.
-    added: all added tokens, plain ones too.
+    special_ids: id by token, of special tokens. markers: added tokens that are not special and that the chat template
+    writes. private_names: what to write in a text for each of both. added: all added tokens, plain ones too.
     drops_first_space: decoding leaves out one space at the beginning, which encoding had put there.
     first_ids: what comes before a text with add_special_tokens=True; None where tokenizer.json has no post-processor.
     """
 
-    def __init__(self, source: str, *, named: Iterable[str] = (), named_ids: Collection[int] = (), where: str):
-        """source: the content of tokenizer.json. named, named_ids: tokens that are special wherever they are listed.
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        *,
+        named: Iterable[str] = (),
+        named_ids: Collection[int] = (),
+        written: Callable[[Collection[str]], Collection[str]],
+        where: str,
+    ):
+        """data: the content of tokenizer.json, as `parsed` gives it. named, named_ids: tokens that are special wherever
+        they are listed. written: gives those of some tokens that the chat template writes.
 
         Raises UserError for what is no tokenizer, and for one that would lose text.
         """
-        data = parsed(source, where)
         _refuse_lossy(data, where)
         specials = _specials(data, set(named), named_ids)
         if blank := [token for token in specials if not _VISIBLE.search(token)]:
             raise UserError(f"{where}: the special token {blank[0]!r} has no visible character: any text may hold it")
-        _refuse_pieces_of_text(data, specials, where)
+        if pieces := _pieces_of_text(data, specials, where):
+            raise UserError(
+                f"{where}: the special token {min(pieces)!r} is a piece of ordinary text, which would be lost; "
+                "name another token in tokenizer_config.json, such as its eos_token"
+            )
+        self.added = frozenset(token["content"] for token in data["added_tokens"])
+        plain = {token for token in self.added if _VISIBLE.search(token)} - {*specials}
+        self.markers = written(plain - _pieces_of_text(data, plain, where))
         nonce = "".join(chr(_PRIVATE_PLANE + secrets.randbelow(_PRIVATE_CHARACTERS)) for _ in range(_NAME_LENGTH))
         self.private_names: Mapping[str, str] = {
-            token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate(specials)
+            token: nonce + chr(_PRIVATE_PLANE + index) for index, token in enumerate([*specials, *sorted(self.markers)])
         }
-        self.added = frozenset(token["content"] for token in data["added_tokens"])
         self._tokenizer = _built(_with_private_names(data, self.private_names), where)
         token_of = {name: token for token, name in self.private_names.items()}
+        self._token_of, self._missed = token_of, self._missed_names(data["added_tokens"])
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.special_ids: Mapping[str, int] = {token: ids[name] for token, name in self.private_names.items()}
+        self.special_ids: Mapping[str, int] = {token: ids[self.private_names[token]] for token in specials}
         self.first_ids = _first_ids(data)
         steps = list(_steps(data["decoder"]))
         named_ids_of = {token_of.get(token, token): id for token, id in ids.items()}
@@ -75,15 +91,29 @@ class Vocabulary:
         return id
 
     def encode(self, text: str) -> list[int]:
-        """text: valid Unicode, with private names for special tokens."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """text: valid Unicode, with private names for special tokens and markers."""
+        return self._tokenizer.encode(self._spelled_where_missed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        texts = [self._spelled_where_missed(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_continuation(self, text: str) -> list[int]:
         """As `encode`, for text that goes on after other text: no space is put before it."""
         return self._continued.encode(text, add_special_tokens=False).ids
+
+    def _missed_names(self, entries: Sequence[Mapping[str, Any]]) -> re.Pattern[str] | None:
+        """Where `tokenizers` overlooks tokens: one that it looks for in normalised text has the space in front that
+        an old form of Llama's normalizer puts there, so it is found after a space, and where text begins anew: after
+        a token that is looked for before."""
+        normalizer = self._tokenizer.normalizer
+        names = [self.private_names.get(each["content"], "") for each in entries if each.get("normalized")]
+        changed = [name for name in names if name and normalizer and normalizer.normalize_str(name) != name]
+        ends = "".join(name[-1] for name in self.private_names.values() if name not in changed)
+        return re.compile(f"(?<=[^ {ends}])(?:{'|'.join(changed)})") if changed else None
+
+    def _spelled_where_missed(self, text: str) -> str:
+        return self._missed.sub(lambda match: self._token_of[match[0]], text) if self._missed else text
 
     @cached_property
     def _continued(self) -> Tokenizer:
@@ -157,7 +187,11 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
     vocabulary, merges = data["model"].get("vocab"), data["model"].get("merges", [])
     if not isinstance(vocabulary, dict) or not isinstance(merges, list):
         raise UserError(f"{where}: not a tokenizer (its model has no vocabulary, or no merges)")
-    steps = {step["type"] for step in _steps(data["decoder"])}
+    try:
+        steps = {step["type"] for step in _steps(data["decoder"])}
+        replaced = {kind for step in _steps(data["decoder"]) for kind, _ in step.get("pattern", {}).items()}
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{where}: not a tokenizer (its decoder is none)") from None
     if "ByteLevel" in steps:
         return
     if not steps or not steps <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}:
@@ -165,6 +199,8 @@ def _refuse_lossy(data: Mapping[str, Any], where: str) -> None:
         raise UserError(
             f"{where}: the decoder ({names}) is neither byte-level nor SentencePiece's, so text would be lost"
         )
+    if replaced - {"String"}:
+        raise UserError(f"{where}: the decoder replaces what fits a regular expression, which is not supported")
     if not data["model"].get("byte_fallback"):
         raise UserError(f"{where}: BPE without byte_fallback loses text that it has no token for")
 
@@ -183,19 +219,14 @@ def _specials(data: Mapping[str, Any], named: Collection[str], named_ids: Collec
     return [entry["content"] for entry in entries if entry["special"] or entry["content"] in wanted]
 
 
-def _refuse_pieces_of_text(data: Mapping[str, Any], specials: Collection[str], where: str) -> None:
-    """Raise UserError for a special token without which other text could not be encoded, such as "!" for padding."""
+def _pieces_of_text(data: Mapping[str, Any], tokens: Collection[str], where: str) -> set[str]:
+    """Those of `tokens` without which other text could not be encoded, such as "!" for padding."""
     try:
         merged = {piece for merge in data["model"].get("merges", ()) for piece in merged_pair(merge)}
     except (ValueError, TypeError):
         raise UserError(f"{where}: not a tokenizer (its merges are not all of two tokens)") from None
     alphabet = _byte_alphabet()
-    pieces = [token for token in specials if token in merged or token in alphabet or BYTE_TOKEN.fullmatch(token)]
-    if pieces:
-        raise UserError(
-            f"{where}: the special token {min(pieces)!r} is a piece of ordinary text, which would be lost; "
-            "name another token in tokenizer_config.json, such as its eos_token"
-        )
+    return {token for token in tokens if token in merged or token in alphabet or BYTE_TOKEN.fullmatch(token)}
 
 
 def _with_private_names(data: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,11 +134,16 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
 
 
 def _fail(manager: ModelManager, failure: ServeFailure) -> None:
-    """Note why a champion is not served; the log has it once."""
-    if failure != manager.failure:
+    """Note why a champion is not served; the log has it once, also where only a size in the reason changes."""
+    before = manager.failure
+    if before is None or (before.version, _words(before)) != (failure.version, _words(failure)):
         words = "version %s is not served, version %s goes on: %s"
         log.warning(words, failure.version, manager.service.model.version, failure.reason)
     manager.failure = failure
+
+
+def _words(failure: ServeFailure) -> str:
+    return re.sub(r"\d[\d,.]*", "", failure.reason)
 
 
 class _RestartNeededError(UserError):

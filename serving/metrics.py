@@ -130,6 +130,10 @@ class _State(Collector):
         yield CounterMetricFamily("twinloop_prefix_cache_queries", queries, totals.prefix_cache_queries)
         hits = "Those of them that were not computed again"
         yield CounterMetricFamily("twinloop_prefix_cache_hits", hits, totals.prefix_cache_hits)
+        guessed = "Tokens of answers that were guessed, to be computed in one pass"
+        yield CounterMetricFamily("twinloop_spec_decode_draft_tokens", guessed, totals.draft_tokens)
+        right = "Those of them that were right"
+        yield CounterMetricFamily("twinloop_spec_decode_accepted_tokens", right, totals.accepted_tokens)
         answers = CounterMetricFamily(
             "twinloop_answers", "Generated answers by end: finished, failed, cancelled", labels=["end"]
         )

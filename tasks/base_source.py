@@ -126,13 +126,21 @@ class _Found:
             folder, where = project, ""
             if isinstance(settings, PackageBase):
                 folder, where = _package_folder(settings.package), f" of {settings.package}"
-            adapter = project / settings.adapter if settings.adapter else None
+            adapter = project / _home(settings.adapter) if settings.adapter else None
             beside = f", {settings.adapter}" if settings.adapter else ""
-            return cls(folder / settings.path, f"{settings.path}{where}{beside}", adapter)
+            return cls(folder / _home(settings.path), f"{settings.path}{where}{beside}", adapter)
         assert isinstance(settings, VersionBase)
         version, checkpoint = _registered(settings, recipe, project)
         title = f"{version}, checkpoint {checkpoint.name}/{checkpoint.version}"
         return cls(checkpoint.path, title, checkpoint=checkpoint)
+
+
+def _home(path: str) -> Path:
+    """As a shell reads it: `~` is the home folder."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{path}: there is no such home folder") from None
 
 
 def _package_folder(package: str) -> Path:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from twinloop.common.errors import UserError, one_line
-from twinloop.evaluation.parity import Form
+from twinloop.evaluation.parity import Form, FormError
 from twinloop.evaluation.parity_report import LLAMA_CPP
 
 SERVER = "llama-server"
 STARTS_WITHIN_S = 120.0
 ANSWERS_WITHIN_S = 300.0
+_TEMPLATE = "/apply-template"
 
 
 def find_server() -> str:
@@ -37,7 +38,7 @@ class LlamaCppForm(Form):
     """The server runs as long as this object is used."""
 
     def __init__(self, directory: Path, digest: str, server: str, path: Path, *, threads: int):
-        """directory: the file's tokenizer as we read it. Raises UserError where the server does not start on it."""
+        """directory: the file's tokenizer as we read it. Raises FormError where the server does not start on it."""
         super().__init__(LLAMA_CPP, directory, digest)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -46,9 +47,11 @@ class LlamaCppForm(Form):
         command = [server, "-m", str(path), "--host", "127.0.0.1", "--port", str(port), "--jinja", "-t", str(threads)]
         no = subprocess.DEVNULL
         try:
-            self._process = subprocess.Popen([*command, "-np", "1", "-ngl", "0"], stdin=no, stdout=no, stderr=no)
+            self._process = subprocess.Popen(
+                [*_ending_with_us(), *command, "-np", "1", "-ngl", "0"], stdin=no, stdout=no, stderr=no
+            )
         except OSError as error:
-            raise UserError(f"{server}: does not run ({error.strerror})") from None
+            raise FormError(f"{server}: does not run ({error.strerror})") from None
         try:
             self._wait()
         except BaseException:
@@ -64,7 +67,7 @@ class LlamaCppForm(Form):
 
     def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """By its own template and tokenizer."""
-        text = self._ask("/apply-template", "prompt", messages=list(messages))
+        text = self._ask(_TEMPLATE, "prompt", messages=list(messages))
         ids: list[int] = self._ask("/tokenize", "tokens", content=text, add_special=False, parse_special=True)
         return ids
 
@@ -86,7 +89,7 @@ class LlamaCppForm(Form):
                     return
             except (OSError, HTTPException):  # it does not listen yet, or loads
                 time.sleep(0.1)
-        raise UserError(f"{SERVER} does not start on the GGUF file; try it yourself on what `twinloop export` writes")
+        raise FormError(f"{SERVER} does not start on the GGUF file; try it yourself on what `twinloop export` writes")
 
     def _ask(self, path: str, field: str, **body: Any) -> Any:
         return _field(self._post(path, **body), path, field)
@@ -98,9 +101,20 @@ class LlamaCppForm(Form):
         try:
             with urllib.request.urlopen(request, timeout=ANSWERS_WITHIN_S) as answer:
                 content: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            # A template's refusal has the status 500 too.
+            failed = error.code >= 500 and path != _TEMPLATE
+            raise (FormError if failed else UserError)(f"{SERVER}{path}: {one_line(error)}") from error
         except (OSError, HTTPException, ValueError) as error:
-            raise UserError(f"{SERVER}{path}: {one_line(error)}") from error
+            raise FormError(f"{SERVER}{path}: {one_line(error)}; run it again") from error
         return content
+
+
+def _ending_with_us() -> list[str]:
+    """How a command begins whose process the kernel kills once the thread that started it has ended, however that
+    dies: where util-linux is, on Linux."""
+    found = shutil.which("setpriv")
+    return [found, "--pdeathsig", "KILL"] if found else []
 
 
 def _field(answer: Mapping[str, Any], path: str, field: str) -> Any:

@@ -123,10 +123,10 @@ def compare_forms(
 ) -> ParityReport:
     """Compare now. A form that cannot be made or read is missing, with the reason.
 
-    Raises UserError where there are no cases, or the network itself cannot be read.
+    Raises UserError where there are no cases, or the network itself cannot be read, and FormError.
     """
     from twinloop.evaluation.cases import read_cases
-    from twinloop.evaluation.parity import Reference, cases_digest
+    from twinloop.evaluation.parity import FormError, Reference, cases_digest
     from twinloop.evaluation.parity_report import ParityReport
     from twinloop.records.validated import read_records
 
@@ -142,6 +142,8 @@ def compare_forms(
         try:
             with closing(maker.make(name)) as form:
                 found.append(reference.compare(form))
+        except FormError as error:
+            raise UserError(f"parity: {error}") from None
         except UserError as error:
             missing[name] = str(error).replace(str(maker.folder), name)
     return ParityReport(

@@ -84,8 +84,9 @@ def adapter_of(model: nn.Module) -> Adapter | None:
     if not layers:
         return None
     factors = {name: (_copy(layer.lora_A.weight), _copy(layer.lora_B.weight)) for name, layer in layers.items()}
-    form = next(iter(layers.values())).form
-    return Adapter(factors, form.alpha, form.rank_stabilised)
+    alphas = {name: layer.form.alpha for name, layer in layers.items()}
+    form = next(iter(layers.values())).form  # of all layers alike: rank-stabilised or not
+    return Adapter.of(factors, alphas, rank_stabilised=form.rank_stabilised)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal
 
@@ -81,8 +82,15 @@ def fastest_products() -> tuple[Literal["blas", "onednn"], Literal["float32", "b
         error = float((by("onednn") - exact).abs().max() / exact.abs().max())
     finally:
         torch.set_num_threads(threads)
+    return choose_products(seconds, error)
+
+
+def choose_products(
+    seconds: Mapping[str, float], onednn_error: float
+) -> tuple[Literal["blas", "onednn"], Literal["float32", "bfloat16"]]:
+    """seconds: of a product by `blas` and `onednn` in float32, and in `bfloat16`. onednn_error: as FLOAT32_ERROR."""
     library: Literal["blas", "onednn"] = "blas"
-    if error < FLOAT32_ERROR and seconds["blas"] > MUCH_FASTER * seconds["onednn"]:
+    if onednn_error < FLOAT32_ERROR and seconds["blas"] > MUCH_FASTER * seconds["onednn"]:
         library = "onednn"
     return library, "bfloat16" if seconds[library] > MUCH_FASTER * seconds["bfloat16"] else "float32"
 

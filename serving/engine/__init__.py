@@ -7,6 +7,7 @@ sampling     how the next token is chosen, and what a constraint on an answer is
 grammar      constraints: answers that follow a JSON Schema
 prefixes     what slots hold of earlier prompts, for new ones that begin alike
 slots        the sequences in the slots: admission, prefill, decode steps, their ends. Both drivers below use it
+drafts       several tokens of an answer from one pass, by a guess at them
 engine       many prompts at once, for rollouts and evaluation
 scheduler    many callers at once, for serving; `stream` is what each of them gets
 """

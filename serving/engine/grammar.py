@@ -84,6 +84,11 @@ class GrammarState:
                 raise GrammarError(_one_line(self._matcher.get_error()))
         return self._bits.view(np.uint8)[0]
 
+    def forced(self) -> list[int]:
+        """As `ConstraintState.forced`."""
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
+
     def accept(self, token: int) -> None:
         self._matcher.consume_token(token)  # where it fails, `allowed` says so
         self._tokens.append(token)

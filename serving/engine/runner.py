@@ -102,7 +102,7 @@ class ModelRunner:
         max_length = max_length or exported.max_length
         if device == "cpu":
             plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
-            what = f"{exported_dir} ({exported.precision}, {slots:,} slots of {max_length:,} tokens)"
+            what = f"{exported_dir} ({exported.precision}, slots {slots:,}, max_length {max_length:,})"
             check_fits(plan, available_bytes(), what=what)
         return cls(
             open_exported(exported_dir, config, device=device, threads=threads),
@@ -203,6 +203,12 @@ class ModelRunner:
         self.tokens_CM[first + active, lengths_B[active]] = tokens_B[active]
         lengths_B += active_B
         return logits_BV
+
+    def extend(self, slot: int, tokens: ArrayLike) -> np.ndarray:
+        """Append tokens [L] to a slot. Returns the logits after each of them, float32 [L, V], a view."""
+        start = int(self.lengths[slot])
+        tokens_L = self._tokens(tokens, start)
+        return self._append(slot, tokens_L, start, rows=len(tokens_L))
 
     def copy_prefix(self, source: int, targets: Sequence[int], length: int) -> None:
         """Give other slots the first `length` tokens of a slot, as if each had been prefilled with them."""

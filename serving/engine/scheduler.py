@@ -17,6 +17,7 @@ from itertools import groupby, islice
 from operator import attrgetter
 from typing import Self
 
+from twinloop.serving.engine.drafts import DRAFT_TOKENS, Drafts
 from twinloop.serving.engine.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch, SlotConstraintError
@@ -38,12 +39,14 @@ class SchedulerClosedError(QueueFullError):
 @dataclass(frozen=True)
 class Totals:
     """Counts since the start: tokens read and written, how answers ended, tokens of prompts that were looked up in the
-    slots, and those of them that were not computed again."""
+    slots, and those of them that were not computed again; tokens of answers that were guessed, and guessed rightly."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     finished: int = 0
     failed: int = 0
     cancelled: int = 0
@@ -95,8 +98,10 @@ class Place:
 class Scheduler:
     """Owns the engine from now on. `queue_size` answers may wait beside those in the slots."""
 
-    def __init__(self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256):
-        """prefill_tokens: prompt tokens computed between two decode steps at most."""
+    def __init__(
+        self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256, draft_tokens: int = DRAFT_TOKENS
+    ):
+        """prefill_tokens: prompt tokens computed between two decode steps at most. draft_tokens: as `Drafts.most`."""
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
@@ -104,6 +109,7 @@ class Scheduler:
         self._reserved = 0  # places of requests that are still prepared
         self._closing = False
         self._batch = SlotBatch(engine)
+        self._drafts = Drafts(self._batch, draft_tokens)
         self._streams: list[Stream | None] = [None] * engine.slots
         self._counts = {each.name: 0 for each in fields(Totals)}
         self._recent: deque[tuple[float, int]] = deque([(time.perf_counter(), 0)])
@@ -229,7 +235,10 @@ class Scheduler:
         self._read_prompts()
         if slots := self._batch.decoding:
             try:
-                self._deliver(self._batch.step())
+                for drawn in self._drafts.step():
+                    self._deliver(drawn)
+                self._counts["draft_tokens"] = self._drafts.drafted
+                self._counts["accepted_tokens"] = self._drafts.accepted
             except SlotConstraintError as error:
                 log.warning("an answer cannot keep its form: %s", error)
                 self._fail([error.slot], error)

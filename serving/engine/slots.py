@@ -58,6 +58,14 @@ class Drawn(NamedTuple):
     reports: Mapping[int, TokenReport]
 
 
+class GreedyAlone(NamedTuple):
+    """A sequence: tokens_L, of its prompt and answer; left: those that may still come; forced: by its constraint."""
+
+    tokens_L: np.ndarray
+    left: int
+    forced: list[int]
+
+
 class SlotConstraintError(ConstraintError):
     """The constraint of the sequence in `slot` failed. The step was not taken: the others lose nothing by it."""
 
@@ -205,6 +213,40 @@ class SlotBatch:
         first, end = int(slots[0]), int(slots[-1]) + 1
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
         return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], samplers)
+
+    def greedy_alone(self) -> GreedyAlone | None:
+        """The sequence that decodes, if it is the only one and greedy."""
+        slots = np.flatnonzero(self._decoding_C)
+        if len(slots) != 1 or self._temperature_C[slot := int(slots[0])] > 0:
+            return None
+        read_L = self._runner.tokens_CM[slot, : self._runner.lengths[slot]]
+        sampler = self._samplers.get(slot)
+        return GreedyAlone(
+            tokens_L=np.append(read_L, self._next_C[slot]),
+            left=int(self._limit_C[slot] - self._produced_C[slot]),
+            forced=sampler.forced() if sampler is not None else [],
+        )
+
+    def step_along(self, guess: Sequence[int]) -> list[Drawn]:
+        """The tokens that `step` would draw one by one for a sequence alone, from one pass, while they are those of a
+        guess; and the one after. guess: shorter than what is left of the answer. Raises SlotConstraintError, see there.
+        """
+        slots = np.flatnonzero(self._decoding_C)
+        samplers = self._prepared(slots)
+        slot, drawn = int(slots[0]), list[Drawn]()
+        length = int(self._runner.lengths[slot])
+        logits_LV = self._runner.extend(slot, [self._next_C[slot], *guess])
+        for logits_V, expected in zip(logits_LV, [*guess, -1], strict=True):
+            if drawn:
+                try:
+                    samplers = self._prepared(slots)
+                except SlotConstraintError:
+                    break  # the next step raises it
+            drawn.append(self._draw(slots, logits_V[None], samplers))
+            if drawn[-1].ended[0] or drawn[-1].tokens[0] != expected:
+                break
+        self._runner.lengths[slot] = length + len(drawn)
+        return drawn
 
     def release(self, slot: int) -> None:
         """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""

@@ -248,10 +248,10 @@ def test_what_does_not_fit_into_memory_is_refused_with_numbers(tmp_path, monkeyp
     monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda: plan.total_bytes)
     assert Engine.load(exported_dir, slots=4).slots == 4
     sizes = r"needs 0\.\d MiB of memory \(weights 0\.1, scales 0\.0, kv cache 0\.2, runtime 0\.\d\), and 0\.\d MiB are"
-    with pytest.raises(UserError, match=rf"int8 \(int8, 5 slots of 64 tokens\) {sizes} available; take fewer slots"):
+    with pytest.raises(UserError, match=rf"int8 \(int8, slots 5, max_length 64\) {sizes} available; take fewer slots"):
         Engine.load(exported_dir, slots=5)
     monkeypatch.undo()
-    with pytest.raises(UserError, match="1,000,000,000 slots"):  # nothing was allocated
+    with pytest.raises(UserError, match="slots 1,000,000,000, max_length 64"):  # nothing was allocated
         Engine.load(exported_dir, slots=10**9)
 
 

@@ -203,6 +203,26 @@ def test_an_adapter_of_another_base_is_refused(small: Path, tmp_path: Path) -> N
         open_source(small, tmp_path / "gone")
 
 
+def test_an_adapter_that_we_trained_on_other_weights_is_refused(small: Path, tmp_path: Path) -> None:
+    source = open_source(small)
+    weights, tokenizer = source.load_weights(), source.load_tokenizer()
+    name = "model.layers.0.self_attn.q_proj"
+    save_model(tmp_path / "base", source.config, weights, tokenizer)
+    save_adapted(tmp_path / "adapted", tmp_path / "base", changing(name), skip="manifest.json")
+    adapter = tmp_path / "adapted" / "adapter"
+
+    def merged(changed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        save_model(tmp_path / "another", source.config, changed, tokenizer)
+        return open_source(tmp_path / "another", adapter).load_weights()
+
+    assert all((merged(weights)[each] == array).all() for each, array in load_tensors(tmp_path / "adapted").items())
+    merged({each: array.astype(np.float16) for each, array in weights.items()})  # the same base, rounded
+    with pytest.raises(UserError, match="adapter was trained on another base, of the same shapes and other weights"):
+        merged(weights | {f"{name}.weight": weights[f"{name}.weight"] * 2})
+    save_adapter(adapter, changing(name), base="org/base")  # as `peft`, which writes no more than a name
+    merged(weights | {f"{name}.weight": weights[f"{name}.weight"] * 2})
+
+
 def rewrite(folder: Path, name: str, **changes: Any) -> None:
     path = folder / name
     fields = json.loads(path.read_text()) | changes

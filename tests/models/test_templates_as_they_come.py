@@ -60,14 +60,11 @@ def asked(theirs: PreTrainedTokenizerFast, messages: list[dict[str, str]]) -> li
 
 def test_a_prompt_has_the_ids_of_transformers(pair: Pair) -> None:
     name, ours, theirs = pair
-    contents = [*CONTENTS, *(THOUGHTS if name.startswith("qwen") else ())]
-    for first, second in itertools.product(contents, contents[:3]):
-        for messages in (
-            chat(first),
-            chat(second, first, "so?"),
-            chat(second, system=first),
-            chat(first, second, first),
-        ):
+    thoughts = THOUGHTS if name.startswith("qwen") else []  # of the assistant: others' are plain text
+    for first, second in itertools.product([*CONTENTS, *thoughts], CONTENTS[:3]):
+        said = chat(second, first, "so?"), chat(second, first, second, first, "so?")
+        others = chat(first), chat(second, system=first), chat(first, second, first)
+        for messages in said if first in thoughts else (*said, *others):
             assert ours.encode_prompt(messages) == asked(theirs, messages), messages
             rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             assert ours.render(messages) == rendered
@@ -242,11 +239,19 @@ def test_a_strangers_template_ends_in_no_foreign_exception(template: str, says: 
         ("merges", None),
         ("merges", [1]),
         ("merges", ["a"]),
+        ("decoder", "ByteLevel"),
+        ("decoder", ["ByteLevel"]),
+        ("decoder", {"kind": "ByteLevel"}),
+        ("decoder", {"type": ["ByteLevel"]}),
+        ("decoder", {"type": "Sequence"}),
+        ("decoder", {"type": "Sequence", "decoders": [3]}),
+        ("decoder", {"type": "Replace", "pattern": " ", "content": "x"}),
+        ("decoder", {"type": "ByteLevel", "add_prefix_space": 3}),
     ],
 )
 def test_a_tokenizer_of_other_parts_is_refused_in_one_line(part: str, value: Any) -> None:
     content = json.loads(tokenizer_of("gpt2").to_str())
-    (content if part == "added_tokens" else content["model"])[part] = value
+    (content if part in content else content["model"])[part] = value
     with pytest.raises(UserError, match=r"^tokenizer\.json: not a tokenizer") as caught:
         ChatTokenizer(json.dumps(content), {"eos_token": "<|im_end|>", "chat_template": "{{ messages }}"})
     assert "\n" not in str(caught.value)
@@ -262,6 +267,7 @@ def test_a_tokenizer_that_loses_text_or_cannot_keep_it_plain_is_refused() -> Non
             '{"type":"WordPiece","prefix":"#","cleanup":true}',
             "decoder .*WordPiece.* text would be lost",
         ),
+        ('"pattern":{"String":"▁"}', '"pattern":{"Regex":"▁"}', "decoder replaces what fits a regular expression"),
         ('"content":"<s>"', '"content":"\\n"', "has no visible character"),
     ):
         source = tokenizer_of("metaspace").to_str()

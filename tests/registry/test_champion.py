@@ -230,6 +230,28 @@ def test_a_champion_whose_domain_cannot_be_loaded_is_one_clear_line(
     assert "\n" not in str(error.value)
 
 
+def test_a_champion_for_which_there_is_no_memory_waits_and_is_logged_once(
+    project: Path,
+    registry: Registry,
+    release: Callable[..., Version],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release(1)
+    with open_champion(project, "returns", slots=1) as manager:
+        release(2)
+        for free in (9_000, 123_456):
+            monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda free=free: free)
+            follow_champion(project, registry, manager, slots=1)
+            assert manager.failure is not None
+            assert f"{free / 2**20:.1f} MiB are available" in manager.failure.reason
+        assert manager.service.model.version == "1"
+        assert len([record for record in caplog.records if "is not served" in record.getMessage()]) == 1
+        monkeypatch.undo()
+        follow_champion(project, registry, manager, slots=1)
+        assert (manager.service.model.version, manager.failure) == ("2", None)
+
+
 def test_a_champion_for_another_domain_waits_for_a_new_server(
     project: Path, registry: Registry, release: Callable[..., Version]
 ) -> None:

@@ -282,7 +282,10 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     again = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 3}).json()["usage"]
     assert again["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
     assert tokens()["hits"] - after["hits"] == usage["prompt_tokens"] - 1
-    assert f"twinloop_slots {engine_scheduler.metrics().slots}.0" in client.get("/metrics").text.splitlines()
+    now, lines = engine_scheduler.metrics(), client.get("/metrics").text.splitlines()
+    assert f"twinloop_slots {now.slots}.0" in lines
+    assert f"twinloop_spec_decode_draft_tokens_total {now.totals.draft_tokens}.0" in lines
+    assert f"twinloop_spec_decode_accepted_tokens_total {now.totals.accepted_tokens}.0" in lines
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

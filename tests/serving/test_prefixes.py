@@ -9,7 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from served import DOMAIN, MODEL, make_store, small_tokenizer
-from test_scheduler import CONFIG, Gate, prompt_of, small_engine, wait_for
+from test_scheduler import CONFIG, Gate, prompt_of, varied_engine, wait_for
 
 from twinloop.models.decoder import Decoder
 from twinloop.serving.decisions import DecisionService
@@ -27,7 +27,7 @@ SYSTEM = prompt_of(1, 100)
 
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
-    scheduler = Scheduler(small_engine(slots=3), queue_size=200, prefill_tokens=32)
+    scheduler = Scheduler(varied_engine(slots=3), queue_size=200, prefill_tokens=32)
     yield scheduler
     scheduler.close(drain=False, timeout_s=10)
 
@@ -35,7 +35,7 @@ def scheduler() -> Iterator[Scheduler]:
 @pytest.fixture(scope="module")
 def alone() -> Callable[[list[int], int], list[int]]:
     """Greedy answers of an engine that reuses nothing."""
-    engine = small_engine(slots=1)
+    engine = varied_engine(slots=1)
     return lambda prompt, max_tokens=12: engine.generate([prompt], SamplingParams(max_tokens=max_tokens))[0].tokens
 
 
@@ -90,7 +90,7 @@ def test_prompts_that_arrive_together_share_their_beginning(scheduler, computed,
 
 
 def test_the_logits_are_those_of_a_prompt_in_pieces():
-    engine = small_engine(slots=3)
+    engine = varied_engine(slots=3)
     prompt = [*SYSTEM, *prompt_of(2, 9)]
     expected = engine.prefill(0, prompt).copy()
     batch = SlotBatch(engine)
@@ -148,7 +148,7 @@ def test_the_same_prompt_again_and_again_displaces_nothing(scheduler):
 
 def test_answers_take_the_lowest_slots_wherever_their_beginnings_are():
     """So a decode step has no more rows than without reuse."""
-    batch = SlotBatch(small_engine(slots=3))
+    batch = SlotBatch(varied_engine(slots=3))
     prompts = [[Prompt(prompt_of(seed, 40)) for seed in range(3)] for _ in range(2)]
     for prompt in prompts[0]:
         assert batch.admit_reusing(prompt, ONE) == [0]
@@ -158,7 +158,7 @@ def test_answers_take_the_lowest_slots_wherever_their_beginnings_are():
 
 
 def test_a_prompt_that_was_cancelled_halfway_is_reused_as_far_as_it_was_computed():
-    batch = SlotBatch(small_engine(slots=2))
+    batch = SlotBatch(varied_engine(slots=2))
     (slot,) = batch.admit_reusing(Prompt(SYSTEM), GREEDY)
     batch.read_prompt(40)
     batch.release(slot)
@@ -169,7 +169,7 @@ def test_a_prompt_that_was_cancelled_halfway_is_reused_as_far_as_it_was_computed
     batch.admit_reusing(again, GREEDY)
     assert again.cached_tokens == 40
     assert batch.read_prompt()[0] == 60
-    np.testing.assert_allclose(again.logits_V, small_engine(slots=1).prefill(0, SYSTEM), atol=1e-4)
+    np.testing.assert_allclose(again.logits_V, varied_engine(slots=1).prefill(0, SYSTEM), atol=1e-4)
 
 
 def test_a_piece_that_failed_is_not_taken_for_computed(scheduler, monkeypatch, alone):
@@ -221,7 +221,7 @@ def test_answers_under_any_traffic_are_those_without_reuse(scheduler, alone):
 def test_the_answers_of_one_request_share_their_prompt_beside_what_slots_hold(scheduler, computed, length):
     """Also those that get a slot only when the first ones have ended: the prompt is looked up and counted once."""
     prompt, params = prompt_of(7, length), SamplingParams(max_tokens=9, temperature=1.0, seed=4)
-    alone = [answer.tokens for answer in small_engine(slots=1).generate([prompt], params, group=7)]
+    alone = [answer.tokens for answer in varied_engine(slots=1).generate([prompt], params, group=7)]
     half = length // 2 if length > 2 * SHORTEST else 0
     answer(scheduler, [*prompt[: length // 2], *prompt_of(2, 9)])
     before = scheduler.metrics().totals
@@ -271,8 +271,8 @@ def test_layers_with_windows_reuse_too():
 def test_rollouts_reuse_nothing(computed):
     """Their result is a function of weights and arguments, bit for bit, whatever was served before."""
     prompts = [[*SYSTEM, *prompt_of(seed, 6)] for seed in (2, 3)]
-    expected = small_engine(slots=3).generate(prompts, GREEDY)
-    engine = small_engine(slots=3)
+    expected = varied_engine(slots=3).generate(prompts, GREEDY)
+    engine = varied_engine(slots=3)
     scheduler = Scheduler(engine)
     for prompt in prompts:
         list(scheduler.submit(prompt, GREEDY))
@@ -286,7 +286,7 @@ def test_the_next_model_begins_with_nothing(tmp_path):
     documents, tokenizer = make_store(tmp_path), small_tokenizer()
 
     def service() -> DecisionService:
-        return DecisionService(Scheduler(small_engine(slots=2)), tokenizer, documents, MODEL, DOMAIN)
+        return DecisionService(Scheduler(varied_engine(slots=2)), tokenizer, documents, MODEL, DOMAIN)
 
     def cached() -> int:
         stream = manager.submit(lambda service: service.scheduler.submit(SYSTEM, GREEDY))

@@ -38,6 +38,18 @@ def small_engine(slots: int) -> Engine:
     return Engine.from_weights(CONFIG, weights, max_length=MAX_LENGTH, slots=slots)
 
 
+def varied_engine(slots: int) -> Engine:
+    """A network whose greedy answers hang on every token before, and do not repeat themselves."""
+    config = CONFIG.model_copy(update={"tie_word_embeddings": False})
+    torch.manual_seed(0)
+    network = Decoder(config).requires_grad_(False)
+    for name, weight in network.named_parameters():
+        if "norm" not in name:
+            weight.mul_(3)
+    weights = {name: ort.OrtValue.from_dlpack(tensor) for name, tensor in network.state_dict().items()}
+    return Engine.from_weights(config, weights, max_length=MAX_LENGTH, slots=slots)
+
+
 @pytest.fixture
 def scheduler() -> Iterator[Scheduler]:
     scheduler = Scheduler(small_engine(slots=3), queue_size=40, prefill_tokens=8)
@@ -99,12 +111,15 @@ def test_concurrent_answers_equal_those_of_the_engine_alone(scheduler):
     SamplingParams(max_tokens=40, temperature=0.8, seed=3, stop=(7, 8, 9)),
     SamplingParams(max_tokens=40, temperature=1.5, top_p=0.6, seed=4),
 ])  # fmt: skip
-def test_an_answer_is_that_of_generate_bit_for_bit(scheduler, params):
+def test_an_answer_is_that_of_generate_bit_for_bit(params):
+    """Token by token; with drafts, which are computed several at a time, up to rounding (`test_drafts.py`)."""
     prompt = prompt_of(3, 8)
     (alone,) = small_engine(slots=3).generate([prompt], params)
+    scheduler = Scheduler(small_engine(slots=3), draft_tokens=0)
     stream = scheduler.submit(prompt, params)
     assert list(stream) == alone.tokens
     assert (stream.logprobs, stream.finish_reason) == (alone.logprobs, alone.finish_reason)
+    scheduler.close()
 
 
 def test_greedy_and_cut_requests_share_a_step(scheduler):

@@ -10,7 +10,7 @@ import pytest
 from served import HELLO, make_app, wait_until
 from test_scheduler import Gate, small_engine
 
-from twinloop.models.tokenizer import DecoderStream
+from twinloop.models.decoder_stream import DecoderStream
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler

@@ -187,6 +187,9 @@ class Fails:
             raise ConstraintError("too complex")
         return np.full(1, 255, np.uint8)
 
+    def forced(self):
+        return []
+
     def accept(self, token):
         self.after -= 1
 

@@ -248,6 +248,20 @@ def test_weights_that_are_not_finite_are_no_base(context: Context) -> None:
         import_stage(context, resolve_base(recipe(context.project, {"path": "models/small"}), context.project))
 
 
+def test_the_home_folder_may_be_written_as_a_shell_reads_it(
+    context: Context, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    name = "model.layers.0.mlp.up_proj"
+    factors = np.ones((2, 32), np.float32), np.ones((64, 2), np.float32)
+    save_adapter(model.parent / "adapter", Adapter({name: factors}, alpha=2.0), base="../small")
+    base = resolve_base(recipe(context.project, {"path": "~/small", "adapter": "~/adapter"}), context.project)
+    assert base.source is not None
+    assert (base.source.path, base.source.adapter) == (model, model.parent / "adapter")
+    with pytest.raises(UserError, match="base: ~nobody-of-this-name/small: there is no such home folder"):
+        resolve_base(recipe(context.project, {"path": "~nobody-of-this-name/small"}), context.project)
+
+
 def test_an_adapter_of_the_base_is_merged_into_it(context: Context, model: Path) -> None:
     """Whether PEFT's form lies beside a directory, or the registered checkpoint was trained with `lora`."""
     name = "model.layers.0.mlp.up_proj"

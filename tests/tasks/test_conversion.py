@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -279,6 +281,29 @@ def test_what_a_killed_export_left_is_removed_and_one_that_runs_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with folder_beside(tmp_path / "next"), pytest.raises(UserError, match=r"another process writes .*next; wait"):
         convert(project, KNOWN, "gguf", tmp_path / "next")
+
+
+@pytest.mark.parametrize("before", ["open", "flock"])
+def test_two_exports_into_one_folder_at_the_end_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """The first removes what both use when the second has made it, or opened it."""
+    module = {"open": os, "flock": fcntl}[before]
+    call, left = getattr(module, before), [tmp_path / ".out.twinloop-new"]
+
+    def late(*arguments: Any, **named: Any) -> Any:
+        for each in left[:]:
+            left.remove(each)
+            each.rmdir()
+        return call(*arguments, **named)
+
+    monkeypatch.setattr(module, before, late)
+    with folder_beside(tmp_path / "out") as folder:
+        (folder / "made").mkdir()
+        with pytest.raises(BlockingIOError), folder_beside(tmp_path / "out"):
+            pass
+    assert not left
+    assert not folder.exists()
 
 
 def test_a_form_that_answers_differently_is_not_handed_over(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,13 +14,14 @@ from pathlib import Path
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.evaluation.parity import FormError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.tokenizer import train_tokenizer
 from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
 
 SERVER = """#!{python}
-import json, sys
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 ANSWERS = json.loads({answers!r})
@@ -31,6 +35,11 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(ANSWERS[self.path])
 
     def reply(self, body):
+        if body == "dies":
+            os._exit(1)
+        if body == "refuses":
+            self.send_error(500)
+            return
         if body == "half":
             self.wfile.write(b"no HTTP at all\\r\\n\\r\\n")
             return
@@ -82,21 +91,58 @@ def test_prompts_are_those_of_its_own_template_and_answers_end_with_their_stop_t
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"), [("half", "/completion: "), ({"content": "x"}, "its answer has no tokens")]
+    ("answer", "said", "failed"),
+    [
+        ("half", "/completion: ", True),
+        ("dies", "/completion: ", True),
+        ("refuses", "/completion: ", True),
+        ({"content": "x"}, "its answer has no tokens", False),
+    ],
 )
-def test_an_answer_that_is_none_is_one_line(described: Path, tmp_path: Path, answer: object, said: str) -> None:
+def test_an_answer_that_is_none_is_one_line(
+    described: Path, tmp_path: Path, answer: object, said: str, failed: bool
+) -> None:
     broken = closing(serving(described, tmp_path, {"/completion": answer}))
     with broken as form, pytest.raises(UserError, match=said) as raised:
         form.generate([[5, 6]], 4)
     assert "\n" not in str(raised.value)
+    assert isinstance(raised.value, FormError) is failed
+
+
+def test_messages_that_its_template_refuses_are_no_failure(described: Path, tmp_path: Path) -> None:
+    refusing = closing(serving(described, tmp_path, {"/apply-template": "refuses"}))
+    with refusing as form, pytest.raises(UserError, match="/apply-template: ") as raised:
+        form.prompt_ids([{"role": "user", "content": "late"}])
+    assert not isinstance(raised.value, FormError)
 
 
 def test_a_server_that_ends_at_once_does_not_start(described: Path, tmp_path: Path) -> None:
     server = tmp_path / "llama-server"
     server.write_text("#!/bin/sh\nexit 1\n")
     server.chmod(0o755)
-    with pytest.raises(UserError, match="does not start on the GGUF file"):
+    with pytest.raises(FormError, match="does not start on the GGUF file"):
         LlamaCppForm(described, "digest", str(server), tmp_path / "model.gguf", threads=1)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="util-linux is not installed")
+def test_a_server_ends_with_what_started_it_however_that_dies(described: Path, tmp_path: Path) -> None:
+    server = tmp_path / "llama-server"
+    server.write_text(SERVER.format(python=sys.executable, answers="{}"))
+    server.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from twinloop.tasks.llama_cpp import LlamaCppForm\n"
+        "form = LlamaCppForm(Path(sys.argv[1]), 'digest', sys.argv[2], Path('model.gguf'), threads=1)\n"
+        "print(form._process.pid, flush=True); sys.stdin.read()"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, described, server], stdin=pipe, stdout=pipe) as parent:
+        assert parent.stdout
+        pid = int(parent.stdout.readline())
+        command = Path(f"/proc/{pid}/cmdline")
+        assert str(server).encode() in command.read_bytes()
+        parent.kill()
+    while command.exists() and command.read_bytes():  # empty for one that nobody has waited for
+        time.sleep(0.05)
 
 
 def test_without_a_server_on_the_path_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

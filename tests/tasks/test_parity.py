@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -380,6 +382,40 @@ def llama_like(context: Context, model: Artifact) -> Artifact:
         edit(out / "tokenizer.json", pre_tokenizer=splitting)
 
     return stored(context, "llama-like", {}, write)
+
+
+DYING = f"""#!{sys.executable}
+import os, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        if self.path != "/completion":
+            os._exit(1)
+        self.do_GET()
+        self.wfile.write(b'{{"tokens": []}}')
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [("#!/bin/sh\nexit 1\n", "llama-server does not start"), (DYING, "llama-server/apply-template:")],
+)
+def test_a_server_that_fails_is_no_measurement(
+    context: Context, data: Artifact, model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    server: str, said: str,
+) -> None:  # fmt: skip
+    (tmp_path / "llama-server").write_text(server)
+    (tmp_path / "llama-server").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=f"^parity: {said}"):
+        compared(context, data, Release(llama_like(context, model), {}), "llama.cpp")
 
 
 def test_a_gguf_file_is_read_back_by_our_own_reader(

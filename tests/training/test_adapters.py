@@ -13,10 +13,18 @@ from small import TINY, Texts
 from test_loop import StoppedError, stop_at
 from test_rollouts import SAMPLED, as_text, rewarded
 
+from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import AdapterForm, is_adapter_tensor
 from twinloop.models.directory import save_model
 from twinloop.training import checkpoint
-from twinloop.training.adapters import attach_adapter, frozen_reference, trained_tensors, without_adapter
+from twinloop.training.adapters import (
+    adapter_of,
+    attach_adapter,
+    bind_adapter,
+    frozen_reference,
+    trained_tensors,
+    without_adapter,
+)
 from twinloop.training.loop import run_training
 from twinloop.training.methods import dpo, grpo
 from twinloop.training.objectives import CausalLMLoss
@@ -87,6 +95,21 @@ def test_a_fresh_adapter_changes_nothing_and_is_another_one_in_another_stage():
     assert torch.equal(model.state_dict()[name], again.state_dict()[name])
     assert not torch.equal(model.state_dict()[name], other.state_dict()[name])
     assert model.state_dict()[name].abs().max() <= CONFIG.hidden_size**-0.5  # kaiming uniform, as PEFT's
+
+
+def test_layers_with_a_rank_and_scale_of_their_own_keep_them():
+    model = new_decoder(CONFIG, seed=0)
+    names = ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+    shapes = [model.get_submodule(name).weight.shape for name in names]
+    factors = {
+        name: (np.ones((rank, into), np.float32), np.ones((out, rank), np.float32))
+        for name, rank, (out, into) in zip(names, (2, 3, 3), shapes, strict=True)
+    }
+    bind_adapter(model, Adapter(factors, 6.0, alphas={names[0]: 1.0}))
+    found = adapter_of(model)
+    assert found is not None
+    assert [found.scale(name) for name in names] == [0.5, 2.0, 2.0]
+    assert found.ranks == dict(zip(names, (2, 3, 3), strict=True))
 
 
 def test_only_the_targets_are_adapted():

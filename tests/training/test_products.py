@@ -15,7 +15,7 @@ from twinloop.models.products import Products, linear, products_in_use, use_prod
 from twinloop.training.loop import _accumulate, run_training
 from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
-from twinloop.training.runtime import Runtime, fastest_products
+from twinloop.training.runtime import Runtime, choose_products, fastest_products
 from twinloop.training.scoring import attach_reference
 from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import Step, micro_batches
@@ -102,10 +102,24 @@ def test_a_checkpoint_is_not_gone_on_with_in_another_way(tmp_path):
         use_products(Products())
 
 
-def test_the_choice_is_the_same_each_time_and_a_runtime_makes_it():
-    chosen = {fastest_products.__wrapped__() for _ in range(3)}
-    assert len(chosen) == 1
-    library, _ = chosen.pop()
+@pytest.mark.parametrize(
+    ("blas", "onednn", "bfloat16", "error", "chosen"),
+    [
+        (2.0, 1.0, 1.0, 1e-6, ("onednn", "float32")),
+        (2.0, 1.0, 0.5, 1e-6, ("onednn", "bfloat16")),
+        (2.0, 1.0, 0.5, 4e-3, ("blas", "bfloat16")),  # oneDNN rounds to bfloat16 by itself
+        (1.0, 2.0, 0.8, 1e-6, ("blas", "float32")),
+        (1.0, 0.8, 0.8, 1e-6, ("blas", "float32")),  # noise
+        (1.0, 1.0, 9.0, 1e-6, ("blas", "float32")),
+    ],
+)
+def test_another_way_to_multiply_is_taken_where_it_is_much_faster_and_right(blas, onednn, bfloat16, error, chosen):
+    assert choose_products({"blas": blas, "onednn": onednn, "bfloat16": bfloat16}, error) == chosen
+
+
+def test_what_is_chosen_is_measured_here_and_a_runtime_uses_it():
+    library, backward = fastest_products.__wrapped__()
+    assert (library, backward) in product(("blas", "onednn"), ("float32", "bfloat16"))
     Runtime(seed=1, threads=1, library=library, backward="bfloat16").use()
     try:
         assert products_in_use() == Products(library, "bfloat16")

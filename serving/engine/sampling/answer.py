@@ -43,6 +43,10 @@ class AnswerSampler:
         if self._constraint is not None:
             self._allowed = self._constraint.allowed()
 
+    def forced(self) -> list[int]:
+        """Tokens that a constraint leaves no choice about, see `ConstraintState`."""
+        return [] if self._constraint is None else self._constraint.forced()
+
     def draw(self, logits_V: np.ndarray, uniform: float) -> tuple[int, float, TokenReport | None]:
         """The next token, its log-probability under the distribution drawn from, and its report where asked for.
 

@@ -34,6 +34,9 @@ class ConstraintState(Protocol):
         Raises ConstraintError.
         """
 
+    def forced(self) -> list[int]:
+        """Usual tokens of the text that must come next, as far as there is one only; others may spell it too."""
+
     def accept(self, token: int) -> None:
         """The answer goes on with this one of the allowed tokens."""
 
