@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.errors import constraint_body, error_body
 from twinloop.serving.generation import TextStream
+from twinloop.serving.key_access import account_of
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.work import Workers
 
@@ -55,14 +56,22 @@ class Answers:
     ) -> Response:
         """started: the `time.perf_counter()` at which the request arrived. The client that leaves frees the slots."""
 
-        def end() -> None:
+        def cancel() -> None:
             for text in answer.texts:
                 text.cancel()
+
+        def end() -> None:
+            cancel()
+            self._metrics.ended(answer.texts)
+            charge(request, answer.texts)
 
         if stream:
             include_usage = options is not None and options.include_usage
             return _EventStream(self._events(answer, started, include_usage), end)
-        whole = await self._workers.run_unless_gone(request, answer.whole, end)
+        try:
+            whole = await self._workers.run_unless_gone(request, answer.whole, cancel)
+        finally:
+            end()
         self._observe(answer, started)
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
@@ -83,6 +92,12 @@ class Answers:
             log.exception("a stream ends before its answer does")
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
+
+
+def charge(request: Request, texts: Sequence[TextStream]) -> None:
+    """Take the tokens of a request, read and written, from its key's limit."""
+    if (account := account_of(request)) is not None:
+        account.charge(sum(text.prompt_tokens + text.completion_tokens for text in texts))
 
 
 class _EventStream(StreamingResponse):

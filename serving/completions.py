@@ -16,7 +16,7 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.answers import Answers, StreamOptions
 from twinloop.serving.chat import MAX_STOP_STRINGS, StopText, describe_others, refuse_unserved
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import ASK_WORDS, Usage, errors
+from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream, interleaved
@@ -89,7 +89,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The completion; with `stream`, server-sent events of OpenAI's chunks",
         "content": {"text/event-stream": {"schema": {}}},
     },
-    **errors(404, 415, words=ASK_WORDS),
+    **errors(404, *ASKING, words=ASK_WORDS),
 }
 
 

@@ -6,11 +6,12 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.slots import FinishReason
-from twinloop.serving.engine.stream import Stream
+from twinloop.serving.engine.stream import Stream, Timings
 
 
 class GivenUpError(Exception):
@@ -28,7 +29,8 @@ class TextStream:
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
     `calls` on, where the answer comes to it, they are a part like any other.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
-    is in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
+    is in the attributes afterwards, and `end` is "abort" until it is complete. Iterating raises GivenUpError for an
+    answer that was cancelled.
     """
 
     def __init__(
@@ -43,6 +45,8 @@ class TextStream:
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.ttft_s: float | None = None
+        self.total_s: float | None = None
+        self.end: Literal["stop", "length", "abort", "error"] = "abort"
         self._stream = stream
         self._tokenizer = tokenizer
         self._started = started
@@ -54,6 +58,11 @@ class TextStream:
         return len(self._stream.prompt)
 
     @property
+    def timings(self) -> Timings:
+        """Of the engine, so far."""
+        return self._stream.timings
+
+    @property
     def queue_s(self) -> float | None:
         """Seconds that the request waited for a slot, once it has had one."""
         return self._stream.timings.queue_s
@@ -63,6 +72,17 @@ class TextStream:
         self._stream.cancel()
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._pieces()
+        except GivenUpError:
+            raise
+        except Exception:
+            self.end = "error"
+            raise
+        self.end = self.finish_reason
+        self.total_s = time.perf_counter() - self._started
+
+    def _pieces(self) -> Iterator[str]:
         decoder = self._tokenizer.decoder_stream()
         held = ""
         for tokens in self._stream.bursts():
