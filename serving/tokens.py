@@ -47,11 +47,11 @@ class TokenizeMessages(_Fields):
 
 
 def _form(body: Any) -> str:
-    return "messages" if isinstance(body, dict) and "messages" in body else "prompt"
+    return "a chat" if isinstance(body, dict) and "messages" in body else "a text"
 
 
 TokenizeRequest = Annotated[
-    Annotated[TokenizeText, Tag("prompt")] | Annotated[TokenizeMessages, Tag("messages")], Discriminator(_form)
+    Annotated[TokenizeText, Tag("a text")] | Annotated[TokenizeMessages, Tag("a chat")], Discriminator(_form)
 ]
 
 
