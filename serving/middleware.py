@@ -113,8 +113,9 @@ class CountRequests:
         gone = started = complete = False
 
         def route() -> str:
-            refused_before = scope["path"] if scope["path"] in ASKED else "none"
-            return getattr(scope.get("route"), "path", refused_before)
+            refused_before: str = scope["path"] if scope["path"] in ASKED else "none"
+            path: str = getattr(scope.get("route"), "path", refused_before)
+            return path
 
         async def received() -> Message:
             nonlocal gone
