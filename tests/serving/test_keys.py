@@ -103,16 +103,8 @@ def test_every_route_but_health_needs_a_key(serve, keys):
         paths += [("get", "/"), ("get", "/openapi.json"), ("get", "/no/such"), ("get", "/health/"), ("get", "//health")]
         for method, path in paths:
             asked = path.format(document_id="P-7", trace_id="0" * 32, version=1, name="returns")
-            answers = [
-                client.request(method, asked, json=CASE, headers=headers)
-                for headers in (
-                    {},
-                    bearer("tl-wrong"),
-                    {"Authorization": "Bearer"},
-                    {"Authorization": key},
-                    basic("wrong"),
-                )
-            ]
+            wrong = ({}, bearer("tl-wrong"), basic("wrong"), {"Authorization": "Bearer"}, {"Authorization": key})
+            answers = [client.request(method, asked, json=CASE, headers=headers) for headers in wrong]
             if path == "/health":
                 assert {answer.status_code for answer in answers} == {200}
                 assert "401" not in described[path][method]["responses"]
