@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby, islice
 from operator import attrgetter
@@ -263,16 +263,19 @@ class Scheduler:
         for slot, stream in enumerate(self._streams):
             if stream is not None and stream.cancelled:
                 self._release(slot, "cancelled")
-        if any(stream.cancelled for stream in tuple(self._waiting)):
-            with self._lock:
-                dropped = [stream for stream in self._waiting if stream.cancelled]
-                self._waiting = deque(stream for stream in self._waiting if not stream.cancelled)
-            for stream in dropped:
-                self._counts["cancelled"] += 1
-                stream.end("cancelled")
+        if cancelled := [stream for stream in tuple(self._waiting) if stream.cancelled]:
+            self._drop(cancelled, "cancelled")
+
+    def _drop(self, streams: Collection[Stream], reason: StreamEnd, error: BaseException | None = None) -> None:
+        """End streams that wait."""
+        with self._lock:
+            self._waiting = deque(stream for stream in self._waiting if stream not in streams)
+        for stream in streams:
+            self._finish(stream, reason, error)
 
     def _admit(self) -> bool:
-        """Give free slots to who waits longest, to the answers of one request at once, if there are both."""
+        """Give free slots to who waits longest, to the answers of one request at once. Returns whether that was done:
+        not where there are none, or nobody waits, or it failed."""
         free = self._batch.free
         with self._lock:
             waiting = islice(self._waiting, free)
@@ -281,16 +284,21 @@ class Scheduler:
             return False
         prompt = streams[0].prompt
         first = prompt.cached_tokens is None  # answers that find no slot beside the first ones come later
-        slots = self._batch.admit_reusing(prompt, streams[0].params, [stream.sequence for stream in streams])
+        try:
+            slots = self._batch.admit_reusing(prompt, streams[0].params, [stream.sequence for stream in streams])
+        except Exception as error:  # caused by this prompt or its sampling: the others go on
+            log.exception("a prompt got no slot")
+            self._drop(streams, "error", error)
+            return False
+        with self._lock:
+            for slot in slots:
+                self._streams[slot] = self._waiting.popleft()
         if first:
             self._counts["prompt_tokens"] += prompt.cached_tokens or 0
             self._counts["prefix_cache_queries"] += len(prompt.tokens)
             self._counts["prefix_cache_hits"] += prompt.cached_tokens or 0
         for stream in streams:
             stream.started()
-        with self._lock:
-            for slot in slots:
-                self._streams[slot] = self._waiting.popleft()
         return True
 
     def _read_prompts(self) -> None:
@@ -347,5 +355,8 @@ class Scheduler:
         stream = self._streams[slot]
         assert stream is not None
         self._streams[slot] = None
+        self._finish(stream, reason, error)
+
+    def _finish(self, stream: Stream, reason: StreamEnd, error: BaseException | None) -> None:
         self._counts["failed" if reason == "error" else "cancelled" if reason == "cancelled" else "finished"] += 1
         stream.end(reason, error)

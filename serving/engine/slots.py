@@ -163,17 +163,19 @@ class SlotBatch:
         return slots
 
     def _occupy(self, slots: list[int], prompt: Prompt, params: SamplingParams, sequences: Sequence[int]) -> None:
+        # Nothing is occupied where one of these fails.
+        samplers = [AnswerSampler.if_needed(params, prompt.tokens) for _ in slots]
+        self._stops_SV[slots] = False
+        self._stops_SV[np.ix_(slots, params.stop)] = True
         limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
         self._occupied_C[slots] = True
         self._sequence_C[slots] = sequences
         self._produced_C[slots] = 0
         self._limit_C[slots] = limit
         self._temperature_C[slots] = params.temperature
-        self._stops_SV[slots] = False
-        self._stops_SV[np.ix_(slots, params.stop)] = True
-        for slot, sequence in zip(slots, sequences, strict=True):
+        for slot, sequence, sampler in zip(slots, sequences, samplers, strict=True):
             self._held[slot] = prompt
-            if (sampler := AnswerSampler.if_needed(params, prompt.tokens)) is not None:
+            if sampler is not None:
                 self._samplers[slot] = sampler
             if params.temperature > 0:
                 self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)

@@ -136,7 +136,7 @@ def test_what_a_domain_does_not_serve_is_404_and_names_what_it_serves(tickets, t
         assert refused.status_code == 404
         assert "domain is chat; it answers POST /v1/chat/completions" in refused.json()["error"]["message"]
         assert client.post("/v1/chat/completions", json={"messages": HELLO}).status_code == 200
-        assert client.get("/v1/models/returns").json()["routes"] == ["/v1/chat/completions"]
+        assert client.get("/v1/models/returns").json()["routes"] == ["/v1/chat/completions", "/v1/completions"]
 
 
 def test_health_and_models_say_what_the_model_is_for(tickets):

@@ -215,6 +215,21 @@ def test_an_error_in_one_prompt_leaves_the_others_alone(scheduler, monkeypatch):
     assert (totals.failed, totals.finished) == (1, 1)
 
 
+def test_sampling_that_cannot_begin_ends_its_answers_and_nothing_else(scheduler):
+    good = scheduler.submit([1, 2], SamplingParams(max_tokens=50))
+    with scheduler.reserve(2) as place:
+        streams = place.submit([3], SamplingParams(stop=(CONFIG.vocab_size,)))  # no token's id
+    for stream in streams:
+        with pytest.raises(IndexError):
+            list(stream)
+    assert len(list(good)) == 50
+    assert scheduler.running
+    assert [len(list(scheduler.submit([seed], SamplingParams(max_tokens=5)))) for seed in range(4)] == [5] * 4
+    wait_for(lambda: scheduler.active == 0)
+    totals = scheduler.metrics().totals
+    assert (totals.failed, totals.finished) == (2, 5)
+
+
 def test_a_failed_step_ends_its_answers_and_nothing_else(scheduler, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "decode", lambda *_: (_ for _ in ()).throw(RuntimeError("no luck")))
