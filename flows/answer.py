@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -32,9 +33,10 @@ class Answer:
 
 
 def serve_champion(
-    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str] = ()
+    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str], deadline_s: float
 ) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
+    from twinloop.flows.keys import project_keys
     from twinloop.flows.releases import ProjectReleases
     from twinloop.registry.champion import following_champion, open_champion
     from twinloop.registry.versions import Registry
@@ -53,6 +55,8 @@ def serve_champion(
             local_admin=is_this_machine(host),
             cors_origins=cors_origins,
             releases=ProjectReleases(project, model),
+            keys=project_keys(project),
+            deadline_s=deadline_s,
         )
 
         def ready(address: str) -> None:
@@ -97,9 +101,11 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
 def answer_over_http(project: Path, model: str) -> Answer:
     """Start the server as a user would, ask it the example of its domain, stop it. Raises UserError where no answer
     comes."""
+    token = secrets.token_urlsafe(32)  # of this server alone, which may have API keys that nobody here knows
     server = subprocess.Popen(
         [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", model, "--port", "0"],
         cwd=project,
+        env=os.environ | {"TWINLOOP_ADMIN_TOKEN": token},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -116,7 +122,7 @@ def answer_over_http(project: Path, model: str) -> Answer:
             said = server.stderr.read().strip().splitlines()
             last = said[-1].removeprefix("twinloop: ") if said else f"no address within {START_WITHIN_S:.0f} s"
             raise UserError(f"serve: {last}")
-        return _ask(address[0], *_example(project, model))
+        return _ask(address[0], *_example(project, model), token=token)
     finally:
         too_late.cancel()
         server.terminate()
@@ -137,9 +143,10 @@ def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     return example_call(load_served_domain(champion, project).domain)
 
 
-def _ask(address: str, route: str, body: dict[str, Any]) -> Answer:
+def _ask(address: str, route: str, body: dict[str, Any], *, token: str = "") -> Answer:
     content = json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}{route}", content, {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{address}{route}", content, headers)
     try:
         with urllib.request.urlopen(request, timeout=ANSWER_WITHIN_S) as response:
             return Answer(body, json.load(response))

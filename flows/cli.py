@@ -25,8 +25,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 documents_app = typer.Typer(help="The documents that answers are based on.", no_args_is_help=True)
+keys_app = typer.Typer(help="The API keys of the project's servers.", no_args_is_help=True)
 data_app = typer.Typer(help="The data set and its version.", no_args_is_help=True)
 app.add_typer(documents_app, name="documents")
+app.add_typer(keys_app, name="keys")
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[
@@ -108,6 +110,12 @@ def serve(
             help="let web pages of this origin ask, such as https://shop.example; may be repeated",
         ),
     ] = None,
+    deadline: Annotated[
+        float,
+        typer.Option(
+            envvar="TWINLOOP_DEADLINE", metavar="SECONDS", min=0.1, help="a request that takes longer is given up"
+        ),
+    ] = 600,
 ) -> int:
     """Serve the champion over HTTP."""
     from twinloop.flows.answer import serve_champion
@@ -115,7 +123,15 @@ def serve(
 
     origins = [origin(each) for each in cors_origin or ()]
     project = _project()
-    return serve_champion(project, _model(project, model), host=host, port=port, slots=slots, cors_origins=origins)
+    return serve_champion(
+        project,
+        _model(project, model),
+        host=host,
+        port=port,
+        slots=slots,
+        cors_origins=origins,
+        deadline_s=deadline,
+    )
 
 
 @app.command()
@@ -259,6 +275,34 @@ def documents_history(document_id: Annotated[str, typer.Argument()], model: Mode
 
     project = _project()
     return show_history(project, _model(project, model), document_id)
+
+
+@keys_app.command("create")
+def keys_create(
+    name: Annotated[str, typer.Argument(help="whose it is, such as shop")],
+    requests: Annotated[int | None, typer.Option(min=1, help="a minute; by default any number")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="read and written a minute; by default any number")] = None,
+) -> int:
+    """Make an API key and print it, this once. From the first one on, servers answer nobody without a key."""
+    from twinloop.flows.keys import create_key
+
+    return create_key(_project(), name, requests_per_minute=requests, tokens_per_minute=tokens)
+
+
+@keys_app.command("list")
+def keys_list() -> int:
+    """List the keys: names, when they were made, limits."""
+    from twinloop.flows.keys import list_keys
+
+    return list_keys(_project())
+
+
+@keys_app.command("revoke")
+def keys_revoke(name: Annotated[str, typer.Argument()]) -> int:
+    """End a key: running servers refuse it from the next request on."""
+    from twinloop.flows.keys import revoke_key
+
+    return revoke_key(_project(), name)
 
 
 @data_app.command("build")

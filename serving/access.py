@@ -128,7 +128,7 @@ def administrators_only(token: str | None, local_admin: bool) -> Callable[[Reque
     def check(request: Request) -> None:
         headers = request.scope["headers"]
         if token is not None:
-            if not _has_token(headers, token):
+            if not has_token(headers, token):
                 words = "this needs the administrator's token: Authorization: Bearer <token>"
                 raise ApiError(401, words, headers={"WWW-Authenticate": "Bearer"})
         elif not (local_admin and _comes_from_here(request)):
@@ -141,11 +141,18 @@ def administrators_only(token: str | None, local_admin: bool) -> Callable[[Reque
     return check
 
 
-def _has_token(headers: Headers, token: str) -> bool:
+def has_token(headers: Headers, token: str) -> bool:
+    """Whether a request has this bearer token."""
+    scheme, credentials = authorization(headers)
+    wanted = token.encode(errors="surrogateescape")  # the bytes that the environment held
+    return secrets.compare_digest(credentials, wanted) and scheme == b"bearer"
+
+
+def authorization(headers: Headers) -> tuple[bytes, bytes]:
+    """The scheme, in lower case, and the credentials of a request; both empty where it has none, or several."""
     given = _values(headers, b"authorization")
     scheme, _, credentials = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-    wanted = token.encode(errors="surrogateescape")  # the bytes that the environment held
-    return secrets.compare_digest(credentials.strip(b" "), wanted) and scheme.lower() == b"bearer"
+    return scheme.lower(), credentials.strip(b" ")
 
 
 def _comes_from_here(request: Request) -> bool:

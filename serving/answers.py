@@ -21,6 +21,7 @@ from twinloop.serving.described import PromptTokensDetails, Usage
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.errors import constraint_body, error_body
 from twinloop.serving.generation import TextStream
+from twinloop.serving.key_access import account_of
 from twinloop.serving.metrics import Metrics
 from twinloop.serving.work import Workers
 
@@ -62,14 +63,19 @@ class Completion:
         self._created = int(time.time())
 
     @property
+    def texts(self) -> list[TextStream]:
+        """What the model writes for it."""
+        return [answer.text for answer in self.answers]
+
+    @property
     def ttft_s(self) -> float | None:
         """Seconds to the first token of any answer, once they are read."""
-        return min((each for answer in self.answers if (each := answer.text.ttft_s) is not None), default=None)
+        return min((text.ttft_s for text in self.texts if text.ttft_s is not None), default=None)
 
     def cancel(self) -> None:
         """Free the slots; may be called from any thread, and again."""
-        for answer in self.answers:
-            answer.text.cancel()
+        for text in self.texts:
+            text.cancel()
 
     def whole(self, choices: Sequence[BaseModel]) -> BaseModel:
         """The completion object, of all answers' `whole`."""
@@ -100,15 +106,7 @@ class Completion:
         }
 
     def _usage(self) -> Usage:
-        prompts = {answer.text.prompt for answer in self.answers}  # several answers may be of one
-        prompt = sum(len(each.tokens) for each in prompts)
-        completion = sum(answer.text.completion_tokens for answer in self.answers)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens or 0 for each in prompts)),
-        )
+        return usage_of(self.texts)
 
 
 class Answers:
@@ -120,10 +118,19 @@ class Answers:
 
     async def respond(self, request: Request, asked: Asked, completion: Completion, started: float) -> Response:
         """started: the `time.perf_counter()` at which the request arrived. The client that leaves frees the slots."""
+
+        def end() -> None:
+            completion.cancel()
+            self._metrics.ended(completion.texts)
+            charge(request, completion.texts)
+
         if asked.stream:
-            return _EventStream(self._events(completion, started, asked.include_usage), completion.cancel)
+            return _EventStream(self._events(completion, started, asked.include_usage), end)
         works = [answer.whole for answer in completion.answers]
-        choices = await self._workers.run_unless_gone(request, completion.cancel, *works)
+        try:
+            choices = await self._workers.run_unless_gone(request, completion.cancel, *works)
+        finally:
+            end()
         self._observe(completion, started)
         whole = completion.whole(choices)
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
@@ -145,6 +152,25 @@ class Answers:
             log.exception("a stream ends before its answer does")
             body = error_body(500, f"the model could not go on ({type(error).__name__})")
             yield f"data: {json.dumps(body)}\n\n"
+
+
+def charge(request: Request, texts: Sequence[TextStream]) -> None:
+    """Take the tokens of a request, read and written, from its key's limit."""
+    if (account := account_of(request)) is not None:
+        account.charge(usage_of(texts).total_tokens)
+
+
+def usage_of(texts: Sequence[TextStream]) -> Usage:
+    """The tokens of a request, so far: those of its texts, and of their prompts."""
+    prompts = {text.prompt for text in texts}  # several texts may be of one
+    prompt = sum(len(each.tokens) for each in prompts)
+    completion = sum(text.completion_tokens for text in texts)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(each.cached_tokens or 0 for each in prompts)),
+    )
 
 
 class _EventStream(StreamingResponse):

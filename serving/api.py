@@ -18,17 +18,27 @@ from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
-from twinloop.serving.answers import Answers
+from twinloop.serving.answers import Answers, charge
 from twinloop.serving.chat import chat_router, closed_route
 from twinloop.serving.completions import completions_router
 from twinloop.serving.console import Access, console_page
-from twinloop.serving.described import WITH_BODY, decision_response, describe, errors, guard
+from twinloop.serving.described import ASKING, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
+from twinloop.serving.drain import Draining, DrainingServer
 from twinloop.serving.errors import field_descriptions, install
 from twinloop.serving.health import state_router
+from twinloop.serving.key_access import RequireKey
+from twinloop.serving.keys import KeyStore
 from twinloop.serving.load_api import load_router
 from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
-from twinloop.serving.middleware import AnswerAtTheEnd, AnswerHead, CountRequests, LimitBody
+from twinloop.serving.middleware import (
+    AnswerAtTheEnd,
+    AnswerHead,
+    CountRequests,
+    Deadline,
+    LimitBody,
+    RefuseWhenFull,
+)
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.protocol import Protocol
 from twinloop.serving.tokens import tokens_router
@@ -38,6 +48,8 @@ from twinloop.serving.work import Workers
 
 SHUTDOWN_S = 10
 """How long running requests may take to end after SIGTERM."""
+DEADLINE_S = 600.0
+"""How long a request may take: as long as OpenAI's clients wait."""
 
 
 def create_app(
@@ -47,6 +59,8 @@ def create_app(
     local_admin: bool = True,
     cors_origins: Sequence[str] = (),
     releases: Releases | None = None,
+    keys: KeyStore | None = None,
+    deadline_s: float = DEADLINE_S,
 ) -> FastAPI:
     """The application that answers with the frozen model that `manager` holds, for that model's domain.
 
@@ -58,6 +72,8 @@ def create_app(
     for a server that listens on loopback only, lets this machine in, as far as a request can show that it comes from
     here; and then no request for a foreign host is answered at all. A proxy can hide that a request comes from
     elsewhere, so behind one a token must be set.
+    `keys`: once it has had a key, nothing but `/health` is answered without one, to nobody; a key makes nobody an
+    administrator, and the administrator's token is a key (`key_access.py`). `deadline_s`: for a request as a whole.
     `cors_origins`: of whose pages a browser may ask (`access.origin`). The caller owns scheduler and traces and closes
     them after the server has stopped.
     """
@@ -67,9 +83,13 @@ def create_app(
     domain, traces, documents = manager.service.domain, manager.service.traces, manager.service.documents
     install(app, field_descriptions(domain.request) if domain.request else {})
     # The last one is asked first, and counts what the others refuse.
+    app.add_middleware(RefuseWhenFull, full=lambda: manager.service.scheduler.full)
+    if keys is not None:
+        app.add_middleware(RequireKey, keys=keys, admin_token=admin_token)
     if local_admin and admin_token is None:
         app.add_middleware(OwnHostsOnly)
     app.add_middleware(LimitBody)
+    app.add_middleware(Deadline, seconds=deadline_s)
     app.add_middleware(AnswerAtTheEnd)
     if cors_origins:
         app.add_middleware(OtherOrigins, origins=cors_origins)
@@ -94,7 +114,7 @@ def create_app(
     app.include_router(traces_router(traces, administrators))
     app.include_router(versions_router(manager, releases, administrators))
 
-    describe(app, domain)
+    describe(app, domain, keys=keys is not None)
     access: Access = "token" if admin_token is not None else "here" if local_admin else "nobody"
     page = console_page(domain, access=access, releases=releases is not None)
 
@@ -114,13 +134,17 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
 
     # The answer's form is only described: it is made here, and its JSON is written once.
     described = Body(examples=[dict(domain.example)] if domain.example else None)
-    responses = {**errors(*WITH_BODY), 200: {"model": decision_response(domain)}}
+    responses = {**errors(*ASKING, 422), 200: {"model": decision_response(domain)}}
 
     @router.post(DECISIONS, response_model=None, responses=responses)
     async def decide(request: Request, body: Annotated[body_model, described]) -> Response:  # type: ignore[valid-type]
         started = time.perf_counter()
         pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(body))
-        (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
+        try:
+            (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
+        finally:
+            metrics.ended(pending.texts)
+            charge(request, pending.texts)
         metrics.decided(response, pending.outcome)
         ttft_ms = response.timings.ttft_ms
         metrics.answered("decisions", time.perf_counter() - started, None if ttft_ms is None else ttft_ms / 1000)
@@ -145,12 +169,13 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
 
 
 def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; both let running requests end and return normally.
+    """Serve until SIGTERM or Ctrl-C; both let running requests end, refuse others meanwhile, and return normally.
 
     Port 0 takes any free port; `on_ready` receives the address. Raises UserError when the address cannot be bound.
     """
     listener = _bind(host, port)
-    server = uvicorn.Server(server_config(app))
+    draining = Draining(app)
+    server = DrainingServer(server_config(draining), draining)
     # uvicorn takes signals only once it runs, and raises them again once it has shut down; a server that was asked to
     # stop, at whatever moment, stops and has not failed.
     in_main_thread = threading.current_thread() is threading.main_thread()

@@ -15,7 +15,7 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.answers import Answers, Completion, Form
 from twinloop.serving.asked import Asked, refuse_unserved
 from twinloop.serving.decisions import DecisionService
-from twinloop.serving.described import ASK_WORDS, Usage, errors
+from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import ReportedToken, TextStream
@@ -93,7 +93,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The completion; with `stream`, server-sent events of OpenAI's chunks",
         "content": {"text/event-stream": {"schema": {}}},
     },
-    **errors(404, 415, words=ASK_WORDS),
+    **errors(404, *ASKING, words=ASK_WORDS),
 }
 
 FORM = Form("completions", "cmpl", TextCompletion, "text_completion", "text_completion")

@@ -141,6 +141,11 @@ class PendingDecision:
         self.outcome = ESCALATED
         """The name under which it is counted, once it is finished: the domain's own for its decision."""
 
+    @property
+    def texts(self) -> list[TextStream]:
+        """What the model was asked for: one text, or none."""
+        return [] if self._text is None else [self._text]
+
     def cancel(self) -> None:
         """Stop generating: nobody waits for the answer any more. May be called from any thread."""
         if self._text is not None:

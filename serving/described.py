@@ -21,7 +21,8 @@ DESCRIPTION = """\
 Every answer with a status of 400 or more has the body `ErrorResponse`. A method that a path does not have gets a 405,
 whose header `Allow` names those that it has; `HEAD` is answered wherever `GET` is. `OPTIONS` is answered only to pages
 of the origins that the server was started with (`twinloop serve --cors-origin`), and otherwise is such a 405. Whatever
-breaks HTTP itself gets a 400.
+breaks HTTP itself gets a 400. Where `twinloop keys` has made API keys, every route but `/health` needs one, as
+`Authorization: Bearer <key>`, or the administrator's token.
 """
 
 DEFINITIONS = "#/$defs/"
@@ -30,10 +31,11 @@ COMPONENT = "Decision."
 
 _HEADERS = {
     401: {"WWW-Authenticate": {"description": "Bearer", "schema": {"type": "string"}, "required": True}},
+    429: {"Retry-After": {"description": "seconds", "schema": {"type": "string"}, "required": True}},
 }
 _WORDS = {
     400: "The body is not JSON, or the HTTP is malformed",
-    401: "The administrator's token is missing or wrong",
+    401: "The administrator's token, or the API key, is missing or wrong",
     403: "Not open to who asks: another machine, another host name, or a web page of another origin",
     404: "There is no such thing",
     409: "It cannot be done as things are; the message says why",
@@ -41,13 +43,21 @@ _WORDS = {
     415: "The body's Content-Type is not JSON's",
     422: "The request is JSON, and not what is asked for here; `param` names the field. Integers are written without a "
     "fraction: 12, not 12.0",
+    429: "The queue is full, or the API key has reached its limit; `Retry-After` says when to come back",
     500: "The server failed; its log gives the reason",
-    503: "The server cannot answer now: it is stopping, its queue is full (`Retry-After`), or its documents cannot be "
-    "read",
+    503: "The server cannot answer now: it is stopping (`Retry-After`), or its documents or its keys cannot be read",
+    504: "It took longer than requests may take here",
 }
-EVERYWHERE = (400, 403, 413, 500, 503)
-"""Of every route: a request may come with a body too large, for a foreign host, or while the server stops."""
+EVERYWHERE = (400, 403, 413, 500, 503, 504)
+"""Of every route: a request may have a body too large, be for a foreign host, come too slowly, or while the server
+stops."""
 WITH_BODY = (415, 422)
+OPEN = "/health"
+"""The route that needs no API key."""
+KEY = (401, 429)
+"""Of every other route, where the server has API keys."""
+ASKING = (415, 429)
+"""Of the routes at which the model is asked."""
 
 
 def errors(*more: int, words: Mapping[int, str] | None = None) -> dict[int | str, dict[str, Any]]:
@@ -161,7 +171,7 @@ CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
         "description": "The completion; with `stream`, server-sent events of OpenAI's chunks",
         "content": {"text/event-stream": {"schema": {}}},
     },
-    **errors(404, 415, words=ASK_WORDS),
+    **errors(404, *ASKING, words=ASK_WORDS),
 }
 
 
@@ -176,8 +186,8 @@ def decision_response(domain: Domain) -> type[BaseModel]:
     return described
 
 
-def describe(app: FastAPI, domain: Domain) -> None:
-    """Make /openapi.json say what is true of this application."""
+def describe(app: FastAPI, domain: Domain, *, keys: bool) -> None:
+    """Make /openapi.json say what is true of this application. keys: whether it may ask for API keys."""
     definitions = _to_components((domain.answer_schema() or {}).get("$defs", {}))
     generate = app.openapi
     app.description = DESCRIPTION
@@ -186,14 +196,24 @@ def describe(app: FastAPI, domain: Domain) -> None:
         described = generate()
         schemas = described.setdefault("components", {}).setdefault("schemas", {})
         schemas.update({f"{COMPONENT}{name}": schema for name, schema in definitions.items()})
-        for operations in described["paths"].values():
+        for path, operations in described["paths"].items():
             for operation in operations.values():
                 _without_fastapis(operation["responses"])
+                if keys and path != OPEN:
+                    operation["responses"] = _with_errors(operation["responses"], KEY)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
         return described
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the description
+
+
+def _with_errors(responses: Mapping[str, Any], statuses: Sequence[int]) -> dict[str, Any]:
+    """The responses of an operation and these, as FastAPI writes what `errors` says."""
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}}
+    found = {str(status): {"description": _WORDS[status], "content": content} for status in statuses}
+    headers = {str(status): {"headers": _HEADERS[status]} for status in statuses if status in _HEADERS}
+    return {status: found[status] | headers.get(status, {}) for status in found} | dict(responses)
 
 
 def _without_fastapis(responses: dict[str, Any]) -> None:

@@ -16,17 +16,17 @@ from starlette.routing import BaseRoute, Match
 
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.sampling import ConstraintError
-from twinloop.serving.engine.scheduler import QueueFullError
+from twinloop.serving.engine.scheduler import QueueFullError, SchedulerClosedError
 from twinloop.serving.generation import CallError, GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER_S = 1
+SOON = {"Retry-After": "1"}
 
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 
-_TYPES = {401: "authentication_error", 403: "permission_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 _WORDS = {
     "missing": "is required",
@@ -40,9 +40,12 @@ _WORDS = {
 
 Code = Literal[
     "context_length_exceeded",
+    "deadline_exceeded",
     "empty_prompt",
+    "invalid_api_key",
     "model_not_found",
     "queue_full",
+    "rate_limit_exceeded",
     "too_many_prompts",
     "unknown_token",
     "unsupported_message",
@@ -57,7 +60,9 @@ class ErrorDetail(BaseModel):
     """What went wrong. `param` is the path of a field of the request, such as `messages.0.content`."""
 
     message: str
-    type: Literal["invalid_request_error", "authentication_error", "permission_error", "server_error"]
+    type: Literal[
+        "invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"
+    ]
     param: str | None
     code: Code | None
 
@@ -89,6 +94,19 @@ def error_body(status: int, message: str, *, code: str | None = None, param: str
     """The JSON object that describes an error."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def queue_full() -> JSONResponse:
+    """For a request that has no place in the queue."""
+    body = error_body(429, "the server's queue is full; try again soon", code="queue_full")
+    return JSONResponse(body, 429, headers=SOON)
+
+
+def stopping() -> JSONResponse:
+    """For a request that a server gets, or does not get ready with, while it stops."""
+    return JSONResponse(
+        error_body(503, "the server is stopping; ask again"), 503, headers=SOON | {"Connection": "close"}
+    )
 
 
 def constraint_body(error: ConstraintError) -> dict[str, Any]:
@@ -225,7 +243,8 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
 
     @app.exception_handler(GivenUpError)
     async def given_up(request: Request, error: GivenUpError) -> JSONResponse:
-        return JSONResponse(error_body(503, "the answer was given up before its end; ask again"), 503)
+        body = error_body(503, "the answer was given up before its end; ask again")
+        return JSONResponse(body, 503, headers=SOON)
 
     @app.exception_handler(ConstraintError)
     async def formless(request: Request, error: ConstraintError) -> JSONResponse:
@@ -233,8 +252,11 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
 
     @app.exception_handler(QueueFullError)
     async def full(request: Request, error: QueueFullError) -> JSONResponse:
-        body = error_body(503, "the server's queue is full; try again soon", code="queue_full")
-        return JSONResponse(body, 503, headers={"Retry-After": str(RETRY_AFTER_S)})
+        return queue_full()
+
+    @app.exception_handler(SchedulerClosedError)
+    async def closed(request: Request, error: SchedulerClosedError) -> JSONResponse:
+        return stopping()
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:

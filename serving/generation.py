@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import ConstraintError, TokenReport
 from twinloop.serving.engine.slots import FinishReason, Prompt
-from twinloop.serving.engine.stream import Stream
+from twinloop.serving.engine.stream import Stream, Timings
 
 
 class GivenUpError(Exception):
@@ -36,7 +36,8 @@ class TextStream:
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
     `calls` on, where the answer comes to it, they are a part like any other.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
-    is in the attributes afterwards. Iterating raises GivenUpError for an answer that was cancelled.
+    is in the attributes afterwards, and `end` is "abort" until it is complete. Iterating raises GivenUpError for an
+    answer that was cancelled.
     """
 
     def __init__(
@@ -51,6 +52,8 @@ class TextStream:
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
         self.ttft_s: float | None = None
+        self.total_s: float | None = None
+        self.end: Literal["stop", "length", "abort", "error"] = "abort"
         self._stream = stream
         self._tokenizer = tokenizer
         self._started = started
@@ -64,6 +67,11 @@ class TextStream:
     def prompt(self) -> Prompt:
         """The same object for all answers that share it."""
         return self._stream.prompt
+
+    @property
+    def timings(self) -> Timings:
+        """Of the engine, so far."""
+        return self._stream.timings
 
     @property
     def queue_s(self) -> float | None:
@@ -80,6 +88,17 @@ class TextStream:
         return taken
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._pieces()
+        except GivenUpError:
+            raise
+        except Exception:
+            self.end = "error"
+            raise
+        self.end = self.finish_reason
+        self.total_s = time.perf_counter() - self._started
+
+    def _pieces(self) -> Iterator[str]:
         decoder = self._tokenizer.decoder_stream()
         held, given = "", 0  # text that is decoded and not yet a piece; the length of all pieces
         free = 0  # so much of the text may hold stop strings: the tokens before min_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -12,6 +12,8 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from twinloop.serving.decisions import DecisionResponse
+from twinloop.serving.engine_metrics import EngineMetrics
+from twinloop.serving.generation import TextStream
 from twinloop.serving.knowledge.documents import DocumentStoreError
 from twinloop.serving.model_manager import DEGRADATIONS, ModelManager
 
@@ -59,12 +61,18 @@ class Metrics:
         )
         self._seconds = self._histogram("twinloop_request_seconds", "From the request's arrival to its last token")
         self._registry.register(_State(manager))
+        self._engine = EngineMetrics(manager, self._registry)
 
     def answered(self, route: str, seconds: float, ttft_s: float | None) -> None:
         """A whole answer. seconds: since its request arrived; ttft_s: None where the model was not asked."""
         self._seconds.labels(route).observe(seconds)
         if ttft_s is not None:
             self._first_token.labels(route).observe(ttft_s)
+
+    def ended(self, texts: Sequence[TextStream]) -> None:
+        """What the model wrote for a request that nobody waits for any more, complete or not."""
+        for text in texts:
+            self._engine.ended(text)
 
     def decided(self, response: DecisionResponse, outcome: str) -> None:
         """A response, and the outcome under which it is counted."""

@@ -1,15 +1,19 @@
-"""What surrounds every request: the limit of its body, its count, and an answer where the server ends before it."""
+"""What surrounds every request: its admission, the limits of its body and time, its count, and an answer where the
+server ends before it."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from collections.abc import Callable
 
+import anyio
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from twinloop.domains.documents import MAX_TEXT_CHARACTERS
-from twinloop.serving.errors import ApiError, error_body
-from twinloop.serving.metrics import Metrics
+from twinloop.serving.errors import ApiError, error_body, queue_full, stopping
+from twinloop.serving.metrics import ASKED, Metrics
 
 MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
 """The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
@@ -49,6 +53,52 @@ def _too_large() -> JSONResponse:
     return JSONResponse(error_body(413, _TOO_LARGE), 413, headers={"Connection": "close"})
 
 
+class RefuseWhenFull:
+    """Refuse requests to the model that have no place in its queue, before anything of them is read or looked up.
+
+    full: whether there is none. A place is taken later, so that one of several that race may still find none.
+    """
+
+    def __init__(self, app: ASGIApp, full: Callable[[], bool]):
+        self.app = app
+        self.full = full
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in ASKED and self.full():
+            await queue_full()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+
+class Deadline:
+    """Give up requests that take longer, from their first byte to their answer's last: a body that comes too slowly, a
+    place in the queue, an answer. What the model still wrote for them is cancelled."""
+
+    def __init__(self, app: ASGIApp, seconds: float):
+        self.app = app
+        self.seconds = seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started: Message | None = None
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = started or message
+            await send(message)
+
+        with anyio.move_on_after(self.seconds) as limit:
+            await self.app(scope, receive, sent)
+        if not limit.cancelled_caught:
+            return
+        words = f"the request took longer than {self.seconds:g} s, which is this server's limit"
+        body = error_body(504, words, code="deadline_exceeded")
+        if started is None:
+            await JSONResponse(body, 504, headers={"Connection": "close"})(scope, receive, send)
+        elif (b"content-type", b"text/event-stream; charset=utf-8") in started["headers"]:
+            event = f"data: {json.dumps(body)}\n\n".encode()
+            await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
 class CountRequests:
     """Count answers, and clients that left before, by route: not by path, so that no client can invent new series."""
 
@@ -63,7 +113,9 @@ class CountRequests:
         gone = started = complete = False
 
         def route() -> str:
-            return getattr(scope.get("route"), "path", "none")
+            refused_before: str = scope["path"] if scope["path"] in ASKED else "none"
+            path: str = getattr(scope.get("route"), "path", refused_before)
+            return path
 
         async def received() -> Message:
             nonlocal gone
@@ -121,4 +173,4 @@ class AnswerAtTheEnd:
             if scope["type"] != "http":
                 raise
             if not started:
-                await JSONResponse(error_body(503, "the server is stopping; ask again"), 503)(scope, receive, send)
+                await stopping()(scope, receive, send)

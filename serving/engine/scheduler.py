@@ -29,11 +29,11 @@ _RATE_WINDOW_S = 10.0
 
 
 class QueueFullError(Exception):
-    """As many requests wait as may: try again later (HTTP 503)."""
+    """As many requests wait as may: try again later (HTTP 429)."""
 
 
 class SchedulerClosedError(QueueFullError):
-    """The scheduler takes no more requests: it is shutting down, or has."""
+    """The scheduler takes no more requests: it is shutting down, or has (HTTP 503)."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class SchedulerMetrics:
-    """Requests waiting and in a slot; completion tokens a second over the last ten."""
+    """Requests waiting and in a slot; completion tokens a second over the last ten; the share of the key-value cache
+    that the sequences in the slots fill."""
 
     queued: int
     active: int
     slots: int
     tokens_per_s: float
     totals: Totals
+    cache_used: float = 0.0
 
 
 class Place:
@@ -139,6 +141,17 @@ class Scheduler:
         return sum(stream is not None for stream in self._streams)
 
     @property
+    def full(self) -> bool:
+        """Whether a request for one more answer would be refused at this moment."""
+        return self._places < 1
+
+    @property
+    def _places(self) -> int:
+        """Places that answers can still get."""
+        # Free slots count too: the engine's thread fetches who waits for them within a round.
+        return self.capacity - len(self._waiting) - self.active - self._reserved
+
+    @property
     def running(self) -> bool:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
@@ -151,8 +164,7 @@ class Scheduler:
         """
         with self._lock:
             self._check_open()
-            # Free slots count too: the engine's thread fetches who waits for them within a round.
-            if len(self._waiting) + self.active + self._reserved + answers > self.capacity:
+            if self._places < answers:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
             self._reserved += answers
         return Place(self, answers)
@@ -194,6 +206,7 @@ class Scheduler:
             slots=self._engine.slots,
             tokens_per_s=rate,
             totals=Totals(**self._counts),
+            cache_used=self._batch.cache_used,
         )
 
     def close(self, *, drain: bool = True, timeout_s: float | None = None) -> None:

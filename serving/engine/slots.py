@@ -101,6 +101,12 @@ class SlotBatch:
         return len(self._occupied_C) - int(np.count_nonzero(self._occupied_C))
 
     @property
+    def cache_used(self) -> float:
+        """The share of the key-value cache that the sequences in slots fill."""
+        lengths_C = self._runner.lengths
+        return float(lengths_C[self._occupied_C].sum() / (len(lengths_C) * self._runner.max_length))
+
+    @property
     def decoding(self) -> list[int]:
         """Slots that the next `step` advances."""
         slots: list[int] = np.flatnonzero(self._decoding_C).tolist()

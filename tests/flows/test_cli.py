@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small_project import RECIPE, make_project, twinloop, write_recipe
 
+from twinloop.flows.keys import project_keys
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -23,6 +25,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["runn"], "No such command 'runn'"),
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--port", "http"], "--port"),
+        (["serve", "--deadline", "0"], "--deadline"),
+        (["keys", "create", "a b"], "'a b': not a name for a key"),
+        (["keys", "create", "shop", "--requests", "0"], "--requests"),
+        (["keys", "revoke", "shop"], "shop: no such key; there are: none"),
         (["serve"], "no champion"),
         (["decide", "--json", "{}"], "no champion"),
         (["promote", "seven"], "'version': Input should be a valid integer"),
@@ -63,6 +69,23 @@ def test_documents_are_put_listed_and_kept(project: Path) -> None:
     history = twinloop(project, "documents", "history", "P-7", "--model", "small").stdout.splitlines()
     assert [line.split()[0] for line in history] == ["v1", "v2"]
     assert [path.name for path in (project / "state" / "documents").iterdir()] == ["small.db"]
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    project = make_project(tmp_path)
+    assert "whoever reaches a server may ask it" in twinloop(project, "keys", "list").stderr
+    made = twinloop(project, "keys", "create", "shop", "--requests", "60", "--tokens", "20000")
+    assert made.returncode == 0, made.stderr
+    (key,) = made.stdout.splitlines()
+    assert "answer nobody without a key" in made.stderr
+    assert project_keys(project).find(key.encode()).name == "shop"
+    listed = twinloop(project, "keys", "list")
+    assert listed.stdout.startswith("shop ")
+    assert listed.stdout.endswith("  60 requests, 20000 tokens a minute\n")
+    assert key not in listed.stdout + (project / "state" / "api_keys.json").read_text()
+    assert "nobody but the administrator's token may ask now" in twinloop(project, "keys", "revoke", "shop").stdout
+    assert project_keys(project).find(key.encode()) is None
+    assert "nobody may ask" in twinloop(project, "keys", "list").stderr
 
 
 LIST = ("documents", "list", "--model", "small")

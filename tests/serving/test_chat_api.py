@@ -189,20 +189,20 @@ def test_answers_do_not_depend_on_who_else_is_asking(client):
         assert list(pool.map(answer, range(8))) == alone
 
 
-def test_a_full_queue_answers_503_and_says_when_to_come_back(scripted, script):
+def test_a_full_queue_answers_429_and_says_when_to_come_back(scripted, script):
     script.full = True
     for path, body in (("/v1/decisions", CASE), ("/v1/chat/completions", {"messages": HELLO})):
         response = scripted.post(path, json=body)
-        assert response.status_code == 503
+        assert response.status_code == 429
         assert int(response.headers["retry-after"]) >= 1
         assert response.json()["error"]["code"] == "queue_full"
 
 
-def test_more_clients_than_the_queue_holds_get_answers_or_503(client, engine_scheduler):
+def test_more_clients_than_the_queue_holds_get_answers_or_429(client, engine_scheduler):
     body = {"messages": HELLO, "max_tokens": 100, "temperature": 1.0}
     with ThreadPoolExecutor(40) as pool:
         statuses = list(pool.map(lambda _: client.post("/v1/chat/completions", json=body).status_code, range(40)))
-    assert set(statuses) <= {200, 503}
+    assert set(statuses) <= {200, 429}
     assert statuses.count(200) >= engine_scheduler.capacity
     assert client.get("/health").json()["queue"] == {"queued": 0, "active": 0, "capacity": engine_scheduler.capacity}
 

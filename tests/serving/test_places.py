@@ -146,7 +146,7 @@ def test_a_full_queue_refuses_before_anything_is_looked_up_or_tokenised(served):
         ("/v1/chat/completions", no_grammar),
     ):
         response = client.post(path, json=body)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "queue_full")
     assert domain.queries == 0
     for place in places:
         with place:

@@ -22,6 +22,7 @@ class Wish:
     max_length = 4096
     capacity = 4
     running = True
+    full = False
     queued = active = 0
 
     def __init__(self, folder: Path):

@@ -1,0 +1,168 @@
+"""A server under load and at its end: refusals that cost nothing, deadlines, clients that leave, and the drain."""
+
+import json
+import signal
+import socket
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from served import CASE, GOOD, HELLO, MODEL, ScriptedScheduler, make_app, running, wait_until
+from test_clients import ServerProcess, read_all, request_of
+
+from twinloop.serving.metrics import ASKED
+
+BODIES = {
+    "/v1/decisions": CASE,
+    "/v1/chat/completions": {"messages": HELLO},
+    "/v1/completions": {"prompt": "a", "max_tokens": 300},
+}
+LONG = {"messages": HELLO, "max_tokens": 300, "temperature": 1.0}
+
+
+# --- admission --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_full_queue_refuses_before_the_body_is_there(scripted, script, path):
+    script.full = True
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", scripted.base_url.port), timeout=20) as connection:
+        connection.sendall(head.encode())
+        answer = connection.recv(65536)
+    assert answer.startswith(b"HTTP/1.1 429")
+    assert b"retry-after: 1" in answer.lower()
+    assert scripted.post(path, json=BODIES[path]).json()["error"]["code"] == "queue_full"
+    load = scripted.get("/v1/load").json()
+    assert (load["requests"], load["refused"]) == (2, 2)
+    script.full = False
+    assert scripted.post(path, json=BODIES[path]).status_code == 200
+
+
+# --- deadlines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(tmp_path, tokenizer):
+    """A server that gives a request 0.5 s, and a model that needs longer; its scheduler."""
+    scheduler = ScriptedScheduler(tokenizer, delay_s=0.1)
+    with running(make_app(tmp_path, scheduler, tokenizer, deadline_s=0.5)) as client:
+        yield client, scheduler
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_request_that_takes_too_long_is_given_up(slow, path):
+    client, scheduler = slow
+    answer = client.post(path, json=BODIES[path])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["code"]) == (504, "server_error", "deadline_exceeded")
+    assert scheduler.streams[-1].cancelled.is_set()
+    assert client.get("/health").status_code == 200
+
+
+def test_a_stream_that_takes_too_long_ends_with_the_reason(slow):
+    client, scheduler = slow
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+    first, *_, last = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert last["error"]["code"] == "deadline_exceeded"
+    assert scheduler.streams[-1].cancelled.is_set()
+
+
+def test_a_body_that_comes_too_slowly_is_given_up(slow):
+    client, scheduler = slow
+    whole = request_of(("/v1/chat/completions", json.dumps({"messages": HELLO}).encode()))
+    with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as connection:
+        connection.sendall(whole[:-5])
+        assert read_all(connection).startswith(b"HTTP/1.1 504")
+    assert not scheduler.streams
+
+
+# --- clients that leave -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_client_that_leaves_frees_its_slot_long_before_its_answer_would_end(client, engine_scheduler, path):
+    before = engine_scheduler.metrics().totals
+    body = {**LONG, "messages": HELLO} if "chat" in path else {"prompt": "a", "max_tokens": 300, "temperature": 1.0}
+    with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as connection:
+        connection.sendall(request_of((path, json.dumps(body).encode())))
+        wait_until(lambda: engine_scheduler.active == 1)
+    wait_until(lambda: engine_scheduler.active == 0)
+    after = engine_scheduler.metrics().totals
+    assert after.cancelled == before.cancelled + 1
+    assert after.completion_tokens - before.completion_tokens < 300
+
+
+# --- the drain --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_stopped_ends_its_streams_refuses_others_and_exits_well(tmp_path, number):
+    server = ServerProcess(tmp_path, "0.02", "30")
+    stream = server.connect()
+    stream.sendall(request_of(("/v1/chat/completions", json.dumps({"messages": HELLO, "stream": True}).encode())))
+    wait_until(lambda: b"200 OK" in stream.recv(65536, socket.MSG_PEEK))
+    server.process.send_signal(number)
+    wait_until(lambda: server.client.get("/health").status_code == 503)
+    for path, body in BODIES.items():
+        refused = server.client.post(path, json=body)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["type"] == "server_error"
+    received = read_all(stream).decode()
+    pieces = [json.loads(line[6:]) for line in received.splitlines() if line.startswith("data: {")]
+    assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in pieces) == GOOD
+    assert "data: [DONE]" in received
+    assert server.process.wait(20) == 0
+    assert server.process.stdout.read() == "stopped\n"
+    assert server.log.read_text() == ""
+    server.client.close()
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def measured(client):
+    """The samples of /metrics by name; of those with buckets their counts."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    samples = [sample for family in families for sample in family.samples if sample.name.startswith("twinloop:")]
+    assert {sample.labels["model_name"] for sample in samples} == {MODEL.name}
+    found = {}
+    for sample in samples:
+        end = sample.labels.get("finished_reason")
+        found[f"{sample.name}{{{end}}}" if end else sample.name] = sample.value
+    return found
+
+
+def test_the_engine_is_measured_under_the_names_of_vllms_dashboards(client, engine_scheduler):
+    before = measured(client)
+    assert before["twinloop:num_requests_running"] == before["twinloop:num_requests_waiting"] == 0
+    assert before["twinloop:kv_cache_usage_perc"] == 0
+    usage = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 5, "temperature": 0}).json()[
+        "usage"
+    ]
+    with (
+        httpx.Client(base_url=client.base_url, trust_env=False) as leaving,
+        leaving.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as response,
+    ):
+        next(response.iter_lines())
+        during = measured(client)
+        assert during["twinloop:num_requests_running"] == 1
+        assert 0 < during["twinloop:kv_cache_usage_perc"] < 1
+    wait_until(lambda: measured(client).get("twinloop:request_success_total{abort}", 0) > 0)
+    after = measured(client)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    ended = sum(grown[f"twinloop:request_success_total{{{end}}}"] for end in ("stop", "length"))
+    assert (ended, grown["twinloop:request_success_total{abort}"]) == (1, 1)
+    assert grown["twinloop:request_success_total{error}"] == 0
+    assert grown["twinloop:e2e_request_latency_seconds_count"] == 1
+    assert grown["twinloop:time_to_first_token_seconds_count"] == 2
+    assert grown["twinloop:request_queue_time_seconds_count"] == 2
+    assert grown["twinloop:prompt_tokens_total"] >= 2 * usage["prompt_tokens"]
+    assert grown["twinloop:generation_tokens_total"] > usage["completion_tokens"]
+    assert grown["twinloop:inter_token_latency_seconds_count"] >= usage["completion_tokens"] - 1
+    for end in ("count", "sum"):
+        former, name = (f"twinloop:{each}_seconds_{end}" for each in ("time_per_output_token", "inter_token_latency"))
+        assert after[former] == after[name]
+    assert engine_scheduler.active == 0
