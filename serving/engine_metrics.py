@@ -93,8 +93,8 @@ class _State(Collector):
             counter.add_metric([name], count)
             yield counter
         for metric, meaning, value in (
-            ("twinloop:num_requests_running", "Requests that have a slot", now.active),
-            ("twinloop:num_requests_waiting", "Requests that wait for a slot", now.queued),
+            ("twinloop:num_requests_running", "Answers that have a slot", now.active),
+            ("twinloop:num_requests_waiting", "Answers that wait for a slot", now.queued),
             ("twinloop:kv_cache_usage_perc", "Share of the key-value cache that is filled, 1 for all", now.cache_used),
         ):
             gauge = GaugeMetricFamily(metric, meaning, labels=["model_name"])

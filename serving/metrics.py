@@ -150,8 +150,8 @@ class _State(Collector):
         yield answers
         gauges = {
             "twinloop_tokens_per_second": ("Completion tokens a second, over the last ten seconds", now.tokens_per_s),
-            "twinloop_queued_requests": ("Requests that wait for a slot, or for the prompts before theirs", now.queued),
-            "twinloop_active_requests": ("Requests that have a slot", now.active),
+            "twinloop_queued_requests": ("Answers that wait for a slot, or for the prompts before theirs", now.queued),
+            "twinloop_active_requests": ("Answers that have a slot", now.active),
             "twinloop_slots": ("Answers that can be generated at the same time", now.slots),
             "twinloop_champion_refused": (
                 "1 while the registry's champion cannot be served and another one is",

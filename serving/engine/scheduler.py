@@ -57,7 +57,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class SchedulerMetrics:
-    """Requests waiting and in a slot; completion tokens a second over the last ten; the share of the key-value cache
+    """Answers waiting and in a slot; completion tokens a second over the last ten; the share of the key-value cache
     that the sequences in the slots fill."""
 
     queued: int
