@@ -21,7 +21,7 @@ GREEDY = SamplingParams(max_tokens=60)
 
 @pytest.fixture
 def scheduler():
-    scheduler = Scheduler(small_engine(slots=2))
+    scheduler = Scheduler(small_engine(slots=2), draft_tokens=0)  # a token a step
     yield scheduler
     scheduler.close(drain=False, timeout_s=10)
 
