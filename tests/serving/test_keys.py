@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import time
 
 import httpx
@@ -264,6 +265,17 @@ def test_tokens_read_and_written_are_limited_by_the_minute(serve, keys, clock, p
         assert client.post(path, json=body, headers=key).status_code == 429
         clock.now += 1.1
         assert client.post(path, json=body, headers=key).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_answers_of_one_prompt_take_what_their_usage_says(serve, keys, clock, stream):
+    key = bearer(keys.create("shop", tokens_per_minute=60))
+    two = CHAT[1] | {"n": 2} | ({"stream": True, "stream_options": {"include_usage": True}} if stream else {})
+    with serve() as client:
+        answer = client.post(CHAT[0], json=two, headers=key)
+        whole = json.loads(answer.text.splitlines()[-4].removeprefix("data: ")) if stream else answer.json()
+        refused = client.post(CHAT[0], json=two, headers=key)
+        assert int(refused.headers["retry-after"]) == whole["usage"]["total_tokens"] - 60 + 1
 
 
 def test_limits_are_those_that_the_key_has_now(serve, keys, clock):

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from served import CASE, GOOD, HELLO, MODEL, ScriptedScheduler, make_app, running, wait_until
 from test_clients import ServerProcess, read_all, request_of
+from test_scheduler import Gate
 
 from twinloop.serving.metrics import ASKED
 
@@ -17,7 +18,7 @@ BODIES = {
     "/v1/chat/completions": {"messages": HELLO},
     "/v1/completions": {"prompt": "a", "max_tokens": 300},
 }
-LONG = {"messages": HELLO, "max_tokens": 300, "temperature": 1.0}
+LONG = {"max_tokens": 300, "temperature": 1.0, "ignore_eos": True}
 
 
 # --- admission --------------------------------------------------------------------------------------------------------
@@ -60,13 +61,14 @@ def test_a_request_that_takes_too_long_is_given_up(slow, path):
     assert client.get("/health").status_code == 200
 
 
-def test_a_stream_that_takes_too_long_ends_with_the_reason(slow):
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_stream_that_takes_too_long_ends_with_the_reason(slow, n):
     client, scheduler = slow
-    answer = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True})
+    answer = client.post("/v1/chat/completions", json={"messages": HELLO, "stream": True, "n": n})
     first, *_, last = [json.loads(line.removeprefix("data: ")) for line in answer.text.splitlines() if line]
     assert first["choices"][0]["delta"]["role"] == "assistant"
     assert last["error"]["code"] == "deadline_exceeded"
-    assert scheduler.streams[-1].cancelled.is_set()
+    assert [stream.cancelled.is_set() for stream in scheduler.streams] == [True] * n
 
 
 def test_a_body_that_comes_too_slowly_is_given_up(slow):
@@ -84,7 +86,7 @@ def test_a_body_that_comes_too_slowly_is_given_up(slow):
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 def test_a_client_that_leaves_frees_its_slot_long_before_its_answer_would_end(client, engine_scheduler, path):
     before = engine_scheduler.metrics().totals
-    body = {**LONG, "messages": HELLO} if "chat" in path else {"prompt": "a", "max_tokens": 300, "temperature": 1.0}
+    body = BODIES[path] | LONG
     with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as connection:
         connection.sendall(request_of((path, json.dumps(body).encode())))
         wait_until(lambda: engine_scheduler.active == 1)
@@ -135,34 +137,37 @@ def measured(client):
     return found
 
 
-def test_the_engine_is_measured_under_the_names_of_vllms_dashboards(client, engine_scheduler):
+def test_the_engine_is_measured_under_the_names_of_vllms_dashboards(client, engine_scheduler, tokenizer, monkeypatch):
     before = measured(client)
     assert before["twinloop:num_requests_running"] == before["twinloop:num_requests_waiting"] == 0
     assert before["twinloop:kv_cache_usage_perc"] == 0
-    usage = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 5, "temperature": 0}).json()[
-        "usage"
-    ]
+    two = {"messages": HELLO, "max_tokens": 5, "temperature": 0, "n": 2}
+    usage = client.post("/v1/chat/completions", json=two).json()["usage"]
+    gate = Gate(monkeypatch)  # the next answer does not end by itself
+    (letter,) = tokenizer.encode("a")
+    shown = {"messages": HELLO, **LONG, "logit_bias": {letter: 100}, "stream": True}
     with (
         httpx.Client(base_url=client.base_url, trust_env=False) as leaving,
-        leaving.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as response,
+        leaving.stream("POST", "/v1/chat/completions", json=shown) as response,
     ):
-        next(response.iter_lines())
+        next(line for line in response.iter_lines() if '"content": "a"' in line)
         during = measured(client)
         assert during["twinloop:num_requests_running"] == 1
         assert 0 < during["twinloop:kv_cache_usage_perc"] < 1
     wait_until(lambda: measured(client).get("twinloop:request_success_total{abort}", 0) > 0)
+    gate.opened.set()
     after = measured(client)
     grown = {name: after[name] - before.get(name, 0) for name in after}
     ended = sum(grown[f"twinloop:request_success_total{{{end}}}"] for end in ("stop", "length"))
-    assert (ended, grown["twinloop:request_success_total{abort}"]) == (1, 1)
+    assert (ended, grown["twinloop:request_success_total{abort}"]) == (2, 1)
     assert grown["twinloop:request_success_total{error}"] == 0
-    assert grown["twinloop:e2e_request_latency_seconds_count"] == 1
-    assert grown["twinloop:time_to_first_token_seconds_count"] == 2
-    assert grown["twinloop:request_queue_time_seconds_count"] == 2
+    assert grown["twinloop:e2e_request_latency_seconds_count"] == 2
+    assert grown["twinloop:time_to_first_token_seconds_count"] == 3
+    assert grown["twinloop:request_queue_time_seconds_count"] == 3
     assert grown["twinloop:prompt_tokens_total"] >= 2 * usage["prompt_tokens"]
     assert grown["twinloop:generation_tokens_total"] > usage["completion_tokens"]
-    assert grown["twinloop:inter_token_latency_seconds_count"] >= usage["completion_tokens"] - 1
+    assert grown["twinloop:inter_token_latency_seconds_count"] >= usage["completion_tokens"] - 2
     for end in ("count", "sum"):
         former, name = (f"twinloop:{each}_seconds_{end}" for each in ("time_per_output_token", "inter_token_latency"))
         assert after[former] == after[name]
-    assert engine_scheduler.active == 0
+    wait_until(lambda: engine_scheduler.active == 0)

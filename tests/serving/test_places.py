@@ -69,6 +69,16 @@ def test_places_are_as_many_as_the_scheduler_holds(scheduler):
     assert len(list(scheduler.submit([1, 2], PARAMS))) == 3
 
 
+def test_the_scheduler_is_full_once_no_answer_has_a_place(scheduler):
+    with scheduler.reserve(2):
+        assert not scheduler.full
+        with pytest.raises(QueueFullError):
+            scheduler.reserve(2)
+        with scheduler.reserve():
+            assert scheduler.full
+    assert not scheduler.full
+
+
 def test_a_place_is_for_one_prompt(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
     with scheduler.reserve() as place:
@@ -155,6 +165,16 @@ def test_a_full_queue_refuses_before_anything_is_looked_up_or_tokenised(served):
     assert domain.queries == 1
     assert client.post("/v1/chat/completions", json=too_long).status_code == 400
     assert client.post("/v1/chat/completions", json=no_grammar).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_request_for_more_answers_than_have_a_place_is_refused_whole(served, path):
+    client, _, scheduler = served
+    body = {"messages": HELLO} if "chat" in path else {"prompt": "a"}
+    with scheduler.reserve(2):
+        refused = client.post(path, json=body | {"max_tokens": 2, "n": 2})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+        assert client.post(path, json=body | {"max_tokens": 2}).status_code == 200
 
 
 def test_what_fails_before_the_queue_gives_its_place_back(served):
