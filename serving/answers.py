@@ -79,7 +79,7 @@ class Completion:
 
     def whole(self, choices: Sequence[BaseModel]) -> BaseModel:
         """The completion object, of all answers' `whole`."""
-        return self.form.whole(**self._object(self.form.whole_object, choices), usage=self._usage())
+        return self.form.whole(**self._object(self.form.whole_object, choices), usage=usage_of(self.texts))
 
     def chunks(self, *, include_usage: bool) -> list[Iterator[dict[str, Any]]]:
         """The chunk objects of each answer; after them, with include_usage, comes `usage_chunk`."""
@@ -93,7 +93,7 @@ class Completion:
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk, once all answers are read."""
-        return self._object(self.form.chunk_object, []) | {"usage": self._usage().model_dump()}
+        return self._object(self.form.chunk_object, []) | {"usage": usage_of(self.texts).model_dump()}
 
     def _object(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
         return {
@@ -104,9 +104,6 @@ class Completion:
             "system_fingerprint": self._model.digest,
             "choices": choices,
         }
-
-    def _usage(self) -> Usage:
-        return usage_of(self.texts)
 
 
 class Answers:
