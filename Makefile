@@ -23,7 +23,7 @@ run: .venv/.installed
 	@$(BIN)/twinloop run $(RECIPE)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
