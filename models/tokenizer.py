@@ -1,9 +1,8 @@
 """A model's tokenizer and chat template, as training, evaluation and serving share them; and a new model's own.
 
 Two kinds of text enter here and never mix. The template's own text may hold special tokens; content (a corpus line, a
-customer's message, an answer) is always plain: no text in it can become a special id. Nor can what is not the
-assistant's become another token that the template writes. A conversation is encoded as one text, as `transformers`
-encodes it, in which only the template's special tokens are special.
+customer's message, an answer) is always plain: no text in it becomes a special id, nor, unless it is the assistant's,
+another token that the template writes. A conversation is encoded as one text, as `transformers` encodes it.
 """
 
 from __future__ import annotations
