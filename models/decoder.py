@@ -177,14 +177,11 @@ class Decoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth, and what
-        normalised queries ask for starts larger."""
+        """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth."""
         depth_scale = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif name.endswith("q_norm.weight"):
-                nn.init.constant_(parameter, _QUERY_GAIN - (1 if self.config.norm_plus_one else 0))
             elif "embed_tokens" in name:
                 nn.init.normal_(parameter, std=0.02)
             elif parameter.dim() == 2:
@@ -222,7 +219,3 @@ class Decoder(nn.Module):
 
 
 _RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
-
-_QUERY_GAIN = 2.0
-"""The weight of the norm of queries in a new network. Scores of normalised queries and keys are bounded: at 1 they can
-hardly single out a place among hundreds. At 2 passages are found, and quoted, from fewer tokens."""
