@@ -135,18 +135,13 @@ class CaseMaker:
     def days(self, window: int) -> int | None:
         """Days since delivery: half near the window's edge, a quarter up to twice the window, a quarter anywhere.
 
-        In training half of the first are within a day of the edge, where most verdicts are lost, and the quarter is at
-        distances of every magnitude. None where the draw is not allowed.
+        None where the draw is not allowed.
         """
         roll = self.rng.random()
         if roll < 0.5:
-            most = EDGE_DAYS if self.held_out else self.rng.choice((1, EDGE_DAYS))
-            days = window + self.rng.randint(-most, most)
-        elif roll < 0.75 and self.held_out:
-            days = self.rng.randint(0, 2 * window)
+            days = window + self.rng.randint(-EDGE_DAYS, EDGE_DAYS)
         elif roll < 0.75:
-            distance = int(math.exp(self.rng.uniform(math.log(EDGE_DAYS), math.log(self.params.largest_window))))
-            days = window + self.rng.choice((-distance, distance))
+            days = self.rng.randint(0, 2 * window)
         else:
             days = self.rng.randint(0, self.params.largest_days)
         allowed = 0 <= days <= self.params.largest_days and is_held_out_pair(window, days) == self.held_out
@@ -178,12 +173,9 @@ class CaseMaker:
         self.rng.shuffle(passages)
         return applies, tuple(passages)
 
-    def reason(self) -> str:
-        return self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
-
     def facts(self) -> Facts:
         window = self.window()
-        reason = self.reason()
+        reason = self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
         policy, passages = self.policies(reason, window)
         return Facts(self.order(reason, window), policy, passages)
 

@@ -18,7 +18,7 @@ from twinloop.domains.returns.case_maker import GOLDEN_PAIRS, CaseMaker, Generat
 from twinloop.domains.returns.mutations import good_answer, write_decision, write_json
 from twinloop.domains.returns.phrasings import ADVERSARIAL_TONES, POLICY_WORDS, TONES
 from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, REASONS, Order, build_prompt, is_eligible, order_line
+from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, REASONS, Order, build_prompt, is_eligible
 from twinloop.domains.returns.verifier import Facts
 
 Record = dict[str, Any]
@@ -31,8 +31,8 @@ LENIENT_DAYS = 3
 CITES_DISTRACTOR = 0.05
 QUOTES_NOTHING = 0.05
 
-VERDICTS_A_LEDGER, ORDERS_A_LEDGER = 8, 4
-"""With an archived case they fill a row of 256 tokens: of 12 verdicts a row in seven was empty."""
+VERDICTS_A_LEDGER = 8
+"""With an archived case they fill a row of 256 tokens: of 12 a row in seven was empty."""
 
 
 def distractor(facts: Facts) -> Policy:
@@ -93,25 +93,12 @@ def archive_document(facts: Facts, message: str) -> str:
 
 
 def ledger_document(maker: CaseMaker) -> str:
-    """Many short verdicts, half of them at the window's edge; in every fourth ledger fewer, with their orders.
-
-    The first teach to compare two numbers. The second teach what else a verdict takes, the reason and whether damage
-    was confirmed, which in the archive stands once in a row of tokens.
-    """
-    if maker.rng.random() < 0.75:
-        pairs = [maker.pair() for _ in range(VERDICTS_A_LEDGER)]
-        return ", ".join(_verdict(window, days, days <= window) for window, days in pairs)
+    """A line of many short verdicts, half of them at the window's edge."""
     entries = []
-    for _ in range(ORDERS_A_LEDGER):
-        window = maker.window()
-        order = maker.order(maker.reason(), window)
-        _, facts = order_line(order).split(" | ", 1)
-        entries.append(f"{facts}\n{_verdict(window, order.days_since_delivery, is_eligible(order, window))}")
-    return "\n".join(entries)
-
-
-def _verdict(window: int, days: int, eligible: bool) -> str:
-    return write_json({"window_days": window, "days": days, "eligible": eligible}).strip("{}")
+    for _ in range(VERDICTS_A_LEDGER):
+        window, days = maker.pair()
+        entries.append(write_json({"window_days": window, "days": days, "eligible": days <= window}).strip("{}"))
+    return ", ".join(entries)
 
 
 def index_document(maker: CaseMaker) -> str:

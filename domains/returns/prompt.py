@@ -40,18 +40,14 @@ def build_prompt(order: Order, message: str, passages: Sequence[Policy]) -> list
     follows its text, in the order in which the answer quotes them. Whatever the customer writes stays on one line.
     """
     said = " ".join(message.split())[:MAX_MESSAGE_CHARACTERS]
+    confirmed = "yes" if order.damage_confirmed else "no"
     lines = [f"{CUSTOMER}{said}"]
     lines += [f"policy: {passage.text.lower()} ({passage.policy_id})" for passage in passages]
-    lines.append(order_line(order))
-    return [{"role": "user", "content": "\n".join(lines)}]
-
-
-def order_line(order: Order) -> str:
-    confirmed = "yes" if order.damage_confirmed else "no"
-    return (
+    lines.append(
         f"order: {order.order_id} | reason: {order.reason} | damage confirmed: {confirmed} "
         f"| days: {order.days_since_delivery}"
     )
+    return [{"role": "user", "content": "\n".join(lines)}]
 
 
 def said_by_customer(prompt: Sequence[Mapping[str, str]]) -> str:

@@ -15,7 +15,7 @@ from twinloop.domains.returns import domain
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.mutations import good_answer
-from twinloop.domains.returns.prompt import Order, is_eligible
+from twinloop.domains.returns.prompt import is_eligible
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.evaluation.audit import audit_verifier
 
@@ -93,37 +93,6 @@ def test_ids_of_one_digit_are_no_rarity_in_training(rows: Rows) -> None:
     """They are 7 of 82, and the golden cases cite one."""
     ids = [record["facts"]["policy"]["policy_id"] for record in rows["prompts"]]
     assert 0.2 < sum(len(policy_id) == len("P-7") for policy_id in ids) / len(ids) < 0.35
-
-
-def test_days_of_training_lie_at_every_distance_from_the_edge(rows: Rows) -> None:
-    distances = [abs(days - window) for window, days in (pair(row) for name in TRAIN for row in rows[name])]
-
-    def share(nearest: int, farthest: int) -> float:
-        return sum(nearest <= distance <= farthest for distance in distances) / len(distances)
-
-    assert 0.25 < share(0, 1) < 0.45
-    for nearest, farthest in ((2, 5), (6, 15), (16, 45), (46, 150)):
-        assert share(nearest, farthest) > 0.05
-
-
-def test_ledgers_give_right_verdicts_and_every_fourth_the_orders_that_they_are_about(rows: Rows) -> None:
-    number = r'"window_days": +(\d+), "days": +(\d+), "eligible": (true|false)'
-    order = r"reason: (\w+) \| damage confirmed: (yes|no) \| days: (\d+)\n" + number
-    texts = [row["text"] for row in rows["corpus"] if re.fullmatch(rf"(({order})\n?)+|(({number})(, )?)+", row["text"])]
-    with_orders = [text for text in texts if text.startswith("reason")]
-    assert 0.15 < len(with_orders) / len(texts) < 0.35
-    for text in texts:
-        for window, days, eligible in re.findall(number, text):
-            if eligible == "true":
-                assert int(days) <= int(window)
-            elif text not in with_orders:
-                assert int(days) > int(window)
-    for reason, confirmed, told, window, days, eligible in re.findall(order, "\n".join(with_orders)):
-        facts = Order(
-            order_id="A1000", reason=reason, damage_confirmed=confirmed == "yes", days_since_delivery=int(days)
-        )
-        assert told == days
-        assert (eligible == "true") == is_eligible(facts, int(window))
 
 
 def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None:
