@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -39,6 +39,20 @@ class Asked(SamplingFields):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+
+def refuse_too_long(tokens: int, wanted: int | None, longest: int, *, param: Literal["messages", "prompt"]) -> None:
+    """Raises ApiError where an answer does not fit beside its prompt.
+
+    tokens: of the prompt; wanted: of the answer, where the request says so; longest: of both together; param: the field
+    that holds the prompt.
+    """
+    if longest - tokens >= (wanted or 1):
+        return
+    have = {"messages": "the messages have", "prompt": "the prompt has"}[param]
+    asked = f" and {wanted} were asked for" if wanted else ""
+    problem = f"the model reads and writes at most {longest} tokens; {have} {tokens}{asked}"
+    raise ApiError(400, problem, code="context_length_exceeded", param=param)
 
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:

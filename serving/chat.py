@@ -13,7 +13,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, Domain
 from twinloop.domains.examples import GREETING
 from twinloop.serving.answers import Answers, Completion
-from twinloop.serving.asked import Asked, refuse_unserved
+from twinloop.serving.asked import Asked, refuse_too_long, refuse_unserved
 from twinloop.serving.chat_answer import FORM, ChatAnswer
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import CHAT_RESPONSES
@@ -80,17 +80,12 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         prompt = encode_messages(body.messages, tokenizer, () if use is None else use.prompt_tools)
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
-    available, wanted = longest - len(prompt), body.most_tokens
-    if available < (wanted or 1):
-        raise ApiError(
-            400,
-            f"the model reads and writes at most {longest} tokens; the messages have {len(prompt)}"
-            + (f" and {wanted} were asked for" if wanted else ""),
-            code="context_length_exceeded",
-            param="messages",
-        )
+    refuse_too_long(len(prompt), body.most_tokens, longest, param="messages")
     params = body.sampling_params(
-        max_tokens=available, stop=tokenizer.stop_ids, constraint=constraint, vocab_size=tokenizer.vocab_size
+        max_tokens=longest - len(prompt),
+        stop=tokenizer.stop_ids,
+        constraint=constraint,
+        vocab_size=tokenizer.vocab_size,
     )
     calls = use.form.trigger if use is not None and use.may_call else None
     answers = [

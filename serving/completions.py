@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.answers import Answers, Completion, Form
-from twinloop.serving.asked import Asked, refuse_unserved
+from twinloop.serving.asked import Asked, refuse_too_long, refuse_unserved
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
@@ -216,15 +216,8 @@ def _shown(prompt: str | list[int], tokenizer: ChatTokenizer) -> str:
 
 
 def _params(prompt: Sequence[int], body: CompletionRequest, service: DecisionService) -> SamplingParams:
-    longest, wanted = service.scheduler.max_length, body.max_tokens or DEFAULT_MAX_TOKENS
-    if longest - len(prompt) < wanted:
-        raise ApiError(
-            400,
-            f"the model reads and writes at most {longest} tokens; the prompt has {len(prompt)} and {wanted} were "
-            "asked for",
-            code="context_length_exceeded",
-            param="prompt",
-        )
+    wanted = body.max_tokens or DEFAULT_MAX_TOKENS
+    refuse_too_long(len(prompt), wanted, service.scheduler.max_length, param="prompt")
     return body.sampling_params(
         max_tokens=wanted, stop=service.tokenizer.stop_ids, constraint=None, vocab_size=service.tokenizer.vocab_size
     )
