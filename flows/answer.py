@@ -143,7 +143,7 @@ def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     return example_call(load_served_domain(champion, project).domain)
 
 
-def _ask(address: str, route: str, body: dict[str, Any], *, token: str = "") -> Answer:
+def _ask(address: str, route: str, body: dict[str, Any], *, token: str) -> Answer:
     content = json.dumps(body).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
     request = urllib.request.Request(f"{address}{route}", content, headers)

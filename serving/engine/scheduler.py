@@ -65,7 +65,7 @@ class SchedulerMetrics:
     slots: int
     tokens_per_s: float
     totals: Totals
-    cache_used: float = 0.0
+    cache_used: float
 
 
 class Place:

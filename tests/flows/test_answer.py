@@ -54,13 +54,14 @@ def server() -> Iterator[Callable[[int, bytes], str]]:
 )
 def test_an_answer_that_is_none_is_one_line(server, status: int, body: bytes, said: str) -> None:
     with pytest.raises(UserError, match=rf"/v1/decisions: no answer \(.*{said}") as raised:
-        answer._ask(server(status, body), "/v1/decisions", {"text": "hello"})
+        answer._ask(server(status, body), "/v1/decisions", {"text": "hello"}, token="t")
     assert "\n" not in str(raised.value)
 
 
 def test_the_request_is_kept_beside_its_answer(server) -> None:
     address = server(200, b'{"decision": "late"}')
-    assert answer._ask(address, "/v1/decisions", {"text": "hello"}) == Answer({"text": "hello"}, {"decision": "late"})
+    answered = answer._ask(address, "/v1/decisions", {"text": "hello"}, token="t")
+    assert answered == Answer({"text": "hello"}, {"decision": "late"})
 
 
 PROMOTION = Promotion("promote", "tiny", None, 1, "ada", "today", "g", "d")

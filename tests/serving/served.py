@@ -142,7 +142,7 @@ class ScriptedScheduler:
         self._tokenizer = tokenizer
 
     def metrics(self) -> SchedulerMetrics:
-        return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals())
+        return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
     @contextmanager
     def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:

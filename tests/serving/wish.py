@@ -33,7 +33,7 @@ class Wish:
         self._by_name = Tokenizer.from_file(str(folder / "tokenizer.json"))  # special tokens too
 
     def metrics(self) -> SchedulerMetrics:
-        return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals())
+        return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
     @contextmanager
     def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
