@@ -1,6 +1,6 @@
 """How long clients wait for a decision: 1, 8 and 32 of them, each asking again as soon as it is answered.
 
-    python benchmarks/load.py [--url http://127.0.0.1:8080] [--seconds 10]
+    python benchmarks/load.py [--url http://127.0.0.1:8080 [--key KEY]] [--seconds 10]
 
 Without --url the champion is served for the time of the measurement (`twinloop serve`, so run the lifecycle first).
 Time to first token is the server's own (from the request's arrival); total is what the client waits, over a real
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import secrets
 import statistics
 import subprocess
 import sys
@@ -65,10 +67,11 @@ async def ask(client: httpx.AsyncClient, number: int, until: float, load: Load) 
         load.ttft_ms.append(ttft_ms)
 
 
-async def press(url: str, clients: int, seconds: float) -> Load:
+async def press(url: str, key: str, clients: int, seconds: float) -> Load:
     """A closed loop of `clients` for `seconds`, after one second of warm-up that is not counted."""
+    headers = {"Authorization": f"Bearer {key}"}
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=60, trust_env=False) as client:
         for length, load in ((1.0, Load()), (seconds, Load())):
             until = time.perf_counter() + length
             await asyncio.gather(*(ask(client, number, until, load) for number in range(clients)))
@@ -82,10 +85,11 @@ def quantile(values: Sequence[float], share: float) -> str:
 
 
 @contextmanager
-def champion() -> Iterator[str]:
-    """The champion's server, as a user would start it."""
+def champion(token: str) -> Iterator[str]:
+    """The champion's server, as a user would start it. token: its administrator's, which opens what API keys open."""
     command = [sys.executable, "-m", "twinloop.flows.cli", "serve", "--port", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    environment = os.environ | {"TWINLOOP_ADMIN_TOKEN": token}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert server.stdout is not None
         line = server.stdout.readline()
@@ -97,14 +101,14 @@ def champion() -> Iterator[str]:
         server.wait(60)
 
 
-def measure(url: str, seconds: float) -> Table:
+def measure(url: str, key: str, seconds: float) -> Table:
     model = httpx.get(f"{url}/health", trust_env=False).json()["model"]
     table = Table(
         "clients", "answers/s", "ttft p50", "ttft p95", "total p50", "total p95", "outcomes",
         title=f"{model['name']} version {model['version']}, {seconds:g} s each, ms",
     )  # fmt: skip
     for clients in (1, 8, 32):
-        load = asyncio.run(press(url, clients, seconds))
+        load = asyncio.run(press(url, key, clients, seconds))
         outcomes = ", ".join(f"{count} {name}" for name, count in load.outcomes.most_common())
         table.add_row(
             str(clients),
@@ -121,13 +125,15 @@ def measure(url: str, seconds: float) -> Table:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--url", help="a server that runs already")
+    arguments.add_argument("--key", help="an API key, where that server asks for one")
     arguments.add_argument("--seconds", type=float, default=10.0, help="length of each run")
     options = arguments.parse_args()
     console = Console(width=100)  # the same table in a terminal and in a file
-    server = nullcontext(options.url) if options.url else champion()
+    key = options.key or secrets.token_urlsafe(32)
+    server = nullcontext(options.url) if options.url else champion(key)
     with server as url:
         try:
-            console.print(measure(url, options.seconds))
+            console.print(measure(url, key, options.seconds))
         except httpx.TransportError as error:
             sys.exit(f"{url}: {error or type(error).__name__}; is `twinloop serve` running there?")
 
