@@ -4,7 +4,7 @@
 
 Logits are made: of rank r it is -1.5 log r (sharp), -0.95 log r (wide) or -0.8 log r (flat), in a random order and
 with noise. At the temperature of the rows, 0.9 of the probability is in some 10, 2,500 and 16,000 tokens: the
-candidates that are sorted suffice, are taken a second time, or are the whole vocabulary. Times are of the processor:
+candidates that are sorted suffice, or what is near the last token that is left is sorted. Times are of the processor:
 it is work of one thread, and neighbours on the cores disturb it less. `full sort` is the sorting and adding up alone
 that top_p would else take.
 """

@@ -65,6 +65,10 @@ RANDOM = np.random.default_rng(0)
 SHAPES = {
     "sharp": -1.5 * np.log(1 + RANDOM.permutation(VOCABULARY)),
     "flat": RANDOM.normal(0, 0.3, VOCABULARY),
+    "wide": -0.95 * np.log(1 + RANDOM.permutation(VOCABULARY)),
+    "even": np.zeros(VOCABULARY),
+    # The tokens that the sample sees are not like the others.
+    "striped": np.where(np.arange(VOCABULARY) % 10 == 0, 3.0, 0.0) + RANDOM.normal(0, 0.3, VOCABULARY),
     "tied": RANDOM.integers(0, 4, VOCABULARY) * 2.0,
     "masked": np.where(RANDOM.random(VOCABULARY) < 0.01, RANDOM.normal(0, 2, VOCABULARY), -np.inf),
 }
@@ -74,7 +78,7 @@ CUTS = [
     {"top_p": 0.999},
     {"top_k": 40},
     {"top_k": 256, "top_p": 0.95},
-    {"top_k": 5000, "top_p": 0.95},
+    {"top_k": 5003, "top_p": 0.95},
     {"min_p": 0.3},
     {"min_p": 0.001, "top_p": 0.8},
     {"min_p": 1.0},

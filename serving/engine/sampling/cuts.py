@@ -1,8 +1,9 @@
 """Which tokens are left to the draw: the likeliest ones, as `top_k`, `top_p` and `min_p` say.
 
-A whole vocabulary is rarely sorted. Some hundred candidates are: every token that is at least as likely as the 256th
-of the likeliest tokens of 768 groups, so that no other token is before any of them. Where they do not hold all that is
-left, more are taken, and in the end all; the result is that of the full sort.
+A whole vocabulary is hardly ever sorted. Some hundred candidates are: every token that is at least as likely as the
+256th of the likeliest tokens of 768 groups, so that no other token is before any of them. Where they do not hold all
+that is left, a sample says where about the last token that is left must be, and only what is near it is sorted. The
+result is that of the full sort.
 
 Shapes: letters as in `models.shapes`; N candidates.
 """
@@ -16,9 +17,13 @@ import numpy as np
 
 from twinloop.serving.engine.sampling.bounds import bounded
 
-_CANDIDATES = (256, 4096)
+_CANDIDATES = 256
 _GROUPS_PER_CANDIDATE = 3
 """More groups are slower to sort, fewer leave more candidates: with 3 there are about 1.2 times as many as wanted."""
+
+_SAMPLE, _SAMPLE_ERROR = 2048, 96
+"""How many values are looked at, and by how many of them the place of a token among them may be wrong: about four
+standard deviations."""
 
 _BLOCK = 128
 
@@ -40,30 +45,34 @@ class Cuts:
 
     def kept(self, shifted_V: np.ndarray) -> np.ndarray:
         """The ids of the tokens left, int64, ascending. shifted_V: logits after the temperature, the largest one 0."""
-        top_p_alone = self.top_p < 1 and self.top_k <= 0 and self.min_p == 0
-        total = float(np.exp(shifted_V).sum(dtype=np.float64)) if top_p_alone else None
-        for wanted in (*_CANDIDATES, len(shifted_V)):
-            ids_N, are_all = largest(shifted_V, max(wanted, self.top_k + 1))
-            values_N = shifted_V[ids_N]
-            ranked_N = -np.sort(-values_N)
-            count = self._count(ranked_N, total, are_all)
-            if are_all or count < len(ids_N):
-                break
-        return ids_N[_first(values_N, count, ranked_N[count - 1])]
+        weight_V = np.exp(shifted_V) if self.top_p < 1 and self.top_k <= 0 and self.min_p == 0 else None
+        few_N = self._of_candidates(shifted_V, weight_V)
+        if few_N is not None:
+            return few_N
+        if self.min_p > 0:
+            shifted_V = np.where(shifted_V >= math.log(self.min_p), shifted_V, np.float32(-np.inf))
+        if self.top_p == 1:
+            return np.flatnonzero(shifted_V > -np.inf)
+        return np.flatnonzero(_nucleus(shifted_V, np.exp(shifted_V) if weight_V is None else weight_V, self.top_p))
 
-    def _count(self, ranked_N: np.ndarray, total: float | None, are_all: bool) -> int:
-        """How many of the candidates are left; where it is all of them, others may be left too. total: the weight of
-        which top_p is a share, where it is not that of the candidates that the other cuts leave."""
+    def _of_candidates(self, shifted_V: np.ndarray, weight_V: np.ndarray | None) -> np.ndarray | None:
+        """None where more may be left than the candidates, which is never so with top_k. weight_V: of which top_p is a
+        share, where it is not that of the candidates that the other cuts leave."""
+        ids_N, are_all = largest(shifted_V, max(_CANDIDATES, self.top_k + 1))
+        values_N = shifted_V[ids_N]
+        ranked_N = -np.sort(-values_N)
         count = len(ranked_N)
         if self.min_p > 0:
             count = int(np.count_nonzero(ranked_N >= math.log(self.min_p)))
         if self.top_k > 0:
             count = min(count, self.top_k)
-        decided = are_all or count < len(ranked_N) or total is not None
-        if self.top_p < 1 and decided:
-            weight_N = np.exp(ranked_N[:count]).astype(np.float64)
-            count = _leading(weight_N, self.top_p * (weight_N.sum() if total is None else total))
-        return count
+        if self.top_p < 1 and (are_all or count < len(ranked_N) or weight_V is not None):
+            ranked_weights = np.exp(ranked_N[:count]).astype(np.float64)
+            total = ranked_weights.sum() if weight_V is None else weight_V.sum(dtype=np.float64)
+            count = _leading(ranked_weights, self.top_p * float(total))
+        if count == len(ids_N) and not are_all:
+            return None
+        return ids_N[_first(values_N, count, ranked_N[count - 1])]
 
 
 def draw_cut(logits_V: np.ndarray, cuts: Cuts, temperature: float, uniform: float) -> tuple[int, float]:
@@ -106,6 +115,26 @@ def _leading(weight_N: np.ndarray, sum_wanted: float) -> int:
     inside = weight_N[block * _BLOCK : (block + 1) * _BLOCK]
     before_inside = before_blocks[block] + np.cumsum(inside) - inside
     return max(1, block * _BLOCK + int(np.count_nonzero(before_inside < sum_wanted)))
+
+
+def _nucleus(values_N: np.ndarray, weight_N: np.ndarray, share: float) -> np.ndarray:
+    """Which are the fewest, largest ones first, whose weights (the exponentials) are at least this share of all."""
+    total = float(weight_N.sum(dtype=np.float64))
+    # What is left out is counted: of small weights a sample tells the sum, while some large ones may be most of theirs.
+    step = -(-len(values_N) // _SAMPLE)
+    sample = np.sort(values_N[::step])
+    place = int(np.searchsorted(np.cumsum(np.exp(sample), dtype=np.float64) * step, (1 - share) * total))
+    least = sample[max(0, place - _SAMPLE_ERROR)] if place > _SAMPLE_ERROR else -np.inf
+    most = sample[place + _SAMPLE_ERROR] if place + _SAMPLE_ERROR < len(sample) else np.inf
+    above_N = values_N > most
+    near = -np.sort(-values_N[(values_N >= least) & ~above_N])
+    near_weights = np.exp(near).astype(np.float64)
+    missing = share * total - float((weight_N * above_N).sum(dtype=np.float64))
+    if not 0 < missing <= near_weights.sum():
+        above_N, near, missing = np.zeros_like(above_N), -np.sort(-values_N), share * total
+        near_weights = np.exp(near).astype(np.float64)
+    inside = _leading(near_weights, missing)
+    return _first(values_N, int(np.count_nonzero(above_N)) + inside, near[inside - 1])
 
 
 def _first(values_N: np.ndarray, count: int, least: np.float32) -> np.ndarray:
