@@ -150,16 +150,18 @@ class ChatTokenizer:
             source, settings = without_unused_tokens(source, settings, rows, stop_ids, where=str(path))
         return cls(source, settings, stop_ids=stop_ids, where=str(path))
 
-    def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
+    def save(self, directory: Path | str, *, max_length: int | None = None, pad_id: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
 
-        max_length: of the model beside it, in tokens, where the settings do not say so already.
+        max_length: of the model beside it, in tokens, where the settings do not say so already. pad_id: of the token
+        that fills a batch, where it is not the settings'.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TOKENIZER).write_bytes(self._source.encode())
         limit = {} if max_length is None else {"model_max_length": max_length}
-        text = json.dumps(limit | self._settings, indent=2, ensure_ascii=False) + "\n"
+        padding = {} if pad_id in (None, self.pad_id) else {"pad_token": self.token_bytes[pad_id].decode()}
+        text = json.dumps(limit | self._settings | padding, indent=2, ensure_ascii=False) + "\n"
         (directory / SETTINGS).write_text(text, encoding="utf-8")
 
     @property

@@ -79,6 +79,7 @@ SETTINGS = {
     "pretrain": PACKED | {"tokens": 2048},
     "sft": PACKED | {"epochs": 2},
     "dpo": PACKED | {"epochs": 2},
+    "reward": PACKED | {"epochs": 2},
     "grpo": {"learning_rate": 0.01, "steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
     "smoothed": PACKED | {"epochs": 4, "smoothing": 0.2},
 }
@@ -105,9 +106,9 @@ def run(method: Method, tiny, tokenizer: ChatTokenizer, **changes: object):
     return model, run_training(model, *built, settings, checkpoint_dir=None)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward"])
 def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenizer) -> None:
-    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo"}
+    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo", "reward"}
     _, result = run(load_method(name, PROJECT), tiny, tokenizer)
     assert result.steps >= 2
     assert result.tokens > 0
@@ -115,7 +116,7 @@ def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenize
         assert result.loss < result.initial_loss
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward"])
 def test_a_method_has_at_most_80_lines_of_code(name: str) -> None:
     lines = load_method(name, PROJECT).found.file.read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 80
