@@ -230,6 +230,8 @@ class Domain:
     """The checks of a verdict, in the order in which they are shown."""
     case_kinds: Mapping[str, CaseKind] = STANDARD_KINDS
     metrics: Mapping[str, Metric] = {}
+    labels: Sequence[str] = ()
+    """What `gold` is one of, where each answer is a label: what `method: classify` tells apart."""
 
     def read_facts(self, record: Mapping[str, Any]) -> Any:
         """What is trusted about a record (a row of prompts or cases), as `verify` takes it."""

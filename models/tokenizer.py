@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -100,7 +100,10 @@ class ChatTokenizer:
     """A tokenizer and its chat template. Thread-safe: nothing in it changes after construction.
 
     eos_id: of the token that ends a text. bos_id, pad_id: where there is none of these, `eos_id`.
+    labels: what answers are, where the network has a head for them (`models.label_tokenizer`).
     """
+
+    labels: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ChatTokenizer:
         self._stops = {token: id for token, id in special_ids.items() if id == self.eos_id or id in stop_ids}
 
     @classmethod
-    def load(cls, directory: Path | str, *, rows: int | None = None) -> ChatTokenizer:
+    def load(cls, directory: Path | str, *, rows: int | None = None) -> Self:
         """Read the tokenizer of a model directory. Raises UserError where a file is missing or broken.
         rows: of the embedding; special tokens beyond them are left out where nothing needs them."""
         directory = Path(directory)

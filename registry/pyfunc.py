@@ -24,6 +24,7 @@ from pydantic_core import to_json
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.loader import load_domain
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records import DATA_FILE
 from twinloop.registry.documents import open_documents
@@ -126,7 +127,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> De
     project = Path(named) if named else home
     domain = _domain(flavour["domain"], project, about=str(version or folder))
     scheduler = Scheduler(Engine.load(model, slots=SLOTS))
-    tokenizer = ChatTokenizer.load(model)
+    tokenizer = load_answering(model)
     if domain.request is None:
         return ChatModel(scheduler, tokenizer, domain.max_answer_tokens)
     about = ModelInfo(name=name, version=str(version.version) if version else "", digest=digest)

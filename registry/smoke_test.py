@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
@@ -52,7 +53,7 @@ def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
 
 def smoke_test(exported: Path, domain: Domain) -> SmokeTest:
     """Load an exported model and let it answer. Raises UserError, or whatever breaks, if it does not."""
-    return smoke_test_engine(Engine.load(exported, slots=1), ChatTokenizer.load(exported), domain, exported)
+    return smoke_test_engine(Engine.load(exported, slots=1), load_answering(exported), domain, exported)
 
 
 def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, exported: Path) -> SmokeTest:

@@ -26,20 +26,30 @@ REWARD = ("reward",)
 """The one label of a reward model."""
 
 
-def attach_head(model: Decoder, labels: Sequence[str], tokenizer: ChatTokenizer, ends: Iterable[int]) -> None:
-    """Give the network a head for these labels, which starts at 0, in the place of its vocabulary's logits. One that
-    has a head for just these labels keeps it.
+def attach_head(
+    model: Decoder,
+    labels: Sequence[str],
+    tokenizer: ChatTokenizer,
+    ends: Iterable[int],
+    *,
+    words: Sequence[int] | None = None,
+) -> None:
+    """Give the network a head for these labels in the place of its vocabulary's logits, which starts at 0. A network
+    that has a head for just these labels keeps it.
 
     ends: the tokens with which texts end. None of them may be the padding, which `transformers` looks for to find a
-    text's last token. Raises UserError where the tokenizer has no other special token.
+    text's last token. words: a token for each label; the head then starts as the vocabulary's rows of these. Raises
+    UserError where the tokenizer has no other special token, and for words without a vocabulary to take them from.
     """
     if model.config.labels != tuple(labels):
+        rows = None if words is None else _vocabulary_rows(model, words)
         for name in ("lm_head", "score"):
             if hasattr(model, name):
                 delattr(model, name)
         device = model.model.embed_tokens.weight.device
         model.score = nn.Linear(model.config.hidden_size, len(labels), bias=False, device=device)
-        nn.init.zeros_(model.score.weight)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.zeros_like(model.score.weight) if rows is None else rows)
     padding = _padding(model.config.pad_token_id, tokenizer, {*ends, *tokenizer.stop_ids})
     changes = {"labels": tuple(labels), "tie_word_embeddings": True, "pad_token_id": padding}
     model.config = model.config.model_copy(update=changes)
@@ -52,11 +62,12 @@ def _padding(pad_id: int | None, tokenizer: ChatTokenizer, ends: set[int]) -> in
     return possible[0]
 
 
-def vocabulary_rows(model: Decoder, ids: Sequence[int]) -> torch.Tensor:
+def _vocabulary_rows(model: Decoder, ids: Sequence[int]) -> torch.Tensor:
     """Copies [labels, D] of what the vocabulary's logits of these tokens are made with."""
-    config = model.config
-    table = model.model.embed_tokens.weight if config.tie_word_embeddings else model.lm_head.weight
-    return table.detach()[list(ids)].float().clone()
+    if model.config.labels:
+        raise UserError("head: words: the network has a head of other labels and writes no words; take head: labels")
+    table = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return table.weight.detach()[list(ids)].clone()
 
 
 @torch.no_grad()

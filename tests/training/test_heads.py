@@ -170,7 +170,7 @@ def test_first_reward_loss_is_ln_2(tokenizer):
 
 @pytest.mark.parametrize(("margin", "centring"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.01), (1.5, 0.1)])
 def test_reward_loss_is_that_of_trl_on_the_same_batch(tmp_path, tokenizer, margin, centring):
-    """RewardTrainer.compute_loss of TRL 0.24, on the logits of `transformers`, each answer with a copy of its prompt."""
+    """`compute_loss` of its RewardTrainer, on the logits of `transformers`, each answer with a copy of its prompt."""
     from transformers import AutoModelForSequenceClassification
 
     model = headed(tokenizer, ("reward",))
