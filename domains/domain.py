@@ -289,6 +289,11 @@ class Domain:
         """The chat messages that ask for the answer: one function for training data, evaluation and serving."""
         raise NotImplementedError(f"{self.name} builds no prompts")
 
+    def text_prompt(self, text: str) -> list[Message]:
+        """The chat messages that ask which label a text has, for `POST /v1/classify`. May raise pydantic's
+        ValidationError for what is no text of the domain."""
+        return [{"role": "user", "content": text}]
+
     def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[Any, Sequence[Document]] | None:
         """The request and the passages that a prompt of the data was made from, so that validation can build it again
         and compare; None: that cannot be said. facts: of its row, or None. May raise pydantic's ValidationError for

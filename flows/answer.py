@@ -135,12 +135,13 @@ def answer_over_http(project: Path, model: str) -> Answer:
 
 def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     """Where the champion is asked, and what."""
+    from twinloop.models.directory import load_config
     from twinloop.registry.champion import load_served_domain
     from twinloop.registry.smoke_test import example_call
     from twinloop.registry.versions import CHAMPION, Registry
 
     champion = Registry.of(project, model).find(CHAMPION)
-    return example_call(load_served_domain(champion, project).domain)
+    return example_call(load_served_domain(champion, project).domain, load_config(champion.path).labels)
 
 
 def _ask(address: str, route: str, body: dict[str, Any], *, token: str) -> Answer:

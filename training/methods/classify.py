@@ -1,8 +1,8 @@
 """Classification (Radford et al., 2018): a head gives each label a score at the last token of the prompt, and what it
 gives to the right label's softmax is raised. The network below it learns too.
 
-`head: labels` starts at 0 for every label. `head: words` starts as the vocabulary's rows of the labels' first tokens, so
-that the network begins with what it would answer: for a base that was trained to write labels, or a large one.
+`head: labels` starts at 0 for every label. `head: words` starts as the vocabulary's rows of the labels' first tokens,
+so that the network begins with what it would answer: for a base that was trained to write labels, or a large one.
 """
 
 from __future__ import annotations
