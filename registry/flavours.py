@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MLMODEL = "MLmodel"
 LOADER = "twinloop.registry.pyfunc"
 MAX_TOKENS = "max_tokens"
+_TASKS = {"TextGeneration": "text-generation", "TextClassification": "text-classification"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -125,9 +126,10 @@ def _transformers(folder: Path) -> dict[str, Any]:
         if (source := folder / MODEL_FOLDER / name).exists():
             shutil.copyfile(source, tokenizer / name)
     config = json.loads((folder / MODEL_FOLDER / "config.json").read_bytes())
+    kind = "TextClassification" if "id2label" in config else "TextGeneration"
     return {
-        "task": "text-generation",
-        "instance_type": "TextGenerationPipeline",
+        "task": _TASKS[kind],
+        "instance_type": f"{kind}Pipeline",
         "pipeline_model_type": config["architectures"][0],
         "source_model_name": MODEL_FOLDER,
         "model_binary": MODEL_FOLDER,

@@ -283,3 +283,81 @@ def test_an_adapter_and_a_head_train_together(tmp_path, tokenizer):
     assert model.score.weight.abs().max() > 0
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert "score.weight" in get_weights(model)
+
+
+COLOURS = ("red", "green", "blue")
+
+
+class Colours(Domain):
+    """Texts that name a colour."""
+
+    labels = COLOURS
+
+    def gold(self, facts):
+        return facts
+
+
+def coloured(count, seed):
+    chosen = np.random.default_rng(seed).choice(COLOURS, count)
+    return [{"prompt": asked(f"the {n} is {colour} today"), "facts": str(colour)} for n, colour in enumerate(chosen)]
+
+
+def classified(tokenizer, tmp_path, domain=None, base=None, **changes):
+    method = load_method("classify", tmp_path)
+    settings = method.settings.model_validate(SETTINGS | changes)
+    model = base or new_decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **BASE), seed=0)
+    built = method.build(coloured(150, 1), model, tokenizer, settings, Runtime(seed=1, threads=1), domain or Colours())
+    return model, run_training(model, *built, settings, checkpoint_dir=None)
+
+
+def test_classify_learns_the_labels_of_texts_that_it_never_saw(tmp_path, tokenizer):
+    model, result = classified(tokenizer, tmp_path)
+    assert result.initial_loss == pytest.approx(math.log(3), abs=1e-6)
+    assert model.config.labels == COLOURS
+    rows = coloured(60, 2)
+    trees = [labelled(tokenizer.encode_prompt(row["prompt"])) for row in rows]
+    found = [COLOURS[int(scores[0].argmax())] for scores in tree_scores(model, trees, seq_len=128)]
+    assert np.mean([label == row["facts"] for label, row in zip(found, rows, strict=True)]) > 0.9
+    ends = {tree.segments[0].tokens[-1] for tree in trees}
+    assert model.config.pad_token_id not in ends
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_words_starts_as_the_vocabularys_logits_of_their_first_tokens(tmp_path, tokenizer, tied):
+    config = DecoderConfig(vocab_size=tokenizer.vocab_size, tie_word_embeddings=tied, **BASE)
+    model = new_decoder(config, seed=0)
+    prompt = tokenizer.encode_prompt(asked("the sky is blue"))
+    words = [tokenizer.encode_answer(label)[0] for label in COLOURS]
+    with torch.no_grad():
+        vocabulary = model.logits(model.hidden(torch.tensor([prompt]), torch.arange(len(prompt))[None]))[0, -1]
+    method = load_method("classify", tmp_path)
+    settings = method.settings.model_validate(SETTINGS | {"head": "words"})
+    method.build(coloured(9, 1), model, tokenizer, settings, Runtime(seed=1, threads=1), Colours())
+    found = tree_scores(model, [labelled(prompt)], seq_len=128)[0][0]
+    np.testing.assert_allclose(found, vocabulary[words].numpy(), atol=1e-5)
+
+
+def test_what_cannot_be_classified_is_said_in_one_line(tmp_path, tokenizer):
+    class Alike(Colours):
+        labels = ("late", "lately")
+
+        def gold(self, facts):
+            return "late"
+
+    with pytest.raises(UserError, match="has no labels; derive it from Classification"):
+        classified(tokenizer, tmp_path, domain=Domain())
+    with pytest.raises(UserError, match="late and lately begin with the same token; take head: labels"):
+        classified(tokenizer, tmp_path, domain=Alike(), head="words")
+    with pytest.raises(UserError, match="has a head of other labels and writes no words"):
+        classified(tokenizer, tmp_path, base=headed(tokenizer, ("reward",)), head="words")
+
+
+def test_a_classifier_trains_on_where_its_labels_are_the_same(tmp_path, tokenizer):
+    model, first = classified(tokenizer, tmp_path)
+    weights = model.score.weight.detach().clone()
+    method = load_method("classify", tmp_path)
+    settings = method.settings.model_validate(SETTINGS)
+    method.build(coloured(9, 1), model, tokenizer, settings, Runtime(seed=1, threads=1), Colours())
+    assert torch.equal(model.score.weight, weights)
+    _, second = classified(tokenizer, tmp_path, base=model)
+    assert second.initial_loss < 0.5 * first.initial_loss
