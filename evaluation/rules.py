@@ -175,8 +175,7 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
         rules |= COMPARED
     if domain.has("reference"):
         rules |= REFERENCE
-    rules |= REWARD
-    rules |= GENERIC
+    rules |= GENERIC | REWARD
     for name, metric in domain.metrics.items():
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")

@@ -13,7 +13,6 @@ from typing import Any
 
 from prefect import task
 
-from twinloop.common.errors import UserError
 from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import TrainStage
@@ -54,9 +53,6 @@ def train(
         network, tokenizer = load_decoder(model.path), ChatTokenizer.load(model.path)
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)
-        if network.config.labels and not method.has_head:
-            raise UserError(f"{stage.place}: {stage.name} trains a network that writes text, and this one has a head "
-                            f"for {', '.join(network.config.labels)}; start from another base")  # fmt: skip
         records = read_records(data.path, method.records)
         objective, batches = method.build(records, network, tokenizer, settings, runtime, context.domain)
         result = run_training(
