@@ -175,7 +175,7 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
         rules |= COMPARED
     if domain.has("reference"):
         rules |= REFERENCE
-    rules |= GENERIC | REWARD
+    rules |= {**GENERIC, **REWARD}
     for name, metric in domain.metrics.items():
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")

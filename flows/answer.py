@@ -75,11 +75,15 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from pydantic import ValidationError
 
     from twinloop.domains.examples import example_request
+    from twinloop.models.directory import load_config
     from twinloop.registry.champion import load_served_domain, open_champion
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
 
-    domain = load_served_domain(Registry.of(project, model).find(CHAMPION), project).domain
+    version = Registry.of(project, model).find(CHAMPION)
+    domain = load_served_domain(version, project).domain
+    if load_config(version.path).kind == "reward":
+        raise UserError(f"{model}: its champion is a reward model; `twinloop serve` and ask /v1/classify for scores")
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
     example = f"such as '{json.dumps(example_request(domain))}'"

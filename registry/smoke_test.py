@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
-from twinloop.domains.examples import example_messages, example_request
+from twinloop.domains.examples import example_messages, example_request, scored_example
 from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
@@ -48,7 +48,7 @@ class SmokeTest:
 def example_call(domain: Domain, labels: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """The route and the body with which a server of this domain is asked for an answer. labels: of the model's head."""
     if len(labels) == 1:
-        return CLASSIFY, {"input": _scored_example(domain)}
+        return CLASSIFY, {"input": scored_example(domain)}
     if labels and domain.request is None:
         return CLASSIFY, {"input": example_messages(domain)}
     if domain.request is None:
@@ -66,7 +66,7 @@ def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, 
     scheduler = Scheduler(engine)
     try:
         if len(tokenizer.labels) == 1:
-            return _score(scheduler, tokenizer, _scored_example(domain), exported)
+            return _score(scheduler, tokenizer, scored_example(domain), exported)
         if domain.request is None:
             return _chat(scheduler, tokenizer, example_messages(domain), exported)
         return _decide(scheduler, tokenizer, domain, exported)
@@ -95,19 +95,12 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
     return SmokeTest(example, response, f"escalated: {reasons}" if response.escalated else passed)
 
 
-def _scored_example(domain: Domain) -> list[Message]:
-    return [*example_messages(domain), {"role": "assistant", "content": "hello"}]
-
-
 def _score(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message], exported: Path) -> SmokeTest:
-    *asked, answer = messages
-    tokens = tokenizer.encode_prompt(asked) + tokenizer.encode_answer(answer["content"])
+    tokens = tokenizer.encode_answered(messages)
     if len(tokens) >= scheduler.max_length:
         raise UserError(f"{exported}: it loads and answers nothing (its example has more tokens than it can read)")
-    stream = scheduler.submit(tokens, SamplingParams(max_tokens=1))
-    for _ in stream:
-        pass
-    if stream.prompt.logits_V is None or not math.isfinite(score := float(stream.prompt.logits_V[0])):
+    score = float(scheduler.submit(tokens, SamplingParams(max_tokens=1)).prompt_logits()[0])
+    if not math.isfinite(score):
         raise UserError(f"{exported}: it loads and gives no score")
     return SmokeTest({"messages": messages}, None, f"score {score:.4g}")
 
