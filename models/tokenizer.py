@@ -261,7 +261,8 @@ class ChatTokenizer:
     def encode_answered(self, messages: Sequence[Message]) -> list[int]:
         """A prompt with its answer, the last message, up to the stop token: what a reward model scores.
 
-        Raises UserError as `encode_prompt` and `encode_answer` do, and where the last message is not the assistant's."""
+        Raises UserError as `encode_prompt` and `encode_answer` do, and where the last message is not the assistant's.
+        """
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise UserError("messages: the last one must be the assistant's answer that is scored")
         return [*self.encode_prompt(messages[:-1]), *self.encode_answer(messages[-1]["content"])]

@@ -133,7 +133,8 @@ class Recipe(StrictModel):
     @property
     def answer_tokens(self) -> int:
         """The most tokens of an answer that is measured; of a network with a head it is one."""
-        return 1 if self.train[-1].method.has_head else self.evaluate.max_new_tokens
+        headed = any(stage.method.has_head for stage in self.train[-1:])
+        return 1 if headed else self.evaluate.max_new_tokens
 
     @property
     def dataset(self) -> str:
