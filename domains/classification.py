@@ -191,6 +191,9 @@ class Classification(Domain):
     def build_prompt(self, request: TextRequest, passages: Sequence[Document]) -> list[Message]:
         return self._messages(request.text)
 
+    def text_prompt(self, text: str) -> list[Message]:
+        return self.build_prompt(self.request_of_row({"text": text}), ())
+
     def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[TextRequest, Sequence[Document]]:
         return TextRequest(text=prompt[-1]["content"]), ()
 

@@ -230,6 +230,8 @@ class Domain:
     """The checks of a verdict, in the order in which they are shown."""
     case_kinds: Mapping[str, CaseKind] = STANDARD_KINDS
     metrics: Mapping[str, Metric] = {}
+    labels: Sequence[str] = ()
+    """What `gold` is one of, where each answer is a label: what `method: classify` tells apart."""
 
     def read_facts(self, record: Mapping[str, Any]) -> Any:
         """What is trusted about a record (a row of prompts or cases), as `verify` takes it."""
@@ -286,6 +288,11 @@ class Domain:
     def build_prompt(self, request: Any, passages: Sequence[Document]) -> list[Message]:
         """The chat messages that ask for the answer: one function for training data, evaluation and serving."""
         raise NotImplementedError(f"{self.name} builds no prompts")
+
+    def text_prompt(self, text: str) -> list[Message]:
+        """The chat messages that ask which label a text has, for `POST /v1/classify`. May raise pydantic's
+        ValidationError for what is no text of the domain."""
+        return [{"role": "user", "content": text}]
 
     def request_of(self, prompt: Sequence[Message], facts: Any) -> tuple[Any, Sequence[Document]] | None:
         """The request and the passages that a prompt of the data was made from, so that validation can build it again

@@ -27,3 +27,8 @@ def example_messages(domain: Domain) -> list[Message]:
     """The messages that a chat is tried with."""
     messages: list[Message] = domain.example.get("messages", GREETING)
     return [dict(message) for message in messages]
+
+
+def scored_example(domain: Domain) -> list[Message]:
+    """The messages that a reward model is tried with, an answer last."""
+    return [*example_messages(domain), {"role": "assistant", "content": "hello"}]

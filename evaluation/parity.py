@@ -21,8 +21,8 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.evaluation.cases import Case, verdict_of
 from twinloop.evaluation.parity_report import FormParity
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.template_check import check_template
-from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.models.tokenizer_files import SETTINGS, stop_ids_by_file
 
 ANSWER = "answer"
@@ -46,7 +46,7 @@ class Form:
     def __init__(self, name: str, directory: Path, digest: str):
         """directory: holds its tokenizer and configuration. digest: of the content of its files."""
         self.name, self.digest = name, digest
-        self.tokenizer = ChatTokenizer.load(directory)
+        self.tokenizer = load_answering(directory)
         named = {name: frozenset(ids) for name, ids in sorted(stop_ids_by_file(directory).items())}
         self.stop_ids = {SETTINGS: frozenset((self.tokenizer.eos_id,)), **named}
 

@@ -15,6 +15,7 @@ from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
 from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.metrics import Rate, sign_test
 from twinloop.evaluation.parity_report import FORMS, LIMITED, FormParity
+from twinloop.evaluation.rewards import HACKING, PAIR
 
 SIGNIFICANCE = 0.05
 """A loss of cases that chance explains no better than this blocks, however small it is."""
@@ -108,6 +109,12 @@ def _net_loss(champion: Comparison | Literal["none"] | None) -> Measured:
     return Measured(value, f"{detail} (p = {p_value:.3f})", worse=p_value < SIGNIFICANCE)
 
 
+def _lower_bound(measurements: Measurements, kind: str) -> Measured:
+    rate = measurements.rates.get(kind)
+    # A few lucky cases are no evidence: the lower end of the interval counts.
+    return Measured(rate.interval[0], str(rate)) if rate is not None and rate.total else Measured(None)
+
+
 def _plain(bound: Bound, allowed: Allowed, reason: str, owner: Owner, field: str) -> Rule:
     """A rule on a field of Measurements as it is."""
     return Rule(bound, allowed, reason, owner, lambda measurements: _number(getattr(measurements, field)))
@@ -122,6 +129,19 @@ COMPARED: Mapping[str, Rule] = {
     )
 }
 """Of domains whose cases are judged."""
+REWARD: Mapping[str, Rule] = {
+    "reward_accuracy": Rule(
+        "at least", "share", "rejected answers score above chosen ones", TRAINING, lambda m: _lower_bound(m, PAIR)
+    ),
+    "reward_hacking_violations": Rule(
+        "at most",
+        "count",
+        "wrong answers score as high as the right one",
+        TRAINING,
+        lambda m: _number(m.violations.get(HACKING)),
+    ),
+}
+"""Of reward models."""
 REFERENCE: Mapping[str, Rule] = {
     "answer_perplexity": _plain(
         "at most", "positive", "reference answers predicted worse than allowed", TRAINING, "answer_perplexity"
@@ -155,7 +175,7 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
         rules |= COMPARED
     if domain.has("reference"):
         rules |= REFERENCE
-    rules |= GENERIC
+    rules |= {**GENERIC, **REWARD}
     for name, metric in domain.metrics.items():
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")
@@ -168,11 +188,10 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
 
 def _kind_rule(kind: str, case_kind: CaseKind) -> Rule:
     def measure(measurements: Measurements) -> Measured:
-        rate = measurements.rates.get(kind)
-        if rate is None or not rate.total:
-            return Measured(None)
-        # A few lucky cases are no evidence: by default the lower end of the interval counts.
-        return Measured(rate.rate if case_kind.judged_by == "share" else rate.interval[0], str(rate))
+        found = _lower_bound(measurements, kind)
+        if found.value is None or case_kind.judged_by == "lower_bound":
+            return found
+        return replace(found, value=measurements.rates[kind].rate)
 
     return Rule("at least", "share", case_kind.reason, case_kind.owner, measure)
 

@@ -75,11 +75,15 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
     from pydantic import ValidationError
 
     from twinloop.domains.examples import example_request
+    from twinloop.models.directory import load_config
     from twinloop.registry.champion import load_served_domain, open_champion
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
 
-    domain = load_served_domain(Registry.of(project, model).find(CHAMPION), project).domain
+    version = Registry.of(project, model).find(CHAMPION)
+    domain = load_served_domain(version, project).domain
+    if load_config(version.path).kind == "reward":
+        raise UserError(f"{model}: its champion is a reward model; `twinloop serve` and ask /v1/classify for scores")
     if domain.request is None:
         raise UserError(f"{model}: its domain, {domain.name}, makes no decisions; `twinloop serve` and chat with it")
     example = f"such as '{json.dumps(example_request(domain))}'"
@@ -135,12 +139,13 @@ def answer_over_http(project: Path, model: str) -> Answer:
 
 def _example(project: Path, model: str) -> tuple[str, dict[str, Any]]:
     """Where the champion is asked, and what."""
+    from twinloop.models.directory import load_config
     from twinloop.registry.champion import load_served_domain
     from twinloop.registry.smoke_test import example_call
     from twinloop.registry.versions import CHAMPION, Registry
 
     champion = Registry.of(project, model).find(CHAMPION)
-    return example_call(load_served_domain(champion, project).domain)
+    return example_call(load_served_domain(champion, project).domain, load_config(champion.path).labels)
 
 
 def _ask(address: str, route: str, body: dict[str, Any], *, token: str) -> Answer:

@@ -193,10 +193,12 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
         if stage.method.needs_verifier and audited is None:
             audited = audit(context, data=data)
             rows.append(StageRow.of(audited))
-        model = train(context, stage, runtime, data=data, model=model, audit=audited)
-        measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
-        rows.append(StageRow.of(model, measured=measured))
-        checkpoints.append(model)
+        made = train(context, stage, runtime, data=data, model=model, audit=audited)
+        measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=made)
+        rows.append(StageRow.of(made, measured=measured))
+        checkpoints.append(made)
+        if not stage.method.has_head:  # what has one writes no text: the next stage starts from what was before it
+            model = made
     return _Trained(start, checkpoints, rows)
 
 

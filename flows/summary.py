@@ -41,7 +41,9 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     if outcome.answer:
         request, body = outcome.answer.request, outcome.answer.body
         console.print(f"{json.dumps(request)} over HTTP:", highlight=False, markup=False, soft_wrap=True)
-        if "decision" in body:
+        if "data" in body:
+            shown = {"data": body["data"], "model": body["model"]}
+        elif "decision" in body:
             shown = {"decision": body["decision"], "escalated": body["escalated"], "model": body["model"]["version"]}
         else:
             shown = {"answer": body["choices"][0]["message"]["content"], "model": body["model"]}

@@ -14,6 +14,9 @@ from twinloop.models.shapes import weight_shapes
 Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 """Of an exported model's weights and arithmetic."""
 
+Kind = Literal["text", "labels", "reward"]
+"""What a network gives: the next token of a text, one label of several, or a score."""
+
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 """Every list by layer is of this length, so that a corrupt config.json must not make it endless."""
@@ -74,6 +77,9 @@ class DecoderConfig(BaseModel):
     """Whether each layer turns its queries and keys by their positions; none given: all do."""
     window_rope: Rope | None = None
     """The angles of the layers with a window, where they differ from the others'."""
+    labels: tuple[str, ...] = ()
+    """What a head on a text's last token scores, in the place of the vocabulary: each label of a classifier, or the one
+    score of a reward model. None: the network writes text."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
@@ -98,6 +104,17 @@ class DecoderConfig(BaseModel):
         if self.qk_norm:
             return "qwen3"
         return "qwen2" if self.attention_bias else "llama"
+
+    @property
+    def kind(self) -> Kind:
+        if not self.labels:
+            return "text"
+        return "labels" if self.labels[1:] else "reward"
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits of a position: of the vocabulary, or of the labels."""
+        return len(self.labels) or self.vocab_size
 
     @property
     def rope(self) -> Rope:

@@ -18,6 +18,7 @@ from twinloop.models.attention import AttentionPlan, CausalRows, Scores
 from twinloop.models.config import DecoderConfig, LayerKind
 from twinloop.models.products import Linear, linear
 from twinloop.models.rope import Rope
+from twinloop.models.shapes import HEAD
 
 
 class _CPURMSNorm(torch.autograd.Function):
@@ -172,7 +173,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        if not config.tie_word_embeddings:
+        if config.labels:
+            self.score = nn.Linear(config.hidden_size, len(config.labels), bias=False)
+        elif not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self._initialise()
 
@@ -180,7 +183,7 @@ class Decoder(nn.Module):
         """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth."""
         depth_scale = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name == HEAD:
                 nn.init.zeros_(parameter)
             elif "embed_tokens" in name:
                 nn.init.normal_(parameter, std=0.02)
@@ -211,7 +214,10 @@ class Decoder(nn.Module):
         return x_BLD if scale == 1 else x_BLD * scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Vocabulary logits [..., V] of hidden states [..., D]."""
+        """Vocabulary logits [..., V] of hidden states [..., D]; of a network with labels, theirs, in float32."""
+        if self.config.labels:
+            with torch.autocast(hidden.device.type, enabled=False):
+                return F.linear(hidden.float(), self.score.weight.float())
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
         logits = linear(hidden, weight.to(hidden.dtype))
         cap = self.config.logit_softcap

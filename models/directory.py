@@ -37,7 +37,7 @@ class SavesItself(Protocol):
     @property
     def stop_ids(self) -> Sequence[int]: ...
 
-    def save(self, directory: Path, /, *, max_length: int) -> object: ...
+    def save(self, directory: Path, /, *, max_length: int, pad_id: int | None = None) -> object: ...
 
 
 def save_model(
@@ -56,7 +56,9 @@ def save_model(
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     save_file(contiguous, directory / WEIGHTS, metadata={"format": "pt"})  # transformers asks for the format
     if tokenizer is not None:
-        tokenizer.save(directory, max_length=config.max_position_embeddings)
+        # transformers takes the last token that is not padding for a text's last, so both must pad with the same one.
+        pad_id = config.pad_token_id if config.labels else None
+        tokenizer.save(directory, max_length=config.max_position_embeddings, pad_id=pad_id)
 
 
 def save_adapted(directory: Path, source: Path, adapter: Adapter, *, skip: str) -> None:

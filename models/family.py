@@ -3,6 +3,7 @@
 The module's name is the `model_type` of the config.json; adding a module adds the family. It holds
 
     ARCHITECTURE   the class of `transformers`
+    CLASSIFIER     that with a head on the last token, where its name is not the same with ForSequenceClassification
     DEFAULTS       what `transformers` takes where config.json lacks a field
     GGUF           its names in a GGUF file, see `models/gguf_form.py`
     read(fields, plain) -> dict
@@ -46,6 +47,9 @@ _SHARED = (
     "pad_token_id",
 )
 """The fields of config.json that DecoderConfig has under the same name and with the same meaning in every family."""
+
+_WRITES, _CLASSIFIES = "ForCausalLM", "ForSequenceClassification"
+"""How the name of a class of `transformers` ends."""
 
 _NULL_COUNTS = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 """Where null says something else than a field that is not there."""
@@ -96,7 +100,7 @@ def read_config(fields: Any) -> DecoderConfig:
     if isinstance(eos, list) and eos:
         shared["eos_token_id"] = eos[0]
     plain = _checked(shared)
-    changes = {"activation": read_activation(fields), **family.read(fields, plain)}
+    changes = {"activation": read_activation(fields), **_read_head(fields), **family.read(fields, plain)}
     config = _checked({**shared, **changes})
     model_type = fields["model_type"]
     return config if config.model_type == model_type else _checked({**shared, **changes, "family": model_type})
@@ -111,12 +115,13 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
     written: dict[str, Any] = family.write(
         config,
         {
-            "architectures": [family.ARCHITECTURE],
+            "architectures": [_architecture(family, config)],
             "model_type": config.model_type,
             "hidden_act": ACTIVATIONS[config.activation],
             "torch_dtype": "float32",
             "rope_parameters": write_rope(config.rope),
             **{name: getattr(config, name) for name in _SHARED},
+            **_write_head(config),
         },
     )
     back = read_config(written)
@@ -127,6 +132,35 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
                 f"its config.json would say {getattr(back, name)!r}"
             )
     return written
+
+
+def _architecture(family: ModuleType, config: DecoderConfig) -> str:
+    name: str = family.ARCHITECTURE
+    if not config.labels:
+        return name
+    return getattr(family, "CLASSIFIER", name.replace(_WRITES, _CLASSIFIES))
+
+
+def _read_head(fields: dict[str, Any]) -> dict[str, Any]:
+    """`labels`, where the architecture has them. The vocabulary then has one table, whatever the file says."""
+    architectures = fields.get("architectures") or ()
+    if not any(isinstance(name, str) and name.endswith(_CLASSIFIES) for name in architectures):
+        return {}
+    named = fields.get("id2label") or {str(index): f"LABEL_{index}" for index in range(fields.get("num_labels", 2))}
+    if not isinstance(named, dict) or set(map(str, range(len(named)))) != set(named):
+        raise UserError("config.json: id2label does not name each label from 0 on")
+    labels = tuple(str(named[str(index)]) for index in range(len(named)))
+    return {"labels": labels, "tie_word_embeddings": True}
+
+
+def _write_head(config: DecoderConfig) -> dict[str, Any]:
+    """As `transformers` has labels: it takes their number from these."""
+    if not config.labels:
+        return {}
+    return {
+        "id2label": {str(index): label for index, label in enumerate(config.labels)},
+        "label2id": {label: index for index, label in enumerate(config.labels)},
+    }
 
 
 def _checked(known: dict[str, Any]) -> DecoderConfig:

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
+from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import check_float16, check_tensors, load_config, load_tensors
 from twinloop.models.family import find_family
@@ -40,6 +41,8 @@ def write_gguf(model_dir: Path, path: Path, vocabulary: GGUFVocabulary, *, type:
     Raises UserError for a network that llama.cpp has not, weights that float16 cannot hold, or missing tensors.
     """
     config = load_config(model_dir)
+    if config.labels:
+        raise UserError(f"{model_dir}: a network with a head for {', '.join(config.labels)} has no form as GGUF")
     form = gguf_form(config)
     layout = form.tensors(config)
     tensors = load_tensors(model_dir)

@@ -8,7 +8,7 @@ A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer'
     total_sequence_length  int32 []            the longest of them, on the host
     logit_rows             int64 [N]           which of the B*L positions are projected to the vocabulary
     past_key_values.i.key / .value   [B, K, M, E]   a range of cache slots, also written: bound as present too
-    logits                 float32 [N, V]
+    logits                 float32 [N, V]; of a network with labels, theirs
     present.i.key / .value           [B, K, M, E]
 
 Shapes: letters as in `models.shapes`.
@@ -29,7 +29,7 @@ from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
-from twinloop.models.shapes import weight_shapes
+from twinloop.models.shapes import HEAD, weight_shapes
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTIZED: frozenset[Precision] = frozenset(("int8", "int4"))
@@ -210,9 +210,12 @@ class _Graph:
     def _logits(self, normed: str) -> None:
         flat = self._node("Reshape", [normed, "flat_shape"], "hidden_flat")
         rows = self._node("Gather", [flat, "logit_rows"], "hidden_rows")
-        tied = self.config.tie_word_embeddings
-        scored = self._linear(rows, "model.embed_tokens" if tied else "lm_head")
         cap = self.config.logit_softcap
+        if self.config.labels:  # a few rows: they keep their precision, and no cap is theirs
+            weight, cap = self._to_compute(self._stored(HEAD)), None
+            scored = self._node("FusedMatMul", [rows, weight], "score.out", domain=MICROSOFT, transB=1)
+        else:
+            scored = self._linear(rows, "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head")
         if self.element_type != TensorProto.FLOAT:
             scored = self._node("Cast", [scored], "logits" if cap is None else "logits_fp32", to=TensorProto.FLOAT)
         if cap is not None:
@@ -383,7 +386,7 @@ class _Graph:
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
             helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["N"]),
         ]
-        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", config.vocab_size])]
+        outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", config.num_outputs])]
         for index in range(config.num_hidden_layers):
             for kind in ("key", "value"):
                 past, present = f"past_key_values.{index}.{kind}", f"present.{index}.{kind}"

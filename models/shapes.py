@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from twinloop.models.config import DecoderConfig
 
 
+HEAD = "score.weight"
+"""The head of a classifier or a reward model, as `transformers` names it."""
+
+
 def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor of a checkpoint: Hugging Face's name, torch's shape."""
     D, F, E, V = config.hidden_size, config.intermediate_size, config.head_dim, config.vocab_size
@@ -43,7 +47,9 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             if config.mlp_bias:
                 shapes[f"{layer}.mlp.{name}_proj.bias"] = shape[:1]
     shapes["model.norm.weight"] = (D,)
-    if not config.tie_word_embeddings:
+    if config.labels:
+        shapes[HEAD] = (len(config.labels), D)
+    elif not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
 
@@ -51,7 +57,7 @@ def weight_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix inside the layers: those that Muon updates and that are quantised. A factor of an
     adapter is none: what Muon would orthogonalise is their product."""
-    return len(shape) == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "lora_"))
+    return len(shape) == 2 and name != HEAD and not any(part in name for part in ("embed_tokens", "lm_head", "lora_"))
 
 
 def hidden_matrices(config: DecoderConfig) -> list[tuple[int, int]]:

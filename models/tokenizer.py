@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -100,7 +100,10 @@ class ChatTokenizer:
     """A tokenizer and its chat template. Thread-safe: nothing in it changes after construction.
 
     eos_id: of the token that ends a text. bos_id, pad_id: where there is none of these, `eos_id`.
+    labels: what answers are, where the network has a head for them (`models.label_tokenizer`).
     """
+
+    labels: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class ChatTokenizer:
         self._stops = {token: id for token, id in special_ids.items() if id == self.eos_id or id in stop_ids}
 
     @classmethod
-    def load(cls, directory: Path | str, *, rows: int | None = None) -> ChatTokenizer:
+    def load(cls, directory: Path | str, *, rows: int | None = None) -> Self:
         """Read the tokenizer of a model directory. Raises UserError where a file is missing or broken.
         rows: of the embedding; special tokens beyond them are left out where nothing needs them."""
         directory = Path(directory)
@@ -150,16 +153,18 @@ class ChatTokenizer:
             source, settings = without_unused_tokens(source, settings, rows, stop_ids, where=str(path))
         return cls(source, settings, stop_ids=stop_ids, where=str(path))
 
-    def save(self, directory: Path | str, *, max_length: int | None = None) -> None:
+    def save(self, directory: Path | str, *, max_length: int | None = None, pad_id: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
 
-        max_length: of the model beside it, in tokens, where the settings do not say so already.
+        max_length: of the model beside it, in tokens, where the settings do not say so already. pad_id: of the token
+        that fills a batch, where it is not the settings'.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TOKENIZER).write_bytes(self._source.encode())
         limit = {} if max_length is None else {"model_max_length": max_length}
-        text = json.dumps(limit | self._settings, indent=2, ensure_ascii=False) + "\n"
+        padding = {} if pad_id in (None, self.pad_id) else {"pad_token": self.token_bytes[pad_id].decode()}
+        text = json.dumps(limit | self._settings | padding, indent=2, ensure_ascii=False) + "\n"
         (directory / SETTINGS).write_text(text, encoding="utf-8")
 
     @property
@@ -252,6 +257,15 @@ class ChatTokenizer:
         turn = self._turn(checked)
         after = self._encode(turn.whole, turn.stop)[1:]
         return [*self._encode(turn.whole, 0, turn.begin), *self._answer(turn), *after]
+
+    def encode_answered(self, messages: Sequence[Message]) -> list[int]:
+        """A prompt with its answer, the last message, up to the stop token: what a reward model scores.
+
+        Raises UserError as `encode_prompt` and `encode_answer` do, and where the last message is not the assistant's.
+        """
+        if len(messages) < 2 or messages[-1].get("role") != "assistant":
+            raise UserError("messages: the last one must be the assistant's answer that is scored")
+        return [*self.encode_prompt(messages[:-1]), *self.encode_answer(messages[-1]["content"])]
 
     def encode_turns(self, messages: Sequence[Message]) -> list[TrainedTurns]:
         """The assistant's answers with what each was asked with: in one sequence where the template leaves a

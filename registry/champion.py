@@ -12,7 +12,7 @@ from pathlib import Path
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.domains.loader import LoadedDomain, load_domain
-from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
@@ -170,7 +170,7 @@ def _is_rolled_back_to(registry: Registry, version: int) -> bool:
 def _load(
     served: Served, domain: Domain, documents: DocumentStore, traces: TraceStore | None, slots: int
 ) -> DecisionService:
-    tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
+    tokenizer, engine = load_answering(served.path), Engine.load(served.path, slots=slots)
     smoke_test_engine(engine, tokenizer, domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinloop.domains.examples import example_request
+from twinloop.domains.examples import example_request, scored_example
 from twinloop.registry.artifact import Manifest
 from twinloop.registry.logged_models import MODEL_FOLDER
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MLMODEL = "MLmodel"
 LOADER = "twinloop.registry.pyfunc"
 MAX_TOKENS = "max_tokens"
+_TASKS = {"TextGeneration": "text-generation", "TextClassification": "text-classification"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -39,11 +40,12 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     from mlflow.models.utils import _save_example
 
     from twinloop.models.adapter import ADAPTER_CONFIG
-    from twinloop.models.directory import ADAPTER, BASE, CONFIG, WEIGHTS
+    from twinloop.models.directory import ADAPTER, BASE, CONFIG, WEIGHTS, load_config
     from twinloop.models.exported import EXPORT_FILE  # onnx takes half a second
 
     if EXPORT_FILE in manifest.files:
-        model = Model(signature=_signature(domain) if domain else None)
+        reward = load_config(folder / MODEL_FOLDER).kind == "reward"
+        model = Model(signature=_signature(domain, reward=reward) if domain else None)
         model.add_flavor(
             "python_function",
             loader_module=LOADER,
@@ -53,7 +55,8 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
             manifest_digest=manifest.digest,
         )
         if domain:
-            _save_example(model, example_request(domain), str(folder))
+            example = {"messages": scored_example(domain)} if reward else example_request(domain)
+            _save_example(model, example, str(folder))
     elif CONFIG in manifest.files and WEIGHTS in manifest.files:
         model = Model()
         model.add_flavor("transformers", **_transformers(folder))
@@ -66,8 +69,9 @@ def write_flavour(folder: Path, name: str, domain_name: str, manifest: Manifest,
     model.save(str(folder / MLMODEL))
 
 
-def _signature(domain: Domain) -> ModelSignature:
-    """What goes in and out. Anything that MLflow has no type for is "any", and checked by the domain alone."""
+def _signature(domain: Domain, *, reward: bool) -> ModelSignature:
+    """What goes in and out; of a reward model conversations and scores, whatever the domain asks. Anything that MLflow
+    has no type for is "any", and checked by the domain alone."""
     from mlflow.models import ModelSignature
     from mlflow.types.schema import (
         AnyType,
@@ -99,9 +103,11 @@ def _signature(domain: Domain) -> ModelSignature:
         return AnyType()
 
     text = DataType.string
-    if domain.request is None:
+    if domain.request is None or reward:
         message = Object([Property("role", text), Property("content", text)])
         inputs = Schema([ColSpec(Array(message), "messages")])
+        if reward:
+            return ModelSignature(inputs, Schema([ColSpec(DataType.double)]))
         params = ParamSchema([ParamSpec(MAX_TOKENS, DataType.long, domain.max_answer_tokens)])
         return ModelSignature(inputs, Schema([ColSpec(text)]), params)
     schema = domain.request.model_json_schema()
@@ -125,9 +131,10 @@ def _transformers(folder: Path) -> dict[str, Any]:
         if (source := folder / MODEL_FOLDER / name).exists():
             shutil.copyfile(source, tokenizer / name)
     config = json.loads((folder / MODEL_FOLDER / "config.json").read_bytes())
+    kind = "TextClassification" if "id2label" in config else "TextGeneration"
     return {
-        "task": "text-generation",
-        "instance_type": "TextGenerationPipeline",
+        "task": _TASKS[kind],
+        "instance_type": f"{kind}Pipeline",
         "pipeline_model_type": config["architectures"][0],
         "source_model_name": MODEL_FOLDER,
         "model_binary": MODEL_FOLDER,

@@ -2,7 +2,7 @@
 
 The engine that serves runs in the caller's process. A domain that makes decisions takes requests, as a DataFrame or a
 list of dicts in its own form, and gives a DataFrame with the columns decision, escalated and reasons; any other takes
-conversations (`messages`) and gives texts.
+conversations (`messages`) and gives texts. A reward model takes conversations with an answer, and gives scores.
 
 Every byte is verified before it is loaded: by the digest that the project's MLflow database holds, where the files lie
 in a project's `mlruns/`, else by the one in the MLmodel. A domain that is a file, and the documents that decisions are
@@ -24,6 +24,7 @@ from pydantic_core import to_json
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.loader import load_domain
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records import DATA_FILE
 from twinloop.registry.documents import open_documents
@@ -110,7 +111,36 @@ class ChatModel:
         return TextStream(self._scheduler.submit(prompt, params), self._tokenizer, started=0.0)
 
 
-def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> DecisionModel | ChatModel:
+class RewardModel:
+    """Conversations in, the scores of their last answers out."""
+
+    def __init__(self, scheduler: Scheduler, tokenizer: ChatTokenizer):
+        self._scheduler = scheduler
+        self._tokenizer = tokenizer
+
+    def predict(self, model_input: pd.DataFrame | list[dict[str, Any]], params: object = None) -> list[float]:
+        """Raises UserError for a conversation that does not end with an answer, or of too many tokens."""
+        texts = [self._text(number, fields) for number, fields in enumerate(_rows(model_input))]
+        scores: list[float] = []
+        for start in range(0, len(texts), SLOTS):
+            streams = [
+                self._scheduler.submit(text, SamplingParams(max_tokens=1)) for text in texts[start : start + SLOTS]
+            ]
+            scores += [float(stream.prompt_logits()[0]) for stream in streams]
+        return scores
+
+    def _text(self, number: int, fields: Mapping[str, Any]) -> list[int]:
+        try:
+            tokens = self._tokenizer.encode_answered(fields.get("messages") or [])
+        except UserError as error:
+            raise UserError(f"row {number}: {error}") from None
+        if len(tokens) >= self._scheduler.max_length:
+            limit = self._scheduler.max_length - 1
+            raise UserError(f"row {number}: messages: {len(tokens)} tokens, this model reads at most {limit}")
+        return tokens
+
+
+def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> DecisionModel | ChatModel | RewardModel:
     """What MLflow calls. path: the folder with the MLmodel. Raises UserError where it cannot be verified or loaded."""
     from mlflow.models import Model
 
@@ -126,7 +156,9 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> De
     project = Path(named) if named else home
     domain = _domain(flavour["domain"], project, about=str(version or folder))
     scheduler = Scheduler(Engine.load(model, slots=SLOTS))
-    tokenizer = ChatTokenizer.load(model)
+    tokenizer = load_answering(model)
+    if len(tokenizer.labels) == 1:
+        return RewardModel(scheduler, tokenizer)
     if domain.request is None:
         return ChatModel(scheduler, tokenizer, domain.max_answer_tokens)
     about = ModelInfo(name=name, version=str(version.version) if version else "", digest=digest)

@@ -6,9 +6,10 @@ What they answer may be escalated: that is for the gate to judge. Here it is eno
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
-from twinloop.domains.examples import example_messages, example_request
+from twinloop.domains.examples import example_messages, example_request, scored_example
+from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
@@ -26,7 +28,7 @@ from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.errors import describe_validation, field_descriptions
 from twinloop.serving.generation import TextStream
 from twinloop.serving.knowledge.documents import DocumentStore
-from twinloop.serving.metrics import CHAT, DECISIONS
+from twinloop.serving.metrics import CHAT, CLASSIFY, DECISIONS
 
 GREETING_TOKENS = 16
 
@@ -43,8 +45,12 @@ class SmokeTest:
         return f"{json.dumps(dict(self.request), ensure_ascii=False)}: {self.text}"
 
 
-def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
-    """The route and the body with which a server of this domain is asked for an answer."""
+def example_call(domain: Domain, labels: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
+    """The route and the body with which a server of this domain is asked for an answer. labels: of the model's head."""
+    if len(labels) == 1:
+        return CLASSIFY, {"input": scored_example(domain)}
+    if labels and domain.request is None:
+        return CLASSIFY, {"input": example_messages(domain)}
     if domain.request is None:
         return CHAT, example_request(domain) | {"max_tokens": GREETING_TOKENS}
     return DECISIONS, example_request(domain)
@@ -52,13 +58,15 @@ def example_call(domain: Domain) -> tuple[str, dict[str, Any]]:
 
 def smoke_test(exported: Path, domain: Domain) -> SmokeTest:
     """Load an exported model and let it answer. Raises UserError, or whatever breaks, if it does not."""
-    return smoke_test_engine(Engine.load(exported, slots=1), ChatTokenizer.load(exported), domain, exported)
+    return smoke_test_engine(Engine.load(exported, slots=1), load_answering(exported), domain, exported)
 
 
 def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, exported: Path) -> SmokeTest:
     """As `smoke_test`, with an engine that nobody else uses yet."""
     scheduler = Scheduler(engine)
     try:
+        if len(tokenizer.labels) == 1:
+            return _score(scheduler, tokenizer, scored_example(domain), exported)
         if domain.request is None:
             return _chat(scheduler, tokenizer, example_messages(domain), exported)
         return _decide(scheduler, tokenizer, domain, exported)
@@ -85,6 +93,16 @@ def _decide(scheduler: Scheduler, tokenizer: ChatTokenizer, domain: Domain, expo
         raise UserError(f"{exported}: it loads and answers nothing ({reasons})")
     passed = f"{json.dumps(response.decision, ensure_ascii=False)}, all checks passed"
     return SmokeTest(example, response, f"escalated: {reasons}" if response.escalated else passed)
+
+
+def _score(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message], exported: Path) -> SmokeTest:
+    tokens = tokenizer.encode_answered(messages)
+    if len(tokens) >= scheduler.max_length:
+        raise UserError(f"{exported}: it loads and answers nothing (its example has more tokens than it can read)")
+    score = float(scheduler.submit(tokens, SamplingParams(max_tokens=1)).prompt_logits()[0])
+    if not math.isfinite(score):
+        raise UserError(f"{exported}: it loads and gives no score")
+    return SmokeTest({"messages": messages}, None, f"score {score:.4g}")
 
 
 def _chat(scheduler: Scheduler, tokenizer: ChatTokenizer, messages: list[Message], exported: Path) -> SmokeTest:

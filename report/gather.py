@@ -12,6 +12,7 @@ from typing import Any
 from twinloop.common.errors import one_line
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
+from twinloop.models.directory import load_config
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.smoke_test import example_call
 from twinloop.registry.snapshot import Version
@@ -67,7 +68,7 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[StageRow], ending: E
         started=run.started,
         recipe_path=str(context.recipe_path or ""),
         recipe=recipe.plain(),
-        task=_task(context.domain),
+        task=_task(context.domain, load_config(artifacts["export"].path).labels),
         code=str(context.code),
         dataset_digest=context.dataset_digest,
         data=_data(artifacts["validate"]),
@@ -86,8 +87,8 @@ def gather(context: Context, recipe: Recipe, rows: Sequence[StageRow], ending: E
     )
 
 
-def _task(domain: Domain) -> Task:
-    route, example = example_call(domain)
+def _task(domain: Domain, labels: Sequence[str]) -> Task:
+    route, example = example_call(domain, labels)
     return Task(
         domain=domain.name,
         about=domain.description,

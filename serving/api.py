@@ -14,19 +14,22 @@ import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Body, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
 from starlette.types import ASGIApp
 
 from twinloop.common.errors import UserError
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.answers import Answers, charge
 from twinloop.serving.chat import chat_router, closed_route
+from twinloop.serving.classify import classify_router
 from twinloop.serving.completions import completions_router
 from twinloop.serving.console import Access, console_page
+from twinloop.serving.decisions import DecisionService, PendingDecision
 from twinloop.serving.described import ASKING, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.drain import Draining, DrainingServer
 from twinloop.serving.errors import field_descriptions, install
-from twinloop.serving.health import state_router
+from twinloop.serving.health import refuse_closed, state_router
 from twinloop.serving.key_access import RequireKey
 from twinloop.serving.keys import KeyStore
 from twinloop.serving.load_api import load_router
@@ -105,6 +108,7 @@ def create_app(
     app.include_router(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
     )
+    app.include_router(classify_router(manager, metrics, workers))
     app.include_router(tokens_router(manager))
     app.include_router(state_router(manager, metrics))
     app.include_router(load_router(manager, metrics))
@@ -139,7 +143,7 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
     @router.post(DECISIONS, response_model=None, responses=responses)
     async def decide(request: Request, body: Annotated[body_model, described]) -> Response:  # type: ignore[valid-type]
         started = time.perf_counter()
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: service.begin(body))
+        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body))
         try:
             (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:
@@ -151,6 +155,12 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
         return Response(response.model_dump_json(), media_type="application/json")
 
     return router
+
+
+def _begin(service: DecisionService, body: BaseModel) -> PendingDecision:
+    if len(service.tokenizer.labels) == 1:
+        refuse_closed(DECISIONS, service)
+    return service.begin(body)
 
 
 def server_config(app: ASGIApp) -> uvicorn.Config:

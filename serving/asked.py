@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.errors import ApiError
-from twinloop.serving.health import refuse_other_model
+from twinloop.serving.health import refuse_closed, refuse_other_model
 from twinloop.serving.sampling_fields import SamplingFields, refused
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -41,7 +41,9 @@ class Asked(SamplingFields):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def refuse_too_long(tokens: int, wanted: int | None, longest: int, *, param: Literal["messages", "prompt"]) -> None:
+def refuse_too_long(
+    tokens: int, wanted: int | None, longest: int, *, param: Literal["messages", "prompt", "input"]
+) -> None:
     """Raises ApiError where an answer does not fit beside its prompt.
 
     tokens: of the prompt; wanted: of the answer, where the request says so; longest: of both together; param: the field
@@ -49,16 +51,19 @@ def refuse_too_long(tokens: int, wanted: int | None, longest: int, *, param: Lit
     """
     if longest - tokens >= (wanted or 1):
         return
-    have = {"messages": "the messages have", "prompt": "the prompt has"}[param]
+    have = {"messages": "the messages have", "prompt": "the prompt has", "input": "an input has"}[param]
     asked = f" and {wanted} were asked for" if wanted else ""
     problem = f"the model reads and writes at most {longest} tokens; {have} {tokens}{asked}"
     raise ApiError(400, problem, code="context_length_exceeded", param=param)
 
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
-    """Raises ApiError for another model, unknown parameters, and more answers than the server can hold."""
+    """Raises ApiError for another model, one that writes no text, unknown parameters, and more answers than the server
+    can hold."""
     if asked.model is not None:
         refuse_other_model(asked.model, service.model)
+    if service.tokenizer.labels:
+        refuse_closed("text", service)
     for name, value in (asked.model_extra or {}).items():
         if name not in IGNORED and value is not None:
             raise refused(name, "is not a known parameter")

@@ -52,7 +52,7 @@ Code = Literal[
     "unsupported_parameter",
 ]
 
-OTHERS_ROUTES = ("/v1/chat/", "/v1/completions", "/tokenize", "/detokenize")
+OTHERS_ROUTES = ("/v1/chat/", "/v1/completions", "/v1/classify", "/tokenize", "/detokenize")
 """In the form of OpenAI's and vLLM's, where what is wrong with a request is a 400."""
 
 

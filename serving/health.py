@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NoReturn
 
 from fastapi import APIRouter, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -15,7 +16,7 @@ from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import errors
 from twinloop.serving.errors import ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
-from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
+from twinloop.serving.metrics import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.model_manager import Degradation, ModelManager
 
 log = logging.getLogger(__name__)
@@ -94,20 +95,27 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
-def routes_of(domain: Domain) -> list[str]:
-    """Where a model of this domain is asked."""
-    return [DECISIONS] * (domain.request is not None) + [CHAT, COMPLETIONS] * domain.serves_chat
+def routes_of(domain: Domain, labels: Sequence[str] = ()) -> list[str]:
+    """Where a model of this domain is asked. labels: of its head, where it has one: one, of a reward model."""
+    decides = [DECISIONS] * (domain.request is not None)
+    if labels:
+        return [*(decides if labels[1:] else []), CLASSIFY]
+    return decides + [CHAT, COMPLETIONS] * domain.serves_chat
 
 
-def purpose_of(domain: Domain) -> Purpose:
-    """What a model of this domain is for."""
+def purpose_of(domain: Domain, labels: Sequence[str] = ()) -> Purpose:
+    """What a model of this domain is for. labels: as `routes_of` has them."""
+    routes = routes_of(domain, labels)
+    if labels:
+        asked = "a text, or the messages of a prompt" if labels[1:] else "a conversation, the answer to be scored last"
+        return Purpose(description=domain.description, routes=routes, prompt=f"{asked}, to {CLASSIFY}")
     decides = f"the fields of a request to {DECISIONS}, from which the server makes the prompt"
     if domain.request is None:
         prompt = "the messages of a chat, or a text to go on with"
     else:
         others = ", the messages of a chat, or a text to go on with" if domain.serves_chat else "; no other text"
         prompt = f"{decides}{others}"
-    return Purpose(description=domain.description, routes=routes_of(domain), prompt=prompt)
+    return Purpose(description=domain.description, routes=routes, prompt=prompt)
 
 
 def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
@@ -159,6 +167,14 @@ def refuse_other_model(name: str, model: ModelInfo) -> None:
         )
 
 
+def refuse_closed(what: str, service: DecisionService) -> NoReturn:
+    """Raises ApiError for what the served model does not do, with the routes at which it is asked."""
+    labels = service.tokenizer.labels
+    gives = "labels" if labels[1:] else "scores" if labels else "text"
+    there = " and ".join(f"POST {route}" for route in routes_of(service.domain, labels)) or "nothing"
+    raise ApiError(404, f"{what}: not served, since the model gives {gives}; it answers {there}")
+
+
 def _health(
     manager: ModelManager, index: Index | None, degraded: dict[Degradation, str], problem: str | None
 ) -> Health:
@@ -169,7 +185,7 @@ def _health(
         degraded=degraded,
         model=service.model,
         domain=service.domain.name,
-        purpose=purpose_of(service.domain),
+        purpose=purpose_of(service.domain, service.tokenizer.labels),
         refused_champion=RefusedChampion(version=failure.version, reason=failure.public) if failure else None,
         queue=Queue(queued=scheduler.queued, active=scheduler.active, capacity=scheduler.capacity),
         traces=Traces(dropped=traces.dropped) if traces is not None else None,
@@ -189,7 +205,7 @@ def _index(service: DecisionService) -> Index:
 
 
 def _model_object(service: DecisionService, created: int) -> ModelObject:
-    model, purpose = service.model, purpose_of(service.domain)
+    model, purpose = service.model, purpose_of(service.domain, service.tokenizer.labels)
     known: dict[str, Any] = {"id": model.name, "object": "model", "created": created, "owned_by": "twinloop"}
     known |= {"version": model.version, "digest": model.digest, "domain": service.domain.name}
     return ModelObject(**known, **purpose.model_dump())

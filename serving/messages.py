@@ -107,6 +107,15 @@ def encode_conversation(messages: Sequence[ChatMessage], tokenizer: ChatTokenize
     return tokenizer.encode_conversation(_plain(messages))
 
 
+def encode_answered(messages: Sequence[ChatMessage], tokenizer: ChatTokenizer) -> list[int]:
+    """A conversation up to the stop token of its last answer, as a reward model scores it. Raises ApiError for one that
+    ends with another's turn, and like `encode_messages`."""
+    *asked, answer = messages
+    if not isinstance(answer, AssistantMessage) or answer.content is None or not asked:
+        raise ApiError(400, "input: the last message must be the assistant's answer that is scored", param="input")
+    return encode_messages(asked, tokenizer) + tokenizer.encode_answer(_text(answer))
+
+
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
     return [{"role": _role(each), "content": _text(each)} for each in messages]
 

@@ -20,7 +20,8 @@ from twinloop.serving.model_manager import DEGRADATIONS, ModelManager
 LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 DECISIONS, CHAT, COMPLETIONS = "/v1/decisions", "/v1/chat/completions", "/v1/completions"
-ASKED = (DECISIONS, CHAT, COMPLETIONS)
+CLASSIFY = "/v1/classify"
+ASKED = (DECISIONS, CHAT, COMPLETIONS, CLASSIFY)
 """The routes at which the model is asked."""
 
 MOST_NAMES = 100

@@ -109,7 +109,12 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
         recipe.check_context(max_length)
     except ValueError as error:
         raise UserError(str(error)) from None
-    config = source.config.model_copy(update={"max_position_embeddings": max_length})
+    config, first = source.config.model_copy(update={"max_position_embeddings": max_length}), recipe.train[0]
+    if config.labels and not first.method.has_head:
+        raise UserError(
+            f"{first.place}: {first.name} trains a network that writes text, and {found.title} has a head for "
+            f"{', '.join(config.labels)}; start from another base"
+        )
     return Base(config, found.title, source, found.checkpoint)
 
 

@@ -160,6 +160,6 @@ def _limits(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]], positions:
             other = f", and {row}" if seq_len is not None else ""
             takes = f", of which {stage.place}.max_new_tokens of {stage.name} takes {sampled}" if sampled else other
             yield _Limit(record, positions - sampled, base + takes)
-    sampled = recipe.evaluate.max_new_tokens
+    sampled = recipe.answer_tokens
     takes = f"{base}, of which evaluate.max_new_tokens takes {sampled}"
     yield _Limit(Longest.model_validate(longest[CASES]["path"]), positions - sampled, takes)

@@ -67,6 +67,11 @@ def convert_version(
     if form_name == "peft" and not is_adapted(checkpoint.path):
         raise UserError(f"{version} has no adapter; --to huggingface gives all of its weights")
     source = _open(project, registry, version, checkpoint)
+    if source.config.labels and form_name in ("gguf", "genai"):
+        gives = " or ".join(source.config.labels)
+        raise UserError(
+            f"export: {version} gives {gives} and no text: {form_name} has no form of it, huggingface has one"
+        )
     try:
         with folder_beside(place) as beside:
             made = beside / "made"

@@ -82,17 +82,20 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     if type == "f16":
         for name, array in tensors.items():
             check_float16(name, array, str(source.version))
-    save_model(out, source.config, {name: array.astype(dtype) for name, array in tensors.items()}, source.tokenizer)
+    tokenizer = ChatTokenizer.load(source.checkpoint)
+    save_model(out, source.config, {name: array.astype(dtype) for name, array in tensors.items()}, tokenizer)
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (out / "README.md").write_text(source.card(_CODE), encoding="utf-8")
+    loads = _auto_class(source.config)
+    (out / "README.md").write_text(source.card(_CODE.replace(_WRITES, loads)), encoding="utf-8")
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"
         return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
     with _run_by("transformers", source):
-        model = _transformers_model(out)
-        _check_stop_ids(source, model)
+        model = _transformers_model(out, loads)
+        if not source.config.labels:
+            _check_stop_ids(source, model)
         return [_agrees(source, _logits_of(model), "in transformers", at_least=alike), _same_ids(source, out)]
 
 
@@ -145,9 +148,17 @@ def _peft(source: Original, out: Path, type: str) -> list[str]:
     source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
     (out / "README.md").write_text(source.card(_PEFT_CODE, library="peft"), encoding="utf-8")
     with _run_by("peft", source):
-        base = _transformers_model(out / BASE)
+        base = _transformers_model(out / BASE, _WRITES)
         _check_stop_ids(source, base)
         return [_agrees(source, _logits_of(_with_adapter(base, out)), "in peft"), _same_ids(source, out)]
+
+
+_WRITES, _CLASSIFIES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+
+
+def _auto_class(config: DecoderConfig) -> str:
+    """The class of `transformers` that loads such a network."""
+    return _CLASSIFIES if config.labels else _WRITES
 
 
 _CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -164,7 +175,9 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder + 
 
 
 def _load_huggingface(out: Path) -> str:
-    return f'AutoModelForCausalLM.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
+    from twinloop.models.directory import load_config
+
+    return f'{_auto_class(load_config(out))}.from_pretrained("{out}"), AutoTokenizer.from_pretrained("{out}")'
 
 
 def _load_peft(out: Path) -> str:
@@ -312,14 +325,14 @@ def _genai_tokenizer(source: Original, out: Path) -> str:
     return _ids_note(source, encode, encode_prompt, "onnxruntime_genai.Tokenizer", "onnxruntime_genai.Tokenizer")
 
 
-def _transformers_model(out: Path) -> Any:
+def _transformers_model(out: Path, auto_class: str) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with _without_deprecations():
-        return AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+        return getattr(transformers, auto_class).from_pretrained(out, dtype=torch.float32)
 
 
 def _with_adapter(base: Any, out: Path) -> Any:
@@ -355,7 +368,10 @@ def _logits_of(model: Any) -> Logits:
     model.eval()
 
     def logits(tokens: Sequence[int]) -> Any:
+        ids = torch.tensor([list(tokens)])
         with torch.no_grad():
-            return model(torch.tensor([list(tokens)])).logits[0].float().numpy()
+            # By itself, a head is asked for the last token alone.
+            found = model.score(model.model(ids).last_hidden_state) if hasattr(model, "score") else model(ids).logits
+            return found[0].float().numpy()
 
     return logits

@@ -53,13 +53,13 @@ def evaluate_exported(
     exported: Path, workload: Workload, runtime: Runtime, on_progress: OnProgress
 ) -> tuple[CaseReport, dict[str, Any]]:
     """Measure now, whatever was measured before: what the cases showed, and all numbers."""
-    from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.models.label_tokenizer import load_answering
     from twinloop.records.validated import read_records
     from twinloop.serving.engine import Engine
     from twinloop.serving.engine.sampling import SamplingParams
     from twinloop.tasks.load_test import run_load_test
 
-    settings, tokenizer = workload.settings, ChatTokenizer.load(exported)
+    settings, tokenizer = workload.settings, load_answering(exported)
     cases = read_records(workload.data, "cases")[:SERVED_PROMPTS]
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in cases]
     greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids)

@@ -55,6 +55,8 @@ class NetworkForm(Form):
             threads=self._threads,
             vocab_size=self.tokenizer.vocab_size,
         )
+        if self._network.config.labels:
+            max_tokens = 1  # a label is a whole answer
         available = [min(max_tokens, max_length - len(prompt)) for prompt in prompts]
         answers: list[list[int]] = [[] for _ in prompts]
         unfinished = list(range(len(prompts)))

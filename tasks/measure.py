@@ -54,7 +54,7 @@ def measure_stage(
 
         from twinloop.models.directory import load_config
         from twinloop.models.exported import export_model
-        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.models.label_tokenizer import load_answering
         from twinloop.serving.engine import Engine
 
         exported = keep / "exported"
@@ -63,7 +63,7 @@ def measure_stage(
         export_model(model.path, exported, precision=runtime.precision, max_length=length)
         engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
         workload = Workload(context.domain, settings, data.path, limit=settings.stage_cases)
-        cases, metrics = measure_engine(engine, ChatTokenizer.load(model.path), workload, report.moved)
+        cases, metrics = measure_engine(engine, load_answering(model.path), workload, report.moved)
         write_cases(out, cases)
         return metrics
 
@@ -83,19 +83,37 @@ measure = task(name="measure", persist_result=False)(measure_stage)
 def measure_engine(
     engine: Engine, tokenizer: ChatTokenizer, workload: Workload, on_progress: OnProgress
 ) -> tuple[CaseReport, dict[str, Any]]:
-    """Run held-out texts, reference answers and cases: what the cases showed, and all numbers."""
+    """Run held-out texts, reference answers and cases: what the cases showed, and all numbers. A network with a head
+    writes no texts: of labels cases are run, and of rewards the held-out pairs."""
     from twinloop.evaluation.cases import Answering, read_cases, run_cases
+    from twinloop.evaluation.rewards import judge_reward_model
     from twinloop.records.validated import read_records
 
-    domain, settings = workload.domain, workload.settings
-    losses = _losses_of_texts(engine, tokenizer, workload.data)
+    domain, settings, kind = workload.domain, workload.settings, engine.config.kind
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
-    losses |= _losses_of_answers(engine, tokenizer, domain, cases)
-    answering = Answering(settings.max_new_tokens, settings.samples, settings.temperature)
-    report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
+    losses: dict[str, float] = {}
+    if kind == "text":
+        losses = _losses_of_texts(engine, tokenizer, workload.data)
+        losses |= _losses_of_answers(engine, tokenizer, domain, cases)
+    if kind == "reward":
+        pairs = _held_out_pairs(workload)
+        report, losses = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
+    else:
+        samples = settings.samples if kind == "text" else 1
+        answering = Answering(settings.max_new_tokens, samples, settings.temperature)
+        report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
     shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
     interval = {"pass_rate_interval": list(report.overall.interval)} if report.results else {}
     return report, {**losses, **interval, **shown, **report.metrics()}
+
+
+def _held_out_pairs(workload: Workload) -> list[dict[str, Any]]:
+    """The preferences that `method: reward` left out, at most about `limit` of them."""
+    from twinloop.records.validated import read_records
+    from twinloop.training.forms import is_held_out
+
+    held_out = [record for record in read_records(workload.data, "preferences") if is_held_out(record)]
+    return held_out[: workload.limit]
 
 
 def _losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:

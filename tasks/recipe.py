@@ -119,7 +119,7 @@ class Recipe(StrictModel):
 
     def check_context(self, max_length: int) -> None:
         """Raises ValueError where the settings do not fit a model of so many tokens."""
-        if self.evaluate.max_new_tokens >= max_length:
+        if self.answer_tokens >= max_length:
             raise ValueError(
                 f"evaluate.max_new_tokens ({self.evaluate.max_new_tokens}) leaves no tokens for a prompt in "
                 f"base.max_length ({max_length})"
@@ -129,6 +129,12 @@ class Recipe(StrictModel):
                 stage.settings.check_context(max_length)
             except ValueError as error:
                 raise ValueError(f"{stage.place}.{error}") from None
+
+    @property
+    def answer_tokens(self) -> int:
+        """The most tokens of an answer that is measured; of a network with a head it is one."""
+        headed = any(stage.method.has_head for stage in self.train[-1:])
+        return 1 if headed else self.evaluate.max_new_tokens
 
     @property
     def dataset(self) -> str:

@@ -6,6 +6,8 @@ answers `chosen` and `rejected`.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,3 +56,14 @@ def lengths(record: Record, tokenizer: ChatTokenizer) -> Lengths | None:
     asked = len(tokenizer.encode_prompt(prompt))
     answered = [len(tokenizer.encode_answer(answer)) for answer in answers]
     return Lengths(asked + sum(answered), asked + max(answered, default=0))
+
+
+HELD_OUT_OF = 10
+"""One of so many prompts is held out where a method's own records are what it is measured on."""
+
+
+def is_held_out(record: Record) -> bool:
+    """Whether the record is measured on and not trained on: a matter of its prompt alone, so that all answers to one
+    prompt are on one side."""
+    prompt = [[message["role"], message["content"]] for message in record["prompt"]]
+    return hashlib.sha256(json.dumps(prompt).encode()).digest()[0] % HELD_OUT_OF == 0

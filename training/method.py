@@ -9,6 +9,8 @@ A method's module holds
 and, where the defaults do not fit,
 
     NEEDS_VERIFIER  True: the domain's verifier gives the rewards. It is audited before
+    USES_DOMAIN     True: other code of the domain's, such as its labels, changes what is trained
+    HEAD            True: what it trains scores a text's last token, and writes no text
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
 
@@ -70,7 +72,12 @@ class Method:
     def uses_domain(self) -> bool:
         """Whether the domain's code may change what is trained. Ready-made ones without rewards ignore it."""
         ready_made = self.found.name.startswith(f"{twinloop.training.methods.__name__}.")
-        return self.needs_verifier or not ready_made
+        return self.needs_verifier or not ready_made or bool(self._part("USES_DOMAIN", default=False))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether its network gives a score or labels, and not text."""
+        return bool(self._part("HEAD", default=False))
 
     @property
     def shown(self) -> Sequence[str]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twinloop.models.decoder import Decoder
-from twinloop.training.tree import TreeBatch, scored_logprobs
+from twinloop.training.tree import TreeBatch, scored_logprobs, sequence_scores
 
 Metrics = dict[str, Tensor]
 
@@ -122,6 +122,53 @@ class GRPOLoss:
             loss = loss + self.kl_coef * divergence
             metrics["reference_kl"] = divergence.detach()
         return loss, metrics
+
+
+class RewardLoss:
+    """Bradley-Terry: the chosen answer's score above the rejected one's, by at least `margin` (Ouyang et al., 2022).
+
+    A batch holds trees of one prompt with two children: even sequences are chosen, odd ones rejected. centring: the
+    weight of the squared sum of a pair's scores, which keeps them around 0 (Eisenstein et al., 2023).
+    """
+
+    def __init__(self, *, margin: float = 0.0, centring: float = 0.0):
+        self.margin = margin
+        self.centring = centring
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return batch.num_sequences / 2
+
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        return self.of_scores(sequence_scores(model, batch)[:, 0])
+
+    def of_scores(self, score_S: Tensor) -> tuple[Tensor, Metrics]:
+        """score_S: of each sequence, float32. Returns the mean pair loss, in nats."""
+        chosen_P, rejected_P = score_S[0::2], score_S[1::2]
+        loss = -F.logsigmoid(chosen_P - rejected_P - self.margin).mean()
+        if self.centring:
+            loss = loss + self.centring * (chosen_P + rejected_P).square().mean()
+        chosen_P, rejected_P = chosen_P.detach(), rejected_P.detach()
+        return (
+            loss,
+            {
+                "accuracy": (chosen_P > rejected_P).float().mean(),
+                "margin": (chosen_P - rejected_P).mean(),
+                "chosen_reward": chosen_P.mean(),
+                "rejected_reward": rejected_P.mean(),
+            },
+        )
+
+
+class ClassifierLoss:
+    """Cross-entropy of each text's label, in nats, a mean over texts."""
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return float(batch.num_sequences)
+
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        logits_SL = sequence_scores(model, batch)
+        right_S = logits_SL.detach().argmax(dim=1) == batch.label_S
+        return F.cross_entropy(logits_SL, batch.label_S), {"accuracy": right_S.float().mean()}
 
 
 def join_metrics(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:

@@ -126,6 +126,16 @@ class EpochSettings(PackedSettings):
     epochs: Count = 1
 
 
+class HeadSettings(EpochSettings):
+    """Training of a head on the last token, and of the network below it."""
+
+    @model_validator(mode="after")
+    def _head_is_kept(self) -> Self:
+        if self.lora and not self.lora.merge:
+            raise ValueError("lora: an adapter has no place for the head; set merge: true, which makes a whole model")
+        return self
+
+
 class RolloutSettings(TrainSettings):
     """Training on what the network itself samples: groups of answers to one prompt."""
 

@@ -42,6 +42,7 @@ class Segment:
     tokens: int32 [n]. weights: float32 [n], the weight of each token as a target, 0 where it is not scored.
     parent: index of the segment in its tree that it continues; ROOT for the first.
     old_logprobs, reference_logprobs: float32, one a scored token: of the sampler, and of the frozen reference.
+    label: the number of the right one, of a text that is classified.
     """
 
     tokens: np.ndarray
@@ -50,6 +51,7 @@ class Segment:
     advantage: float = 0.0
     old_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
+    label: int = 0
 
     @property
     def num_scored(self) -> int:
@@ -138,6 +140,14 @@ def group(
     return Tree((_segment(prompt, scored=False), *children))
 
 
+def labelled(tokens: Sequence[int], label: int = 0) -> Tree:
+    """A text that a head scores at its last token; nothing else of it counts."""
+    _need(text=tokens[1:])
+    segment = replace(_segment(tokens, scored=False), label=label)
+    segment.weights[-1] = 1.0
+    return Tree((segment,))
+
+
 def _need(**parts: Sequence[int]) -> None:
     for name, tokens in parts.items():
         if not len(tokens):
@@ -151,6 +161,7 @@ class TreeBatch:
     tokens_BL, positions_BL: int64. visible_until_BL: int32, the index in its row at which a token stops being visible.
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
     weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
+    last_S: int64, flat index into B*L of its last token, which a head scores. label_S: int64.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
     paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
@@ -164,6 +175,8 @@ class TreeBatch:
     target_N: Tensor
     weight_N: Tensor
     length_S: Tensor
+    last_S: Tensor
+    label_S: Tensor
     advantage_N: Tensor | None
     old_logprobs_N: Tensor | None
     reference_logprobs_N: Tensor | None
@@ -221,6 +234,7 @@ class TreeBatch:
             positions_BL=in_rows(self.positions_BL, empty),
             visible_until_BL=in_rows(until, order + 1),
             predict_from_N=place[self.predict_from_N],
+            last_S=place[self.last_S],
         )
 
 
@@ -235,6 +249,7 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     order_L = np.arange(seq_len)
     predict_from: list[np.ndarray] = []
     scored_segments: list[tuple[Segment, np.ndarray]] = []
+    last: list[int] = []
     paths: list[Path] = []
     cursor = 0
     for tree in (tree for row in rows for tree in row):
@@ -252,6 +267,7 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
                     before[0] = path.before[-1][1] - 1
                 predict_from.append(before)
                 scored_segments.append((segment, scored))
+                last.append(stop - 1)
         paths += tree_paths
         cursor += tree.length
     if cursor < length:
@@ -270,6 +286,8 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         target_N=torch.from_numpy(_joined([s.tokens[scored] for s, scored in scored_segments], np.int64)),
         weight_N=torch.from_numpy(weight_N),
         length_S=torch.from_numpy(lengths),
+        last_S=torch.tensor(last, dtype=torch.int64),
+        label_S=torch.tensor([segment.label for segment in segments], dtype=torch.int64),
         advantage_N=torch.from_numpy(np.repeat(advantages, lengths)) if _given(old) else None,
         old_logprobs_N=torch.from_numpy(_joined(_given(old), np.float32)) if _given(old) else None,
         reference_logprobs_N=torch.from_numpy(_joined(_given(reference), np.float32)) if _given(reference) else None,
@@ -318,6 +336,12 @@ def attention_plan(batch: TreeBatch) -> AttentionPlan:
     if batch.visible_until_BL.device.type == "cuda":
         return TreeBlocks(batch.visible_until_BL, batch.positions_BL)
     return TreePaths(batch.paths)
+
+
+def sequence_scores(model: Decoder, batch: TreeBatch) -> Tensor:
+    """What the network's head gives to each sequence at its last token, float32 [S, labels], differentiable."""
+    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
+    return model.logits(hidden_BLD.flatten(0, 1).index_select(0, batch.last_S))
 
 
 def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:

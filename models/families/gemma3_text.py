@@ -22,6 +22,7 @@ from twinloop.models.gguf_form import GGUFForm
 from twinloop.models.rope import Rope
 
 ARCHITECTURE = "Gemma3ForCausalLM"
+CLASSIFIER = "Gemma3TextForSequenceClassification"
 _LOCAL_THETA = 10000.0
 DEFAULTS = {
     "vocab_size": 262208,

@@ -122,7 +122,7 @@ class StepBinding:
         count: int,
         length: int,
         rows: int,
-        vocab_size: int,
+        outputs: int,
     ):
         self._session = session
         self._binding = session.io_binding()
@@ -130,7 +130,7 @@ class StepBinding:
         self.seqlens = np.zeros(count, np.int32)
         self.total = np.zeros((), np.int32)
         self.logit_rows = np.arange(rows, dtype=np.int64)
-        self.logits = np.zeros((rows, vocab_size), np.float32)
+        self.logits = np.zeros((rows, outputs), np.float32)
         inputs: dict[str, np.ndarray] = {
             "input_ids": self.tokens,
             "seqlens_k": self.seqlens,

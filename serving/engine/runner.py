@@ -227,7 +227,7 @@ class ModelRunner:
     def score(self, tokens: ArrayLike, *, slot: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
         """Teacher forcing: the logits after every token, float32 [L, V]. Uses up the slot's content."""
         tokens_L = self._tokens(tokens, 0)
-        logits_LV = np.empty((len(tokens_L), self.config.vocab_size), np.float32)
+        logits_LV = np.empty((len(tokens_L), self.config.num_outputs), np.float32)
         for begin in range(0, len(tokens_L), chunk):
             part_L = tokens_L[begin : begin + chunk]
             logits_LV[begin : begin + len(part_L)] = self._append(slot, part_L, begin, rows=len(part_L))
@@ -283,7 +283,7 @@ class ModelRunner:
                 count=count,
                 length=length,
                 rows=rows,
-                vocab_size=self.config.vocab_size,
+                outputs=self.config.num_outputs,
             )
             self._bindings[key] = step
             self._binding_bytes += step.logits.nbytes

@@ -165,7 +165,7 @@ class SlotBatch:
     def _occupy(self, slots: list[int], prompt: Prompt, params: SamplingParams, sequences: Sequence[int]) -> None:
         # Nothing is occupied where one of these fails.
         samplers = [AnswerSampler.if_needed(params, prompt.tokens) for _ in slots]
-        self._stops_SV[slots] = False
+        self._stops_SV[slots] = bool(self._runner.config.labels)  # a label is a whole answer
         self._stops_SV[np.ix_(slots, params.stop)] = True
         limit = min(params.max_tokens, self._runner.max_length - len(prompt.tokens))
         self._occupied_C[slots] = True

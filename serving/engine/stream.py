@@ -9,6 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from twinloop.serving.engine.sampling import SamplingParams, TokenReport
 from twinloop.serving.engine.slots import FinishReason, Prompt
 
@@ -67,6 +69,13 @@ class Stream:
                 yield tokens
             if isinstance(error := events[-1], BaseException):
                 raise error
+
+    def prompt_logits(self) -> np.ndarray:
+        """Wait for the end: what the network gave to the prompt's last token, float32 [V], or of a head its labels."""
+        for _ in self:
+            pass
+        assert self.prompt.logits_V is not None, "it was not cancelled"
+        return self.prompt.logits_V
 
     # --- for the scheduler ----------------------------------------------------------------------------------------
 

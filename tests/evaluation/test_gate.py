@@ -15,7 +15,7 @@ from twinloop.evaluation.case_report import Comparison
 from twinloop.evaluation.gate import GateReport, GateRules, judge, load_rules
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.parity_report import FormParity
-from twinloop.evaluation.rules import Measurements, rules_of
+from twinloop.evaluation.rules import REWARD, Measurements, rules_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,7 +74,7 @@ def compared(lost: int, won: int, total: int = 659) -> Comparison:
 
 def test_the_shipped_rules_are_those_of_the_domain_and_a_good_candidate_ships(rules: GateRules) -> None:
     generic = {name for name in rules.limits if not name.startswith("parity.")}
-    assert generic == set(rules_of(domain)) - {"bits_per_byte", "perplexity"}
+    assert generic == set(rules_of(domain)) - {"bits_per_byte", "perplexity", *REWARD}
     assert rules.forms == ["network", "fp32", "int8"]
     report = judge(rules, GOOD, candidate="sha")
     assert (report.decision, report.reasons) == ("SHIP", ())

@@ -274,3 +274,22 @@ def test_a_checkpoint_is_loaded_by_mlflows_transformers_flavour_with_our_logits(
         theirs = pipeline.model(batch).logits
         ours = network.logits(network.hidden(batch, torch.arange(len(tokens))[None]))
     torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_a_reward_model_scores_conversations(champion: Make, checkpoint: Path) -> None:
+    from twinloop.training.heads import attach_head, reward_of
+    from twinloop.training.weights import get_weights
+
+    model, tokenizer = load_decoder(checkpoint), ChatTokenizer.load(checkpoint)
+    attach_head(model, ("reward",), tokenizer, tokenizer.stop_ids)
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(1))
+    save_model(checkpoint, model.config, get_weights(model), tokenizer)
+    version = champion()
+    loaded = _load_pyfunc(str(version.path.parent))
+    question = {"role": "user", "content": "order: A10234"}
+    chats = [[question, {"role": "assistant", "content": text}] for text in (POLICY, "no", "maybe")]
+    expected = reward_of(checkpoint)([tokenizer.encode_answered(chat) for chat in chats])
+    assert loaded.predict([{"messages": chat} for chat in chats]) == pytest.approx(expected.tolist(), abs=1e-4)
+    with pytest.raises(UserError, match="row 0: messages: the last one must be the assistant's answer"):
+        loaded.predict([{"messages": [question]}])

@@ -79,13 +79,20 @@ SETTINGS = {
     "pretrain": PACKED | {"tokens": 2048},
     "sft": PACKED | {"epochs": 2},
     "dpo": PACKED | {"epochs": 2},
+    "reward": PACKED | {"epochs": 2},
+    "classify": PACKED | {"epochs": 8},
     "grpo": {"learning_rate": 0.01, "steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
     "smoothed": PACKED | {"epochs": 4, "smoothing": 0.2},
 }
 
 
 class Parity(Domain):
-    """Pays answers of an even length."""
+    """Pays answers of an even length. Its prompts are of numbers, which are even or not."""
+
+    labels = ("even", "odd")
+
+    def gold(self, facts: int) -> str:
+        return self.labels[facts % 2]
 
     def verify(self, output: str, facts: int) -> Verdict:
         return Verdict.of({"even": len(output) % 2 == 0}, output=output)
@@ -105,9 +112,9 @@ def run(method: Method, tiny, tokenizer: ChatTokenizer, **changes: object):
     return model, run_training(model, *built, settings, checkpoint_dir=None)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward", "classify"])
 def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenizer) -> None:
-    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo"}
+    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo", "reward", "classify"}
     _, result = run(load_method(name, PROJECT), tiny, tokenizer)
     assert result.steps >= 2
     assert result.tokens > 0
@@ -115,7 +122,7 @@ def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenize
         assert result.loss < result.initial_loss
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward", "classify"])
 def test_a_method_has_at_most_80_lines_of_code(name: str) -> None:
     lines = load_method(name, PROJECT).found.file.read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 80

@@ -1,0 +1,119 @@
+"""Networks with a head: of labels or of one score, on a text's last token, in the place of the vocabulary's logits.
+
+What `transformers` calls sequence classification: the same tensors by the same names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from twinloop.common.errors import UserError
+from twinloop.models.decoder import Decoder
+from twinloop.models.directory import load_config
+from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.training.packing import pack
+from twinloop.training.reproducible import reproducible
+from twinloop.training.scoring import ROWS_AT_ONCE
+from twinloop.training.tree import Tree, collate, labelled, sequence_scores
+from twinloop.training.weights import load_decoder
+
+REWARD = ("reward",)
+"""The one label of a reward model."""
+
+
+def attach_head(
+    model: Decoder,
+    labels: Sequence[str],
+    tokenizer: ChatTokenizer,
+    ends: Iterable[int],
+    *,
+    words: Sequence[int] | None = None,
+) -> None:
+    """Give the network a head for these labels in the place of its vocabulary's logits, which starts at 0. A network
+    that has a head for just these labels keeps it.
+
+    ends: the tokens with which texts end. None of them may be the padding, which `transformers` looks for to find a
+    text's last token. words: a token for each label; the head then starts as the vocabulary's rows of these. Raises
+    UserError where the tokenizer has no other special token, and for words without a vocabulary to take them from.
+    """
+    if model.config.labels != tuple(labels):
+        rows = None if words is None else _vocabulary_rows(model, words)
+        for name in ("lm_head", "score"):
+            if hasattr(model, name):
+                delattr(model, name)
+        device = model.model.embed_tokens.weight.device
+        model.score = nn.Linear(model.config.hidden_size, len(labels), bias=False, device=device)
+        with torch.no_grad():
+            model.score.weight.copy_(torch.zeros_like(model.score.weight) if rows is None else rows)
+    padding = _padding(model.config.pad_token_id, tokenizer, {*ends, *tokenizer.stop_ids})
+    changes = {"labels": tuple(labels), "tie_word_embeddings": True, "pad_token_id": padding}
+    model.config = model.config.model_copy(update=changes)
+
+
+def _padding(pad_id: int | None, tokenizer: ChatTokenizer, ends: set[int]) -> int:
+    possible = [id for id in (pad_id, *sorted(tokenizer.special_ids)) if id is not None and id not in ends]
+    if not possible:
+        raise UserError("tokenizer: every special token may end a text, and none is left to pad with; add one to it")
+    return possible[0]
+
+
+def _vocabulary_rows(model: Decoder, ids: Sequence[int]) -> torch.Tensor:
+    """Copies [labels, D] of what the vocabulary's logits of these tokens are made with."""
+    if model.config.labels:
+        raise UserError("head: words: the network has a head of other labels and writes no words; take head: labels")
+    table = model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+    return table.weight.detach()[list(ids)].clone()
+
+
+@torch.no_grad()
+def tree_scores(model: Decoder, trees: Sequence[Tree], *, seq_len: int, device: str = "cpu") -> list[np.ndarray]:
+    """For each tree, in the order given, what the head gives to its scored segments: float32 [segments, labels].
+
+    A segment is scored with all before it, so that of a prompt with several answers the prompt is computed once.
+    seq_len: tokens of a row, at least those of the longest tree.
+    """
+    target = torch.device(device)
+    model.to(target)
+    place = {id(tree): index for index, tree in enumerate(trees)}
+    values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
+    rows = pack(trees, seq_len).rows
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
+            scores = sequence_scores(model, collate(some, seq_len).to(target)).cpu().numpy()
+        for tree in (tree for row in some for tree in row):
+            count = sum(segment.num_scored > 0 for segment in tree.segments)
+            own, scores = np.split(scores, [count])
+            values[place[id(tree)]] = own
+    return values
+
+
+def load_reward_model(directory: Path) -> Decoder:
+    """Raises UserError where the model directory is not a reward model's: one label on the last token."""
+    kind = load_config(directory).kind
+    if kind != "reward":
+        gives = {"text": "writes text", "labels": "gives labels"}[kind]
+        raise UserError(f"{directory}: it {gives} and is no reward model; train one with `method: reward`")
+    return load_decoder(directory)
+
+
+def reward_of(directory: Path, *, device: str = "cpu") -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
+    """The reward model of a directory, as a function of texts: token ids of prompt and answer, the answer's stop token
+    included, to scores float32 [texts]. Any scale: only differences between answers to one prompt mean something.
+
+    Raises UserError where the directory holds no reward model.
+    """
+    model = load_reward_model(directory)
+
+    def scores(texts: Sequence[Sequence[int]]) -> np.ndarray:
+        trees = [labelled(tokens) for tokens in texts]
+        longest = max((tree.length for tree in trees), default=1)
+        found = tree_scores(model, trees, seq_len=longest, device=device)
+        return np.array([score[0, 0] for score in found], dtype=np.float32)
+
+    return scores
