@@ -60,14 +60,17 @@ def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:
     for head in ("time", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("result", overflow="fold")
-    before: Mapping[str, Any] = {}
+    models: dict[str | None, Mapping[str, Any]] = {}
     for row in rows:
         measured = row.measured.metrics if row.measured else {}
         made = row.artifact.metrics if row.artifact else {}
+        source = row.artifact.manifest.inputs.get("model") if row.artifact else None
+        before = models.get(source.key, {}) if source else {}
         speed = f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else ""
         result = row.note or (change(before, measured, titles) if before and measured else _made(made))
         table.add_row(row.name, _time(row), speed, result)
-        before = measured or before
+        if row.artifact and measured:
+            models[row.artifact.key] = measured
     return table
 
 

@@ -97,8 +97,12 @@ class TrainSettings(StrictModel):
         return True
 
     def reward_models(self) -> list[str]:
-        """What else gives rewards: names of earlier stages, or model directories."""
+        """What else gives rewards: names of earlier stages, or folders."""
         return []
+
+    def with_reward_models(self, places: Mapping[str, Path]) -> Self:
+        """The same, each reward model named by its folder."""
+        return self
 
 
 class PackedSettings(TrainSettings):
@@ -152,7 +156,7 @@ class RewardSource(StrictModel):
     verifier: Positive | None = None
     """The weight of the domain's verifier."""
     model: str | None = None
-    """An earlier stage of the recipe that made a reward model, or such a model directory."""
+    """An earlier stage of the recipe that made a reward model, or the folder of one, such as ./models/reward."""
     weight: Positive = 1.0
     """Of the model."""
 
@@ -200,8 +204,6 @@ class RolloutSettings(TrainSettings):
         return [source.model for source in self.rewards if source.model is not None]
 
     def with_reward_models(self, places: Mapping[str, Path]) -> Self:
-        """The same, each reward model named by its directory."""
-
         def found(source: RewardSource) -> RewardSource:
             return source.model_copy(update={"model": str(places[source.model])}) if source.model else source
 
