@@ -359,7 +359,7 @@ def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys that a section knows."""
-    for part in location:
+    for part in (part for part in location if isinstance(part, str)):  # a list's sections have one kind
         found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
         kinds = get_args(found.annotation) or (found.annotation,) if found else ()  # of `Section | None`, the section
         section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
