@@ -284,13 +284,16 @@ def _rewarding(domain: Domain) -> Domain:
 
 
 def _save_untrained_reward_model(folder: Path, base: Path, tokenizer: ChatTokenizer) -> None:
-    """base: a model directory."""
+    """base: a model directory. Its head is drawn at random: of one that is 0, no group of answers has a gradient."""
+    import torch
+
     from twinloop.models.directory import save_model
     from twinloop.training.heads import REWARD, attach_head
     from twinloop.training.weights import get_weights, load_decoder
 
     network = load_decoder(base)
     attach_head(network, REWARD, tokenizer, ends=tokenizer.stop_ids)
+    torch.nn.init.normal_(network.score.weight, generator=torch.Generator().manual_seed(0))
     save_model(folder, network.config, get_weights(network), tokenizer)
 
 

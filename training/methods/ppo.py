@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
+
+from pydantic import model_validator
 
 from twinloop.domains.domain import Domain
 from twinloop.training.runtime import Runtime
@@ -23,7 +25,7 @@ NEEDS_VERIFIER = True
 SHOWN = ("reward", "kl")
 
 
-class PPOSettings(RolloutSettings):
+class Settings(RolloutSettings):
     epochs: Count = 4
     minibatches: Count = 1
     """Optimizer steps an epoch."""
@@ -46,15 +48,18 @@ class PPOSettings(RolloutSettings):
     def has_reference(self) -> bool:
         return self.kl_coef > 0
 
-
-Settings = PPOSettings
+    @model_validator(mode="after")
+    def _coefficient_can_move(self) -> Self:
+        if self.kl_target and not self.kl_coef:
+            raise ValueError("kl_target: the coefficient begins at kl_coef and stays 0; raise kl_coef")
+        return self
 
 
 def build(
     records: Iterable[dict[str, Any]],
     model: Decoder,
     tokenizer: ChatTokenizer,
-    settings: PPOSettings,
+    settings: Settings,
     runtime: Runtime,
     domain: Domain,
 ) -> tuple[PPOLoss, RolloutStream]:
