@@ -94,16 +94,21 @@ def run(workload: Workload, seeds: Sequence[int], work: Path) -> int:
 def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseReport]:
     """What every checkpoint answers to all cases, in the precision that is served."""
     precision = workload.recipe.export.on(workload.runtime.device)[0]
-    model = work / "new"
-    save_model(model, workload.config, get_weights(workload.new_network()), workload.tokenizer)
+    policy = work / "new"
+    save_model(policy, workload.config, get_weights(workload.new_network()), workload.tokenizer)
     reports: dict[str, CaseReport] = {}
+    made: dict[str, Path] = {}
     for stage in workload.recipe.train:
         began = time.perf_counter()
-        network = load_decoder(model)
-        model = work / stage.name
-        cells, notes = train_stage(workload, stage, network, work / f"{stage.name}-kept")
-        save_model(model, workload.config, get_weights(network), workload.tokenizer)
+        network = load_decoder(policy)
+        model = made[stage.name] = work / stage.name
+        cells, notes = train_stage(workload, stage, network, work / f"{stage.name}-kept", made)
+        save_model(model, network.config, get_weights(network), workload.tokenizer)
         seconds = time.perf_counter() - began
+        if stage.method.has_head:  # it answers no case, and the next stage starts from what was before it
+            print_row(str(seed), stage.name, f"{seconds:.1f}", *cells, *["-"] * len(RESULTS), notes)
+            continue
+        policy = model
         exported = work / f"{stage.name}-{precision}"
         export_model(model, exported, precision=precision, max_length=workload.config.max_position_embeddings)
         reports[stage.name], _ = answer(workload, exported)
@@ -111,11 +116,13 @@ def run_stages(workload: Workload, seed: int, work: Path) -> dict[str, CaseRepor
     return reports
 
 
-def train_stage(workload: Workload, stage: TrainStage, network: Decoder, keep: Path) -> tuple[list[str], str]:
+def train_stage(
+    workload: Workload, stage: TrainStage, network: Decoder, keep: Path, made: Mapping[str, Path]
+) -> tuple[list[str], str]:
     """Train to the end. Cells: tokens, tokens/s of the whole (compilation, rollouts), and of the median step's compute
     and optimizer alone. Notes: what the last steps report of a policy's rollouts, or the last loss."""
     reports = list[StepReport]()
-    objective, batches = workload.build(stage, network)
+    objective, batches = workload.build(stage, network, made=made)
     result = run_training(
         network,
         objective,

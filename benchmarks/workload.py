@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,11 +82,25 @@ class Workload:
         """Tokens in a slot half-way through an answer: the usual prompt, and half of what may follow it."""
         return sorted(map(len, self.prompts))[len(self.prompts) // 2] + self.rollouts.max_new_tokens // 2
 
-    def build(self, stage: TrainStage, network: Decoder, *, domain: Domain | None = None) -> tuple[Objective, Batches]:
-        """What the stage trains on, exactly as its task does. domain: another one to give rewards."""
+    def build(
+        self,
+        stage: TrainStage,
+        network: Decoder,
+        *,
+        domain: Domain | None = None,
+        made: Mapping[str, Path] | None = None,
+    ) -> tuple[Objective, Batches]:
+        """What the stage trains on, exactly as its task does. domain: another one to give rewards. made: what stages
+        before it made, by their names: reward models among them."""
+        places = made or {}
+        if unmade := [name for name in stage.settings.reward_models() if name not in places]:
+            raise UserError(
+                f"{stage.place}: the reward model {unmade[0]} is made by a whole run; benchmarks.lifecycle is"
+            )
+        settings = stage.settings.with_reward_models(places)
         records = self.records(stage.method.records)
         judge = domain or self.domain
-        return stage.method.build(records, network, self.tokenizer, stage.settings, self.runtime, judge)
+        return stage.method.build(records, network, self.tokenizer, settings, self.runtime, judge)
 
 
 def prepare(recipe: Recipe, device: Literal["cpu", "cuda"], data: Path) -> Workload:

@@ -75,10 +75,13 @@ def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
     from twinloop.tasks.base_source import resolve_base
     from twinloop.tasks.recipe import load_recipe
+    from twinloop.tasks.reward_models import check_reward_models
 
     project = _project()
     path = _recipe(project, recipe)
-    resolve_base(load_recipe(path, project), project)  # a mistake is reported before anything starts
+    settings = load_recipe(path, project)
+    resolve_base(settings, project)  # a mistake is reported before anything starts
+    check_reward_models(settings, project)
     quiet_prefect()
     from twinloop.flows.run import run_lifecycle
 

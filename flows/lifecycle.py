@@ -44,6 +44,7 @@ from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
+from twinloop.tasks.reward_models import check_reward_models
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
 from twinloop.training.runtime import Runtime
@@ -66,9 +67,10 @@ def lifecycle(recipe: str | None = None) -> Outcome:
     project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
     job = _Job(settings, resolve_base(settings, project), settings.runtime(), rules)
+    check_reward_models(settings, project)
     with ReportedDisplay(make_display()) as display, gpu_slot(project, job.runtime):
         context = Context.of(project, path, settings, display)
-        if any(stage.method.needs_verifier for stage in settings.train):
+        if any(stage.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
         finish_interrupted(Registry(context.mlruns, context.recipe), who())
         with tracked_lifecycle(context, settings) as tracked:
@@ -181,25 +183,29 @@ class _Trained:
 
 
 def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
-    """The base, and every stage of the recipe on what the one before it made; each is measured."""
+    """The base, and every stage of the recipe; each is measured.
+
+    A stage goes on from the last one that made a network that writes text. One with a head, such as a reward model, is
+    a branch: what it makes is used by name, or released where it is the last.
+    """
     settings, runtime = job.recipe, job.runtime
     start, rows = _start(context, settings, job.base, data=data)
-    model = start
-    checked = check_records(context, settings, data=data, model=model)
+    policy = start
+    checked = check_records(context, settings, data=data, model=start)
     rows.append(StageRow.of(checked))
-    checkpoints: list[Artifact] = []
+    made: dict[str, Artifact] = {}
     audited: Artifact | None = None
     for stage in settings.train:
-        if stage.method.needs_verifier and audited is None:
+        if stage.needs_verifier and audited is None:
             audited = audit(context, data=data)
             rows.append(StageRow.of(audited))
-        made = train(context, stage, runtime, data=data, model=model, audit=audited)
-        measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=made)
-        rows.append(StageRow.of(made, measured=measured))
-        checkpoints.append(made)
-        if not stage.method.has_head:  # what has one writes no text: the next stage starts from what was before it
-            model = made
-    return _Trained(start, checkpoints, rows)
+        model = train(context, stage, runtime, data=data, model=policy, audit=audited, made=made)
+        measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
+        rows.append(StageRow.of(model, measured=measured))
+        made[stage.name] = model
+        if not stage.method.has_head:
+            policy = model
+    return _Trained(start, list(made.values()), rows)
 
 
 def _start(context: Context, settings: Recipe, base: Base, *, data: Artifact) -> tuple[Artifact, list[StageRow]]:

@@ -136,9 +136,11 @@ def show_plan(project: Path, recipe_path: Path) -> int:
     from twinloop.tasks.plan import make_plan
     from twinloop.tasks.prepare import ready_data
     from twinloop.tasks.recipe import load_recipe
+    from twinloop.tasks.reward_models import check_reward_models
 
     recipe = load_recipe(recipe_path, project)
     base = resolve_base(recipe, project)
+    check_reward_models(recipe, project)
     runtime = recipe.runtime()
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)

@@ -60,15 +60,27 @@ def stage_table(rows: Sequence[StageRow], domain: Domain) -> Table:
     for head in ("time", "tokens/s"):
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("result", overflow="fold")
-    before: Mapping[str, Any] = {}
+    models: dict[str | None, Mapping[str, Any]] = {}
     for row in rows:
         measured = row.measured.metrics if row.measured else {}
         made = row.artifact.metrics if row.artifact else {}
+        source = row.artifact.manifest.inputs.get("model") if row.artifact else None
+        before = models.get(source.key, {}) if source else {}
         speed = f"{made['tokens_per_s']:,.0f}" if "tokens_per_s" in made else ""
-        result = row.note or (change(before, measured, titles) if before and measured else _made(made))
-        table.add_row(row.name, _time(row), speed, result)
-        before = measured or before
+        table.add_row(row.name, _time(row), speed, row.note or _result(before, measured, made, titles))
+        if row.artifact and measured:
+            models[row.artifact.key] = measured
     return table
+
+
+def _result(
+    before: Mapping[str, Any], measured: Mapping[str, Any], made: Mapping[str, Any], titles: Mapping[str, str]
+) -> str:
+    if "reward_margin" in measured:
+        hacked = measured.get("reward_hacking_share")
+        tried = "" if hacked is None else f", {_percent(hacked)} of wrong answers score as high as the right one"
+        return f"right in {_percent(measured['pass_rate'])} of held-out pairs{tried}"
+    return change(before, measured, titles) if before and measured else _made(made)
 
 
 def quality_table(rows: Sequence[StageRow], domain: Domain) -> Table:

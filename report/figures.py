@@ -42,15 +42,29 @@ CHARTS = (
         "log-probability (nats)",
         {"chosen_shift": "chosen", "rejected_shift": "rejected"},
     ),
-    _Chart("Reward", "mean reward of a rollout", {"reward": "reward"}),
+    _Chart(
+        "Reward",
+        "mean reward of a rollout",
+        {"reward": "reward", "verifier": "of the verifier", "model_reward": "of the reward model"},
+    ),
     _Chart("KL divergence", "nats per token", {"reference_kl": "to the reference", "approx_kl": "of the last update"}),
+    _Chart("KL divergence of an answer", "nats per answer", {"kl": "to the reference"}),
+    _Chart("Price of the KL divergence", "reward per nat", {"kl_coef": "coefficient"}),
+    _Chart("Losses of PPO", "mean loss of a step", {"policy_loss": "policy", "value_loss": "critic"}),
+    _Chart("What the critic expects", "reward", {"value": "mean value"}),
+    _Chart("Variance of the returns", "share", {"explained_variance": "known to the critic"}),
     _Chart("Entropy of the policy", "nats per token", {"entropy": "entropy"}),
     _Chart("Length of rollouts", "tokens", {"length": "length"}),
     _Chart("Groups with a signal", "groups", {"groups": "all", "informative_groups": "rewards differ"}),
     _Chart(
         "Rollouts that went wrong",
         "share",
-        {"length_limited": "cut off", "unparseable": "not parsed", "clip_fraction": "ratio clipped"},
+        {
+            "length_limited": "cut off",
+            "unparseable": "not parsed",
+            "clip_fraction": "ratio clipped",
+            "value_clip_fraction": "value clipped",
+        },
     ),
 )
 UNDRAWN = {"rollout_tokens_per_s", "ratio", "logprob_gap", "logprob_gap_max"}

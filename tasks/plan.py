@@ -11,8 +11,10 @@ import copy
 import os
 import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +31,7 @@ from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
 from twinloop.tasks.imported_base import import_stage
-from twinloop.tasks.recipe import Recipe, TrainStage
+from twinloop.tasks.recipe import Recipe, TrainStage, is_folder
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import RolloutSettings, TrainSettings
@@ -103,7 +105,7 @@ def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *,
             reference=stage.settings.has_reference(),
             lora=stage.settings.lora.form if stage.settings.lora else None,
         )
-        cost = _Prober(context.domain, stage, runtime, data.path, model.path).measure()
+        cost = _Prober(context, stage, runtime, data.path, model.path).measure()
         frozen = stage.settings.lora is not None
         flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
@@ -137,8 +139,9 @@ class _Built:
 class _Prober:
     """Trains one stage for seconds."""
 
-    def __init__(self, domain: Domain, stage: TrainStage, runtime: Runtime, data: Path, model: Path):
-        self._domain, self._stage, self._runtime = domain, stage, runtime
+    def __init__(self, context: Context, stage: TrainStage, runtime: Runtime, data: Path, model: Path):
+        self._project, self._domain = context.project, context.domain
+        self._stage, self._runtime = stage, runtime
         self._data, self._model = data, model
 
     def measure(self) -> _Cost:
@@ -150,20 +153,32 @@ class _Prober:
         read_s = time.perf_counter() - started
         tokenizer = ChatTokenizer.load(self._model)
         sizes = [SAMPLE // 2, SAMPLE] if len(records) > SAMPLE else [len(records)]
-        found = [self._probe(_spread(records, size), tokenizer) for size in sizes]
+        with self._reward_models(tokenizer) as settings:
+            found = [self._probe(_spread(records, size), tokenizer, settings) for size in sizes]
         last = found[-1]
         steps = round(_extrapolate(sizes, [each.steps for each in found], len(records)))
         build_s = _extrapolate(sizes, [each.build_s for each in found], len(records))
         seconds = STAGE_S + read_s + max(0.0, build_s) + steps * last.step_s
         return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
-    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
+    @contextmanager
+    def _reward_models(self, tokenizer: ChatTokenizer) -> Iterator[TrainSettings]:
+        """The stage's settings, with untrained reward models in the place of those that earlier stages will make."""
+        settings, places = self._stage.settings, dict[str, Path]()
+        with tempfile.TemporaryDirectory() as folder:
+            for name in settings.reward_models():
+                places[name] = self._project / name if is_folder(name) else Path(folder, name)
+                if not is_folder(name):
+                    _save_untrained_reward_model(places[name], self._model, tokenizer)
+            yield settings.with_reward_models(places)
+
+    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer, settings: TrainSettings) -> _Built:
         from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
         self._runtime.use()
-        settings, domain = self._as_trained(records, tokenizer)
+        settings, domain = self._as_trained(records, tokenizer, settings)
         network = load_decoder(self._model)
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=self._runtime.seed, stage=self._stage.name)
@@ -182,11 +197,12 @@ class _Prober:
         )
         return _Built(batches.total_steps, built - started, some.step_s, some.step_tokens)
 
-    def _as_trained(self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer) -> tuple[TrainSettings, Domain]:
+    def _as_trained(
+        self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, settings: TrainSettings
+    ) -> tuple[TrainSettings, Domain]:
         """Settings and domain with which the untrained network costs about what the trained one will: answers as long
         as the right ones, and most of them rewarded."""
-        settings = self._stage.settings
-        if not isinstance(settings, RolloutSettings):
+        if not isinstance(settings, RolloutSettings) or not settings.needs_verifier():
             return settings, self._domain
         answers = [self._domain.gold(self._domain.read_facts(record)) for record in records]
         longest = max((len(tokenizer.encode_answer(answer)) for answer in answers), default=settings.max_new_tokens)
@@ -265,6 +281,20 @@ def _rewarding(domain: Domain) -> Domain:
     probed = copy.copy(domain)
     probed.verify = assumed  # type: ignore[method-assign]
     return probed
+
+
+def _save_untrained_reward_model(folder: Path, base: Path, tokenizer: ChatTokenizer) -> None:
+    """base: a model directory. Its head is drawn at random: of one that is 0, no group of answers has a gradient."""
+    import torch
+
+    from twinloop.models.directory import save_model
+    from twinloop.training.heads import REWARD, attach_head
+    from twinloop.training.weights import get_weights, load_decoder
+
+    network = load_decoder(base)
+    attach_head(network, REWARD, tokenizer, ends=tokenizer.stop_ids)
+    torch.nn.init.normal_(network.score.weight, generator=torch.Generator().manual_seed(0))
+    save_model(folder, network.config, get_weights(network), tokenizer)
 
 
 def _spread(records: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

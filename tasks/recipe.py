@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
@@ -81,6 +81,11 @@ class TrainStage:
     settings: TrainSettings
     place: str
     """Where the recipe holds it, such as train[1]."""
+
+    @property
+    def needs_verifier(self) -> bool:
+        """Whether the domain's verifier gives its rewards."""
+        return self.method.needs_verifier and self.settings.needs_verifier()
 
 
 class Recipe(StrictModel):
@@ -294,7 +299,25 @@ def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[Train
         count = named[method.name]
         name = method.name if count == 1 else f"{method.name}-{count}"
         stages.append(TrainStage(name, method, settings, place))
+    problems += _unknown_reward_models(stages)
     return stages
+
+
+def is_folder(name: str) -> bool:
+    """Whether a reward model is named by its folder, such as ./models/reward, and not by the stage that makes it."""
+    return "/" in name
+
+
+def _unknown_reward_models(stages: Sequence[TrainStage]) -> Iterator[str]:
+    """A line for each reward model that no stage before makes."""
+    earlier: list[str] = []
+    for stage in stages:
+        for name in stage.settings.reward_models():
+            if not is_folder(name) and name not in earlier:
+                known = f"those that do: {', '.join(earlier)}" if earlier else f"a folder is named as ./{name}"
+                yield f"{stage.place}.rewards: no stage {name} makes a reward model before it; {known}"
+        if stage.method.has_head:
+            earlier.append(stage.name)
 
 
 def _explain_all(error: ValidationError, fields: Any, model: type[BaseModel], place: str = "") -> list[str]:
@@ -337,7 +360,7 @@ def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place
 
 def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """The keys that a section knows."""
-    for part in location:
+    for part in (part for part in location if isinstance(part, str)):  # a list's sections have one kind
         found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
         kinds = get_args(found.annotation) or (found.annotation,) if found else ()  # of `Section | None`, the section
         section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)

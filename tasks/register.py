@@ -42,11 +42,13 @@ def register_stage(context: Context, made: Made, *, data: Artifact) -> Version:
     """
     registry = Registry(context.mlruns, context.recipe)
     about, exported, parent = _about(context, made, data), made.exported, made.parent
+    registered: dict[str | None, VersionName] = {}
     for checkpoint in made.checkpoints:
         base = checkpoint.metrics.get(ADAPTER_BASE)
         adapted = about | ({"adapter_base": base} if base else {})
-        version = _register(context, registry.checkpoints, checkpoint, parent, about=adapted, alias=checkpoint.stage)
-        parent = VersionName(version.name, version.version)
+        came_from = registered.get(checkpoint.manifest.inputs["model"].key, made.parent)
+        version = _register(context, registry.checkpoints, checkpoint, came_from, about=adapted, alias=checkpoint.stage)
+        parent = registered[checkpoint.key] = VersionName(version.name, version.version)
     for other in made.others:
         precision = other.metrics["precision"]
         alias = f"export-{precision}"

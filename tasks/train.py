@@ -8,7 +8,9 @@ made, merged in memory, so that "adapter off" is always what the stage started f
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefect import task
@@ -16,6 +18,7 @@ from prefect import task
 from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import TrainStage
+from twinloop.tasks.reward_models import RewardModels
 from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -32,14 +35,23 @@ NOTHING_LEARNED = {
 
 @task(name="train", task_run_name="{stage.name}", persist_result=False)
 def train(
-    context: Context, stage: TrainStage, runtime: Runtime, *, data: Artifact, model: Artifact, audit: Artifact | None
+    context: Context,
+    stage: TrainStage,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    model: Artifact,
+    audit: Artifact | None,
+    made: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> Artifact:
     """A model directory; steps, tokens, losses and seconds in `metrics`.
 
-    audit: of the verifier, which a method that trains on its rewards needs; without one nothing is trained.
+    audit: of the verifier, which a stage that trains on its rewards needs; without one nothing is trained. made: by
+    earlier stages, by their names: reward models among them.
     """
     method, settings = stage.method, stage.settings
-    assert audit or not method.needs_verifier, f"{stage.name} was started without an audit of its verifier"
+    assert audit or not stage.needs_verifier, f"{stage.name} was started without an audit of its verifier"
+    rewards = RewardModels.of(settings.reward_models(), context.project, made)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.models.directory import save_adapted, save_model
@@ -54,7 +66,8 @@ def train(
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)
         records = read_records(data.path, method.records)
-        objective, batches = method.build(records, network, tokenizer, settings, runtime, context.domain)
+        placed = settings.with_reward_models(rewards.places)
+        objective, batches = method.build(records, network, tokenizer, placed, runtime, context.domain)
         result = run_training(
             network,
             objective,
@@ -76,11 +89,12 @@ def train(
             log.warning("%s: %s", stage.name, NOTHING_LEARNED[method.needs_verifier])
         return result.summary() | {"records": len(records)} | made
 
+    audited = {"audit": audit} if audit and stage.needs_verifier else {}
     return context.run(
         stage.name,
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
-        inputs={"data": data, "model": model} | ({"audit": audit} if audit and method.needs_verifier else {}),
+        inputs={"data": data, "model": model, **rewards.inputs, **audited},
         modules=("twinloop.tasks.train",),
         found=[method.found],
         uses_domain=method.uses_domain,

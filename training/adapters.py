@@ -89,9 +89,11 @@ def adapter_of(model: nn.Module) -> Adapter | None:
     return Adapter.of(factors, alphas, rank_stabilised=form.rank_stabilised)
 
 
-def trained_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, and a checkpoint keeps."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def trained_tensors(model: nn.Module, objective: object = None) -> dict[str, nn.Parameter]:
+    """What training changes, and a checkpoint keeps: also the parameters of an objective that has some, such as a
+    critic's head. They are no part of the network, nor of a model directory."""
+    own = objective.named_parameters(prefix="objective") if isinstance(objective, nn.Module) else ()
+    return {name: parameter for name, parameter in (*model.named_parameters(), *own) if parameter.requires_grad}
 
 
 def without_adapter(model: Decoder) -> Decoder:

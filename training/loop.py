@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.models.products import products_in_use
 from twinloop.training import checkpoint
-from twinloop.training.adapters import adapter_form, trained_tensors
+from twinloop.training.adapters import adapter_form
 from twinloop.training.checkpoint import Checkpoint
 from twinloop.training.heap import keep_free_memory, return_free_memory
 from twinloop.training.objectives import Objective, join_metrics
@@ -105,8 +105,8 @@ def run_training(
     on_step: Callable[[StepReport], None] | None = None,
     device: str = "cpu",
 ) -> TrainResult:
-    """Train `model` in place until the stream's last step: its adapter alone, where it has one. By the products in use
-    on CPU, in bf16 autocast on CUDA.
+    """Train `model` in place until the stream's last step: its adapter alone, where it has one. An objective that is a
+    module trains with it. By the products in use on CPU, in bf16 autocast on CUDA.
 
     Goes on from the newest good checkpoint in checkpoint_dir, and leaves one there at the end, so a second call
     returns at once. None keeps no checkpoints. Raises UserError if the loss or a gradient is not finite, or if the
@@ -114,12 +114,14 @@ def run_training(
     """
     target = torch.device(device)
     model.to(target).train()
+    if isinstance(objective, nn.Module):
+        objective.to(target)
     if target.type == "cpu":
         keep_free_memory()
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(model, settings, objective)
     result = TrainResult()
     if checkpoint_dir is not None and (found := checkpoint.latest(checkpoint_dir)) is not None:
-        result = _resume(found, model, optimizer, batches)
+        result = _resume(found, optimizer, batches)
     saved_at = time.perf_counter()
     saved_step = result.steps if result.resumed_from_step is not None else -1
     with reproducible(target):
@@ -136,12 +138,12 @@ def run_training(
             reported = time.perf_counter()
             result.seconds.report += reported - start
             if checkpoint_dir is not None and reported - saved_at >= checkpoint_every_s:
-                _save(checkpoint_dir, model, optimizer, batches, result)
+                _save(checkpoint_dir, optimizer, batches, result)
                 saved_step, saved_at = result.steps, time.perf_counter()
                 result.seconds.checkpoint += saved_at - reported
         if checkpoint_dir is not None and saved_step != result.steps:
             started = time.perf_counter()
-            _save(checkpoint_dir, model, optimizer, batches, result)
+            _save(checkpoint_dir, optimizer, batches, result)
             result.seconds.checkpoint += time.perf_counter() - started
     model.eval()
     return_free_memory()
@@ -214,8 +216,8 @@ def _diverged(what: str, step: int, settings: TrainSettings) -> str:
     return f"training: {what} at step {step}; lower learning_rate (now {settings.learning_rate}) or raise warmup_ratio"
 
 
-def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batches, result: TrainResult) -> None:
-    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in trained_tensors(model).items()}
+def _save(directory: Path, optimizer: Optimizer, batches: Batches, result: TrainResult) -> None:
+    tensors: dict[str, Tensor] = {f"model/{name}": tensor for name, tensor in optimizer.trained.items()}
     tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.tensors().items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -231,10 +233,9 @@ def _save(directory: Path, model: Decoder, optimizer: Optimizer, batches: Batche
     checkpoint.save(directory, Checkpoint(result.steps, tensors, state))
 
 
-def _resume(found: Checkpoint, model: Decoder, optimizer: Optimizer, batches: Batches) -> TrainResult:
+def _resume(found: Checkpoint, optimizer: Optimizer, batches: Batches) -> TrainResult:
     weights = {name.removeprefix("model/"): t for name, t in found.tensors.items() if name.startswith("model/")}
-    trained = trained_tensors(model)
-    expected = {name: tuple(tensor.shape) for name, tensor in trained.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in optimizer.trained.items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != expected:
         raise UserError("training checkpoint: it holds another network; remove the working directory and run again")
     if found.state["total_steps"] != batches.total_steps:
@@ -248,7 +249,7 @@ def _resume(found: Checkpoint, model: Decoder, optimizer: Optimizer, batches: Ba
             f"{asdict(products_in_use())}; remove the working directory and run again"
         )
     with torch.no_grad():
-        for name, parameter in trained.items():
+        for name, parameter in optimizer.trained.items():
             parameter.copy_(weights[name])
     prefix = "optimizer/"
     optimizer.restore({n.removeprefix(prefix): t for n, t in found.tensors.items() if n.startswith(prefix)})

@@ -12,15 +12,18 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from twinloop.models.decoder import Decoder
-from twinloop.training.tree import TreeBatch, scored_logprobs, sequence_scores
+from twinloop.training.tree import TreeBatch, scored_hidden, scored_logprobs, sequence_scores, target_logprobs
 
 Metrics = dict[str, Tensor]
 
 
 class Objective(Protocol):
+    """One that is an `nn.Module` has parameters of its own, such as a critic's head: they train with the network, and
+    are part of checkpoints but not of the model directory."""
+
     def normaliser(self, batch: TreeBatch) -> float:
         """How many things the loss of this batch is a mean over."""
         ...
@@ -96,29 +99,11 @@ class GRPOLoss:
 
     def of_logprobs(self, logprobs_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
         """logprobs_N: log p(target) of each sampled token, float32, at the sampler's temperature."""
-        assert batch.old_logprobs_N is not None, "a rollout carries its sampler's log-probabilities"
-        assert batch.advantage_N is not None, "a rollout carries its advantages"
-
-        def mean(values_N: Tensor) -> Tensor:
-            return (values_N * batch.weight_N).sum() / batch.total_weight
-
-        change_N = logprobs_N - batch.old_logprobs_N
-        ratio_N = change_N.exp()
-        clipped_N = ratio_N.clamp(1 - self.clip_eps, 1 + self.clip_eps)
-        loss = -mean(torch.minimum(ratio_N * batch.advantage_N, clipped_N * batch.advantage_N))
-        with torch.no_grad():
-            gap_N = change_N.abs()
-            metrics = {
-                "ratio": mean(ratio_N),
-                "clip_fraction": mean((ratio_N != clipped_N).float()),
-                "approx_kl": mean(ratio_N - 1 - change_N),
-                "logprob_gap": mean(gap_N),
-                "logprob_gap_max": gap_N.max(),
-            }
+        loss, metrics = clipped_policy_loss(logprobs_N, batch, self.clip_eps)
         if self.kl_coef:
             assert batch.reference_logprobs_N is not None, "a KL penalty needs the reference's log-probabilities"
             away_N = batch.reference_logprobs_N - logprobs_N
-            divergence = mean(away_N.exp() - away_N - 1)
+            divergence = mean_by_weight(away_N.exp() - away_N - 1, batch)
             loss = loss + self.kl_coef * divergence
             metrics["reference_kl"] = divergence.detach()
         return loss, metrics
@@ -169,6 +154,78 @@ class ClassifierLoss:
         logits_SL = sequence_scores(model, batch)
         right_S = logits_SL.detach().argmax(dim=1) == batch.label_S
         return F.cross_entropy(logits_SL, batch.label_S), {"accuracy": right_S.float().mean()}
+
+
+class PPOLoss(nn.Module):
+    """PPO: clipped policy gradient on the advantage of each token, and the clipped loss of a critic, means over tokens
+    (Schulman et al., 2017).
+
+    The critic is a linear head on the hidden state before each token: it shares the network, and starts at zero. Its
+    change is clipped like the policy's, as in the reference implementation: the larger of two squared errors counts.
+    """
+
+    def __init__(self, width: int, *, clip_eps: float = 0.2, value_clip: float = 0.2, value_coef: float = 0.5):
+        """width: of the network's hidden states. value_clip: how far a value may move from that of the rollout."""
+        super().__init__()
+        self.clip_eps, self.value_clip, self.value_coef = clip_eps, value_clip, value_coef
+        self.head_D = nn.Parameter(torch.zeros(width))
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def normaliser(self, batch: TreeBatch) -> float:
+        return batch.total_weight
+
+    def loss(self, model: Decoder, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        hidden_ND = scored_hidden(model, batch)
+        return self.of_outputs(target_logprobs(model, hidden_ND, batch), self.expected(hidden_ND), batch)
+
+    def values(self, model: Decoder, batch: TreeBatch) -> Tensor:
+        """What is expected [N] before each scored token, float32."""
+        return self.expected(scored_hidden(model, batch))
+
+    def expected(self, hidden_ND: Tensor) -> Tensor:
+        # A sum of products, which autocast leaves in float32: in bfloat16 a value has three digits.
+        return (hidden_ND.float() * self.head_D).sum(-1) + self.bias
+
+    def of_outputs(self, logprobs_N: Tensor, value_N: Tensor, batch: TreeBatch) -> tuple[Tensor, Metrics]:
+        """logprobs_N: log p(target) of each sampled token, at the sampler's temperature. value_N: as `values`."""
+        assert batch.old_value_N is not None, "a rollout carries the critic's values"
+        assert batch.return_N is not None, "a rollout carries its returns"
+        policy, metrics = clipped_policy_loss(logprobs_N, batch, self.clip_eps)
+        change_N = (value_N - batch.old_value_N).clamp(-self.value_clip, self.value_clip)
+        plain_N, clipped_N = ((v - batch.return_N) ** 2 for v in (value_N, batch.old_value_N + change_N))
+        value = mean_by_weight(torch.maximum(plain_N, clipped_N), batch) / 2
+        with torch.no_grad():
+            metrics |= {
+                "policy_loss": policy.detach(),
+                "value_loss": value.detach(),
+                "value_clip_fraction": mean_by_weight((clipped_N > plain_N).float(), batch),
+            }
+        return policy + self.value_coef * value, metrics
+
+
+def clipped_policy_loss(logprobs_N: Tensor, batch: TreeBatch, clip_eps: float) -> tuple[Tensor, Metrics]:
+    """The clipped surrogate of a batch's advantages (Schulman et al., 2017), a mean over tokens, and how far the policy
+    is from the one that sampled. logprobs_N: log p(target) of each sampled token, at the sampler's temperature."""
+    assert batch.old_logprobs_N is not None, "a rollout carries its sampler's log-probabilities"
+    assert batch.advantage_N is not None, "a rollout carries its advantages"
+    change_N = logprobs_N - batch.old_logprobs_N
+    ratio_N = change_N.exp()
+    clipped_N = ratio_N.clamp(1 - clip_eps, 1 + clip_eps)
+    loss = -mean_by_weight(torch.minimum(ratio_N * batch.advantage_N, clipped_N * batch.advantage_N), batch)
+    with torch.no_grad():
+        gap_N = change_N.abs()
+        metrics = {
+            "ratio": mean_by_weight(ratio_N, batch),
+            "clip_fraction": mean_by_weight((ratio_N != clipped_N).float(), batch),
+            "approx_kl": mean_by_weight(ratio_N - 1 - change_N, batch),
+            "logprob_gap": mean_by_weight(gap_N, batch),
+            "logprob_gap_max": gap_N.max(),
+        }
+    return loss, metrics
+
+
+def mean_by_weight(values_N: Tensor, batch: TreeBatch) -> Tensor:
+    return (values_N * batch.weight_N).sum() / batch.total_weight
 
 
 def join_metrics(parts: list[tuple[float, dict[str, float]]]) -> dict[str, float]:

@@ -100,15 +100,16 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 class Optimizer:
-    """Steps every parameter of a model. Its state is a flat dict of tensors, as checkpoints keep it."""
+    """Steps every parameter of a model, and of an objective that has some. Its state is a flat dict of tensors, as
+    checkpoints keep it. trained: the parameters, by name."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings):
+    def __init__(self, model: nn.Module, settings: TrainSettings, objective: object = None):
         self.settings = settings
-        self._parameters = trained_tensors(model)
-        hidden = {name: p for name, p in self._parameters.items() if is_hidden_matrix(name, tuple(p.shape))}
+        self.trained = trained_tensors(model, objective)
+        hidden = {name: p for name, p in self.trained.items() if is_hidden_matrix(name, tuple(p.shape))}
         muon = hidden if settings.optimizer == "muon" else {}
         self._muon = Muon(muon)
-        self._named_adamw = {name: p for name, p in self._parameters.items() if name not in muon}
+        self._named_adamw = {name: p for name, p in self.trained.items() if name not in muon}
         matrices = {name for name in self._named_adamw if name in hidden or is_adapter_tensor(name)}
         decayed = [p for name, p in self._named_adamw.items() if name in matrices]
         plain = [p for name, p in self._named_adamw.items() if name not in matrices]
@@ -124,12 +125,12 @@ class Optimizer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        for parameter in self._parameters.values():
+        for parameter in self.trained.values():
             parameter.grad = None
 
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to MAX_GRAD_NORM; returns their norm before, a scalar."""
-        return nn.utils.clip_grad_norm_(self._parameters.values(), MAX_GRAD_NORM)
+        return nn.utils.clip_grad_norm_(self.trained.values(), MAX_GRAD_NORM)
 
     def tensors(self) -> dict[str, Tensor]:
         """All state, by name. Empty for AdamW before its first step."""
@@ -152,5 +153,5 @@ class Optimizer:
             }
 
 
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> Optimizer:
-    return Optimizer(model, settings)
+def build_optimizer(model: nn.Module, settings: TrainSettings, objective: object = None) -> Optimizer:
+    return Optimizer(model, settings, objective)

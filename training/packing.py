@@ -9,6 +9,13 @@ from twinloop.common.errors import UserError
 from twinloop.training.tree import Segment, Tree
 
 Row = tuple[Tree, ...]
+ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # a vector's width, FlexAttention's block
+
+
+def row_length(longest: int, device: str) -> int:
+    """As short as the longest tree allows, of a length that the device likes."""
+    multiple = ROW_MULTIPLE[device]
+    return -(-longest // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,39 @@
-"""GRPO rollouts: sample groups on the serving engine, judge them, keep the groups that give a gradient.
+"""Rollouts of RL: sample groups of answers on the serving engine, judge them, credit them, train on those that give a
+gradient.
 
-Advantages are relative to the group: (reward - mean) / standard deviation. A group whose rewards are all alike has
-none; it is dropped and counted, and further prompts are drawn to fill the step, up to MAX_ROUNDS. All informative
-groups of the last round are kept, also those past the number wanted, at most twice of it less one: their samples exist,
-and since the loss is a mean over tokens, more of them make the step's direction surer and not its length. The ratio's
-denominator is the sampler's own log-probability, so its distance from 1 in the first update of a rollout measures
-the parity of trainer and engine, at every step. Left out: filtering over-long completions, replay of old rollouts.
+What gives none by `credit` (in GRPO, a group whose rewards are all alike) is dropped and counted, and further prompts
+are drawn to fill the step, up to MAX_ROUNDS. All informative groups of the last round are kept, also those past the
+number wanted, at most twice of it less one: their samples exist, and since the loss is a mean over tokens, more of them
+make the step's direction surer and not its length. The ratio's denominator is the sampler's own log-probability, so its
+distance from 1 in the first update of a rollout measures the parity of trainer and engine, at every step. Left out:
+filtering over-long completions, replay of old rollouts.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Verdict
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Completion
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.training.packing import pack
+from twinloop.training.credit import Credit, Group, GroupCredit, Rows
+from twinloop.training.packing import pack, row_length
+from twinloop.training.rewards import Answer, Earned
 from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.scoring import attach_reference
 from twinloop.training.settings import RolloutSettings
 from twinloop.training.stream import Step, micro_batches
-from twinloop.training.tree import Tree, TreeBatch, group
+from twinloop.training.tree import Tree, TreeBatch
 
 MAX_ROUNDS = 4
-ROW_MULTIPLE = {"cpu": 16, "cuda": 128}  # of a row's length: a vector's width, FlexAttention's block
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A prompt's completions that are worth a gradient. What a checkpoint keeps of a rollout in use."""
-
-    prompt: int
-    completions: list[list[int]]
-    logprobs: list[list[float]]
-    advantages: list[float]
 
 
 class RolloutStream:
@@ -55,7 +46,7 @@ class RolloutStream:
         self,
         model: Decoder,
         prompts: Sequence[Sequence[int]],
-        reward: Callable[[int, str], Verdict],
+        rewards: Callable[[Sequence[Answer]], Sequence[Earned]],
         decode: Callable[[list[int]], str],
         settings: RolloutSettings,
         runtime: Runtime,
@@ -63,21 +54,24 @@ class RolloutStream:
         stop_ids: Sequence[int],
         vocab_size: int | None = None,
         reference: Decoder | None = None,
+        credit: Credit | None = None,
     ):
-        """reward: judges (prompt's index, answer's text). vocab_size: ids that `decode` knows; by default all of the
-        network's. reference: for a KL penalty; the network before RL."""
+        """vocab_size: ids that `decode` knows; by default all of the network's. reference: the network before RL, whose
+        log-probabilities the objective needs. credit: by default relative to the group."""
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")
         self._model, self._reference = model, reference
-        self._prompts, self._reward, self._decode = prompts, reward, decode
+        self._prompts, self._rewards, self._decode = prompts, rewards, decode
         self._settings, self._runtime, self._stop_ids = settings, runtime, stop_ids
         self._vocab_size = vocab_size
+        self._credit: Credit = credit or GroupCredit()
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
+        self._epochs, self._minibatches = settings.passes()
         self._step = 0
         self._cursor = 0
-        self._pending: list[_Group] = []
-        self._batches: list[TreeBatch] = []
+        self._pending: list[Group] = []
+        self._batches: list[TreeBatch] | None = None
         self._metrics: dict[str, float] = {}
 
     @property
@@ -85,45 +79,51 @@ class RolloutStream:
         return self._settings.steps
 
     def next(self) -> Step:
-        rollout, update = divmod(self._step, self._settings.updates_per_rollout)
+        rollout, update = divmod(self._step, self._epochs * self._minibatches)
         if update == 0:
             self._pending, self._metrics = self._roll_out(rollout)
-            self._batches = self._micro_batches()
+        if update == 0 or self._minibatches > 1 or self._batches is None:
+            self._batches = self._micro_batches(self._minibatch(rollout, update))
         self._step += 1
         return Step(self._batches, self._metrics)
 
     def state(self) -> dict[str, Any]:
-        last = self._step % self._settings.updates_per_rollout == 0
+        last = self._step % (self._epochs * self._minibatches) == 0
         pending = [] if last else [vars(group) for group in self._pending]
-        return {"step": self._step, "cursor": self._cursor, "pending": pending, "metrics": self._metrics}
+        position = {"step": self._step, "cursor": self._cursor, "credit": self._credit.state()}
+        return {**position, "pending": pending, "metrics": self._metrics}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._step, self._cursor, self._metrics = state["step"], state["cursor"], state["metrics"]
-        self._pending = [_Group(**group) for group in state["pending"]]
-        self._batches = self._micro_batches()
+        self._credit.restore(state["credit"])
+        self._pending, self._batches = [Group(**group) for group in state["pending"]], None
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
-    def _roll_out(self, rollout: int) -> tuple[list[_Group], dict[str, float]]:
+    def _roll_out(self, rollout: int) -> tuple[list[Group], dict[str, float]]:
         """Rounds of prompts_per_step prompts until as many groups are informative."""
         started = time.perf_counter()
-        settings = self._settings
+        settings, size = self._settings, self._settings.group_size
         stats = _RolloutStats()
-        informative: list[_Group] = []
+        informative: list[Group] = []
+        credited: dict[str, float] = {}
         for attempt in range(MAX_ROUNDS):
             chosen = self._draw_prompts(settings.prompts_per_step)
             completions = self._sample(chosen, np.random.SeedSequence([self._runtime.seed, rollout, attempt]))
-            for position, prompt in enumerate(chosen):
-                members = completions[position * settings.group_size : (position + 1) * settings.group_size]
-                verdicts = [self._reward(prompt, self._text(member)) for member in members]
-                advantages = group_advantages([float(verdict.reward) for verdict in verdicts])
-                stats.add(members, verdicts, informative=advantages is not None)
-                if advantages is not None:
-                    tokens, logprobs = [m.tokens for m in members], [m.logprobs for m in members]
-                    informative.append(_Group(prompt, tokens, logprobs, advantages))
+            prompts = [prompt for prompt in chosen for _ in range(size)]
+            earned = self._rewards([self._answer(*each) for each in zip(prompts, completions, strict=True)])
+            groups = []
+            for first, prompt in zip(range(0, len(completions), size), chosen, strict=True):
+                members = completions[first : first + size]
+                tokens, logprobs = [m.tokens for m in members], [m.logprobs for m in members]
+                rewards = [each.reward for each in earned[first : first + size]]
+                groups.append(Group(prompt, tokens, logprobs, rewards))
+            kept, credited = self._credit.assign(groups)
+            informative += kept
+            stats.add(completions, earned, groups=len(groups), informative=len(kept))
             if len(informative) >= settings.prompts_per_step:
                 break
-        return informative, stats.metrics(time.perf_counter() - started)
+        return informative, stats.metrics(time.perf_counter() - started) | credited
 
     def _draw_prompts(self, count: int) -> list[int]:
         """The next prompts of the stream; each epoch goes through all in its own order."""
@@ -156,18 +156,24 @@ class RolloutStream:
         )
         return self._sampler.generate([self._prompts[index] for index in chosen], params, group=settings.group_size)
 
-    def _text(self, completion: Completion) -> str:
-        stopped = completion.finish_reason == "stop"
-        return self._decode(completion.tokens[:-1] if stopped else completion.tokens)
+    def _answer(self, prompt: int, completion: Completion) -> Answer:
+        finished = completion.finish_reason == "stop"
+        text = self._decode(completion.tokens[:-1] if finished else completion.tokens)
+        return Answer(prompt, text, finished)
 
-    def _micro_batches(self) -> list[TreeBatch]:
-        if not self._pending:
+    def _minibatch(self, rollout: int, update: int) -> list[Group]:
+        """The groups of an update: each epoch of a rollout deals them out anew."""
+        if self._minibatches == 1:
+            return self._pending
+        epoch, index = divmod(update, self._minibatches)
+        order = np.random.default_rng([self._runtime.seed, rollout, epoch]).permutation(len(self._pending))
+        return [self._pending[group] for group in np.array_split(order, self._minibatches)[index]]
+
+    def _micro_batches(self, groups: list[Group]) -> list[TreeBatch]:
+        if not groups:
             return []
         temperature = self._settings.temperature
-        trees = [
-            group(self._prompts[g.prompt], g.completions, advantages=g.advantages, old_logprobs=g.logprobs)
-            for g in self._pending
-        ]
+        trees = [group.tree(self._prompts) for group in groups]
         seq_len = self._choose_seq_len(trees)
         if self._reference is not None:
             trees = attach_reference(
@@ -178,20 +184,9 @@ class RolloutStream:
 
     def _choose_seq_len(self, trees: list[Tree]) -> int:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""
-        longest = max(tree.length for tree in trees)
         if self._runtime.device == "cuda":
-            longest = self._longest_prompt + self._settings.group_size * self._settings.max_new_tokens
-        multiple = ROW_MULTIPLE[self._runtime.device]
-        return -(-longest // multiple) * multiple
-
-
-def group_advantages(rewards: Sequence[float]) -> list[float] | None:
-    """(reward - mean) / standard deviation of each member; None where all rewards are alike."""
-    mean = math.fsum(rewards) / len(rewards)
-    deviation = math.sqrt(math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards))
-    if max(rewards) == min(rewards):
-        return None
-    return [(reward - mean) / deviation for reward in rewards]
+            return Rows.of(self._prompts, self._settings, self._runtime).seq_len
+        return row_length(max(tree.length for tree in trees), self._runtime.device)
 
 
 class _RolloutStats:
@@ -200,21 +195,25 @@ class _RolloutStats:
     def __init__(self) -> None:
         self.groups = self.informative = self.completions = self.tokens = self.cut_off = self.unparseable = 0
         self.rewards = self.logprobs = 0.0
+        self.parts: Counter[str] = Counter()
 
-    def add(self, members: Sequence[Completion], verdicts: Sequence[Verdict], *, informative: bool) -> None:
-        self.groups += 1
+    def add(self, members: Sequence[Completion], earned: Sequence[Earned], *, groups: int, informative: int) -> None:
+        self.groups += groups
         self.informative += informative
         self.completions += len(members)
         self.tokens += sum(len(member.tokens) for member in members)
         self.logprobs += math.fsum(math.fsum(member.logprobs) for member in members)
         self.cut_off += sum(member.finish_reason == "length" for member in members)
-        self.rewards += math.fsum(verdict.reward for verdict in verdicts)
-        self.unparseable += sum(not verdict.parsed for verdict in verdicts)
+        self.rewards += math.fsum(each.reward for each in earned)
+        self.unparseable += sum(not each.parsed for each in earned)
+        for each in earned:
+            self.parts.update(each.parts)
 
     def metrics(self, seconds: float) -> dict[str, float]:
         """entropy: nats a token, estimated by the mean surprise of what was sampled. Shares are of completions."""
         return {
             "reward": self.rewards / self.completions,
+            **{name: total / self.completions for name, total in self.parts.items()},
             "groups": float(self.groups),
             "informative_groups": float(self.informative),
             "length": self.tokens / self.completions,

@@ -1,17 +1,21 @@
-"""What a frozen network gives to tokens: the reference of DPO and of KL penalties."""
+"""What a network gives to the scored tokens of trees while nothing trains: log-probabilities of the reference of DPO
+and of KL penalties, and what a critic expects.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from twinloop.models.decoder import Decoder
 from twinloop.training.packing import pack
 from twinloop.training.reproducible import reproducible
-from twinloop.training.tree import Segment, Tree, collate, scored_logprobs
+from twinloop.training.tree import Segment, Tree, TreeBatch, collate, scored_logprobs
 
 ROWS_AT_ONCE = 16
 
@@ -35,13 +39,26 @@ def _with_reference(tree: Tree, logprobs: np.ndarray) -> Tree:
     return replace(tree, segments=tuple(segments))
 
 
-@torch.no_grad()
 def tree_logprobs(
     model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
 ) -> list[np.ndarray]:
     """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
+    model.to(device)
+    score = partial(scored_logprobs, model)
+    return scores_by_tree(score, trees, seq_len=seq_len, temperature=temperature, device=device)
+
+
+@torch.no_grad()
+def scores_by_tree(
+    score: Callable[[TreeBatch], Tensor],
+    trees: Sequence[Tree],
+    *,
+    seq_len: int,
+    temperature: float = 1.0,
+    device: str = "cpu",
+) -> list[np.ndarray]:
+    """For each tree, in the order given, what `score` gives to its scored tokens [scored tokens], float32."""
     target = torch.device(device)
-    model.to(target)
     place = {id(tree): index for index, tree in enumerate(trees)}
     values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
     rows = pack(trees, seq_len).rows
@@ -49,8 +66,8 @@ def tree_logprobs(
         some = rows[start : start + ROWS_AT_ONCE]
         with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
             batch = collate(some, seq_len, temperature=temperature).to(target)
-            logprobs = scored_logprobs(model, batch).cpu().numpy()
+            scores = score(batch).cpu().numpy()
         for tree in (tree for row in some for tree in row):
-            own, logprobs = np.split(logprobs, [tree.num_scored])
+            own, scores = np.split(scores, [tree.num_scored])
             values[place[id(tree)]] = own
     return values

@@ -6,6 +6,8 @@ methods here, with answers that fit most methods; a method's own Settings may an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator, model_validator
@@ -62,7 +64,7 @@ class TrainSettings(StrictModel):
     optimizer: Literal["muon", "adamw"] = "muon"
     """Of the hidden matrices; everything else, adapters included, is AdamW's."""
     lora: LoRASettings | None = None
-    """Train an adapter, not the network. The reference of DPO and GRPO is then the network with the adapter off."""
+    """Train an adapter, not the network. The reference of DPO, GRPO and PPO is then the network without it."""
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -89,6 +91,18 @@ class TrainSettings(StrictModel):
     def has_reference(self) -> bool:
         """Whether it is compared with a frozen network while it trains: a copy in memory, unless it has an adapter."""
         return False
+
+    def needs_verifier(self) -> bool:
+        """Whether the verifier gives rewards, in a method that can take them from it."""
+        return True
+
+    def reward_models(self) -> list[str]:
+        """What else gives rewards: names of earlier stages, or folders."""
+        return []
+
+    def with_reward_models(self, places: Mapping[str, Path]) -> Self:
+        """The same, each reward model named by its folder."""
+        return self
 
 
 class PackedSettings(TrainSettings):
@@ -136,20 +150,64 @@ class HeadSettings(EpochSettings):
         return self
 
 
+class RewardSource(StrictModel):
+    """One summand of a reward: `{verifier: 1.0}`, or `{model: reward, weight: 0.3}`."""
+
+    verifier: Positive | None = None
+    """The weight of the domain's verifier."""
+    model: str | None = None
+    """An earlier stage of the recipe that made a reward model, or the folder of one, such as ./models/reward."""
+    weight: Positive = 1.0
+    """Of the model."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.verifier is None) == (self.model is None):
+            raise ValueError("a reward is {verifier: weight} or {model: stage or folder, weight: ...}")
+        if self.model is None and "weight" in self.model_fields_set:
+            raise ValueError("weight is that of a model; the verifier's is {verifier: weight}")
+        return self
+
+
 class RolloutSettings(TrainSettings):
-    """Training on what the network itself samples: groups of answers to one prompt."""
+    """Training on what the network itself samples: answers to prompts, and what they earn."""
 
     steps: Count
+    """Optimizer steps; a rollout may be trained on in several."""
     prompts_per_step: Count
-    """Prompts of a round, and informative groups wanted: those whose rewards are all alike have no gradient, and more
-    prompts are drawn for them."""
-    group_size: Annotated[int, Field(ge=2)]
-    """At least 2: an advantage is relative to the others of the group."""
-    updates_per_rollout: Count = 1
-    """Optimizer steps taken on each rollout."""
+    """Prompts of a round, and groups of answers wanted that have a gradient: more prompts are drawn for the others."""
+    group_size: Count = 1
+    """Answers to a prompt."""
     temperature: Positive = 1.0
     """Of sampling. At 0 a group would be one answer many times."""
     max_new_tokens: Count = 96
+    rewards: Annotated[list[RewardSource], Field(min_length=1)] = [RewardSource(verifier=1.0)]
+    """What an answer earns: their weighted sum."""
+
+    @model_validator(mode="after")
+    def _rewards_differ(self) -> Self:
+        named = [source.model for source in self.rewards]  # None: the verifier
+        if twice := next((name for name in named if named.count(name) > 1), False):
+            raise ValueError(f"rewards: the model {twice} is named twice; give it one weight")
+        if named.count(None) > 1:
+            raise ValueError("rewards: the verifier is named twice; give it one weight")
+        return self
+
+    def passes(self) -> tuple[int, int]:
+        """(epochs, minibatches): how often a rollout is gone through, and in how many steps each time."""
+        return 1, 1
+
+    def needs_verifier(self) -> bool:
+        return any(source.verifier is not None for source in self.rewards)
+
+    def reward_models(self) -> list[str]:
+        return [source.model for source in self.rewards if source.model is not None]
+
+    def with_reward_models(self, places: Mapping[str, Path]) -> Self:
+        def found(source: RewardSource) -> RewardSource:
+            return source.model_copy(update={"model": str(places[source.model])}) if source.model else source
+
+        return self.model_copy(update={"rewards": [found(source) for source in self.rewards]})
 
     def check_context(self, max_length: int) -> None:
         if self.max_new_tokens >= max_length:

@@ -41,16 +41,19 @@ class Segment:
 
     tokens: int32 [n]. weights: float32 [n], the weight of each token as a target, 0 where it is not scored.
     parent: index of the segment in its tree that it continues; ROOT for the first.
-    old_logprobs, reference_logprobs: float32, one a scored token: of the sampler, and of the frozen reference.
+    advantage, old_logprobs, reference_logprobs, old_values, returns: float32, one a scored token: how much better it
+    was than expected; by the sampler, by the frozen reference; what a critic expected before it, and is to expect.
     label: the number of the right one, of a text that is classified.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     parent: int = ROOT
-    advantage: float = 0.0
+    advantage: np.ndarray | None = None
     old_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
+    old_values: np.ndarray | None = None
+    returns: np.ndarray | None = None
     label: int = 0
 
     @property
@@ -121,22 +124,26 @@ def group(
     prompt: Sequence[int],
     completions: Sequence[Sequence[int]],
     *,
-    advantages: Sequence[float],
-    old_logprobs: Sequence[Sequence[float]],
+    advantages: Sequence[float | Sequence[float]] = (),
+    old_logprobs: Sequence[Sequence[float]] = (),
+    old_values: Sequence[Sequence[float]] = (),
+    returns: Sequence[Sequence[float]] = (),
 ) -> Tree:
-    """A GRPO group: the prompt once, its sampled completions (stop tokens included) below it.
+    """A prompt once, its sampled completions (stop tokens included) below it.
 
-    old_logprobs: for each completion, the log-probability of each of its tokens under the distribution sampled from.
+    advantages: for each completion, one of all its tokens, or one a token. old_logprobs: for each completion, the
+    log-probability of each of its tokens under the distribution sampled from. old_values, returns: one a token as well,
+    where there is a critic.
     """
     _need(prompt=prompt, **{f"completion {i}": tokens for i, tokens in enumerate(completions)})
-    children = tuple(
-        replace(
-            _segment(tokens, scored=True, parent=0),
-            advantage=float(advantage),
-            old_logprobs=np.asarray(logprobs, dtype=np.float32),
-        )
-        for tokens, advantage, logprobs in zip(completions, advantages, old_logprobs, strict=True)
-    )
+    children = [_segment(tokens, scored=True, parent=0) for tokens in completions]
+    rated = {"advantage": advantages, "old_logprobs": old_logprobs, "old_values": old_values, "returns": returns}
+    for name, values in rated.items():
+        if len(values):
+            each = zip(completions, values, strict=True)
+            parts = [np.broadcast_to(np.asarray(value, dtype=np.float32), len(tokens)) for tokens, value in each]
+            changes: list[dict[str, Any]] = [{name: part} for part in parts]
+            children = [replace(child, **change) for child, change in zip(children, changes, strict=True)]
     return Tree((_segment(prompt, scored=False), *children))
 
 
@@ -162,7 +169,8 @@ class TreeBatch:
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
     weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
     last_S: int64, flat index into B*L of its last token, which a head scores. label_S: int64.
-    advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
+    advantage_N, old_logprobs_N, reference_logprobs_N, old_value_N, return_N: float32, or None where no tree of the
+    batch has them.
     paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
@@ -180,6 +188,8 @@ class TreeBatch:
     advantage_N: Tensor | None
     old_logprobs_N: Tensor | None
     reference_logprobs_N: Tensor | None
+    old_value_N: Tensor | None
+    return_N: Tensor | None
     paths: tuple[Path, ...]
     row_lengths: tuple[int, ...]
     seq_len: int
@@ -275,9 +285,6 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     lengths = np.array([len(scored) for _, scored in scored_segments], dtype=np.int64)
     weight_N = _joined([segment.weights[scored] for segment, scored in scored_segments], np.float32)
     segments = [segment for segment, _ in scored_segments]
-    old = [segment.old_logprobs for segment in segments]
-    reference = [segment.reference_logprobs for segment in segments]
-    advantages = np.array([segment.advantage for segment in segments], dtype=np.float32)
     return TreeBatch(
         tokens_BL=torch.from_numpy(tokens_L)[None],
         positions_BL=torch.from_numpy(positions_L)[None],
@@ -288,9 +295,11 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         length_S=torch.from_numpy(lengths),
         last_S=torch.tensor(last, dtype=torch.int64),
         label_S=torch.tensor([segment.label for segment in segments], dtype=torch.int64),
-        advantage_N=torch.from_numpy(np.repeat(advantages, lengths)) if _given(old) else None,
-        old_logprobs_N=torch.from_numpy(_joined(_given(old), np.float32)) if _given(old) else None,
-        reference_logprobs_N=torch.from_numpy(_joined(_given(reference), np.float32)) if _given(reference) else None,
+        advantage_N=_floats([segment.advantage for segment in segments]),
+        old_logprobs_N=_floats([segment.old_logprobs for segment in segments]),
+        reference_logprobs_N=_floats([segment.reference_logprobs for segment in segments]),
+        old_value_N=_floats([segment.old_values for segment in segments]),
+        return_N=_floats([segment.returns for segment in segments]),
         paths=tuple(paths),
         row_lengths=row_lengths,
         seq_len=seq_len,
@@ -325,10 +334,10 @@ def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype=dtype)
 
 
-def _given(parts: Sequence[np.ndarray | None]) -> list[np.ndarray]:
-    """The parts, when every scored segment has one; else nothing."""
+def _floats(parts: Sequence[np.ndarray | None]) -> Tensor | None:
+    """The parts as one, when every scored segment has one."""
     given = [part for part in parts if part is not None]
-    return given if len(given) == len(parts) else []
+    return torch.from_numpy(_joined(given, np.float32)) if given and len(given) == len(parts) else None
 
 
 def attention_plan(batch: TreeBatch) -> AttentionPlan:
@@ -340,30 +349,43 @@ def attention_plan(batch: TreeBatch) -> AttentionPlan:
 
 def sequence_scores(model: Decoder, batch: TreeBatch) -> Tensor:
     """What the network's head gives to each sequence at its last token, float32 [S, labels], differentiable."""
-    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
-    return model.logits(hidden_BLD.flatten(0, 1).index_select(0, batch.last_S))
+    return model.logits(_hidden(model, batch, batch.last_S))
 
 
 def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
-    """log p(target) [N] of every scored token, float32, differentiable.
+    """log p(target) [N] of every scored token, float32, differentiable."""
+    return target_logprobs(model, scored_hidden(model, batch), batch, chunk=chunk)
+
+
+def scored_hidden(model: Decoder, batch: TreeBatch) -> Tensor:
+    """The final hidden state [N, D] that predicts each scored token."""
+    return _hidden(model, batch, batch.predict_from_N)
+
+
+def _hidden(model: Decoder, batch: TreeBatch, places: Tensor) -> Tensor:
+    """Final hidden states [places, D]. places: flat indices into B*L."""
+    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
+    # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
+    return hidden_BLD.flatten(0, 1).index_select(0, places)
+
+
+def target_logprobs(model: Decoder, hidden_ND: Tensor, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
+    """log p(target) [N] by the hidden states of `scored_hidden`, float32, differentiable.
 
     The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece: [N, V] logits
     are never in memory at once. Where it trains it runs again in the backward pass.
     """
     chunk = chunk or logit_chunk(model.config.vocab_size)
-    hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
-    # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
-    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
 
-    def target_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
+    def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
         logits = model.logits(hidden).float()
         if batch.temperature != 1.0:
             logits = logits / batch.temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
     if adapter_layers(model) and len(hidden_ND):
-        return frozen_rows(target_logprobs, hidden_ND, batch.target_N, chunk=chunk)
+        return frozen_rows(logprobs, hidden_ND, batch.target_N, chunk=chunk)
     if len(hidden_ND) <= chunk:
-        return target_logprobs(hidden_ND, batch.target_N)
+        return logprobs(hidden_ND, batch.target_N)
     pieces = zip(hidden_ND.split(chunk), batch.target_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(target_logprobs, *piece, use_reentrant=False) for piece in pieces])
+    return torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces])

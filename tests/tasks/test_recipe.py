@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,28 @@ def test_all_linear_is_every_layer_and_the_default(tmp_path: Path) -> None:
         assert settings.lora.form.scale == 4.0
 
 
+REWARD = {"method": "reward", "batch_tokens": 2048, "learning_rate": 1e-3}
+
+
+def test_a_reward_model_is_named_by_the_stage_before_that_makes_it(tmp_path: Path) -> None:
+    *before, grpo = fields()["train"]
+    paid = grpo | {"rewards": [{"verifier": 1.0}, {"model": "reward", "weight": 0.3}]}
+    stage = load_recipe(write(tmp_path, fields() | {"train": [*before, REWARD, paid]})).train[-1]
+    assert stage.settings.reward_models() == ["reward"]
+    assert stage.needs_verifier
+    unpaid = load_recipe(write(tmp_path, fields() | {"train": [REWARD, grpo | {"rewards": [{"model": "reward"}]}]}))
+    assert not unpaid.train[-1].needs_verifier
+    for stages, said in (
+        ([paid, REWARD], "train[0].rewards: no stage reward makes a reward model before it; a folder is named as"),
+        (
+            [REWARD, paid | {"rewards": [{"model": "reward-2"}]}],
+            "makes a reward model before it; those that do: reward",
+        ),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            load_recipe(write(tmp_path, fields() | {"train": stages}))
+
+
 def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
     lora = {"lora": {"rank": 2, "targets": ["q_proj"]}}
     adapted = ((), ("dpo",), ("sft", "dpo", "grpo"))
@@ -93,6 +116,17 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"device": "cdua"}, "device: 'cdua' is not one of 'auto', 'cpu', 'cuda' (did you mean cuda?)"),
         ({"export": {"precisions": ["fp32", "int3"]}}, "export.precisions[1]: 'int3' is not one of"),
         ({"grpo": {"group_size": 1}}, "train[3].group_size: 1: input should be greater than or equal to 2"),
+        ({"grpo": {"rewards": []}}, "train[3].rewards: []: list should have at least 1 item"),
+        ({"grpo": {"rewards": [{"verifer": 1.0}]}}, "train[3].rewards[0].verifer: unknown key; did you mean verifier?"),
+        ({"grpo": {"rewards": [{"verifier": 0}]}}, "train[3].rewards[0].verifier: 0: input should be greater than 0"),
+        ({"grpo": {"rewards": [{"verifier": 1, "model": "reward"}]}}, "train[3].rewards[0]: a reward is {verifier:"),
+        ({"grpo": {"rewards": [{"verifier": 1, "weight": 2}]}}, "train[3].rewards[0]: weight is that of a model"),
+        (
+            {"grpo": {"rewards": [{"model": "./a"}, {"model": "./a"}]}},
+            "train[3]: rewards: the model ./a is named twice",
+        ),
+        ({"grpo": {"rewards": [{"verifier": 1}, {"verifier": 1}]}}, "train[3]: rewards: the verifier is named twice"),
+        ({"grpo": {"rewards": [{"model": "dpo"}]}}, "train[3].rewards: no stage dpo makes a reward model before it"),
         ({"sft": {"seq_len": 4096}}, "train[1]: batch_tokens (2048) holds no row"),
         ({"sft": {"seq_len": 1024}}, "train[1].seq_len (1024) is longer than base.max_length (512)"),
         ({"sft": {"warmup_ratio": 0.7, "decay_ratio": 0.7}}, "together at most 1"),

@@ -82,6 +82,7 @@ SETTINGS = {
     "reward": PACKED | {"epochs": 2},
     "classify": PACKED | {"epochs": 8},
     "grpo": {"learning_rate": 0.01, "steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
+    "ppo": {"learning_rate": 0.01, "steps": 4, "prompts_per_step": 8, "max_new_tokens": 8, "epochs": 2},
     "smoothed": PACKED | {"epochs": 4, "smoothing": 0.2},
 }
 
@@ -112,17 +113,17 @@ def run(method: Method, tiny, tokenizer: ChatTokenizer, **changes: object):
     return model, run_training(model, *built, settings, checkpoint_dir=None)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward", "classify"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"])
 def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenizer) -> None:
-    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo", "reward", "classify"}
+    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"}
     _, result = run(load_method(name, PROJECT), tiny, tokenizer)
     assert result.steps >= 2
     assert result.tokens > 0
-    if name != "grpo":
+    if name not in ("grpo", "ppo"):
         assert result.loss < result.initial_loss
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "reward", "classify"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"])
 def test_a_method_has_at_most_80_lines_of_code(name: str) -> None:
     lines = load_method(name, PROJECT).found.file.read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 80

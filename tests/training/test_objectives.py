@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,7 +85,7 @@ def test_grpo_by_hand():
 def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny, texts):
     """Sampled and judged alike, so that the penalty is all that is left of the loss and its gradient."""
     trees = groups_of(texts, 3)
-    trees = [Tree(tuple(replace(segment, advantage=0.0) for segment in tree.segments)) for tree in trees]
+    trees = [Tree(tuple(replace(each, advantage=np.zeros(each.num_scored)) for each in t.segments)) for t in trees]
     batch = one_batch(attach_reference(tiny, trees, seq_len=64))
     reference = scored_logprobs(tiny, batch).detach()
     for shift in (0.0, -0.5, 0.5):

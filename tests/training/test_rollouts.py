@@ -8,12 +8,15 @@ import torch
 from twinloop.domains.domain import Verdict
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.training.credit import group_advantages
 from twinloop.training.loop import run_training
+from twinloop.training.methods.grpo import GRPOSettings
 from twinloop.training.objectives import GRPOLoss
-from twinloop.training.rollouts import MAX_ROUNDS, RolloutStream, group_advantages
+from twinloop.training.rewards import Verifier
+from twinloop.training.rollouts import MAX_ROUNDS, RolloutStream
 from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
-from twinloop.training.settings import RolloutSettings, TrainSettings
+from twinloop.training.settings import TrainSettings
 from twinloop.training.weights import new_decoder
 
 STOP = 5
@@ -47,7 +50,7 @@ def stream_for(
     reference=None,
 ):
     prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
-    settings = RolloutSettings(
+    settings = GRPOSettings(
         learning_rate=0.01,
         steps=steps,
         prompts_per_step=5,
@@ -57,7 +60,8 @@ def stream_for(
         updates_per_rollout=updates,
     )
     runtime = Runtime(seed=seed, threads=threads, device=device)
-    return RolloutStream(model, prompts, reward, as_text, settings, runtime, stop_ids=[STOP], reference=reference)
+    judge = Verifier(reward)
+    return RolloutStream(model, prompts, judge, as_text, settings, runtime, stop_ids=[STOP], reference=reference)
 
 
 @pytest.fixture
@@ -240,7 +244,7 @@ def test_reinforcement_raises_the_reward(eager_to_stop):
 def test_settings_that_cannot_teach_are_refused(change, message):
     fields = {"learning_rate": 0.1, "steps": 1, "prompts_per_step": 1, "group_size": 2}
     with pytest.raises(ValueError, match=message):
-        RolloutSettings(**(fields | change))
+        GRPOSettings(**(fields | change))
 
 
 def test_rows_of_the_network_that_are_no_token_are_never_sampled(tiny):

@@ -1,15 +1,17 @@
 """GRPO with verifiable rewards (Shao et al., 2024): the network's own answers, sampled on the engine that serves, and
-rewarded by the domain's verifier; better than the mean of the group is reinforced.
+rewarded by the domain's verifier, by reward models, or both; better than the mean of the group is reinforced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from twinloop.domains.domain import Domain, Verdict, domain_code
+from pydantic import Field
+
+from twinloop.domains.domain import Domain
 from twinloop.training.runtime import Runtime
-from twinloop.training.settings import NotNegative, Positive, RolloutSettings
+from twinloop.training.settings import Count, NotNegative, Positive, RolloutSettings
 
 if TYPE_CHECKING:
     from twinloop.models.decoder import Decoder
@@ -23,9 +25,16 @@ SHOWN = ("reward",)
 
 
 class GRPOSettings(RolloutSettings):
+    group_size: Annotated[int, Field(ge=2)]
+    """At least 2: an advantage is relative to the others of the group."""
+    updates_per_rollout: Count = 1
+    """Optimizer steps taken on each rollout."""
     clip_eps: Positive = 0.2
     kl_coef: NotNegative = 0.0
     """Of a penalty towards the network that the stage starts from."""
+
+    def passes(self) -> tuple[int, int]:
+        return self.updates_per_rollout, 1
 
     def has_reference(self) -> bool:
         return self.kl_coef > 0
@@ -44,22 +53,14 @@ def build(
 ) -> tuple[GRPOLoss, RolloutStream]:
     from twinloop.training.adapters import frozen_reference
     from twinloop.training.objectives import GRPOLoss
+    from twinloop.training.rewards import prompts_and_rewards
     from twinloop.training.rollouts import RolloutStream
 
-    prompts, facts = [], []
-    for number, record in enumerate(records, 1):
-        prompts.append(tokenizer.encode_prompt(record["prompt"]))
-        with domain_code(domain, "read_facts", f"prompt {number}"):
-            facts.append(domain.read_facts(record))
-
-    def reward(prompt: int, answer: str) -> Verdict:
-        with domain_code(domain, "verify", f"prompt {prompt + 1}"):
-            return domain.verify(answer, facts[prompt])
-
+    prompts, rewards = prompts_and_rewards(records, tokenizer, settings, runtime, domain)
     rollouts = RolloutStream(
         model,
         prompts,
-        reward,
+        rewards,
         tokenizer.decode,
         settings,
         runtime,
