@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import signal
 import sys
 from collections.abc import Iterator
 from datetime import date
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true", help="without peers; nothing is installed")
     parser.add_argument("--quick", action="store_true", help="shortest lengths, to see that it works: no measurement")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers too
     try:
         rows = measure(options)
         print(f"{heading()}\n", flush=True)
