@@ -1,0 +1,185 @@
+"""What clients do to a server, each a measure of its own. All answers are greedy and of a fixed length."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.serving.client import Answer, ask, prompt, user
+from benchmarks.serving.servers import Server
+from twinloop.common.errors import UserError
+
+SYSTEM_WORDS, LONG_WORDS = 500, 1400
+STREAMS = 4
+RETRY_S = 0.1
+"""Until a client that was refused asks again."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """words, tokens: of a prompt and an answer. one: requests of the one client; many: numbers of clients, of which
+    each asks `turns` times; repeats: of a system prompt; overload: numbers of clients, for so many seconds."""
+
+    words: int = 100
+    tokens: int = 64
+    one: int = 5
+    many: tuple[int, ...] = (8, 32)
+    turns: int = 1
+    repeats: int = 3
+    overload: tuple[int, int] = (32, 200)
+    overload_s: float = 8.0
+    quotes: int = 2
+
+
+QUICK = Sizes(words=8, tokens=8, one=1, many=(2,), repeats=1, overload=(2, 4), overload_s=1.0, quotes=1)
+
+
+def _whole(answers: Sequence[Answer], server: Server) -> Sequence[Answer]:
+    """Raises UserError where an answer is missing: speed without it would be no speed."""
+    if lost := [answer.status for answer in answers if not answer.whole]:
+        raise UserError(f"{server.name}: {len(lost)} of {len(answers)} answers are not whole (HTTP {lost[0]})")
+    return answers
+
+
+def one_client(server: Server, sizes: Sizes, seed: int) -> tuple[float, float, float]:
+    """Median milliseconds of an answer's first token and of a whole answer, one request after another; and of a whole
+    answer by the clock, where that is another one."""
+
+    async def work() -> list[tuple[float, float, float]]:
+        found = []
+        for each in range(sizes.one):
+            began = server.seconds()
+            first = await ask(server.port, user(prompt(sizes.words, seed + 2 * each)), 1)
+            read = server.seconds()
+            whole = await ask(server.port, user(prompt(sizes.words, seed + 2 * each + 1)), sizes.tokens)
+            found.append((read - began, server.seconds() - read, whole.total_s))
+            _whole([first, whole], server)
+        return found
+
+    first, whole, by_clock = (1000 * statistics.median(values) for values in zip(*asyncio.run(work()), strict=True))
+    return first, whole, by_clock
+
+
+def many_clients(server: Server, sizes: Sizes, clients: int, seed: int) -> float:
+    """Tokens of answers a second, from the first request to the last answer."""
+
+    async def client(number: int) -> list[Answer]:
+        seeds = range(seed + number * sizes.turns, seed + (number + 1) * sizes.turns)
+        return [await ask(server.port, user(prompt(sizes.words, each)), sizes.tokens) for each in seeds]
+
+    async def work() -> list[Answer]:
+        return [answer for answers in await asyncio.gather(*map(client, range(clients))) for answer in answers]
+
+    began = server.seconds()
+    answers = _whole(asyncio.run(work()), server)
+    return sum(answer.tokens for answer in answers) / (server.seconds() - began)
+
+
+def gaps_beside_a_long_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
+    """Milliseconds: the largest gap between texts of streams while a long prompt is read, and the median before it."""
+
+    async def work() -> tuple[list[Answer], Answer, float]:
+        texts = [user(prompt(sizes.words // 4, seed + each)) for each in range(STREAMS)]
+        streams = [asyncio.create_task(ask(server.port, text, 2 * sizes.tokens)) for text in texts]
+        warm = asyncio.create_task(ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4))
+        await warm  # all of them stream by now
+        began = time.perf_counter()
+        long = await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1)
+        return [await stream for stream in streams], long, began
+
+    streams, long, began = asyncio.run(work())
+    _whole([*streams, long], server)
+    ended = began + long.first_s
+    gaps = [(at, at + gap, gap) for each in streams for at, gap in zip(each.at, each.gaps, strict=False)]
+    during = [gap for start, end, gap in gaps if end > began and start < ended]
+    if not during:
+        raise UserError(f"{server.name}: its streams ended before the long prompt came")
+    before = [gap for _, end, gap in gaps if end <= began]
+    return 1000 * max(during), 1000 * statistics.median(before or during)
+
+
+def repeated_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
+    """Milliseconds to the first token: of the first request with a system prompt, and the median of those after it."""
+    system = prompt(SYSTEM_WORDS, seed)
+
+    async def work() -> list[float]:
+        found = []
+        for each in range(sizes.repeats + 1):
+            began = server.seconds()
+            text = prompt(sizes.words // 10 + 1, seed + 1 + each)
+            _whole([await ask(server.port, user(text, system), 1)], server)
+            found.append(1000 * (server.seconds() - began))
+        return found
+
+    first, *later = asyncio.run(work())
+    return first, statistics.median(later)
+
+
+def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[float, Counter[str]]:
+    """Tokens a second of whole answers to clients that ask again at once, and how requests ended."""
+    tokens = max(4, sizes.tokens // 4)
+    ends: Counter[str] = Counter()
+
+    async def client(number: int) -> None:
+        turn = 0
+        while True:
+            turn += 1
+            text = prompt(sizes.words // 4, seed + 10_000 * number + turn)
+            answer = await ask(server.port, user(text), tokens)
+            ends["whole" if answer.whole else str(answer.status)] += 1
+            if answer.status != 200:
+                await asyncio.sleep(RETRY_S)
+
+    async def work() -> float:
+        working = [asyncio.create_task(client(number)) for number in range(clients)]
+        try:
+            await asyncio.sleep(sizes.overload_s / 4)  # until the queue is as long as it becomes
+            before, began = ends["whole"], server.seconds()
+            await asyncio.sleep(sizes.overload_s)
+            return (ends["whole"] - before) * tokens / (server.seconds() - began)
+        finally:
+            for each in working:
+                each.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+
+    return asyncio.run(work()), ends
+
+
+POLICIES = "\n".join(
+    f"P-{number}: {reason} items reported within {days} days of delivery are eligible for a return."
+    for number, reason, days in [(3, "late", 14), (7, "damaged", 30), (12, "unwanted", 10), (15, "incomplete", 21)]
+)
+DECISION = {
+    "type": "object",
+    "properties": {
+        "policy": {"type": "string", "pattern": f"^P-[0-9]+: {'[a-zA-Z0-9 ]{40,90}'}\\.$"},
+        "policy_id": {"enum": ["P-3", "P-7", "P-12", "P-15"]},
+        "days_since_delivery": {"type": "integer", "minimum": 0, "maximum": 99},
+        "eligible": {"type": "boolean"},
+        "label_created": {"type": "boolean"},
+    },
+    "required": ["policy", "policy_id", "days_since_delivery", "eligible", "label_created"],
+    "additionalProperties": False,
+}
+
+
+def quoting_decisions(server: Server, sizes: Sizes, seed: int) -> float:
+    """Median milliseconds of a decision in a schema that quotes its prompt."""
+    schema = {"type": "json_schema", "json_schema": {"name": "decision", "schema": DECISION, "strict": True}}
+    fields: dict[str, Any] = {"response_format": schema, "ignore_eos": False}
+
+    async def work() -> list[float]:
+        found = []
+        for number in range(sizes.quotes):
+            order = f"Order A{seed + number}: damaged, delivered 12 days ago. Quote the policy that applies and decide."
+            began = server.seconds()
+            _whole([await ask(server.port, user(f"{POLICIES}\n{order}"), 128, **fields)], server)
+            found.append(1000 * (server.seconds() - began))
+        return found
+
+    return statistics.median(asyncio.run(work()))
