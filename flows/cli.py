@@ -73,12 +73,12 @@ def init(
 @app.command()
 def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
-    from twinloop.tasks.base_source import resolve_base
+    from twinloop.tasks.base_source import resolve_models
     from twinloop.tasks.recipe import load_recipe
 
     project = _project()
     path = _recipe(project, recipe)
-    resolve_base(load_recipe(path, project), project)  # a mistake is reported before anything starts
+    resolve_models(load_recipe(path, project), project)  # a mistake is reported before anything starts
     quiet_prefect()
     from twinloop.flows.run import run_lifecycle
 

@@ -99,17 +99,19 @@ KINDS: dict[str, type[BaseSettings]] = {
     "version": VersionBase,
 }
 """By the key that only they must have; `package` comes with a `path`."""
-FORMS = "{depth: 4} makes a new network; {path: ...} or {package: ..., path: ...} and {version: champion} take one"
+TRAINED = "{path: ...} or {package: ..., path: ...} and {version: champion} take one"
+FORMS = f"{{depth: 4}} makes a new network; {TRAINED}"
 
 
-def kind_of_base(fields: Mapping[str, Any]) -> type[BaseSettings]:
-    """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so."""
+def kind_of_base(fields: Mapping[str, Any], place: str = "base") -> type[BaseSettings]:
+    """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so.
+    place: where the recipe holds them."""
     named = [key for key in KINDS if key in fields and not (key == "path" and "package" in fields)]
     if len(named) > 1:
-        raise ValueError(f"base: {' and '.join(named)} name different models; keep one of them")
+        raise ValueError(f"{place}: {' and '.join(named)} name different models; keep one of them")
     if named:
         return KINDS[named[0]]
     for key in fields:
         if near := difflib.get_close_matches(str(key), list(KINDS), n=1):
-            raise ValueError(f"base.{key}: unknown key; did you mean {near[0]}?")
-    raise ValueError(f"base: does not say which model; {FORMS}")
+            raise ValueError(f"{place}.{key}: unknown key; did you mean {near[0]}?")
+    raise ValueError(f"{place}: does not say which model; {FORMS}")

@@ -14,7 +14,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.snapshot import Version, VersionName
-from twinloop.tasks.base_settings import NewBase, PackageBase, PathBase, VersionBase
+from twinloop.tasks.base_settings import BaseSettings, NewBase, PackageBase, PathBase, VersionBase
 from twinloop.tasks.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -94,21 +94,50 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
     settings = recipe.base
     if isinstance(settings, NewBase):
         return Base(settings.decoder_config(settings.vocab_size), "a new network")
+    base = _resolve(settings, recipe.name, project, place="base", default_length=DEFAULT_MAX_LENGTH)
+    try:
+        recipe.check_context(base.max_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return base
+
+
+def resolve_models(recipe: Recipe, project: Path) -> tuple[Base, dict[str, dict[str, Base]]]:
+    """The base, and the other models that stages read: by stage, and the setting that names each.
+
+    Raises UserError as `resolve_base`, and for one of them that takes fewer tokens than the recipe's records may have.
+    """
+    base = resolve_base(recipe, project)
+    named: dict[str, dict[str, Base]] = {}
+    for stage in recipe.train:
+        for name, settings in stage.models.items():
+            place = f"{stage.place}.{name}"
+            model = _resolve(settings, recipe.name, project, place=place)
+            if model.max_length < base.max_length:
+                raise UserError(
+                    f"{place}: {model.title} takes {model.max_length} tokens, and base.max_length is "
+                    f"{base.max_length}; lower it, or name another model"
+                )
+            named.setdefault(stage.name, {})[name] = model
+    return base, named
+
+
+def _resolve(
+    settings: BaseSettings, recipe: str, project: Path, *, place: str, default_length: int | None = None
+) -> Base:
+    """place: where the recipe names it. default_length: the most positions that it has where the recipe does not say;
+    None: all of its own."""
     from twinloop.models.source import open_source
 
     try:
-        found = _Found.by(settings, recipe.name, project)
+        found = _Found.by(settings, recipe, project)
         source = open_source(found.path, found.adapter)
         positions = source.config.max_position_embeddings
-        max_length = settings.max_length or min(positions, DEFAULT_MAX_LENGTH)
+        max_length = settings.max_length or min(positions, default_length or positions)
         if max_length > positions:
             raise UserError(f"max_length {max_length} is more than the {positions} positions of {found.title}")
     except UserError as error:
-        raise UserError(f"base: {error}") from None
-    try:
-        recipe.check_context(max_length)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        raise UserError(f"{place}: {error}") from None
     config = source.config.model_copy(update={"max_position_embeddings": max_length})
     return Base(config, found.title, source, found.checkpoint)
 

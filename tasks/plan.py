@@ -12,9 +12,10 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -28,7 +29,7 @@ from twinloop.tasks.base import base_stage
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
-from twinloop.tasks.imported_base import import_stage
+from twinloop.tasks.imported_base import import_models, import_stage
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
@@ -79,14 +80,23 @@ class Plan:
         return self.busy_cores > BUSY_CORES
 
 
-def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> Plan:
-    """data: validated. Raises UserError where a stage cannot be built on it."""
+def make_plan(
+    context: Context,
+    recipe: Recipe,
+    base: Base,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    named: Mapping[str, Mapping[str, Base]] = MappingProxyType({}),
+) -> Plan:
+    """data: validated. named: the other models that stages read. Raises UserError where a stage cannot be built."""
     records = [stage.method.records for stage in recipe.train]
     if isinstance(recipe.base, NewBase):
         tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
         model = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
     else:
         model = import_stage(context, base)
+    read = import_models(context, named, start=model)
     config = load_config(model.path)
     max_length = config.max_position_embeddings
     others = OtherProcesses()
@@ -103,7 +113,8 @@ def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *,
             reference=stage.settings.has_reference(),
             lora=stage.settings.lora.form if stage.settings.lora else None,
         )
-        cost = _Prober(context.domain, stage, runtime, data.path, model.path).measure()
+        places = {name: each.path for name, each in read.get(stage.name, {}).items()}
+        cost = _Prober(context.domain, stage, runtime, data.path, model.path, places).measure()
         frozen = stage.settings.lora is not None
         flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
@@ -137,9 +148,12 @@ class _Built:
 class _Prober:
     """Trains one stage for seconds."""
 
-    def __init__(self, domain: Domain, stage: TrainStage, runtime: Runtime, data: Path, model: Path):
+    def __init__(
+        self, domain: Domain, stage: TrainStage, runtime: Runtime, data: Path, model: Path, places: Mapping[str, Path]
+    ):
+        """places: the directories of the other models that the stage reads, by setting."""
         self._domain, self._stage, self._runtime = domain, stage, runtime
-        self._data, self._model = data, model
+        self._data, self._model, self._places = data, model, places
 
     def measure(self) -> _Cost:
         from twinloop.models.tokenizer import ChatTokenizer
@@ -185,7 +199,7 @@ class _Prober:
     def _as_trained(self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer) -> tuple[TrainSettings, Domain]:
         """Settings and domain with which the untrained network costs about what the trained one will: answers as long
         as the right ones, and most of them rewarded."""
-        settings = self._stage.settings
+        settings = self._stage.settings.with_models(self._places)
         if not isinstance(settings, RolloutSettings):
             return settings, self._domain
         answers = [self._domain.gold(self._domain.read_facts(record)) for record in records]

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self, get_args
 
@@ -21,7 +21,7 @@ from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import Precision
 from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
-from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
+from twinloop.tasks.base_settings import FORMS, TRAINED, BaseSettings, NewBase, kind_of_base
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
 from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
@@ -81,6 +81,8 @@ class TrainStage:
     settings: TrainSettings
     place: str
     """Where the recipe holds it, such as train[1]."""
+    models: Mapping[str, BaseSettings] = field(default_factory=dict)
+    """The other models that it reads, by the setting that names each, such as `teacher`."""
 
 
 class Recipe(StrictModel):
@@ -251,14 +253,31 @@ def _read_base(fields: Any, problems: list[str]) -> BaseSettings | None:
     if not isinstance(fields, dict):
         problems.append(f"base: {'missing' if fields is None else 'not a mapping'}; {FORMS}")
         return None
+    return _read_model(fields, "base", problems)
+
+
+def _read_model(fields: dict[str, Any], place: str, problems: list[str]) -> BaseSettings | None:
+    """A model as `base` names one; what is wrong with it is added to `problems`, and None returned."""
     try:
-        kind = kind_of_base(fields)
+        kind = kind_of_base(fields, place)
         return kind.model_validate(fields)
     except ValidationError as error:
-        problems += _explain_all(error, fields, kind, "base")
+        problems += _explain_all(error, fields, kind, place)
     except ValueError as error:
         problems.append(str(error))
     return None
+
+
+def _read_named_models(settings: TrainSettings, place: str, problems: list[str]) -> dict[str, BaseSettings]:
+    """The trained models that a stage names, by setting; what is wrong with them is added to `problems`."""
+    found: dict[str, BaseSettings] = {}
+    for name, fields in settings.named_models().items():
+        model = _read_model(fields, f"{place}.{name}", problems)
+        if isinstance(model, NewBase):
+            problems.append(f"{place}.{name}: depth makes a new network; {TRAINED} that is trained")
+        elif model:
+            found[name] = model
+    return found
 
 
 def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:
@@ -287,7 +306,8 @@ def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[Train
         named[method.name] += 1
         count = named[method.name]
         name = method.name if count == 1 else f"{method.name}-{count}"
-        stages.append(TrainStage(name, method, settings, place))
+        models = _read_named_models(settings, place, problems)
+        stages.append(TrainStage(name, method, settings, place, models))
     return stages
 
 

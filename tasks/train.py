@@ -8,7 +8,9 @@ made, merged in memory, so that "adapter off" is always what the stage started f
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from prefect import task
@@ -32,11 +34,19 @@ NOTHING_LEARNED = {
 
 @task(name="train", task_run_name="{stage.name}", persist_result=False)
 def train(
-    context: Context, stage: TrainStage, runtime: Runtime, *, data: Artifact, model: Artifact, audit: Artifact | None
+    context: Context,
+    stage: TrainStage,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    model: Artifact,
+    audit: Artifact | None,
+    named: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> Artifact:
     """A model directory; steps, tokens, losses and seconds in `metrics`.
 
-    audit: of the verifier, which a method that trains on its rewards needs; without one nothing is trained.
+    audit: of the verifier, which a method that trains on its rewards needs; without one nothing is trained. named: the
+    other models that the stage reads, by the setting that names each.
     """
     method, settings = stage.method, stage.settings
     assert audit or not method.needs_verifier, f"{stage.name} was started without an audit of its verifier"
@@ -54,7 +64,8 @@ def train(
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)
         records = read_records(data.path, method.records)
-        objective, batches = method.build(records, network, tokenizer, settings, runtime, context.domain)
+        placed = settings.with_models({name: each.path for name, each in named.items()})
+        objective, batches = method.build(records, network, tokenizer, placed, runtime, context.domain)
         result = run_training(
             network,
             objective,
@@ -80,7 +91,7 @@ def train(
         stage.name,
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
-        inputs={"data": data, "model": model} | ({"audit": audit} if audit and method.needs_verifier else {}),
+        inputs={"data": data, "model": model, **named} | ({"audit": audit} if audit and method.needs_verifier else {}),
         modules=("twinloop.tasks.train",),
         found=[method.found],
         uses_domain=method.uses_domain,

@@ -12,6 +12,7 @@ and, where the defaults do not fit,
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
 
+Settings that name another model, such as a teacher, say so in `named_models`; `build` gets them with its directory.
 `build` gets the domain. So the domain's code is part of the stage's key where the method needs the verifier, and for
 every method that is not ready-made. The module's docstring names the paper. torch is imported inside `build`, so that a
 recipe is checked without it.

@@ -1,9 +1,10 @@
-"""What a frozen network gives to tokens: the reference of DPO and of KL penalties."""
+"""What a frozen network gives to tokens: the reference of DPO and of KL penalties, and a teacher's probabilities."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ import torch
 from twinloop.models.decoder import Decoder
 from twinloop.training.packing import pack
 from twinloop.training.reproducible import reproducible
-from twinloop.training.tree import Segment, Tree, collate, scored_logprobs
+from twinloop.training.tree import Segment, Tree, TreeBatch, collate, scored_logprobs
 
 ROWS_AT_ONCE = 16
 
@@ -24,33 +25,53 @@ def attach_reference(
     They are part of the tree from then on: no shuffling, packing or partial batch can separate them.
     """
     values = tree_logprobs(model, trees, seq_len=seq_len, temperature=temperature, device=device)
-    return [_with_reference(tree, logprobs) for tree, logprobs in zip(trees, values, strict=True)]
+    return [with_values(tree, "reference_logprobs", own) for tree, own in zip(trees, values, strict=True)]
 
 
-def _with_reference(tree: Tree, logprobs: np.ndarray) -> Tree:
+def with_values(tree: Tree, field: str, values: np.ndarray) -> Tree:
+    """The same tree, whose segments have their part of the values [scored tokens] in this field."""
     segments: list[Segment] = []
     for segment in tree.segments:
-        own, logprobs = np.split(logprobs, [segment.num_scored])
-        segments.append(replace(segment, reference_logprobs=own))
+        own, values = np.split(values, [segment.num_scored])
+        change: dict[str, Any] = {field: own}
+        segments.append(replace(segment, **change))
     return replace(tree, segments=tuple(segments))
 
 
-@torch.no_grad()
 def tree_logprobs(
     model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
 ) -> list[np.ndarray]:
     """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
+
+    def logprobs(batch: TreeBatch) -> np.ndarray:
+        found: np.ndarray = scored_logprobs(model, batch).cpu().numpy()
+        return found
+
+    return tree_values(model, trees, logprobs, seq_len=seq_len, temperature=temperature, device=device)
+
+
+@torch.no_grad()
+def tree_values(
+    model: Decoder,
+    trees: Sequence[Tree],
+    values: Callable[[TreeBatch], np.ndarray],
+    *,
+    seq_len: int,
+    temperature: float = 1.0,
+    device: str = "cpu",
+) -> list[np.ndarray]:
+    """For each tree, in the order given, the values [scored tokens] of its scored tokens, as `values` gives them for a
+    batch on the device."""
     target = torch.device(device)
     model.to(target)
     place = {id(tree): index for index, tree in enumerate(trees)}
-    values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
+    found: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
     rows = pack(trees, seq_len).rows
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
-            batch = collate(some, seq_len, temperature=temperature).to(target)
-            logprobs = scored_logprobs(model, batch).cpu().numpy()
+            batched = values(collate(some, seq_len, temperature=temperature).to(target))
         for tree in (tree for row in some for tree in row):
-            own, logprobs = np.split(logprobs, [tree.num_scored])
-            values[place[id(tree)]] = own
-    return values
+            own, batched = np.split(batched, [tree.num_scored])
+            found[place[id(tree)]] = own
+    return found

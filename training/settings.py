@@ -6,7 +6,9 @@ methods here, with answers that fit most methods; a method's own Settings may an
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator, model_validator
 
@@ -16,6 +18,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+NamedModel: TypeAlias = dict[str, Any]
+"""A trained model as `base` names one: `{version: champion}`, `{path: DIR}`. The recipe checks it."""
 
 
 class StrictModel(BaseModel):
@@ -89,6 +93,14 @@ class TrainSettings(StrictModel):
     def has_reference(self) -> bool:
         """Whether it is compared with a frozen network while it trains: a copy in memory, unless it has an adapter."""
         return False
+
+    def named_models(self) -> Mapping[str, NamedModel]:
+        """Other models that the method reads, by the setting that names each. They have the same tokenizer."""
+        return {}
+
+    def with_models(self, places: Mapping[str, Path]) -> Self:
+        """The same, each of these models named by its directory: what `build` gets."""
+        return self.model_copy(update={name: {"path": str(place)} for name, place in places.items()})
 
 
 class PackedSettings(TrainSettings):

@@ -30,7 +30,7 @@ from twinloop.models.chunks import logit_chunk
 from twinloop.models.decoder import Decoder
 from twinloop.models.products import ROW_MULTIPLE
 from twinloop.training.adapters import adapter_layers
-from twinloop.training.frozen_rows import frozen_rows
+from twinloop.training.frozen_rows import RowValues, frozen_rows
 
 ROOT = -1
 
@@ -42,6 +42,7 @@ class Segment:
     tokens: int32 [n]. weights: float32 [n], the weight of each token as a target, 0 where it is not scored.
     parent: index of the segment in its tree that it continues; ROOT for the first.
     old_logprobs, reference_logprobs: float32, one a scored token: of the sampler, and of the frozen reference.
+    teacher: one a scored token, as `training.distillation` lays them out.
     """
 
     tokens: np.ndarray
@@ -50,6 +51,7 @@ class Segment:
     advantage: float = 0.0
     old_logprobs: np.ndarray | None = None
     reference_logprobs: np.ndarray | None = None
+    teacher: np.ndarray | None = None
 
     @property
     def num_scored(self) -> int:
@@ -152,6 +154,8 @@ class TreeBatch:
     predict_from_N: int64, flat index into B*L of the hidden state that predicts the target. target_N: int64.
     weight_N: float32. length_S: int64, scored tokens of each sequence; those of a sequence are adjacent.
     advantage_N, old_logprobs_N, reference_logprobs_N: float32, or None where no tree of the batch has them.
+    teacher_ids_NK: int64, the K likeliest tokens by a teacher. teacher_logprobs_NK: float32, theirs, and in one more
+    column that of all others together where there are others. None where no tree of the batch has them.
     paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
@@ -172,6 +176,8 @@ class TreeBatch:
     seq_len: int
     total_weight: float
     temperature: float = 1.0
+    teacher_ids_NK: Tensor | None = None
+    teacher_logprobs_NK: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -261,6 +267,7 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     segments = [segment for segment, _ in scored_segments]
     old = [segment.old_logprobs for segment in segments]
     reference = [segment.reference_logprobs for segment in segments]
+    taught = _given([segment.teacher for segment in segments])
     advantages = np.array([segment.advantage for segment in segments], dtype=np.float32)
     return TreeBatch(
         tokens_BL=torch.from_numpy(tokens_L)[None],
@@ -278,6 +285,10 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         seq_len=seq_len,
         total_weight=float(weight_N.sum(dtype=np.float64)),
         temperature=temperature,
+        teacher_ids_NK=torch.from_numpy(_joined([each["ids"] for each in taught], np.int64)) if taught else None,
+        teacher_logprobs_NK=(
+            torch.from_numpy(_joined([each["logprobs"] for each in taught], np.float32)) if taught else None
+        ),
     )
 
 
@@ -320,16 +331,15 @@ def attention_plan(batch: TreeBatch) -> AttentionPlan:
     return TreePaths(batch.paths)
 
 
-def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
-    """log p(target) [N] of every scored token, float32, differentiable.
-
-    The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece: [N, V] logits
-    are never in memory at once. Where it trains it runs again in the backward pass.
-    """
-    chunk = chunk or logit_chunk(model.config.vocab_size)
+def scored_hidden(model: Decoder, batch: TreeBatch) -> Tensor:
+    """The last hidden states [N, D] that predict the scored tokens."""
     hidden_BLD = model.hidden(batch.tokens_BL, batch.positions_BL, attention_plan(batch))
     # index_select, not indexing: its backward adds a branching point's gradients in a fixed order
-    hidden_ND = hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
+    return hidden_BLD.flatten(0, 1).index_select(0, batch.predict_from_N)
+
+
+def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
+    """log p(target) [N] of every scored token, float32, differentiable. chunk: as `scored_values`."""
 
     def target_logprobs(hidden: Tensor, target: Tensor) -> Tensor:
         logits = model.logits(hidden).float()
@@ -337,9 +347,22 @@ def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = Non
             logits = logits / batch.temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
+    return scored_values(model, batch, target_logprobs, batch.target_N, chunk=chunk)
+
+
+def scored_values(
+    model: Decoder, batch: TreeBatch, values: RowValues, target_N: Tensor, *, chunk: int | None = None
+) -> Tensor:
+    """values(hidden, target) [N] of every scored token, differentiable; each row's depends on that row alone.
+
+    The vocabulary projection, within `values`, runs only at scored positions. Past `chunk` of them it runs piece by
+    piece: [N, V] logits are never in memory at once. Where it trains it runs again in the backward pass.
+    """
+    chunk = chunk or logit_chunk(model.config.vocab_size)
+    hidden_ND = scored_hidden(model, batch)
     if adapter_layers(model) and len(hidden_ND):
-        return frozen_rows(target_logprobs, hidden_ND, batch.target_N, chunk=chunk)
+        return frozen_rows(values, hidden_ND, target_N, chunk=chunk)
     if len(hidden_ND) <= chunk:
-        return target_logprobs(hidden_ND, batch.target_N)
-    pieces = zip(hidden_ND.split(chunk), batch.target_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(target_logprobs, *piece, use_reentrant=False) for piece in pieces])
+        return values(hidden_ND, target_N)
+    pieces = zip(hidden_ND.split(chunk), target_N.split(chunk), strict=True)
+    return torch.cat([checkpoint(values, *piece, use_reentrant=False) for piece in pieces])
