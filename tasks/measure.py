@@ -88,7 +88,7 @@ def measure_engine(
     from twinloop.records.validated import read_records
 
     domain, settings = workload.domain, workload.settings
-    losses = _losses_of_texts(engine, tokenizer, workload.data)
+    losses = losses_of_texts(engine, tokenizer, workload.data)
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
     losses |= _losses_of_answers(engine, tokenizer, domain, cases)
     answering = Answering(settings.max_new_tokens, settings.samples, settings.temperature)
@@ -98,7 +98,7 @@ def measure_engine(
     return report, {**losses, **interval, **shown, **report.metrics()}
 
 
-def _losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
+def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
     """Nothing where the data have no held-out texts."""
     from twinloop.evaluation.texts import score_texts
     from twinloop.records.validated import has_records, read_records

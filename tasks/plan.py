@@ -8,7 +8,6 @@ packing, optimizer, sampling, this machine. What a step and a record take is mul
 from __future__ import annotations
 
 import copy
-import os
 import random
 import statistics
 import time
@@ -17,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.models.config import DecoderConfig, Precision
@@ -30,6 +27,7 @@ from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
 from twinloop.tasks.imported_base import import_models, import_stage
+from twinloop.tasks.other_processes import BUSY_CORES, OtherProcesses
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
@@ -49,8 +47,6 @@ STAGE_S = 1.0
 """Of every stage, besides its training: a run in MLflow, the model directory and its checksums."""
 ASSUMED_WRONG = 0.05
 """Share of answers without reward in the probe of RL. How often a group of answers has a gradient depends on it."""
-BUSY_CORES = 0.25
-"""Used by other processes, from which on the times are not those of an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -247,25 +243,6 @@ class _FirstSteps:
     @property
     def _timed(self) -> list[StepReport]:
         return self._steps[1:] or self._steps
-
-
-class OtherProcesses:
-    """How many cores everything but this process uses, since it was made."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    def cores(self) -> float:
-        wall, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
-        return max(0.0, busy / wall) if wall else 0.0
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        machine, own = psutil.cpu_times(), os.times()
-        idle = machine.idle + getattr(machine, "iowait", 0.0)
-        # a guest's time is already in `user`, and what the host took is not ours to use either
-        everything = sum(machine) - getattr(machine, "guest", 0.0) - getattr(machine, "guest_nice", 0.0)
-        return time.perf_counter(), everything - idle - own.user - own.system
 
 
 def _rewarding(domain: Domain) -> Domain:
