@@ -92,12 +92,14 @@ class Workload:
     ) -> tuple[Objective, Batches]:
         """What the stage trains on, exactly as its task does. domain: another one to give rewards. made: what stages
         before it made, by their names: reward models among them."""
-        places = made or {}
-        if unmade := [name for name in stage.settings.reward_models() if name not in places]:
+        made = made or {}
+        places = {name: made[maker] for name, maker in stage.earlier.items() if maker in made}
+        if missing := [name for name in stage.models if name not in places]:
             raise UserError(
-                f"{stage.place}: the reward model {unmade[0]} is made by a whole run; benchmarks.lifecycle is"
+                f"{stage.place}.{missing[0]}: a whole run makes this model; benchmarks.lifecycle is one, of a recipe "
+                "whose models are all made by its stages"
             )
-        settings = stage.settings.with_reward_models(places)
+        settings = stage.settings.with_models(places)
         records = self.records(stage.method.records)
         judge = domain or self.domain
         return stage.method.build(records, network, self.tokenizer, settings, self.runtime, judge)

@@ -73,15 +73,12 @@ def init(
 @app.command()
 def run(recipe: RecipePath = None) -> int:
     """Run a recipe: from data to a gated, promoted, answering model. Exit code 0 only when the gate says SHIP."""
-    from twinloop.tasks.base_source import resolve_base
+    from twinloop.tasks.base_source import resolve_models
     from twinloop.tasks.recipe import load_recipe
-    from twinloop.tasks.reward_models import check_reward_models
 
     project = _project()
     path = _recipe(project, recipe)
-    settings = load_recipe(path, project)
-    resolve_base(settings, project)  # a mistake is reported before anything starts
-    check_reward_models(settings, project)
+    resolve_models(load_recipe(path, project), project)  # a mistake is reported before anything starts
     quiet_prefect()
     from twinloop.flows.run import run_lifecycle
 
@@ -241,12 +238,21 @@ def export(
 
 
 @app.command()
-def plan(recipe: RecipePath = None) -> int:
-    """Estimate memory and compute of a recipe, stage by stage, before running it."""
+def plan(
+    recipe: RecipePath = None,
+    budget: Annotated[str | None, typer.Option(help="time (2h), FLOPs (3e15) or tokens (5M) of pretraining")] = None,
+    run_tokens: Annotated[str, typer.Option(help="with --budget: of the longest small run")] = "1M",
+) -> int:
+    """Estimate memory and compute of a recipe, stage by stage, before running it.
+
+    With --budget: the size and the tokens that get most out of it, by a scaling law fitted on small runs.
+    """
+    from twinloop.flows.scaling import show_scaling
     from twinloop.flows.status import show_plan
 
     project = _project()
-    return show_plan(project, _recipe(project, recipe))
+    path = _recipe(project, recipe)
+    return show_scaling(project, path, budget, run_tokens) if budget else show_plan(project, path)
 
 
 @documents_app.command("put")
@@ -336,27 +342,18 @@ def data_schema(
     ] = None,
 ) -> int:
     """Show what a row of each data file must be: fields, types, meaning, and a whole example row."""
-    from twinloop.flows.schema import data_schema, named_domain
-    from twinloop.tasks.context import find_project
+    from twinloop.flows.schema import data_schema, named_domain, recipes_domain
 
-    if domain is None:
-        try:
-            find_project()
-        except UserError as error:
-            raise UserError(f"{error}, or name a domain, such as --domain returns") from None
-    project = Path.cwd() if domain else _project()
-    if domain is None:
-        from twinloop.tasks.recipe import load_recipe
-
-        domain = load_recipe(_recipe(project, None), project).domain
+    project = Path.cwd() if domain else _project("name a domain, such as --domain returns")
+    domain = domain or recipes_domain(_recipe(project, None), project)
     typer.echo(data_schema(named_domain(domain, project), kind))
     return 0
 
 
-def _project() -> Path:
+def _project(otherwise: str | None = None) -> Path:
     from twinloop.tasks.context import find_project
 
-    project = find_project()
+    project = find_project(otherwise=otherwise)
     prepare_environment(project)
     return project
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,14 +30,14 @@ from twinloop.report.rows import StageRow
 from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.base_settings import NewBase
-from twinloop.tasks.base_source import Base, resolve_base
+from twinloop.tasks.base_source import Base, resolve_models
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
 from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
-from twinloop.tasks.imported_base import import_base
+from twinloop.tasks.imported_base import import_base, import_models
 from twinloop.tasks.measure import measure
 from twinloop.tasks.outlook import foresee_forms, foresee_gate
 from twinloop.tasks.parity import Release, parity
@@ -44,7 +45,6 @@ from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
-from twinloop.tasks.reward_models import check_reward_models
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
 from twinloop.training.runtime import Runtime
@@ -66,8 +66,7 @@ def lifecycle(recipe: str | None = None) -> Outcome:
     """
     project, path, settings = _open(recipe)
     rules = load_rules(project / settings.gate.rules, load_domain(settings.domain, project).domain)
-    job = _Job(settings, resolve_base(settings, project), settings.runtime(), rules)
-    check_reward_models(settings, project)
+    job = _Job(settings, *resolve_models(settings, project), settings.runtime(), rules)
     with ReportedDisplay(make_display()) as display, gpu_slot(project, job.runtime):
         context = Context.of(project, path, settings, display)
         if any(stage.needs_verifier for stage in settings.train):
@@ -120,10 +119,13 @@ def data_refresh(recipe: str | None = None) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a lifecycle goes by, read and checked before anything runs. base: what training starts from."""
+    """What a lifecycle goes by, read and checked before anything runs.
+
+    base: what training starts from. named: the other models that stages read, by stage and setting."""
 
     recipe: Recipe
     base: Base
+    named: Mapping[str, Mapping[str, Base]]
     runtime: Runtime
     rules: GateRules
 
@@ -191,6 +193,7 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
     settings, runtime = job.recipe, job.runtime
     start, rows = _start(context, settings, job.base, data=data)
     policy = start
+    named = import_models(context, job.named, start=start)
     checked = check_records(context, settings, data=data, model=start)
     rows.append(StageRow.of(checked))
     made: dict[str, Artifact] = {}
@@ -199,7 +202,8 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
         if stage.needs_verifier and audited is None:
             audited = audit(context, data=data)
             rows.append(StageRow.of(audited))
-        model = train(context, stage, runtime, data=data, model=policy, audit=audited, made=made)
+        others = named.get(stage.name, {}) | {name: made[maker] for name, maker in stage.earlier.items()}
+        model = train(context, stage, runtime, data=data, model=policy, audit=audited, named=others)
         measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
         rows.append(StageRow.of(model, measured=measured))
         made[stage.name] = model

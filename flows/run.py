@@ -42,9 +42,11 @@ def run_lifecycle(project: Path, recipe: Path) -> int:
 
 
 def _space(project: Path, recipe: Path) -> str:
-    from twinloop.tasks.base_source import resolve_base
+    from twinloop.tasks.base_source import resolve_models
     from twinloop.tasks.space import run_bytes
 
     settings = load_recipe(recipe, project)
-    needed = run_bytes(settings, resolve_base(settings, project).config, project)
+    base, named = resolve_models(settings, project)
+    read = [model.config for models in named.values() for model in models.values()]
+    needed = run_bytes(settings, base.config, project, read=read)
     return f"a run of {recipe.relative_to(project)} writes about {needed / 2**20:,.0f} MiB"

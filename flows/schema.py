@@ -41,6 +41,13 @@ def _text(record: RecordType, domain: Domain) -> str:
     return text(record, domain) + note
 
 
+def recipes_domain(recipe: Path, project: Path) -> str:
+    """The domain that the recipe in this file names."""
+    from twinloop.tasks.recipe import load_recipe
+
+    return load_recipe(recipe, project).domain
+
+
 def named_domain(name: str, project: Path) -> Domain:
     """A domain as a recipe names it; a ready-made one that needs a file of one's own as `twinloop init` writes it."""
     kind = KINDS.get(name)

@@ -131,29 +131,29 @@ def show_plan(project: Path, recipe_path: Path) -> int:
     """What each stage takes, from a few steps of it; the data and what they need is made, and kept for `run`."""
     from twinloop.flows.display import make_display
     from twinloop.flows.gpu import gpu_slot
-    from twinloop.tasks.base_source import resolve_base
+    from twinloop.tasks.base_source import resolve_models
     from twinloop.tasks.context import Context
     from twinloop.tasks.plan import make_plan
     from twinloop.tasks.prepare import ready_data
     from twinloop.tasks.recipe import load_recipe
-    from twinloop.tasks.reward_models import check_reward_models
+    from twinloop.tasks.space import run_bytes
 
     recipe = load_recipe(recipe_path, project)
-    base = resolve_base(recipe, project)
-    check_reward_models(recipe, project)
+    base, named = resolve_models(recipe, project)
     runtime = recipe.runtime()
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
         context, data = ready_data(context, recipe)
-        plan = make_plan(context, recipe, base, runtime, data=data)
-        _print_plan(plan, recipe, runtime, project, display.console)
+        plan = make_plan(context, recipe, base, runtime, data=data, named=named)
+        read = [model.config for models in named.values() for model in models.values()]
+        written = run_bytes(recipe, plan.config, project, read=read)
+        _print_plan(plan, recipe, runtime, written, display.console)
     return 0
 
 
-def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, project: Path, console: Console) -> None:
+def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, written: int, console: Console) -> None:
+    """written: bytes that a run writes to disk."""
     from rich.table import Table
-
-    from twinloop.tasks.space import run_bytes
 
     network = plan.config
     console.print(
@@ -178,7 +178,7 @@ def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, project: Path, con
     console.print(
         f"{recipe.evaluate.slots} slots of {length} tokens. Weights, gradients, optimizer state and "
         "cache are exact, activations and buffers estimated; the libraries themselves come on top. A run writes about "
-        f"{run_bytes(recipe, network, project) / 2**20:,.0f} MiB to disk. Times are of a few "
+        f"{written / 2**20:,.0f} MiB to disk. Times are of a few "
         "steps of each stage on this machine now; export, measurements and gate come on top.",
         soft_wrap=True,
     )

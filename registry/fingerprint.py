@@ -44,7 +44,6 @@ UNHASHED = frozenset(
         "twinloop.tasks.base_source",
         "twinloop.tasks.context",
         "twinloop.tasks.recipe",
-        "twinloop.tasks.reward_models",
         "twinloop.training.method",
         "twinloop.training.runtime",
         "twinloop.training.settings",

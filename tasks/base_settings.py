@@ -1,10 +1,12 @@
-"""The key `base` of a recipe: a new network, or a model that is there already."""
+"""How a recipe names a model: the key `base`, a new network or a model that is there already; and what stages read
+besides, which earlier stages may make.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -12,6 +14,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.training.settings import Count, StrictModel
 
 Length = Annotated[int, Field(ge=32)]
+AnyModel = TypeVar("AnyModel", bound=StrictModel)
 
 
 class BaseSettings(StrictModel):
@@ -92,6 +95,12 @@ class VersionBase(BaseSettings):
     max_length: Length | None = None
 
 
+class EarlierStage(StrictModel):
+    """What an earlier stage of the recipe makes, by the stage's name. Not for `base`."""
+
+    stage: Annotated[str, Field(min_length=1)]
+
+
 KINDS: dict[str, type[BaseSettings]] = {
     "depth": NewBase,
     "package": PackageBase,
@@ -99,17 +108,25 @@ KINDS: dict[str, type[BaseSettings]] = {
     "version": VersionBase,
 }
 """By the key that only they must have; `package` comes with a `path`."""
-FORMS = "{depth: 4} makes a new network; {path: ...} or {package: ..., path: ...} and {version: champion} take one"
+TRAINED = "{path: ...} or {package: ..., path: ...} and {version: champion} take one"
+FORMS = f"{{depth: 4}} makes a new network; {TRAINED}"
 
 
-def kind_of_base(fields: Mapping[str, Any]) -> type[BaseSettings]:
-    """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so."""
-    named = [key for key in KINDS if key in fields and not (key == "path" and "package" in fields)]
+NAMED: dict[str, type[BaseSettings] | type[EarlierStage]] = {"stage": EarlierStage, **KINDS}
+NAMED_FORMS = f"{{stage: sft}} takes what an earlier stage makes; {TRAINED}"
+
+
+def kind_of_model(
+    fields: Mapping[str, Any], place: str, kinds: Mapping[str, type[AnyModel]], forms: str
+) -> type[AnyModel]:
+    """The settings that these keys are meant for. Raises ValueError, in words for a recipe, where no key says so.
+    place: where the recipe holds them. kinds: by the key that says so. forms: how a model is named there."""
+    named = [key for key in kinds if key in fields and not (key == "path" and "package" in fields)]
     if len(named) > 1:
-        raise ValueError(f"base: {' and '.join(named)} name different models; keep one of them")
+        raise ValueError(f"{place}: {' and '.join(named)} name different models; keep one of them")
     if named:
-        return KINDS[named[0]]
+        return kinds[named[0]]
     for key in fields:
-        if near := difflib.get_close_matches(str(key), list(KINDS), n=1):
-            raise ValueError(f"base.{key}: unknown key; did you mean {near[0]}?")
-    raise ValueError(f"base: does not say which model; {FORMS}")
+        if near := difflib.get_close_matches(str(key), list(kinds), n=1):
+            raise ValueError(f"{place}.{key}: unknown key; did you mean {near[0]}?")
+    raise ValueError(f"{place}: does not say which model; {forms}")

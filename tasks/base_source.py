@@ -14,8 +14,9 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.snapshot import Version, VersionName
-from twinloop.tasks.base_settings import NewBase, PackageBase, PathBase, VersionBase
+from twinloop.tasks.base_settings import BaseSettings, EarlierStage, NewBase, PackageBase, PathBase, VersionBase
 from twinloop.tasks.recipe import Recipe
+from twinloop.training.settings import NamedModel
 
 if TYPE_CHECKING:
     from twinloop.models.source import Source
@@ -94,27 +95,69 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
     settings = recipe.base
     if isinstance(settings, NewBase):
         return Base(settings.decoder_config(settings.vocab_size), "a new network")
+    base = _resolve(settings, recipe.name, project, place="base", default_length=DEFAULT_MAX_LENGTH)
+    try:
+        recipe.check_context(base.max_length)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    labels, first = base.config.labels, recipe.train[0]
+    if labels and not first.method.has_head:
+        raise UserError(
+            f"{first.place}: {first.name} trains a network that writes text, and {base.title} has a head for "
+            f"{', '.join(labels)}; start from another base"
+        )
+    return base
+
+
+def resolve_models(recipe: Recipe, project: Path) -> tuple[Base, dict[str, dict[str, Base]]]:
+    """The base, and the other models that stages read and that are there already: by stage, and the setting that names
+    each.
+
+    Raises UserError as `resolve_base`, for one of them of another kind than its setting asks for, and for one that
+    reads the stage's tokens and takes fewer than the recipe's records may have.
+    """
+    base = resolve_base(recipe, project)
+    named: dict[str, dict[str, Base]] = {}
+    for stage in recipe.train:
+        asked = stage.settings.named_models()
+        for name, settings in stage.models.items():
+            if not isinstance(settings, EarlierStage):
+                model = _resolve(settings, recipe.name, project, place=f"{stage.place}.{name}")
+                _check_named(model, base, asked[name], place=f"{stage.place}.{name}")
+                named.setdefault(stage.name, {})[name] = model
+    return base, named
+
+
+def _check_named(model: Base, base: Base, asked: NamedModel, *, place: str) -> None:
+    kind = model.config.kind
+    if asked.kind == "reward" and kind != "reward":
+        raise UserError(f"{place}: {model.title} holds no reward model; method: reward makes one")
+    if asked.kind == "text" and kind != "text":
+        raise UserError(f"{place}: {model.title} has a head and writes no text; name another model")
+    if asked.kind == "text" and model.max_length < base.max_length:
+        raise UserError(
+            f"{place}: {model.title} takes {model.max_length} tokens, and base.max_length is {base.max_length}; lower "
+            "it, or name another model"
+        )
+
+
+def _resolve(
+    settings: BaseSettings, recipe: str, project: Path, *, place: str, default_length: int | None = None
+) -> Base:
+    """place: where the recipe names it. default_length: the most positions that it has where the recipe does not say;
+    None: all of its own."""
     from twinloop.models.source import open_source
 
     try:
-        found = _Found.by(settings, recipe.name, project)
+        found = _Found.by(settings, recipe, project)
         source = open_source(found.path, found.adapter)
         positions = source.config.max_position_embeddings
-        max_length = settings.max_length or min(positions, DEFAULT_MAX_LENGTH)
+        max_length = settings.max_length or min(positions, default_length or positions)
         if max_length > positions:
             raise UserError(f"max_length {max_length} is more than the {positions} positions of {found.title}")
     except UserError as error:
-        raise UserError(f"base: {error}") from None
-    try:
-        recipe.check_context(max_length)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    config, first = source.config.model_copy(update={"max_position_embeddings": max_length}), recipe.train[0]
-    if config.labels and not first.method.has_head:
-        raise UserError(
-            f"{first.place}: {first.name} trains a network that writes text, and {found.title} has a head for "
-            f"{', '.join(config.labels)}; start from another base"
-        )
+        raise UserError(f"{place}: {error}") from None
+    config = source.config.model_copy(update={"max_position_embeddings": max_length})
     return Base(config, found.title, source, found.checkpoint)
 
 

@@ -195,10 +195,14 @@ class Context:
         return artifact
 
 
-def find_project(start: Path | None = None) -> Path:
-    """The project's folder: the nearest one, upwards, that holds params.yaml. Raises UserError where there is none."""
+def find_project(start: Path | None = None, *, otherwise: str | None = None) -> Path:
+    """The project's folder: the nearest one, upwards, that holds params.yaml. Raises UserError where there is none.
+    otherwise: what its reader may do instead of going to one."""
     here = (start or Path.cwd()).resolve()
     for folder in (here, *here.parents):
         if (folder / "params.yaml").is_file() and (folder / "recipes").is_dir():
             return folder
-    raise UserError(f"{here}: not inside a Twinloop project (no params.yaml and recipes/ from here up); go there first")
+    instead = f", or {otherwise}" if otherwise else ""
+    raise UserError(
+        f"{here}: not inside a Twinloop project (no params.yaml and recipes/ from here up); go there first{instead}"
+    )

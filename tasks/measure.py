@@ -93,7 +93,7 @@ def measure_engine(
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
     losses: dict[str, float] = {}
     if kind == "text":
-        losses = _losses_of_texts(engine, tokenizer, workload.data)
+        losses = losses_of_texts(engine, tokenizer, workload.data)
         losses |= _losses_of_answers(engine, tokenizer, domain, cases)
     if kind == "reward":
         pairs = _held_out_pairs(workload)
@@ -116,7 +116,7 @@ def _held_out_pairs(workload: Workload) -> list[dict[str, Any]]:
     return held_out[: workload.limit]
 
 
-def _losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
+def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
     """Nothing where the data have no held-out texts."""
     from twinloop.evaluation.texts import score_texts
     from twinloop.records.validated import has_records, read_records

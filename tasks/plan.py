@@ -8,18 +8,16 @@ packing, optimizer, sampling, this machine. What a step and a record take is mul
 from __future__ import annotations
 
 import copy
-import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.models.config import DecoderConfig, Precision
@@ -30,8 +28,9 @@ from twinloop.tasks.base import base_stage
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base
 from twinloop.tasks.context import Context
-from twinloop.tasks.imported_base import import_stage
-from twinloop.tasks.recipe import Recipe, TrainStage, is_folder
+from twinloop.tasks.imported_base import import_models, import_stage
+from twinloop.tasks.other_processes import BUSY_CORES, OtherProcesses
+from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import RolloutSettings, TrainSettings
@@ -50,8 +49,6 @@ STAGE_S = 1.0
 """Of every stage, besides its training: a run in MLflow, the model directory and its checksums."""
 ASSUMED_WRONG = 0.05
 """Share of answers without reward in the probe of RL. How often a group of answers has a gradient depends on it."""
-BUSY_CORES = 0.25
-"""Used by other processes, from which on the times are not those of an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,23 @@ class Plan:
         return self.busy_cores > BUSY_CORES
 
 
-def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *, data: Artifact) -> Plan:
-    """data: validated. Raises UserError where a stage cannot be built on it."""
+def make_plan(
+    context: Context,
+    recipe: Recipe,
+    base: Base,
+    runtime: Runtime,
+    *,
+    data: Artifact,
+    named: Mapping[str, Mapping[str, Base]] = MappingProxyType({}),
+) -> Plan:
+    """data: validated. named: the other models that stages read. Raises UserError where a stage cannot be built."""
     records = [stage.method.records for stage in recipe.train]
     if isinstance(recipe.base, NewBase):
         tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
         model = base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer)
     else:
         model = import_stage(context, base)
+    read = import_models(context, named, start=model)
     config = load_config(model.path)
     max_length = config.max_position_embeddings
     others = OtherProcesses()
@@ -105,7 +111,10 @@ def make_plan(context: Context, recipe: Recipe, base: Base, runtime: Runtime, *,
             reference=stage.settings.has_reference(),
             lora=stage.settings.lora.form if stage.settings.lora else None,
         )
-        cost = _Prober(context, stage, runtime, data.path, model.path).measure()
+        imported = {name: each.path for name, each in read.get(stage.name, {}).items()}
+        with _untrained(stage, model.path) as earlier:
+            settings = stage.settings.with_models({**imported, **earlier})
+            cost = _Prober(context.domain, stage, settings, runtime, data.path, model.path).measure()
         frozen = stage.settings.lora is not None
         flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
@@ -139,9 +148,17 @@ class _Built:
 class _Prober:
     """Trains one stage for seconds."""
 
-    def __init__(self, context: Context, stage: TrainStage, runtime: Runtime, data: Path, model: Path):
-        self._project, self._domain = context.project, context.domain
-        self._stage, self._runtime = stage, runtime
+    def __init__(
+        self,
+        domain: Domain,
+        stage: TrainStage,
+        settings: TrainSettings,
+        runtime: Runtime,
+        data: Path,
+        model: Path,
+    ):
+        """settings: the stage's, with the directories of the other models that it reads."""
+        self._domain, self._stage, self._settings, self._runtime = domain, stage, settings, runtime
         self._data, self._model = data, model
 
     def measure(self) -> _Cost:
@@ -153,32 +170,20 @@ class _Prober:
         read_s = time.perf_counter() - started
         tokenizer = ChatTokenizer.load(self._model)
         sizes = [SAMPLE // 2, SAMPLE] if len(records) > SAMPLE else [len(records)]
-        with self._reward_models(tokenizer) as settings:
-            found = [self._probe(_spread(records, size), tokenizer, settings) for size in sizes]
+        found = [self._probe(_spread(records, size), tokenizer) for size in sizes]
         last = found[-1]
         steps = round(_extrapolate(sizes, [each.steps for each in found], len(records)))
         build_s = _extrapolate(sizes, [each.build_s for each in found], len(records))
         seconds = STAGE_S + read_s + max(0.0, build_s) + steps * last.step_s
         return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
 
-    @contextmanager
-    def _reward_models(self, tokenizer: ChatTokenizer) -> Iterator[TrainSettings]:
-        """The stage's settings, with untrained reward models in the place of those that earlier stages will make."""
-        settings, places = self._stage.settings, dict[str, Path]()
-        with tempfile.TemporaryDirectory() as folder:
-            for name in settings.reward_models():
-                places[name] = self._project / name if is_folder(name) else Path(folder, name)
-                if not is_folder(name):
-                    _save_untrained_reward_model(places[name], self._model, tokenizer)
-            yield settings.with_reward_models(places)
-
-    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer, settings: TrainSettings) -> _Built:
+    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
         from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
         self._runtime.use()
-        settings, domain = self._as_trained(records, tokenizer, settings)
+        settings, domain = self._as_trained(records, tokenizer)
         network = load_decoder(self._model)
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=self._runtime.seed, stage=self._stage.name)
@@ -197,11 +202,10 @@ class _Prober:
         )
         return _Built(batches.total_steps, built - started, some.step_s, some.step_tokens)
 
-    def _as_trained(
-        self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer, settings: TrainSettings
-    ) -> tuple[TrainSettings, Domain]:
+    def _as_trained(self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer) -> tuple[TrainSettings, Domain]:
         """Settings and domain with which the untrained network costs about what the trained one will: answers as long
         as the right ones, and most of them rewarded."""
+        settings = self._settings
         if not isinstance(settings, RolloutSettings) or not settings.needs_verifier():
             return settings, self._domain
         answers = [self._domain.gold(self._domain.read_facts(record)) for record in records]
@@ -251,25 +255,6 @@ class _FirstSteps:
         return self._steps[1:] or self._steps
 
 
-class OtherProcesses:
-    """How many cores everything but this process uses, since it was made."""
-
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    def cores(self) -> float:
-        wall, busy = (now - then for now, then in zip(self._now(), self._start, strict=True))
-        return max(0.0, busy / wall) if wall else 0.0
-
-    @staticmethod
-    def _now() -> tuple[float, float]:
-        machine, own = psutil.cpu_times(), os.times()
-        idle = machine.idle + getattr(machine, "iowait", 0.0)
-        # a guest's time is already in `user`, and what the host took is not ours to use either
-        everything = sum(machine) - getattr(machine, "guest", 0.0) - getattr(machine, "guest_nice", 0.0)
-        return time.perf_counter(), everything - idle - own.user - own.system
-
-
 def _rewarding(domain: Domain) -> Domain:
     """The domain with the verifier's cost and other rewards: the untrained network would get none."""
     verify: Callable[[str, Any], Verdict] = domain.verify
@@ -283,15 +268,28 @@ def _rewarding(domain: Domain) -> Domain:
     return probed
 
 
-def _save_untrained_reward_model(folder: Path, base: Path, tokenizer: ChatTokenizer) -> None:
+@contextmanager
+def _untrained(stage: TrainStage, base: Path) -> Iterator[dict[str, Path]]:
+    """Untrained models in the place of those that earlier stages will make, by the stage's setting. base: a directory,
+    itself in the place of a model that writes text."""
+    asked = stage.settings.named_models()
+    with tempfile.TemporaryDirectory() as folder:
+        reward_model = Path(folder)
+        if any(asked[name].kind == "reward" for name in stage.earlier):
+            _save_untrained_reward_model(reward_model, base)
+        yield {name: reward_model if asked[name].kind == "reward" else base for name in stage.earlier}
+
+
+def _save_untrained_reward_model(folder: Path, base: Path) -> None:
     """base: a model directory. Its head is drawn at random: of one that is 0, no group of answers has a gradient."""
     import torch
 
     from twinloop.models.directory import save_model
+    from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.heads import REWARD, attach_head
     from twinloop.training.weights import get_weights, load_decoder
 
-    network = load_decoder(base)
+    network, tokenizer = load_decoder(base), ChatTokenizer.load(base)
     attach_head(network, REWARD, tokenizer, ends=tokenizer.stop_ids)
     torch.nn.init.normal_(network.score.weight, generator=torch.Generator().manual_seed(0))
     save_model(folder, network.config, get_weights(network), tokenizer)

@@ -6,25 +6,35 @@ neither torch nor the libraries of any stage, so that a mistake is reported at o
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, InstanceOf, SerializeAsAny, ValidationError, model_validator
+from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError, model_validator
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.models.config import Precision
 from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
-from twinloop.tasks.base_settings import FORMS, BaseSettings, kind_of_base
+from twinloop.tasks.base_settings import (
+    FORMS,
+    KINDS,
+    NAMED,
+    NAMED_FORMS,
+    TRAINED,
+    AnyModel,
+    BaseSettings,
+    EarlierStage,
+    NewBase,
+    kind_of_model,
+)
+from twinloop.tasks.mistakes import explain_all
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
-from twinloop.training.settings import Count, Positive, Share, StrictModel, TrainSettings
+from twinloop.training.settings import Count, NamedModel, Positive, Share, StrictModel, TrainSettings
 
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
 MOST_REPORTED = 5
@@ -81,6 +91,13 @@ class TrainStage:
     settings: TrainSettings
     place: str
     """Where the recipe holds it, such as train[1]."""
+    models: Mapping[str, BaseSettings | EarlierStage] = field(default_factory=dict)
+    """The other models that it reads, by the setting that names each, such as `teacher`."""
+
+    @property
+    def earlier(self) -> dict[str, str]:
+        """Those of them that stages before it make: the names of these stages, by setting."""
+        return {name: model.stage for name, model in self.models.items() if isinstance(model, EarlierStage)}
 
     @property
     def needs_verifier(self) -> bool:
@@ -250,7 +267,7 @@ def load_recipe(path: Path, project: Path | None = None) -> Recipe:
     try:
         recipe = Recipe.model_validate(fields)
     except ValidationError as error:
-        explained = _explain_all(error, fields, Recipe)
+        explained = explain_all(error, fields, Recipe)
         problems = [each for each in explained if not each.startswith(("train: ", "base: "))] + problems
     if problems:
         raise UserError(f"{path}: {'; '.join(problems[:MOST_REPORTED])}")
@@ -262,14 +279,47 @@ def _read_base(fields: Any, problems: list[str]) -> BaseSettings | None:
     if not isinstance(fields, dict):
         problems.append(f"base: {'missing' if fields is None else 'not a mapping'}; {FORMS}")
         return None
+    return _read_model(fields, "base", KINDS, FORMS, problems)
+
+
+def _read_model(
+    fields: dict[str, Any], place: str, kinds: Mapping[str, type[AnyModel]], forms: str, problems: list[str]
+) -> AnyModel | None:
+    """Which model the keys name; what is wrong with them is added to `problems`, and None returned."""
     try:
-        kind = kind_of_base(fields)
+        kind = kind_of_model(fields, place, kinds, forms)
         return kind.model_validate(fields)
     except ValidationError as error:
-        problems += _explain_all(error, fields, kind, "base")
+        problems += explain_all(error, fields, kind, place)
     except ValueError as error:
         problems.append(str(error))
     return None
+
+
+def _read_named_models(
+    settings: TrainSettings, place: str, earlier: Sequence[TrainStage], problems: list[str]
+) -> dict[str, BaseSettings | EarlierStage]:
+    """The trained models that a stage names, by setting; what is wrong with them is added to `problems`."""
+    found: dict[str, BaseSettings | EarlierStage] = {}
+    for name, asked in settings.named_models().items():
+        model = _read_model(asked.name, f"{place}.{name}", NAMED, NAMED_FORMS, problems)
+        if isinstance(model, NewBase):
+            problems.append(f"{place}.{name}: depth makes a new network; {TRAINED} that is trained")
+        elif isinstance(model, EarlierStage) and (wrong := _not_made(model.stage, asked, earlier)):
+            problems.append(f"{place}.{name}: {wrong}")
+        elif model:
+            found[name] = model
+    return found
+
+
+def _not_made(name: str, asked: NamedModel, earlier: Sequence[TrainStage]) -> str | None:
+    """What is wrong where no stage before makes such a model."""
+    makers = [stage.name for stage in earlier if stage.method.kind == asked.kind]
+    if name in makers:
+        return None
+    made = {"reward": "a reward model", "text": "a model that writes text"}[asked.kind]
+    known = f"those that do: {', '.join(makers)}" if makers else f"a folder is named as ./{name}"
+    return f"no stage {name} makes {made} before it; {known}"
 
 
 def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:
@@ -293,78 +343,11 @@ def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[Train
         try:
             settings = method.settings.model_validate(values)
         except ValidationError as error:
-            problems += _explain_all(error, values, method.settings, place)
+            problems += explain_all(error, values, method.settings, place)
             continue
         named[method.name] += 1
         count = named[method.name]
         name = method.name if count == 1 else f"{method.name}-{count}"
-        stages.append(TrainStage(name, method, settings, place))
-    problems += _unknown_reward_models(stages)
+        models = _read_named_models(settings, place, stages, problems)
+        stages.append(TrainStage(name, method, settings, place, models))
     return stages
-
-
-def is_folder(name: str) -> bool:
-    """Whether a reward model is named by its folder, such as ./models/reward, and not by the stage that makes it."""
-    return "/" in name
-
-
-def _unknown_reward_models(stages: Sequence[TrainStage]) -> Iterator[str]:
-    """A line for each reward model that no stage before makes."""
-    earlier: list[str] = []
-    for stage in stages:
-        for name in stage.settings.reward_models():
-            if not is_folder(name) and name not in earlier:
-                known = f"those that do: {', '.join(earlier)}" if earlier else f"a folder is named as ./{name}"
-                yield f"{stage.place}.rewards: no stage {name} makes a reward model before it; {known}"
-        if stage.method.has_head:
-            earlier.append(stage.name)
-
-
-def _explain_all(error: ValidationError, fields: Any, model: type[BaseModel], place: str = "") -> list[str]:
-    """One line for each mistake in `fields`, which are those of `model`. place: where the recipe holds them."""
-    # An unknown key explains a missing one: it comes first.
-    found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return [_explain(dict(problem), fields, model, place) for problem in found]
-
-
-def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place: str) -> str:
-    location: Sequence[str | int] = problem["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    key = f"{place}{path}".removeprefix(".")
-    context = problem.get("ctx", {})
-    if problem["type"] == "extra_forbidden":
-        known = _keys(model, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{key}: missing, and it has no default"
-    value: Any = fields
-    for part in location:
-        try:
-            value = value[part]
-        except (KeyError, IndexError, TypeError):
-            value = None
-            break
-    if problem["type"] == "literal_error":
-        near = difflib.get_close_matches(str(value), [w.strip("' ") for w in re.split(r",| or ", context["expected"])])
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return f"{key}: {value!r} is not one of {context['expected'].replace(' or ', ', ')}{hint}"
-    if problem["type"] == "model_type":
-        return f"{key}: {value!r}: not a mapping; known in it: {', '.join(_keys(model, location))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {value!r}: {message[0].lower()}{message[1:]}"
-
-
-def _keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """The keys that a section knows."""
-    for part in (part for part in location if isinstance(part, str)):  # a list's sections have one kind
-        found = next((field for name, field in model.model_fields.items() if part in (name, field.alias)), None)
-        kinds = get_args(found.annotation) or (found.annotation,) if found else ()  # of `Section | None`, the section
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if section is None:
-            return []
-        model = section
-    return [field.alias or name for name, field in model.model_fields.items()]

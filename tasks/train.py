@@ -18,7 +18,6 @@ from prefect import task
 from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import TrainStage
-from twinloop.tasks.reward_models import RewardModels
 from twinloop.training.runtime import Runtime
 
 log = logging.getLogger(__name__)
@@ -42,16 +41,15 @@ def train(
     data: Artifact,
     model: Artifact,
     audit: Artifact | None,
-    made: Mapping[str, Artifact] = MappingProxyType({}),
+    named: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> Artifact:
     """A model directory; steps, tokens, losses and seconds in `metrics`.
 
-    audit: of the verifier, which a stage that trains on its rewards needs; without one nothing is trained. made: by
-    earlier stages, by their names: reward models among them.
+    audit: of the verifier, which a stage that trains on its rewards needs; without one nothing is trained. named: the
+    other models that the stage reads, by the setting that names each.
     """
     method, settings = stage.method, stage.settings
     assert audit or not stage.needs_verifier, f"{stage.name} was started without an audit of its verifier"
-    rewards = RewardModels.of(settings.reward_models(), context.project, made)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.models.directory import save_adapted, save_model
@@ -66,7 +64,7 @@ def train(
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=runtime.seed, stage=stage.name)
         records = read_records(data.path, method.records)
-        placed = settings.with_reward_models(rewards.places)
+        placed = settings.with_models({name: each.path for name, each in named.items()})
         objective, batches = method.build(records, network, tokenizer, placed, runtime, context.domain)
         result = run_training(
             network,
@@ -94,7 +92,7 @@ def train(
         stage.name,
         work,
         settings={**settings.model_dump(), "runtime": runtime.model_dump()},
-        inputs={"data": data, "model": model, **rewards.inputs, **audited},
+        inputs={"data": data, "model": model, **audited, **{f"settings.{name}": each for name, each in named.items()}},
         modules=("twinloop.tasks.train",),
         found=[method.found],
         uses_domain=method.uses_domain,

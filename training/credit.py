@@ -13,7 +13,7 @@ from torch import Tensor
 from twinloop.models.decoder import Decoder
 from twinloop.training.packing import row_length
 from twinloop.training.runtime import Runtime
-from twinloop.training.scoring import scores_by_tree, tree_logprobs
+from twinloop.training.scoring import tree_logprobs, tree_values
 from twinloop.training.settings import RolloutSettings
 from twinloop.training.tree import Tree, TreeBatch, group
 
@@ -136,11 +136,15 @@ class TokenCredit:
         self._prompts, self._critic, self._controller = prompts, critic, controller
         self._gamma, self._lam, self._reference, self._rows = gamma, lam, reference, rows
 
+    def _expected(self, batch: TreeBatch) -> np.ndarray:
+        found: np.ndarray = self._critic(batch).cpu().numpy()
+        return found
+
     def assign(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         trees = [group.tree(self._prompts) for group in groups]
         lengths_S = [len(tokens) for group in groups for tokens in group.completions]
         ends_S = np.cumsum(lengths_S)
-        value_N = np.concatenate(scores_by_tree(self._critic, trees, **vars(self._rows))).astype(np.float64)
+        value_N = np.concatenate(tree_values(self._expected, trees, **vars(self._rows))).astype(np.float64)
         reward_N, metrics = self._penalties(groups, trees)
         reward_N[ends_S - 1] += [reward for group in groups for reward in group.rewards]
         answers = zip(np.split(reward_N, ends_S[:-1]), np.split(value_N, ends_S[:-1]), strict=True)

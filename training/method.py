@@ -10,10 +10,12 @@ and, where the defaults do not fit,
 
     NEEDS_VERIFIER  True: the domain's verifier gives the rewards. It is audited before
     USES_DOMAIN     True: other code of the domain's, such as its labels, changes what is trained
-    HEAD            True: what it trains scores a text's last token, and writes no text
+    HEAD            "labels" or "reward": what it trains scores a text's last token, and writes no text
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
 
+Settings that name another model, such as a teacher, are a `ModelName` and say so in `named_models`; `build` gets them
+with its directory.
 `build` gets the domain. So the domain's code is part of the stage's key where the method needs the verifier, and for
 every method that is not ready-made. The module's docstring names the paper. torch is imported inside `build`, so that a
 recipe is checked without it.
@@ -30,6 +32,7 @@ import twinloop.training.methods
 from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule, find_module, modules_in
 from twinloop.domains.domain import Domain
+from twinloop.models.config import Kind
 from twinloop.training import forms
 from twinloop.training.runtime import Runtime
 from twinloop.training.settings import TrainSettings
@@ -75,9 +78,15 @@ class Method:
         return self.needs_verifier or not ready_made or bool(self._part("USES_DOMAIN", default=False))
 
     @property
+    def kind(self) -> Kind:
+        """What its network gives."""
+        kind: Kind = self._part("HEAD", default="text")
+        return kind
+
+    @property
     def has_head(self) -> bool:
         """Whether its network gives a score or labels, and not text."""
-        return bool(self._part("HEAD", default=False))
+        return self.kind != "text"
 
     @property
     def shown(self) -> Sequence[str]:

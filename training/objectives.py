@@ -8,7 +8,7 @@ batch's loss, however the batch is cut. Those below need the log-probabilities o
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +50,31 @@ class CausalLMLoss:
 class DPOLoss:
     """DPO: raise the margin of chosen over rejected against a frozen reference (Rafailov et al., 2023).
 
-    A batch holds trees of one prompt with two children: even sequences are chosen, odd ones rejected.
+    A batch holds trees of one prompt with two children: even sequences are chosen, odd ones rejected. With m the margin
+    in nats, a pair's loss is
+
+        sigmoid   -(1 - label_smoothing) log σ(beta m) - label_smoothing log σ(-beta m)   (conservative: Mitchell, 2023)
+        ipo       (m - 1 / (2 beta))²                                                     (Azar et al., 2023)
+
+    length_normalised: log-probabilities are means over a sequence's tokens, not sums, in the margin and what is logged.
+    rpo_alpha: weight of an SFT term, the mean negative log-probability of the chosen answer's tokens (Pang et al.,
+    2024), against answers of both kinds becoming less likely.
     """
 
-    def __init__(self, *, beta: float):
+    def __init__(
+        self,
+        *,
+        beta: float,
+        loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        label_smoothing: float = 0.0,
+        length_normalised: bool = False,
+        rpo_alpha: float = 0.0,
+    ):
         self.beta = beta
+        self.of_margins = {"sigmoid": self._sigmoid, "ipo": self._ipo}[loss]
+        self.label_smoothing = label_smoothing
+        self.length_normalised = length_normalised
+        self.rpo_alpha = rpo_alpha
 
     def normaliser(self, batch: TreeBatch) -> float:
         return batch.num_sequences / 2
@@ -66,18 +86,31 @@ class DPOLoss:
         """logprobs_N: log p(target) of each scored token, float32. Returns the mean pair loss, in nats."""
         policy_S = batch.sum_by_sequence(logprobs_N)
         shift_S = policy_S - batch.reference_S
+        if self.length_normalised:
+            shift_S = shift_S / batch.length_S
         margin_P = shift_S[0::2] - shift_S[1::2]
-        loss = -F.logsigmoid(self.beta * margin_P).mean()
+        loss = self.of_margins(margin_P).mean()
         shift_S, margin_P = shift_S.detach(), margin_P.detach()
-        return (
-            loss,
-            {
-                "margin": margin_P.mean(),
-                "accuracy": (margin_P > 0).float().mean(),
-                "chosen_shift": shift_S[0::2].mean(),  # falls too when a model learns only to avoid the rejected
-                "rejected_shift": shift_S[1::2].mean(),
-            },
-        )
+        metrics = {
+            "margin": margin_P.mean(),
+            "accuracy": (margin_P > 0).float().mean(),
+            "chosen_shift": shift_S[0::2].mean(),  # falls too when a model learns only to avoid the rejected
+            "rejected_shift": shift_S[1::2].mean(),
+        }
+        if self.rpo_alpha:
+            chosen_loss = -(policy_S / batch.length_S)[0::2].mean()
+            loss = loss + self.rpo_alpha * chosen_loss
+            metrics["chosen_loss"] = chosen_loss.detach()
+        return loss, metrics
+
+    def _sigmoid(self, margin_P: Tensor) -> Tensor:
+        loss_P = -F.logsigmoid(self.beta * margin_P)
+        if not self.label_smoothing:
+            return loss_P
+        return (1 - self.label_smoothing) * loss_P - self.label_smoothing * F.logsigmoid(-self.beta * margin_P)
+
+    def _ipo(self, margin_P: Tensor) -> Tensor:
+        return (margin_P - 1 / (2 * self.beta)).square()
 
 
 class GRPOLoss:

@@ -60,7 +60,7 @@ def prompts_and_rewards(
             sources[VERIFIER] = _verifier(kept, domain), source.verifier
         if source.model is not None:
             name = MODEL if MODEL not in sources else f"{MODEL}_{len(sources)}"
-            model = RewardModel(Path(source.model), [record["prompt"] for record in kept], runtime)
+            model = RewardModel(Path(source.model["path"]), [record["prompt"] for record in kept], runtime)
             sources[name] = model, source.weight
     return [tokenizer.encode_prompt(record["prompt"]) for record in kept], WeightedSum(sources)
 

@@ -7,10 +7,11 @@ methods here, with answers that fit most methods; a method's own Settings may an
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field, field_validator, model_validator
 
 from twinloop.models.adapter_form import TARGETS, AdapterForm, Target
 
@@ -18,6 +19,27 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _model_name(value: Any) -> Any:
+    if isinstance(value, str) and value:
+        return {"path": value} if "/" in value else {"stage": value}
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"{value!r} names no model; take an earlier stage, a folder such as ./models/a, or {{version: 1}}")
+
+
+ModelName: TypeAlias = Annotated[dict[str, Any], BeforeValidator(_model_name)]
+"""Another model in a setting: `{stage: reward}`, what an earlier stage makes, or a trained one as `base` names it, such
+as `{version: champion}` or `{path: DIR}`. In short a stage's name, or a folder: it has a `/`. Recipes check it."""
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """kind: what it has to be. One that writes text reads the stage's tokens: it has the same tokenizer."""
+
+    name: ModelName
+    kind: Literal["text", "reward"] = "text"
 
 
 class StrictModel(BaseModel):
@@ -96,13 +118,13 @@ class TrainSettings(StrictModel):
         """Whether the verifier gives rewards, in a method that can take them from it."""
         return True
 
-    def reward_models(self) -> list[str]:
-        """What else gives rewards: names of earlier stages, or folders."""
-        return []
+    def named_models(self) -> Mapping[str, NamedModel]:
+        """Other models that the method reads, by the setting that names each, such as `teacher`."""
+        return {}
 
-    def with_reward_models(self, places: Mapping[str, Path]) -> Self:
-        """The same, each reward model named by its folder."""
-        return self
+    def with_models(self, places: Mapping[str, Path]) -> Self:
+        """The same, each of these models named by its directory, {path: DIR}: what `build` gets."""
+        return self.model_copy(update={name: {"path": str(place)} for name, place in places.items()})
 
 
 class PackedSettings(TrainSettings):
@@ -155,8 +177,8 @@ class RewardSource(StrictModel):
 
     verifier: Positive | None = None
     """The weight of the domain's verifier."""
-    model: str | None = None
-    """An earlier stage of the recipe that made a reward model, or the folder of one, such as ./models/reward."""
+    model: ModelName | None = None
+    """A reward model: an earlier stage of the recipe that made one, a folder such as ./models/reward, or a version."""
     weight: Positive = 1.0
     """Of the model."""
 
@@ -187,8 +209,9 @@ class RolloutSettings(TrainSettings):
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:
         named = [source.model for source in self.rewards]  # None: the verifier
-        if twice := next((name for name in named if named.count(name) > 1), False):
-            raise ValueError(f"rewards: the model {twice} is named twice; give it one weight")
+        if twice := next((name for name in named if name and named.count(name) > 1), None):
+            text = " ".join(map(str, twice.values()))
+            raise ValueError(f"rewards: the model {text} is named twice; give it one weight")
         if named.count(None) > 1:
             raise ValueError("rewards: the verifier is named twice; give it one weight")
         return self
@@ -200,14 +223,19 @@ class RolloutSettings(TrainSettings):
     def needs_verifier(self) -> bool:
         return any(source.verifier is not None for source in self.rewards)
 
-    def reward_models(self) -> list[str]:
-        return [source.model for source in self.rewards if source.model is not None]
+    def named_models(self) -> dict[str, NamedModel]:
+        return {
+            _model_of_reward(index): NamedModel(source.model, kind="reward")
+            for index, source in enumerate(self.rewards)
+            if source.model is not None
+        }
 
-    def with_reward_models(self, places: Mapping[str, Path]) -> Self:
-        def found(source: RewardSource) -> RewardSource:
-            return source.model_copy(update={"model": str(places[source.model])}) if source.model else source
-
-        return self.model_copy(update={"rewards": [found(source) for source in self.rewards]})
+    def with_models(self, places: Mapping[str, Path]) -> Self:
+        rewards, others = list(self.rewards), dict(places)
+        for index, source in enumerate(rewards):
+            if place := others.pop(_model_of_reward(index), None):
+                rewards[index] = source.model_copy(update={"model": {"path": str(place)}})
+        return super().with_models(others).model_copy(update={"rewards": rewards})
 
     def check_context(self, max_length: int) -> None:
         if self.max_new_tokens >= max_length:
@@ -221,3 +249,7 @@ class RolloutSettings(TrainSettings):
 
     def answer_tokens(self) -> int:
         return self.max_new_tokens
+
+
+def _model_of_reward(index: int) -> str:
+    return f"rewards[{index}].model"

@@ -22,15 +22,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from twinloop.common.errors import UserError
 from twinloop.models.attention import AttentionPlan, Path, Span, TreeBlocks, TreePaths
-from twinloop.models.chunks import logit_chunk
 from twinloop.models.decoder import Decoder
 from twinloop.models.products import ROW_MULTIPLE
-from twinloop.training.adapters import adapter_layers
-from twinloop.training.frozen_rows import frozen_rows
+from twinloop.training.row_values import row_values
 
 ROOT = -1
 
@@ -43,6 +40,7 @@ class Segment:
     parent: index of the segment in its tree that it continues; ROOT for the first.
     advantage, old_logprobs, reference_logprobs, old_values, returns: float32, one a scored token: how much better it
     was than expected; by the sampler, by the frozen reference; what a critic expected before it, and is to expect.
+    teacher: one a scored token, as `training.distillation` lays them out.
     label: the number of the right one, of a text that is classified.
     """
 
@@ -54,6 +52,7 @@ class Segment:
     reference_logprobs: np.ndarray | None = None
     old_values: np.ndarray | None = None
     returns: np.ndarray | None = None
+    teacher: np.ndarray | None = None
     label: int = 0
 
     @property
@@ -171,6 +170,8 @@ class TreeBatch:
     last_S: int64, flat index into B*L of its last token, which a head scores. label_S: int64.
     advantage_N, old_logprobs_N, reference_logprobs_N, old_value_N, return_N: float32, or None where no tree of the
     batch has them.
+    teacher_ids_NK: int64, the K likeliest tokens by a teacher. teacher_logprobs_NK: float32, theirs, and in one more
+    column that of all others together where there are others. None where no tree of the batch has them.
     paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
     temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
@@ -195,6 +196,8 @@ class TreeBatch:
     seq_len: int
     total_weight: float
     temperature: float = 1.0
+    teacher_ids_NK: Tensor | None = None
+    teacher_logprobs_NK: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -285,6 +288,7 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
     lengths = np.array([len(scored) for _, scored in scored_segments], dtype=np.int64)
     weight_N = _joined([segment.weights[scored] for segment, scored in scored_segments], np.float32)
     segments = [segment for segment, _ in scored_segments]
+    taught = [segment.teacher for segment in segments]
     return TreeBatch(
         tokens_BL=torch.from_numpy(tokens_L)[None],
         positions_BL=torch.from_numpy(positions_L)[None],
@@ -295,11 +299,13 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         length_S=torch.from_numpy(lengths),
         last_S=torch.tensor(last, dtype=torch.int64),
         label_S=torch.tensor([segment.label for segment in segments], dtype=torch.int64),
-        advantage_N=_floats([segment.advantage for segment in segments]),
-        old_logprobs_N=_floats([segment.old_logprobs for segment in segments]),
-        reference_logprobs_N=_floats([segment.reference_logprobs for segment in segments]),
-        old_value_N=_floats([segment.old_values for segment in segments]),
-        return_N=_floats([segment.returns for segment in segments]),
+        advantage_N=_given([segment.advantage for segment in segments]),
+        old_logprobs_N=_given([segment.old_logprobs for segment in segments]),
+        reference_logprobs_N=_given([segment.reference_logprobs for segment in segments]),
+        old_value_N=_given([segment.old_values for segment in segments]),
+        return_N=_given([segment.returns for segment in segments]),
+        teacher_ids_NK=_given(taught, "ids", np.int64),
+        teacher_logprobs_NK=_given(taught, "logprobs"),
         paths=tuple(paths),
         row_lengths=row_lengths,
         seq_len=seq_len,
@@ -334,10 +340,12 @@ def _joined(parts: Sequence[np.ndarray], dtype: type[np.generic]) -> np.ndarray:
     return np.concatenate(parts, dtype=dtype) if parts else np.zeros(0, dtype=dtype)
 
 
-def _floats(parts: Sequence[np.ndarray | None]) -> Tensor | None:
-    """The parts as one, when every scored segment has one."""
-    given = [part for part in parts if part is not None]
-    return torch.from_numpy(_joined(given, np.float32)) if given and len(given) == len(parts) else None
+def _given(
+    parts: Sequence[np.ndarray | None], field: str | None = None, dtype: type[np.generic] = np.float32
+) -> Tensor | None:
+    """The parts as one, or a field of theirs, when every scored segment has one."""
+    given = [part[field] if field else part for part in parts if part is not None]
+    return torch.from_numpy(_joined(given, dtype)) if given and len(given) == len(parts) else None
 
 
 def attention_plan(batch: TreeBatch) -> AttentionPlan:
@@ -353,7 +361,7 @@ def sequence_scores(model: Decoder, batch: TreeBatch) -> Tensor:
 
 
 def scored_logprobs(model: Decoder, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
-    """log p(target) [N] of every scored token, float32, differentiable."""
+    """log p(target) [N] of every scored token, float32, differentiable. chunk: as `row_values`."""
     return target_logprobs(model, scored_hidden(model, batch), batch, chunk=chunk)
 
 
@@ -370,12 +378,7 @@ def _hidden(model: Decoder, batch: TreeBatch, places: Tensor) -> Tensor:
 
 
 def target_logprobs(model: Decoder, hidden_ND: Tensor, batch: TreeBatch, *, chunk: int | None = None) -> Tensor:
-    """log p(target) [N] by the hidden states of `scored_hidden`, float32, differentiable.
-
-    The vocabulary projection runs only at scored positions. Past `chunk` of them it runs piece by piece: [N, V] logits
-    are never in memory at once. Where it trains it runs again in the backward pass.
-    """
-    chunk = chunk or logit_chunk(model.config.vocab_size)
+    """log p(target) [N] by the hidden states of `scored_hidden`, float32, differentiable. chunk: as `row_values`."""
 
     def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
         logits = model.logits(hidden).float()
@@ -383,9 +386,4 @@ def target_logprobs(model: Decoder, hidden_ND: Tensor, batch: TreeBatch, *, chun
             logits = logits / batch.temperature
         return -F.cross_entropy(logits, target, reduction="none")
 
-    if adapter_layers(model) and len(hidden_ND):
-        return frozen_rows(logprobs, hidden_ND, batch.target_N, chunk=chunk)
-    if len(hidden_ND) <= chunk:
-        return logprobs(hidden_ND, batch.target_N)
-    pieces = zip(hidden_ND.split(chunk), batch.target_N.split(chunk), strict=True)
-    return torch.cat([checkpoint(logprobs, *piece, use_reentrant=False) for piece in pieces])
+    return row_values(model, logprobs, hidden_ND, batch.target_N, chunk=chunk)

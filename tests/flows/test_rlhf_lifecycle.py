@@ -47,7 +47,7 @@ def test_ppo_goes_on_from_the_policy_and_its_key_holds_the_reward_model(project:
     (sft,), (reward,), (ppo,) = (manifests(project, stage) for stage in ("sft", "reward", "ppo"))
     (export, *_) = manifests(project, "export")
     assert reward.inputs["model"].key == ppo.inputs["model"].key == sft.key
-    assert ppo.inputs["reward:reward"].digest == reward.digest
+    assert ppo.inputs["settings.rewards[1].model"].digest == reward.digest
     assert export.inputs["model"].key == ppo.key
     assert ppo.metrics["reward"] == pytest.approx(ppo.metrics["verifier"] + 0.3 * ppo.metrics["model_reward"])
 
@@ -82,7 +82,8 @@ def test_a_reward_model_in_a_folder_is_in_the_key_by_its_bytes_and_planned_with(
     run = twinloop(project, "run", "recipes/small.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
     *_, ppo = manifests(project, "ppo")
-    assert ppo.inputs["reward:models/judge"].stage is None
+    read = Manifest.read(project / "artifacts" / "base" / ppo.inputs["settings.rewards[0].model"].key / "manifest.json")
+    assert read.inputs["source"].stage is None
     assert "audit" not in ppo.inputs, "the verifier gives no reward"
     assert "verifier" not in ppo.metrics
 
@@ -93,5 +94,5 @@ def test_a_folder_without_a_reward_model_is_reported_before_anything_runs(projec
         write(project, SFT, PPO | {"rewards": [{"model": folder}]})
         run = twinloop(project, "run", "recipes/small.yaml")
         assert run.returncode == 2
-        assert "train[1].rewards: " in run.stderr
+        assert "train[1].rewards[0].model: " in run.stderr
         assert said in run.stderr

@@ -24,9 +24,9 @@ from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion
 from twinloop.registry.versions import Registry
-from twinloop.tasks.base_source import DEFAULT_MAX_LENGTH, resolve_base
+from twinloop.tasks.base_source import DEFAULT_MAX_LENGTH, resolve_base, resolve_models
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.imported_base import import_stage
+from twinloop.tasks.imported_base import import_models, import_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.tasks.register import Made, register_stage
 from twinloop.training.weights import get_weights, new_decoder
@@ -323,6 +323,20 @@ def test_a_registered_version_goes_on_from_the_checkpoint_that_it_was_exported_f
     tags = registry.version(1).tags
     assert (tags["base"], tags["base_license"]) == ("models/small (18,016 parameters, fp32, mit)", "mit")
     assert len(tags["base_digest"]) == 64
+
+
+def test_a_teacher_may_be_the_champion(context: Context) -> None:
+    stage = {"method": "distil", "learning_rate": 1e-3, "batch_tokens": 128, "seq_len": 64}
+    fields = parse_yaml((PROJECT / "recipes" / "tiny.yaml").read_text()) | {"base": {"path": "models/small"}}
+    fields["train"] = [stage | {"teacher": {"version": "champion"}}]
+    (context.project / "recipe.yaml").write_text(json.dumps(fields))
+    settings = load_recipe(context.project / "recipe.yaml", context.project)
+    base, named = resolve_models(settings, context.project)
+    assert named["distil"]["teacher"].title == "tiny version 1, checkpoint tiny-checkpoints/1"
+    start = import_stage(context, base)
+    teacher = import_models(context, named, start=start)["distil"]["teacher"]
+    before = load_tensors(start.path)
+    assert all((array == before[name] + 1).all() for name, array in load_tensors(teacher.path).items())
 
 
 def test_a_checkpoint_that_was_changed_is_not_used(context: Context) -> None:

@@ -18,7 +18,8 @@ from twinloop.records.validated import read_records
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.context import Context
-from twinloop.tasks.plan import SAMPLE, OtherProcesses, Plan, make_plan
+from twinloop.tasks.other_processes import OtherProcesses
+from twinloop.tasks.plan import SAMPLE, Plan, make_plan
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.training.weights import load_decoder

@@ -73,12 +73,15 @@ def test_a_reward_model_is_named_by_the_stage_before_that_makes_it(tmp_path: Pat
     *before, grpo = fields()["train"]
     paid = grpo | {"rewards": [{"verifier": 1.0}, {"model": "reward", "weight": 0.3}]}
     stage = load_recipe(write(tmp_path, fields() | {"train": [*before, REWARD, paid]})).train[-1]
-    assert stage.settings.reward_models() == ["reward"]
+    assert stage.earlier == {"rewards[1].model": "reward"}
     assert stage.needs_verifier
     unpaid = load_recipe(write(tmp_path, fields() | {"train": [REWARD, grpo | {"rewards": [{"model": "reward"}]}]}))
     assert not unpaid.train[-1].needs_verifier
     for stages, said in (
-        ([paid, REWARD], "train[0].rewards: no stage reward makes a reward model before it; a folder is named as"),
+        (
+            [paid, REWARD],
+            "train[0].rewards[1].model: no stage reward makes a reward model before it; a folder",
+        ),
         (
             [REWARD, paid | {"rewards": [{"model": "reward-2"}]}],
             "makes a reward model before it; those that do: reward",
@@ -110,6 +113,9 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"sft": {"lora": {"rank": 0}}}, "train[1].lora.rank: 0: input should be greater than or equal to 1"),
         ({"dpo": {"beta": 0}}, "train[2].beta: 0: input should be greater than 0"),
         ({"dpo": {"beta": float("inf")}}, "train[2].beta"),
+        ({"dpo": {"loss": "hinge"}}, "train[2].loss: 'hinge' is not one of 'sigmoid', 'ipo'"),
+        ({"dpo": {"label_smoothing": 0.5}}, "train[2].label_smoothing: 0.5: input should be less than 0.5"),
+        ({"dpo": {"loss": "ipo", "label_smoothing": 0.1}}, "train[2]: label_smoothing is a setting of loss sigmoid"),
         ({"seed": True}, "seed: True"),
         ({"threads": 1.5}, "threads: 1.5"),
         ({"pretrain": {"tokens": None}}, "train[0].tokens: None"),
@@ -126,7 +132,10 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
             "train[3]: rewards: the model ./a is named twice",
         ),
         ({"grpo": {"rewards": [{"verifier": 1}, {"verifier": 1}]}}, "train[3]: rewards: the verifier is named twice"),
-        ({"grpo": {"rewards": [{"model": "dpo"}]}}, "train[3].rewards: no stage dpo makes a reward model before it"),
+        (
+            {"grpo": {"rewards": [{"model": "dpo"}]}},
+            "train[3].rewards[0].model: no stage dpo makes a reward model",
+        ),
         ({"sft": {"seq_len": 4096}}, "train[1]: batch_tokens (2048) holds no row"),
         ({"sft": {"seq_len": 1024}}, "train[1].seq_len (1024) is longer than base.max_length (512)"),
         ({"sft": {"warmup_ratio": 0.7, "decay_ratio": 0.7}}, "together at most 1"),

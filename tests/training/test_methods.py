@@ -13,12 +13,13 @@ import torch
 from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule
 from twinloop.domains.domain import Domain, Message, Verdict
+from twinloop.models.directory import save_model
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.training.loop import run_training
 from twinloop.training.method import Method, load_method, ready_made
 from twinloop.training.runtime import Runtime
-from twinloop.training.weights import new_decoder
+from twinloop.training.weights import get_weights, new_decoder
 
 PROJECT = Path(__file__).parents[2]
 
@@ -81,6 +82,7 @@ SETTINGS = {
     "dpo": PACKED | {"epochs": 2},
     "reward": PACKED | {"epochs": 2},
     "classify": PACKED | {"epochs": 8},
+    "distil": PACKED | {"epochs": 2, "top_k": 8},
     "grpo": {"learning_rate": 0.01, "steps": 2, "prompts_per_step": 2, "group_size": 4, "max_new_tokens": 8},
     "ppo": {"learning_rate": 0.01, "steps": 4, "prompts_per_step": 8, "max_new_tokens": 8, "epochs": 2},
     "smoothed": PACKED | {"epochs": 4, "smoothing": 0.2},
@@ -113,17 +115,27 @@ def run(method: Method, tiny, tokenizer: ChatTokenizer, **changes: object):
     return model, run_training(model, *built, settings, checkpoint_dir=None)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"])
-def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenizer) -> None:
-    assert set(ready_made()) == {"pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"}
-    _, result = run(load_method(name, PROJECT), tiny, tokenizer)
+def write_teacher(folder: Path, tiny, tokenizer: ChatTokenizer) -> Path:
+    config = tiny.config.model_copy(update={"vocab_size": tokenizer.vocab_size, "num_hidden_layers": 1})
+    save_model(folder, config, get_weights(new_decoder(config, seed=7)), tokenizer)
+    return folder
+
+
+METHODS = ["pretrain", "sft", "dpo", "distil", "grpo", "ppo", "reward", "classify"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_ready_made_method_trains(name: str, tiny, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    assert set(ready_made()) == set(METHODS)
+    named = {"teacher": {"path": str(write_teacher(tmp_path, tiny, tokenizer))}} if name == "distil" else {}
+    _, result = run(load_method(name, PROJECT), tiny, tokenizer, **named)
     assert result.steps >= 2
     assert result.tokens > 0
     if name not in ("grpo", "ppo"):
         assert result.loss < result.initial_loss
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "ppo", "reward", "classify"])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_has_at_most_80_lines_of_code(name: str) -> None:
     lines = load_method(name, PROJECT).found.file.read_text().splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 80

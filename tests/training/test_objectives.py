@@ -13,7 +13,7 @@ from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
 from twinloop.training.scoring import attach_reference
 from twinloop.training.stream import BatchStream, Step, micro_batches
-from twinloop.training.tree import Tree, collate, document, example, group, scored_logprobs
+from twinloop.training.tree import Tree, collate, document, example, group, pair, scored_logprobs
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,70 @@ def test_dpo_step_raises_the_chosen_over_the_rejected(tiny, texts):
     after, metrics = DPOLoss(beta=0.1).loss(tiny, batch)
     assert after < loss
     assert metrics["accuracy"] == 1.0
+
+
+def two_pairs():
+    """Sequences of 2, 1, 3 and 2 tokens; log-probabilities of the policy, and of the reference, which lie 0.25 apart in
+    each token of the chosen, and as far the other way in each of the rejected."""
+    trees = [pair([8, 9], [10, 11], [12]), pair([8], [13, 14, 15], [16, 17])]
+    policy = torch.tensor([-1.0, -2.0, -0.5, -1.5, -2.5, -3.0, -0.25, -0.75])
+    apart = torch.tensor([0.25, 0.25, -0.25, 0.25, 0.25, 0.25, -0.25, -0.25])
+    batch = replace(collate([(trees[0],), (trees[1],)], 8), reference_logprobs_N=policy - apart)
+    return policy, batch
+
+
+def log_sigmoid(x):
+    return -math.log1p(math.exp(-x))
+
+
+SUMS, MEANS = (0.75, 1.25), (0.5, 0.5)  # margins of the two pairs: of sums over tokens, of means
+
+
+@pytest.mark.parametrize(
+    ("settings", "margins", "pair_loss"),
+    [
+        ({}, SUMS, lambda m: -log_sigmoid(0.4 * m)),
+        ({"loss": "ipo"}, SUMS, lambda m: (m - 1 / 0.8) ** 2),
+        ({"label_smoothing": 0.1}, SUMS, lambda m: -0.9 * log_sigmoid(0.4 * m) - 0.1 * log_sigmoid(-0.4 * m)),
+        ({"length_normalised": True}, MEANS, lambda m: -log_sigmoid(0.4 * m)),
+        ({"length_normalised": True, "loss": "ipo"}, MEANS, lambda m: (m - 1 / 0.8) ** 2),
+    ],
+)
+def test_dpo_and_its_kin_by_their_formulas(settings, margins, pair_loss):
+    policy, batch = two_pairs()
+    loss, metrics = DPOLoss(beta=0.4, **settings).of_logprobs(policy, batch)
+    assert loss.item() == pytest.approx(sum(map(pair_loss, margins)) / 2, abs=1e-6)
+    assert metrics["margin"].item() == pytest.approx(sum(margins) / 2, abs=1e-6)
+    assert metrics["accuracy"] == 1.0
+
+
+def test_the_sft_term_is_the_mean_loss_of_the_chosen_answers_tokens():
+    policy, batch = two_pairs()
+    without, _ = DPOLoss(beta=0.4).of_logprobs(policy, batch)
+    loss, metrics = DPOLoss(beta=0.4, rpo_alpha=0.5).of_logprobs(policy, batch)
+    chosen = (1.5 + 7 / 3) / 2  # a pair's mean first, then that of the pairs
+    assert metrics["chosen_loss"].item() == pytest.approx(chosen, abs=1e-6)
+    assert (loss - without).item() == pytest.approx(0.5 * chosen, abs=1e-6)
+
+
+def test_first_losses_of_dpos_kin(tiny, texts):
+    batch = one_batch(attach_reference(tiny, texts.pairs(9), seq_len=64))
+    for beta in (0.1, 0.5):
+        for normalised in (False, True):
+            ipo, _ = DPOLoss(beta=beta, loss="ipo", length_normalised=normalised).loss(tiny, batch)
+            assert ipo.item() == pytest.approx((1 / (2 * beta)) ** 2, rel=1e-5)
+        smoothed, _ = DPOLoss(beta=beta, label_smoothing=0.2).loss(tiny, batch)
+        assert smoothed.item() == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_ipo_ends_at_its_margin_and_smoothed_dpo_at_the_smoothed_odds():
+    """Where the gradient vanishes: m = 1 / (2 beta); and σ(beta m) = 1 - label_smoothing. Plain DPO has no such end."""
+    for settings, end in (({"loss": "ipo"}, 1 / 0.8), ({"label_smoothing": 0.1}, math.log(9) / 0.4)):
+        margin = torch.tensor([end - 0.1, end, end + 0.1], requires_grad=True)
+        DPOLoss(beta=0.4, **settings).of_margins(margin).sum().backward()
+        below, at, above = margin.grad.tolist()
+        assert below < 0 < above
+        assert at == pytest.approx(0, abs=1e-6)
 
 
 def test_reference_stays_with_its_pair_under_shuffling_and_partial_batches(tiny, texts):
@@ -100,16 +164,20 @@ def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny,
         assert torch.all(logprobs.grad.sign() == math.copysign(1, shift)) or not shift  # descent leads back
 
 
-@pytest.mark.parametrize("kind", ["next_token", "preference", "group"])
+@pytest.mark.parametrize("kind", ["next_token", "preference", "kin", "group"])
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro_batch_size):
     """Rows of very different token counts: a mean of means would differ."""
     objective, trees = {
         "next_token": lambda: (CausalLMLoss(), [*texts.examples(12), document(texts.run(60, 60)), document([7, 8])]),
         "preference": lambda: (DPOLoss(beta=0.3), attach_reference(tiny, texts.pairs(15), seq_len=64)),
+        "kin": lambda: (
+            DPOLoss(beta=0.3, loss="ipo", length_normalised=True, rpo_alpha=0.5),
+            attach_reference(tiny, texts.pairs(15), seq_len=64),
+        ),
         "group": lambda: (GRPOLoss(), groups_of(texts, 12)),
     }[kind]()
-    if kind == "preference":  # away from the reference, else every gradient is the same at any cut
+    if kind in ("preference", "kin"):  # away from the reference, else every gradient is the same at any cut
         with torch.no_grad():
             for parameter in tiny.parameters():
                 parameter *= 1.05

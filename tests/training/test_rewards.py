@@ -18,7 +18,7 @@ from twinloop.training.loop import run_training
 from twinloop.training.method import load_method
 from twinloop.training.rewards import Answer, Earned, RewardModel, Verifier, WeightedSum, prompts_and_rewards
 from twinloop.training.runtime import Runtime
-from twinloop.training.settings import RolloutSettings
+from twinloop.training.settings import NamedModel, RolloutSettings
 from twinloop.training.weights import get_weights, new_decoder
 
 RUNTIME = Runtime(seed=1, threads=1)
@@ -102,8 +102,8 @@ def test_rl_learns_from_both_and_reports_each(
     method = load_method(name, Path.cwd())
     rewards = [{"verifier": 1.0}, {"model": "reward", "weight": 0.3}]
     settings = method.settings.model_validate(ROLLOUTS | more | {"rewards": rewards})
-    placed = settings.with_reward_models({"reward": reward_model})
-    assert settings.reward_models() == ["reward"]
+    assert settings.named_models() == {"rewards[1].model": NamedModel({"stage": "reward"}, kind="reward")}
+    placed = settings.with_models({"rewards[1].model": reward_model})
     policy = new_decoder(tiny.config.model_copy(update={"vocab_size": tokenizer.vocab_size}), seed=0)
     before = policy.model.embed_tokens.weight.detach().clone()
     built = method.build(RECORDS["prompts"], policy, tokenizer, placed, RUNTIME, Parity())

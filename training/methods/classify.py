@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from twinloop.training.stream import BatchStream
 
 RECORDS = "prompts"
-HEAD = True
+HEAD = "labels"
 USES_DOMAIN = True
 SHOWN = ("accuracy",)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twinloop.training.stream import BatchStream
 
 RECORDS = "preferences"
-HEAD = True
+HEAD = "reward"
 SHOWN = ("accuracy",)
 
 

@@ -18,9 +18,21 @@ if TYPE_CHECKING:
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.objectives import CausalLMLoss
     from twinloop.training.stream import BatchStream
+    from twinloop.training.tree import Tree
 
 RECORDS = "chat"
 Settings = EpochSettings
+
+
+def answer_trees(records: Iterable[dict[str, Any]], tokenizer: ChatTokenizer) -> list[Tree]:
+    """The conversations, their answers scored."""
+    from twinloop.training.tree import conversation
+
+    return [
+        conversation(turns.ids, turns.answers)
+        for record in records
+        for turns in tokenizer.encode_turns(record["messages"])
+    ]
 
 
 def build(
@@ -33,15 +45,9 @@ def build(
 ) -> tuple[CausalLMLoss, BatchStream]:
     from twinloop.training.objectives import CausalLMLoss
     from twinloop.training.stream import BatchStream
-    from twinloop.training.tree import conversation
 
-    trees = [
-        conversation(turns.ids, turns.answers)
-        for record in records
-        for turns in tokenizer.encode_turns(record["messages"])
-    ]
     batches = BatchStream(
-        trees,
+        answer_trees(records, tokenizer),
         seq_len=settings.seq_len,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,
