@@ -22,6 +22,7 @@ from twinloop.training.runtime import Runtime
 if TYPE_CHECKING:
     from twinloop.evaluation.case_report import CaseReport
     from twinloop.evaluation.cases import Case
+    from twinloop.evaluation.metrics import Estimate
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.serving.engine import Engine
 
@@ -90,9 +91,10 @@ def measure_engine(
     domain, settings = workload.domain, workload.settings
     losses = _losses_of_texts(engine, tokenizer, workload.data)
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
-    losses |= _losses_of_answers(engine, tokenizer, domain, cases)
+    of_answers = _losses_of_answers(engine, tokenizer, domain, cases)
     answering = Answering(settings.max_new_tokens, settings.samples, settings.temperature)
     report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
+    report = report.model_copy(update={"measured": report.measured | of_answers})
     shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
     interval = {"pass_rate_interval": list(report.overall.interval)} if report.results else {}
     return report, {**losses, **interval, **shown, **report.metrics()}
@@ -111,13 +113,13 @@ def _losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> di
 
 def _losses_of_answers(
     engine: Engine, tokenizer: ChatTokenizer, domain: Domain, cases: Sequence[Case]
-) -> dict[str, float]:
+) -> dict[str, Estimate]:
     """Nothing where no case has a reference answer."""
     from twinloop.evaluation.cases import reference_answers
-    from twinloop.evaluation.texts import score_answers
+    from twinloop.evaluation.texts import answer_losses, score_answers
 
     answers = reference_answers(domain, cases)
-    return {"answer_perplexity": score_answers(engine, tokenizer, answers).perplexity} if answers else {}
+    return answer_losses(score_answers(engine, tokenizer, answers)) if answers else {}
 
 
 def choose_cases(records: Iterable[Mapping[str, Any]], domain: Domain, limit: int | None) -> list[dict[str, Any]]:
