@@ -2,7 +2,7 @@
 
 The data are `chat` rows {"messages"} for training and `chat_heldout` rows for held-out perplexity. Where a `cases` file
 is given instead, a case whose `expected` holds an `answer` passes only when the model answers exactly that; one with a
-`reference` is for perplexity alone. `domain: chat` is ready to use.
+`reference` is for perplexity, BLEU and chrF. `domain: chat` is ready to use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Derived, Domain, Predicate, Verdict
+from twinloop.domains.domain import STANDARD_KINDS, CaseKind, Derived, Domain, Metric, Predicate, Verdict
+from twinloop.domains.metrics import bleu, chrf, exact_match
 from twinloop.domains.owners import FORMAT, TRAINING
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Expected(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     answer: str | None = Field(None, description="word for word", examples=["A ticket costs 12 euros."])
-    reference: str | None = Field(None, description="one good answer of many, for perplexity alone")
+    reference: str | None = Field(None, description="one good answer of many, for perplexity, BLEU and chrF")
 
 
 class Chat(Domain):
@@ -42,6 +43,7 @@ class Chat(Domain):
         **STANDARD_KINDS,
         "reference": CaseKind("held-out conversations, each answered", owner=FORMAT, reason="answers nothing"),
     }
+    metrics: Mapping[str, Metric] = {"exact_match": exact_match(), "bleu": bleu(), "chrf": chrf()}
     chat = True
 
     def record_types(self) -> Mapping[str, RecordType]:

@@ -32,7 +32,7 @@ from twinloop.domains.domain import (
     explained,
 )
 from twinloop.domains.examples import example_request
-from twinloop.domains.metrics import accuracy, confusion_matrix, macro_f1
+from twinloop.domains.metrics import calibration_error, confusion_matrix, macro_f1_of, mean
 from twinloop.domains.owners import FORMAT, TRAINING
 
 if TYPE_CHECKING:
@@ -58,6 +58,16 @@ class TextRequest(BaseModel):
     text: Text = Field(min_length=1, max_length=MAX_TEXT_CHARACTERS, description="the text, untrusted input")
 
 
+def _pairs(case: Judged) -> list[tuple[str, str | None]]:
+    """The right label and the answered one, of every answer."""
+    return [(case.facts.label, verdict.output) for verdict in case.verdicts]
+
+
+def _share_right(case: Judged) -> float:
+    pairs = _pairs(case)
+    return sum(right == said for right, said in pairs) / len(pairs)
+
+
 class Classification(Domain):
     """Texts and their labels. An answer is right only when it is the label, and nothing else."""
 
@@ -67,8 +77,9 @@ class Classification(Domain):
         "label": Predicate("right label", TRAINING, meaning="it is the label of the text"),
     }
     metrics: Mapping[str, Metric] = {
-        "accuracy": Metric("accuracy", share=True),
-        "macro_f1": Metric("macro F1", share=True),
+        "accuracy": Metric("accuracy", share=True, of=mean(_share_right)),
+        "macro_f1": Metric("macro F1", share=True, of=macro_f1_of(_pairs)),
+        "calibration_error": calibration_error(),
     }
     request = TextRequest
 
@@ -145,23 +156,14 @@ class Classification(Domain):
         reasons = {} if right else {"label": f"the label is {facts.label}, not {output}"}
         return Verdict.of({"parsed": True, "label": right}, output=output, reasons=reasons)
 
-    def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
-        """accuracy: share of right labels. macro_f1: mean over the labels that occur, of F1 of each."""
-        matrix = confusion_matrix(self._pairs(judged))
-        return {"accuracy": accuracy(matrix), "macro_f1": macro_f1(matrix)} if matrix else {}
-
     def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:
         """By the right label: `confusion`, how often each label was answered, and `no_label`, how often none was."""
-        matrix = confusion_matrix(self._pairs(judged))
+        matrix = confusion_matrix([pair for case in judged for pair in _pairs(case)])
         rows = {label: matrix.get(label, {}) for label in self.labels}
         return {
             "confusion": {label: {answer: row.get(answer, 0) for answer in self.labels} for label, row in rows.items()},
             "no_label": {label: row.get(None, 0) for label, row in rows.items()},
         }
-
-    def _pairs(self, judged: Sequence[Judged]) -> list[tuple[str, str | None]]:
-        """The right label and the answered one, of every answer."""
-        return [(case.facts.label, verdict.output) for case in judged for verdict in case.verdicts]
 
     def gold(self, facts: Any) -> str:
         label: str = facts.label

@@ -120,26 +120,56 @@ STANDARD_KINDS: Mapping[str, CaseKind] = {"golden": GOLDEN, "held_out": HELD_OUT
 
 
 @dataclass(frozen=True)
+class Judged:
+    """One case with its answers and verdicts.
+
+    reference: its reference answer, where it has one. greedy, greedy_verdict: the greedy answer. confidence: the
+    model's probability of that whole answer, where it was recorded. outputs, verdicts: all that were sampled where the
+    recipe's `evaluate.samples` is more than 1, or else the greedy one.
+    """
+
+    kind: str
+    facts: Any
+    expected: Mapping[str, Any]
+    reference: str | None
+    greedy: str
+    greedy_verdict: Verdict
+    confidence: float | None
+    outputs: Sequence[str]
+    verdicts: Sequence[Verdict]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number over all cases that is a function of sums over the cases, such as a mean, an F score, BLEU.
+
+    So its interval is found by drawing cases, without computing what a case adds a second time. terms(case): what the
+    case adds to the sums, by name; None: the case does not count. value(sums): the number, of one case or more, where
+    a name that no case has is missing; None where the sums give none. mean: whether it is the mean of one value from 0
+    to 1 a case (`domains.metrics.mean`): a share, whose interval is Wilson's.
+    """
+
+    terms: Callable[[Judged], Mapping[Any, float] | None]
+    value: Callable[[Mapping[Any, float]], float | None]
+    mean: bool = False
+
+
+@dataclass(frozen=True)
 class Metric:
-    """A number over all cases that the domain computes itself (`Domain.measure`); the gate has a rule of its name."""
+    """A number over all cases; the gate has a rule of its name.
+
+    of: what it is. `domains.metrics` has ready-made ones (`bleu()`, `pass_at(4)`), and a Statistic of one's own makes
+    another; None: the domain computes it in `Domain.measure`, and it has no interval. judged_by: `interval` compares
+    the end of its 95% interval that is nearer to the limit, as for pass rates; `value` the number itself.
+    """
 
     title: str
     bound: Literal["at least", "at most"] = "at least"
     owner: Owner = TRAINING
     share: bool = False
     """Whether it lies between 0 and 1, and so must its limit."""
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One case with its answers and verdicts: the greedy one, or all that were sampled where the recipe's
-    `evaluate.samples` is more than 1."""
-
-    kind: str
-    facts: Any
-    expected: Mapping[str, Any]
-    outputs: Sequence[str]
-    verdicts: Sequence[Verdict]
+    of: Statistic | None = None
+    judged_by: Literal["interval", "value"] = "interval"
 
 
 @dataclass(frozen=True)
@@ -242,11 +272,13 @@ class Domain:
         raise NotImplementedError(f"{self.name} has no verifier")
 
     def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
-        """The values of `metrics`, from all cases. A metric that cannot be computed is left out, and then blocks."""
+        """The values of those `metrics` that no Statistic defines, from all cases. One that cannot be computed is left
+        out, and then blocks."""
         return {}
 
     def reference(self, expected: Mapping[str, Any]) -> str | None:
-        """The reference answer of a case, whose perplexity is measured as `answer_perplexity`; None: it has none."""
+        """The reference answer of a case; None: it has none. `bleu`, `chrf` and `exact_match` compare with it, and its
+        perplexity and bits per byte are measured as `answer_perplexity` and `answer_bits_per_byte`."""
         return None
 
     def report(self, judged: Sequence[Judged]) -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ The data are rows {"question", "steps", "answer"}: `reasoning` for training, `re
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,6 @@ from twinloop.domains.domain import (
     Derived,
     Document,
     Domain,
-    Judged,
     Message,
     Metric,
     Predicate,
@@ -30,7 +28,7 @@ from twinloop.domains.domain import (
     Verdict,
     explained,
 )
-from twinloop.domains.metrics import pass_at_k
+from twinloop.domains.metrics import pass_at
 from twinloop.domains.owners import FORMAT, TRAINING
 
 if TYPE_CHECKING:
@@ -66,9 +64,7 @@ class Reasoning(Domain):
         "parsed": Predicate("one final value", FORMAT, meaning="the answer ends with one value in the wanted form"),
         "value": Predicate("right value", TRAINING, meaning="it is the expected value"),
     }
-    metrics: Mapping[str, Metric] = {
-        f"pass_at_{k}": Metric(f"pass@{k}, of sampled answers", share=True) for k in (1, 4)
-    }
+    metrics: Mapping[str, Metric] = {f"pass_at_{k}": pass_at(k) for k in (1, 4)}
     request = Question
     max_answer_tokens = 256
 
@@ -166,15 +162,6 @@ class Reasoning(Domain):
         right = self.same(value, facts.answer)
         reasons = {} if right else {"value": f"the value is {facts.answer}, not {value}"}
         return Verdict.of({"parsed": True, "value": right}, output=self._output(output, value), reasons=reasons)
-
-    def measure(self, judged: Sequence[Judged]) -> Mapping[str, float]:
-        """pass@k of the cases that were sampled k times or more."""
-        found = {}
-        for k in (1, 4):
-            passed = [[verdict.passed for verdict in case.verdicts] for case in judged if len(case.verdicts) >= k]
-            if passed:
-                found[f"pass_at_{k}"] = math.fsum(pass_at_k(len(one), sum(one), k) for one in passed) / len(passed)
-        return found
 
     def gold(self, facts: Solution) -> str:
         return f"{self.final} {facts.answer}"

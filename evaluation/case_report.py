@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.metrics import Estimate, Rate
 
 
 class _Record(BaseModel):
@@ -61,8 +61,8 @@ class CaseReport(_Record):
     by_predicate: dict[str, Rate]
     violations: dict[str, int]
     """Answers, sampled ones too, by the critical predicate that they violate."""
-    measured: dict[str, float]
-    """The domain's own metrics, by name."""
+    measured: dict[str, Estimate]
+    """The domain's own metrics by name, and those of the reference answers."""
     details: dict[str, Any] = {}
     """What else the domain reports, such as a confusion matrix."""
     outcomes: dict[str, dict[str, int]] = {}
@@ -84,7 +84,11 @@ class CaseReport(_Record):
         numbers |= {f"{name}_low": rate.interval[0] for name, rate in rates.items() if rate.total}
         numbers |= {f"violations/{name}": count for name, count in self.violations.items()}
         counts = {"cases": self.overall.total, "unparsed": self.unparsed, "truncated": self.truncated}
-        return numbers | self.measured | counts
+        numbers |= {name: estimate.value for name, estimate in self.measured.items()}
+        for name, estimate in self.measured.items():
+            if estimate.interval:
+                numbers |= {f"{name}_low": estimate.interval[0], f"{name}_high": estimate.interval[1]}
+        return numbers | counts
 
 
 class Comparison(_Record):

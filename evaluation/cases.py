@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import numbers
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from pydantic_core import to_json
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Judged, Message, Verdict, domain_code
 from twinloop.evaluation.case_report import CaseFailure, CaseReport, CaseResult, CaseSample, Comparison
+from twinloop.evaluation.estimates import measured
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
@@ -152,13 +152,14 @@ def run_cases(
 
 def reference_answers(domain: Domain, cases: Sequence[Case]) -> list[tuple[Sequence[Message], str]]:
     """(prompt, reference answer) of each case that has one. Raises UserError where `reference` raises."""
-    answers: list[tuple[Sequence[Message], str]] = []
-    for case in cases:
-        with domain_code(domain, "reference", f"case {case.case_id}"):
-            answer = domain.reference(case.expected)
-        if answer is not None:
-            answers.append((case.prompt, answer))
-    return answers
+    answers = [(case.prompt, reference_of(domain, case)) for case in cases]
+    return [(prompt, answer) for prompt, answer in answers if answer is not None]
+
+
+def reference_of(domain: Domain, case: Case) -> str | None:
+    """Raises UserError where `reference` raises."""
+    with domain_code(domain, "reference", f"case {case.case_id}"):
+        return domain.reference(case.expected)
 
 
 def _facts(domain: Domain, record: Mapping[str, Any]) -> Any:
@@ -202,11 +203,20 @@ class _Answered:
     def verdict(self) -> Verdict:
         return self.verdicts[0]
 
-    @property
-    def judged(self) -> Judged:
+    def judged(self, domain: Domain) -> Judged:
         first = 1 if len(self.outputs) > 1 else 0
         case = self.case
-        return Judged(case.kind, case.facts, case.expected, self.outputs[first:], self.verdicts[first:])
+        return Judged(
+            kind=case.kind,
+            facts=case.facts,
+            expected=case.expected,
+            reference=reference_of(domain, case),
+            greedy=self.outputs[0],
+            greedy_verdict=self.verdict,
+            confidence=min(self.confidence, 1.0),  # rounding makes it a little more
+            outputs=self.outputs[first:],
+            verdicts=self.verdicts[first:],
+        )
 
 
 def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
@@ -223,7 +233,7 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
     shown = {case.case_id for case in _sampled([one.case for one in answered])}
     verdicts = [one.verdict for one in answered]
     kinds = [kind for kind in domain.case_kinds if any(result.kind == kind for result in results)]
-    judged = [one.judged for one in answered]
+    judged = [one.judged(domain) for one in answered]
     digests = sorted(one.case.digest for one in answered)
     return CaseReport(
         cases_digest=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
@@ -237,7 +247,7 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
             name: sum(not verdict.checks.get(name, False) for one in answered for verdict in one.verdicts)
             for name in domain.critical
         },
-        measured=_measured(domain, judged),
+        measured=measured(domain, judged),
         details=_details(domain, judged),
         outcomes=_outcomes(domain, answered),
         unparsed=sum(not verdict.parsed for verdict in verdicts),
@@ -248,18 +258,6 @@ def _report(answered: Sequence[_Answered], domain: Domain) -> CaseReport:
             _sample(one.case, one.outputs[0], one.verdict.passed) for one in answered if one.case.case_id in shown
         ),
     )
-
-
-def _measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, float]:
-    with domain_code(domain, "measure"):
-        measured = dict(domain.measure(judged))
-    for name, value in measured.items():
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise UserError(
-                f"domain {domain.name}: measure returned {value!r} as {name}, which is no finite number; leave out a "
-                "metric that cannot be computed"
-            )
-    return {name: float(value) for name, value in measured.items()}
 
 
 def _details(domain: Domain, judged: Sequence[Judged]) -> dict[str, Any]:

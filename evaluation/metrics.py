@@ -11,10 +11,12 @@ Z_95 = 1.96
 """Standard normal quantile of a two-sided 95% interval."""
 
 
-def wilson_interval(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson_interval(successes: float, n: float, z: float = Z_95) -> tuple[float, float]:
     """Confidence interval of a rate (Wilson, 1927), within [0, 1]; (0, 1) when nothing was tried.
 
-    Unlike the normal interval it keeps its coverage near 0 and 1, where the rates of good models are.
+    Unlike the normal interval it keeps its coverage near 0 and 1, where the rates of good models are. `successes` may
+    be a sum of values from 0 to 1: no variable in this range varies more than one that is 0 or 1, so the interval of
+    their mean is at least as wide as it must be.
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} trials")
@@ -61,6 +63,20 @@ class Rate(BaseModel):
         low, high = self.interval
         shown = f"{self.rate:.1%}" if self.total else "none"
         return f"{shown} [{low:.1%}, {high:.1%}] ({self.successes}/{self.total})"
+
+
+class Estimate(BaseModel):
+    """A number and its 95% interval; None where no interval is known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    interval: tuple[float, float] | None = None
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:.4g}"
+        return f"{self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]"
 
 
 def token_loss(probability: float) -> float:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Judged, domain_code
-from twinloop.evaluation.cases import Case, reference_answers
+from twinloop.evaluation.cases import Case, reference_answers, reference_of
+from twinloop.evaluation.estimates import measured
 from twinloop.evaluation.gate import GateRules, passes
 from twinloop.evaluation.metrics import Rate
-from twinloop.evaluation.rules import Measurements
+from twinloop.evaluation.rules import REFERENCE, Measurements
 
 MOST_CASES = 1_000_000
 """A limit that so many right answers do not pass, none does."""
@@ -88,8 +89,9 @@ def foresee(rules: GateRules, cases: Sequence[Case], *, has_texts: bool, samples
             for name in OF_TEXTS
             if name in rules.limits
         ]
-    if "answer_perplexity" in rules.limits and not reference_answers(rules.domain, cases):
-        problems.append("answer_perplexity: no case has a reference answer; add one, or take the rule out")
+    of_answers = [name for name in REFERENCE if name in rules.limits]
+    if of_answers and not reference_answers(rules.domain, cases):
+        problems += [f"{name}: no case has a reference answer; add one, or take the rule out" for name in of_answers]
     if problems:
         raise UserError(f"{rules.source}: no model can pass: {'; '.join(problems)}")
     return Outlook(tuple(every), tuple(_warnings(rules, cases, samples)))
@@ -106,7 +108,7 @@ def _prospect(rules: GateRules, kind: str, cases: Sequence[Case]) -> Prospect:
     pairs = rules.domain.case_kinds[kind].pairs
     count = len({case.pair_id or case.case_id for case in cases}) if pairs else len(cases)
 
-    def measured(right: int, of: int) -> Measurements:
+    def rated(right: int, of: int) -> Measurements:
         return Measurements(rates={kind: Rate(successes=right, total=of)})
 
     return Prospect(
@@ -115,9 +117,9 @@ def _prospect(rules: GateRules, kind: str, cases: Sequence[Case]) -> Prospect:
         kind=kind,
         unit="pairs" if pairs else "cases",
         cases=count,
-        right=_smallest(lambda right: passes(rules, name, measured(right, count)), 0, count),
-        needed=_smallest(lambda total: passes(rules, name, measured(total, total)), 1, MOST_CASES),
-        best=rules.rules[name].measure(measured(count, count)).value or 0.0,
+        right=_smallest(lambda right: passes(rules, name, rated(right, count)), 0, count),
+        needed=_smallest(lambda total: passes(rules, name, rated(total, total)), 1, MOST_CASES),
+        best=rules.rules[name].measure(rated(count, count)).value or 0.0,
     )
 
 
@@ -143,13 +145,23 @@ def _warnings(rules: GateRules, cases: Sequence[Case], samples: int) -> list[str
             gold = domain.gold(case.facts)
         with domain_code(domain, "verify", f"case {case.case_id}"):
             verdict = domain.verify(gold, case.facts)
-        judged.append(Judged(case.kind, case.facts, case.expected, [gold] * samples, [verdict] * samples))
-    with domain_code(domain, "measure"):
-        measured = dict(domain.measure(judged))
-    found = []
+        judged.append(
+            Judged(
+                kind=case.kind,
+                facts=case.facts,
+                expected=case.expected,
+                reference=reference_of(domain, case),
+                greedy=gold,
+                greedy_verdict=verdict,
+                confidence=1.0,
+                outputs=[gold] * samples,
+                verdicts=[verdict] * samples,
+            )
+        )
+    found, best = [], measured(domain, judged)
     for name in limited:
-        if name not in measured:
+        if name not in best:
             found.append(f"{rules.source}: {name} is not measured where every answer is right, and that would block")
-        elif not passes(rules, name, Measurements(metrics=measured)):
-            found.append(f"{rules.source}: {name} is {measured[name]:g} where every answer is right, and blocks")
+        elif not passes(rules, name, Measurements(metrics=best)):
+            found.append(f"{rules.source}: {name} is {best[name]} where every answer is right, and blocks")
     return found

@@ -10,10 +10,10 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import CaseKind, Domain
+from twinloop.domains.domain import CaseKind, Domain, Metric
 from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
 from twinloop.evaluation.case_report import CaseReport, Comparison
-from twinloop.evaluation.metrics import Rate, sign_test
+from twinloop.evaluation.metrics import Estimate, Rate, sign_test
 from twinloop.evaluation.parity_report import FORMS, LIMITED, FormParity
 from twinloop.evaluation.rewards import HACKING, PAIR
 
@@ -30,8 +30,8 @@ class Measurements(BaseModel):
     """By kind of case; of pairs where the kind has them."""
     violations: Mapping[str, int] = {}
     """By critical predicate."""
-    metrics: Mapping[str, float] = {}
-    """The domain's own, by name."""
+    metrics: Mapping[str, Estimate] = {}
+    """The domain's own by name, and those of the reference answers."""
     champion: Comparison | Literal["none"] | None = None
     """Case by case against the champion; "none" where nothing was ever promoted."""
     parity: Mapping[str, FormParity] = {}
@@ -47,8 +47,6 @@ class Measurements(BaseModel):
     bits_per_byte: float | None = None
     """Of held-out text, as is its perplexity."""
     perplexity: float | None = None
-    answer_perplexity: float | None = None
-    """Of the reference answers to the cases."""
 
     @classmethod
     def of_cases(cls, report: CaseReport, **others: Any) -> Measurements:
@@ -121,6 +119,7 @@ def _plain(bound: Bound, allowed: Allowed, reason: str, owner: Owner, field: str
 
 
 _EXPORT_DIFFERS = "export differs from the network"
+_ANSWERS_WORSE = "reference answers predicted worse than allowed"
 _TEXT_WORSE = "held-out text predicted worse than allowed"
 
 COMPARED: Mapping[str, Rule] = {
@@ -142,12 +141,11 @@ REWARD: Mapping[str, Rule] = {
     ),
 }
 """Of reward models."""
-REFERENCE: Mapping[str, Rule] = {
-    "answer_perplexity": _plain(
-        "at most", "positive", "reference answers predicted worse than allowed", TRAINING, "answer_perplexity"
-    )
+REFERENCE: Mapping[str, Metric] = {
+    "answer_perplexity": Metric("perplexity of reference answers", "at most"),
+    "answer_bits_per_byte": Metric("bits per byte of reference answers", "at most"),
 }
-"""Of domains whose cases have reference answers."""
+"""Measured, and rules, of domains whose cases have reference answers."""
 GENERIC: Mapping[str, Rule] = {
     "parity_logit_gap": _plain("at most", "positive", _EXPORT_DIFFERS, EXPORT, "parity_logit_gap"),
     "parity_token_agreement": _plain("at least", "share", _EXPORT_DIFFERS, EXPORT, "parity_token_agreement"),
@@ -174,16 +172,21 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
             rules[f"{name}_violations"] = _violations_rule(name, domain)
         rules |= COMPARED
     if domain.has("reference"):
-        rules |= REFERENCE
+        rules |= {
+            name: replace(_metric_rule(name, metric), allowed="positive", reason=_ANSWERS_WORSE)
+            for name, metric in REFERENCE.items()
+        }
     rules |= {**GENERIC, **REWARD}
     for name, metric in domain.metrics.items():
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")
-        reason = f"{metric.title} outside its limit"
-        rules[name] = Rule(
-            metric.bound, "share" if metric.share else "number", reason, metric.owner, _domain_metric(name)
-        )
+        rules[name] = _metric_rule(name, metric)
     return rules
+
+
+def metrics_of(domain: Domain) -> dict[str, Metric]:
+    """What is measured over all cases, in the order in which it is shown."""
+    return {**domain.metrics, **(REFERENCE if domain.has("reference") else {})}
 
 
 def _kind_rule(kind: str, case_kind: CaseKind) -> Rule:
@@ -221,5 +224,17 @@ def _of_form(form: str, field: str) -> Callable[[Measurements], Measured]:
     return measure
 
 
-def _domain_metric(name: str) -> Callable[[Measurements], Measured]:
-    return lambda measurements: _number(measurements.metrics.get(name))
+def _metric_rule(name: str, metric: Metric) -> Rule:
+    def measure(measurements: Measurements) -> Measured:
+        estimate = measurements.metrics.get(name)
+        if estimate is None:
+            return Measured(None)
+        if metric.judged_by == "value" or (metric.of is None and estimate.interval is None):
+            return replace(_number(estimate.value), detail=str(estimate) if estimate.interval else "")
+        if estimate.interval is None:
+            return Measured(None, f"{estimate}: one case gives no interval")
+        low, high = estimate.interval
+        return replace(_number(low if metric.bound == "at least" else high), detail=str(estimate))
+
+    allowed: Allowed = "share" if metric.share else "number"
+    return Rule(metric.bound, allowed, f"{metric.title} outside its limit", metric.owner, measure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +11,8 @@ import numpy as np
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Message
 from twinloop.evaluation import metrics
+from twinloop.evaluation.estimates import estimated
+from twinloop.evaluation.metrics import Estimate
 from twinloop.models.tokenizer import ChatTokenizer
 
 
@@ -63,23 +65,37 @@ def score_texts(engine: Scorer, tokenizer: ChatTokenizer, texts: Iterable[str]) 
 
 def score_answers(
     engine: Scorer, tokenizer: ChatTokenizer, examples: Iterable[tuple[Sequence[Message], str]]
-) -> TextScore:
+) -> list[TextScore]:
     """Score each (prompt, reference answer): the tokens of the answer and the stop token, given the prompt.
 
     Of an answer that is longer than the engine's context, what fits is scored. Raises UserError when there is none.
     """
-    nats, tokens, size = 0.0, 0, 0
+    scores = []
     for messages, text in examples:
         prompt = tokenizer.encode_prompt(messages)
-        whole = [*prompt, *tokenizer.encode_answer(text)][: engine.max_length + 1]
-        answer = whole[len(prompt) :]
+        every = tokenizer.encode_answer(text)
+        answer = every[: max(0, engine.max_length + 1 - len(prompt))]
         if answer:
-            nats += _loss(engine.score(whole[:-1])[len(prompt) - 1 :], answer)
-            tokens += len(answer)
-            size += len(text.encode("utf-8", "replace"))
-    if not tokens:
+            scored = text if answer == every else tokenizer.decode(answer)
+            nats = _loss(engine.score([*prompt, *answer[:-1]])[len(prompt) - 1 :], answer)
+            scores.append(TextScore(nats, len(answer), len(scored.encode("utf-8", "replace"))))
+    if not scores:
         raise UserError("reference answers: there are none, or none fits behind its prompt")
-    return TextScore(nats, tokens, size)
+    return scores
+
+
+def answer_losses(scores: Sequence[TextScore]) -> dict[str, Estimate]:
+    """Perplexity and bits per byte of reference answers, with their intervals. Empty answers have no bits per byte."""
+    terms = [{"nats": score.nats, "tokens": score.tokens, "bytes": score.bytes} for score in scores]
+
+    def bits(sums: Mapping[str, float]) -> float | None:
+        return metrics.bits_per_byte(sums["nats"], round(sums["bytes"])) if sums["bytes"] else None
+
+    found = {
+        "answer_perplexity": estimated(terms, lambda sums: metrics.perplexity(sums["nats"], round(sums["tokens"]))),
+        "answer_bits_per_byte": estimated(terms, bits),
+    }
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
 
 
 def _loss(logits_LV: np.ndarray, targets: list[int]) -> float:

@@ -14,8 +14,13 @@ import typer
 from typer.exceptions import TyperException
 
 from twinloop.common.errors import UserError
+from twinloop.flows.compare_command import compare
 from twinloop.flows.edge import MISTAKE, run_command
 from twinloop.flows.environment import prepare_environment, quiet_prefect
+from twinloop.flows.named import DataFolder, ModelName, RecipePath
+from twinloop.flows.named import model as _model
+from twinloop.flows.named import project as _project
+from twinloop.flows.named import recipe as _recipe
 
 app = typer.Typer(
     help="Own a specialised language model from data to served answers, and back.",
@@ -30,14 +35,6 @@ data_app = typer.Typer(help="The data set and its version.", no_args_is_help=Tru
 app.add_typer(documents_app, name="documents")
 app.add_typer(keys_app, name="keys")
 app.add_typer(data_app, name="data")
-
-RecipePath = Annotated[
-    Path | None, typer.Argument(help="a recipe file; by default params.yaml names it", metavar="RECIPE")
-]
-DataFolder = Annotated[
-    Path, typer.Argument(help="as `data` of a recipe; by default the project", metavar="FOLDER", show_default=False)
-]
-ModelName = Annotated[str | None, typer.Option("--model", help="registered model; by default that of the recipe")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -188,6 +185,9 @@ def parity(
     project = _project()
     path = recipe_path_of(model, project) if model else _recipe(project, None)
     return show_parity(project, path, version, form or [], as_json=as_json)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -348,31 +348,6 @@ def data_schema(
     domain = domain or recipes_domain(_recipe(project, None), project)
     typer.echo(data_schema(named_domain(domain, project), kind))
     return 0
-
-
-def _project(otherwise: str | None = None) -> Path:
-    from twinloop.tasks.context import find_project
-
-    project = find_project(otherwise=otherwise)
-    prepare_environment(project)
-    return project
-
-
-def _recipe(project: Path, named: Path | None) -> Path:
-    from twinloop.tasks.recipe import default_recipe
-
-    return named or default_recipe(project)
-
-
-def _model(project: Path, named: str | None) -> str:
-    from twinloop.tasks.recipe import default_model
-
-    if named is None:
-        return default_model(project)
-    from twinloop.flows.status import check_model
-
-    check_model(project, named)
-    return named
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.parity_report import REFERENCE
+from twinloop.evaluation.rules import metrics_of
 from twinloop.flows.outcome import Outcome
 from twinloop.report.rows import StageRow
 
@@ -27,6 +28,9 @@ def show_outcome(outcome: Outcome, console: Console) -> None:
     console.print(quality_table(outcome.rows, outcome.domain))
     for line in legend(outcome.rows, outcome.domain):
         console.print(f"  {line}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    if (metrics := metrics_table(outcome.rows, outcome.domain)).row_count:
+        console.print()
+        console.print(metrics)
     console.print()
     console.print(outcome.gate.text(), highlight=False, markup=False, soft_wrap=True)
     version, error = outcome.published.version, outcome.published.error
@@ -99,6 +103,19 @@ def quality_table(rows: Sequence[StageRow], domain: Domain) -> Table:
                 _pass_rate(measured),
                 *(_percent(measured.get("predicates", {}).get(name)) for name in titles),
             )
+    return table
+
+
+def metrics_table(rows: Sequence[StageRow], domain: Domain) -> Table:
+    """One row for each metric of the domain that was measured, with a column for each model."""
+    measured = {row.name: row.measured.metrics for row in rows if row.measured}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("metric (95% CI)", overflow="fold")
+    for name in measured:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, metric in metrics_of(domain).items():
+        if any(name in each for each in measured.values()):
+            table.add_row(metric.title, *(_estimate(each, name) for each in measured.values()))
     return table
 
 
@@ -180,6 +197,14 @@ def _pass_rate(measured: Mapping[str, Any]) -> str:
         return ""
     low, high = measured["pass_rate_interval"]
     return f"{100 * measured['pass_rate']:.1f}% ({100 * low:.1f}-{100 * high:.1f})"
+
+
+def _estimate(measured: Mapping[str, Any], name: str) -> str:
+    if name not in measured:
+        return ""
+    if f"{name}_low" not in measured:
+        return f"{measured[name]:.4g}"
+    return f"{measured[name]:.4g} ({measured[f'{name}_low']:.4g}-{measured[f'{name}_high']:.4g})"
 
 
 def _percent(rate: float | None) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from twinloop.common.errors import one_line
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.gate import GateReport
+from twinloop.evaluation.rules import metrics_of
 from twinloop.models.directory import load_config
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.smoke_test import example_call
@@ -94,6 +95,7 @@ def _task(domain: Domain, labels: Sequence[str]) -> Task:
         about=domain.description,
         predicates={name: predicate.title for name, predicate in domain.predicates.items()},
         kinds={name: kind.title for name, kind in domain.case_kinds.items()},
+        metrics={name: metric.title for name, metric in metrics_of(domain).items()},
         route=route.removeprefix("/"),
         example=example,
     )
@@ -134,6 +136,7 @@ def _measured(artifact: Artifact) -> Measured:
         by_predicate=report.by_predicate if report.results else {},
         samples=report.samples,
         metrics=_numbers(artifact.metrics),
+        measured=report.measured,
     )
 
 

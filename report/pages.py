@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
-from twinloop.evaluation.metrics import Rate, percentile
+from twinloop.evaluation.metrics import Estimate, Rate, percentile
 from twinloop.evaluation.parity_report import LIMITED, show_field
 from twinloop.registry.tracking import flatten
 from twinloop.report.kept import Figures
@@ -79,6 +79,7 @@ def _render(template: str, story: Story, **more: Any) -> str:
         tiles=_tiles(story),
         owners=_owners(story.failures),
         samples=_samples(story),
+        metrics=_metrics(story),
         settings=list(flatten(story.recipe).items()),
         serving=_serving(story),
         forms={name: each.title for name, each in LIMITED.items()},
@@ -129,6 +130,17 @@ def _samples(story: Story) -> list[tuple[CaseSample, list[tuple[str, CaseSample]
             cases.setdefault(sample.case_id, sample)
             answers.setdefault(sample.case_id, []).append((stage, sample))
     return [(case, answers[case_id]) for case_id, case in cases.items()]
+
+
+def _metrics(story: Story) -> list[tuple[str, list[tuple[str, Estimate | None]]]]:
+    """By title, each metric of the domain with what it is after every stage that was measured."""
+    shown = {
+        name: title for name, title in story.task.metrics.items() if any(name in m.measured for _, m in story.measured)
+    }
+    return [
+        (title, [(stage, measured.measured.get(name)) for stage, measured in story.measured])
+        for name, title in shown.items()
+    ]
 
 
 def _serving(story: Story) -> dict[str, str]:

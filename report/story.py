@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.gate import GateReport
-from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.metrics import Estimate, Rate
 from twinloop.evaluation.parity_report import ParityReport
 
 Curve = list[tuple[int, float]]
@@ -31,6 +31,8 @@ class Measured(_Record):
     by_predicate: dict[str, Rate]
     samples: tuple[CaseSample, ...]
     metrics: dict[str, float]
+    measured: dict[str, Estimate] = {}
+    """The domain's own metrics with their intervals; none in stories from before there were any."""
 
 
 class Stage(_Record):
@@ -77,6 +79,8 @@ class Task(_Record):
     predicates: dict[str, str]
     """Titles by name, as are kinds."""
     kinds: dict[str, str]
+    metrics: dict[str, str] = {}
+    """Titles of the metrics of `Measured.measured`."""
     route: str
     """Of the API, that answers `example`."""
     example: dict[str, Any]

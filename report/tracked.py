@@ -110,12 +110,25 @@ def tables(story: Story) -> dict[str, dict[str, list[Any]]]:
         for name, rate in named.items()
         if rate.total
     ]
+    metrics = [
+        {
+            "stage": stage,
+            "name": name,
+            "title": story.task.metrics.get(name, name),
+            "value": estimate.value,
+            "low": estimate.interval[0] if estimate.interval else None,
+            "high": estimate.interval[1] if estimate.interval else None,
+        }
+        for stage, measured in story.measured
+        for name, estimate in measured.measured.items()
+    ]
     found: dict[str, Sequence[Mapping[str, Any]]] = {
         "stages": stages,
         "forms": _forms(story.parity) if story.parity else [],
         "gate": gate,
         "failures": failures,
         "rates": rates,
+        "metrics": metrics,
     }
     for stage, measured in story.measured:
         found[f"samples_{stage}"] = [

@@ -22,6 +22,7 @@ from twinloop.training.runtime import Runtime
 if TYPE_CHECKING:
     from twinloop.evaluation.case_report import CaseReport
     from twinloop.evaluation.cases import Case
+    from twinloop.evaluation.metrics import Estimate
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.serving.engine import Engine
 
@@ -92,9 +93,10 @@ def measure_engine(
     domain, settings, kind = workload.domain, workload.settings, engine.config.kind
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
     losses: dict[str, float] = {}
+    of_answers: dict[str, Estimate] = {}
     if kind == "text":
         losses = losses_of_texts(engine, tokenizer, workload.data)
-        losses |= _losses_of_answers(engine, tokenizer, domain, cases)
+        of_answers = _losses_of_answers(engine, tokenizer, domain, cases)
     if kind == "reward":
         pairs = _held_out_pairs(workload)
         report, losses = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
@@ -102,6 +104,7 @@ def measure_engine(
         samples = settings.samples if kind == "text" else 1
         answering = Answering(settings.max_new_tokens, samples, settings.temperature)
         report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
+    report = report.model_copy(update={"measured": report.measured | of_answers})
     shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
     interval = {"pass_rate_interval": list(report.overall.interval)} if report.results else {}
     return report, {**losses, **interval, **shown, **report.metrics()}
@@ -129,13 +132,13 @@ def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dic
 
 def _losses_of_answers(
     engine: Engine, tokenizer: ChatTokenizer, domain: Domain, cases: Sequence[Case]
-) -> dict[str, float]:
+) -> dict[str, Estimate]:
     """Nothing where no case has a reference answer."""
     from twinloop.evaluation.cases import reference_answers
-    from twinloop.evaluation.texts import score_answers
+    from twinloop.evaluation.texts import answer_losses, score_answers
 
     answers = reference_answers(domain, cases)
-    return {"answer_perplexity": score_answers(engine, tokenizer, answers).perplexity} if answers else {}
+    return answer_losses(score_answers(engine, tokenizer, answers)) if answers else {}
 
 
 def choose_cases(records: Iterable[Mapping[str, Any]], domain: Domain, limit: int | None) -> list[dict[str, Any]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from judged_cases import judged
 from pydantic import ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.domains.classification import Classification
-from twinloop.domains.domain import Judged
 from twinloop.domains.loader import load_domain
+from twinloop.evaluation.estimates import measured
 
 LABELS = ["billing", "delivery", "technical", "account"]
 EMAILS = Classification(LABELS, example="my parcel is late")
@@ -48,27 +49,23 @@ def test_a_row_gives_demonstration_prompt_and_case_with_one_prompt() -> None:
 
 def test_macro_f1_counts_every_label_alike_and_the_confusion_matrix_shows_where() -> None:
     said = {"billing": ["billing"] * 8 + ["delivery"] * 2, "delivery": ["delivery", "no label"]}
-    judged = [
-        Judged("held_out", facts(label), {}, [output], [EMAILS.verify(output, facts(label))])
-        for label, outputs in said.items()
-        for output in outputs
-    ]
-    measured = EMAILS.measure(judged)
-    assert measured["accuracy"] == pytest.approx(9 / 12)
+    cases = [judged(EMAILS, facts(label), output) for label, outputs in said.items() for output in outputs]
+    found = measured(EMAILS, cases)
+    assert found["accuracy"].value == pytest.approx(9 / 12)
     # billing: precision 1, recall 0.8; delivery: precision 1/3, recall 1/2; the others do not occur
-    assert measured["macro_f1"] == pytest.approx((16 / 18 + 2 / 5) / 2)
-    confusion = EMAILS.report(judged)["confusion"]
+    assert found["macro_f1"].value == pytest.approx((16 / 18 + 2 / 5) / 2)
+    confusion = EMAILS.report(cases)["confusion"]
     assert confusion["billing"] == {"billing": 8, "delivery": 2, "technical": 0, "account": 0}
-    assert EMAILS.report(judged)["no_label"] == {"billing": 0, "delivery": 1, "technical": 0, "account": 0}
-    assert EMAILS.measure([]) == {}
+    assert EMAILS.report(cases)["no_label"] == {"billing": 0, "delivery": 1, "technical": 0, "account": 0}
+    assert measured(EMAILS, []) == {}
 
 
 def test_an_answer_that_is_no_label_is_not_counted_as_the_label_other() -> None:
     domain = Classification(["bug", "other"])
     right = domain.read_facts({"facts": {"label": "other"}})
-    judged = [Judged("held_out", right, {}, [said], [domain.verify(said, right)]) for said in ("other", "no idea")]
-    assert domain.measure(judged)["accuracy"] == 0.5
-    assert domain.report(judged)["confusion"]["other"] == {"bug": 0, "other": 1}
+    cases = [judged(domain, right, said) for said in ("other", "no idea")]
+    assert measured(domain, cases)["accuracy"].value == 0.5
+    assert domain.report(cases)["confusion"]["other"] == {"bug": 0, "other": 1}
 
 
 def test_a_text_that_data_would_refuse_is_no_request() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from judged_cases import judged
 
 from twinloop.domains.domain import Judged
-from twinloop.domains.reasoning import Solution, domain, pass_at_k
+from twinloop.domains.metrics import pass_at_k
+from twinloop.domains.reasoning import Solution, domain
+from twinloop.evaluation.estimates import measured
 
 PROBLEM = Solution(question="ann has 7 pens and buys 12 pens. how many pens?", answer="19")
 
@@ -69,9 +72,9 @@ def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers() -> None:
 
 
 def test_a_metric_that_was_sampled_too_rarely_is_left_out() -> None:
-    def judged(*outputs: str) -> Judged:
-        return Judged("held_out", PROBLEM, {}, outputs, [domain.verify(output, PROBLEM) for output in outputs])
+    def values(*cases: Judged) -> dict[str, float]:
+        return {name: estimate.value for name, estimate in measured(domain, cases).items()}
 
-    assert domain.measure([judged("answer: 19"), judged("answer: 20")]) == {"pass_at_1": 0.5}
-    four = judged("answer: 19", "answer: 1", "answer: 2", "answer: 3")
-    assert domain.measure([four]) == {"pass_at_1": 0.25, "pass_at_4": 1.0}
+    assert values(judged(domain, PROBLEM, "answer: 19"), judged(domain, PROBLEM, "answer: 20")) == {"pass_at_1": 0.5}
+    four = judged(domain, PROBLEM, "greedy", "answer: 19", "answer: 1", "answer: 2", "answer: 3")
+    assert values(four) == {"pass_at_1": 0.25, "pass_at_4": 1.0}

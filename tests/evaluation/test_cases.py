@@ -20,7 +20,7 @@ from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
 from twinloop.evaluation.metrics import Rate, token_loss
 from twinloop.evaluation.rules import Measurements
-from twinloop.evaluation.texts import score_answers, score_texts
+from twinloop.evaluation.texts import answer_losses, score_answers, score_texts
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.serving.engine.sampling import SamplingParams
 
@@ -242,7 +242,8 @@ def test_a_domain_of_ones_own_has_its_kinds_predicates_and_metrics(tokenizer: Ch
     assert report.pairs == {"twins": Rate.of([False])}
     assert list(report.by_predicate) == ["parsed", "label", "keeps_customers"]
     assert report.violations == {"keeps_customers": 1}
-    assert report.measured == {"accuracy": 0.6, "macro_f1": pytest.approx((4 / 5 + 2 / 3 + 0) / 3)}
+    values = {name: estimate.value for name, estimate in report.measured.items()}
+    assert values == {"accuracy": 0.6, "macro_f1": pytest.approx((4 / 5 + 2 / 3 + 0) / 3)}
     owners = {failure.case_id: failure.owner for failure in report.failures}
     assert owners == {"c": "evaluation gate and rollback", "twin-x": "prompt contract or SFT data"}
 
@@ -252,7 +253,7 @@ def test_sampled_answers_are_for_metrics_and_violations_and_greedy_ones_decide(t
     engine = Sampler(tokenizer, cases, {"case-129": ["billing", "delivery", "spam", "delivery"]})
     report = run_cases(engine, tokenizer, cases, labels, Answering(20, samples=4, temperature=0.7))
     assert report.overall == Rate(successes=130, total=130)
-    assert report.measured["pass_at_2"] == pytest.approx((129 + 0.5) / 130)
+    assert report.measured["pass_at_2"].value == pytest.approx((129 + 0.5) / 130)
     assert report.violations == {"keeps_customers": 1}
     assert engine.first_sequences == [0, 128 * 4], "what is drawn does not depend on the size of a batch"
 
@@ -347,12 +348,19 @@ def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokeniz
     logits = np.random.default_rng(0).normal(size=tokenizer.vocab_size)
     probabilities = np.exp(logits) / np.exp(logits).sum()
     prompt = [{"role": "user", "content": "what?"}]
-    score = score_answers(Engine(logits), tokenizer, [(prompt, "within 30 days"), (prompt, "")])
+    scores = score_answers(Engine(logits), tokenizer, [(prompt, "within 30 days"), (prompt, "")])
     targets = [*tokenizer.encode("within 30 days"), tokenizer.stop_id, tokenizer.stop_id]
     nats = sum(token_loss(probabilities[target]) for target in targets)
-    assert score.tokens == len(targets)
-    assert score.perplexity == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    assert [score.tokens for score in scores] == [len(targets) - 1, 1]
+    losses = answer_losses(scores)
+    assert losses["answer_perplexity"].value == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    assert losses["answer_bits_per_byte"].value == pytest.approx(nats / math.log(2) / len("within 30 days"), rel=1e-5)
+    alone = [score.perplexity for score in scores]
+    assert losses["answer_perplexity"].interval == pytest.approx((min(alone), max(alone)))
+    assert "answer_bits_per_byte" not in answer_losses(scores[1:]), "an empty answer has no bytes"
     with pytest.raises(UserError, match="reference answers: there are none"):
         score_answers(Engine(logits), tokenizer, [])
-    cut = score_answers(UnigramEngine(logits), tokenizer, [(prompt, "within 30 days " * 50)])
+    [cut] = score_answers(UnigramEngine(logits), tokenizer, [(prompt, "within 30 days " * 50)])
     assert cut.tokens == UnigramEngine.max_length + 1 - len(tokenizer.encode_prompt(prompt))
+    scored = tokenizer.encode_answer("within 30 days " * 50)[: cut.tokens]
+    assert cut.bytes == len(tokenizer.decode(scored).encode())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ from labels import domain as labels
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Metric
+from twinloop.domains.metrics import calibration_error, chrf, exact_match
 from twinloop.domains.owners import TRAINING
 from twinloop.domains.returns import domain
 from twinloop.evaluation.case_report import Comparison
 from twinloop.evaluation.gate import GateReport, GateRules, judge, load_rules
-from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.metrics import Estimate, Rate
 from twinloop.evaluation.parity_report import FormParity
 from twinloop.evaluation.rules import REWARD, Measurements, rules_of
 
@@ -49,6 +51,11 @@ GOOD = Measurements(
     p95_ttft_ms=40.0,
     memory_gib=0.5,
 )
+
+
+def valued(**values: float) -> dict[str, Estimate]:
+    """Of a domain's `measure`, which gives no intervals."""
+    return {name: Estimate(value=value) for name, value in values.items()}
 
 
 @pytest.fixture
@@ -296,11 +303,11 @@ def test_a_domain_of_ones_own_brings_its_rules() -> None:
     limits = {"twins_pass_rate": 0.5, "keeps_customers_violations": 0, "accuracy": 0.8, "bias": -0.5}
     rules = GateRules(limits, labels)
     good = Measurements(
-        rates={"twins": rate(20, 20)}, violations={"keeps_customers": 0}, metrics={"accuracy": 0.8, "bias": -0.5}
+        rates={"twins": rate(20, 20)}, violations={"keeps_customers": 0}, metrics=valued(accuracy=0.8, bias=-0.5)
     )
     assert judge(rules, good).decision == "SHIP"
     bad = Measurements(
-        rates={"twins": rate(2, 20)}, violations={"keeps_customers": 1}, metrics={"accuracy": 0.79, "bias": 0.1}
+        rates={"twins": rate(2, 20)}, violations={"keeps_customers": 1}, metrics=valued(accuracy=0.79, bias=0.1)
     )
     assert [(reason.rule, reason.reason, reason.owner) for reason in judge(rules, bad).reasons] == [
         ("twins_pass_rate", "quality below its limit", TRAINING.name),
@@ -325,6 +332,38 @@ def test_the_limit_of_a_metric_that_is_a_share_is_one() -> None:
         GateRules({"accuracy": 95}, labels)
 
 
+class Stated(Domain):
+    """Its metrics have intervals."""
+
+    name = "stated"
+    metrics: Mapping[str, Metric] = {
+        "chrf": chrf(),
+        "error": calibration_error(),
+        "by_value": replace(exact_match(), judged_by="value"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "interval", "limit", "decision", "measured"),
+    [
+        ("chrf", (59.0, 71.0), 59.0, "SHIP", 59.0),
+        ("chrf", (58.9, 71.0), 59.0, "BLOCK", 58.9),
+        ("error", (0.01, 0.04), 0.04, "SHIP", 0.04),
+        ("error", (0.01, 0.05), 0.04, "BLOCK", 0.05),
+        ("by_value", (0.2, 0.9), 0.6, "SHIP", 0.6),
+        ("chrf", None, 1.0, "BLOCK", None),
+    ],
+)
+def test_a_metric_is_judged_by_the_worse_end_of_its_interval(
+    name: str, interval: tuple[float, float] | None, limit: float, decision: str, measured: float | None
+) -> None:
+    found = Estimate(value={"chrf": 65.0, "error": 0.02, "by_value": 0.6}[name], interval=interval)
+    report = judge(GateRules({name: limit}, Stated()), Measurements(metrics={name: found}))
+    assert report.decision == decision
+    assert report.checks[0].measured == measured
+    assert str(found) in report.checks[0].detail
+
+
 def test_a_metric_with_the_name_of_another_rule_is_refused() -> None:
     class Clashing(Domain):
         name = "clashing"
@@ -336,8 +375,9 @@ def test_a_metric_with_the_name_of_another_rule_is_refused() -> None:
 
 def test_held_out_losses_are_judged_from_above() -> None:
     rules = GateRules({"bits_per_byte": 1.0, "perplexity": 8, "answer_perplexity": 3}, labels)
-    assert judge(rules, Measurements(bits_per_byte=1.0, perplexity=8, answer_perplexity=3)).decision == "SHIP"
-    worse = judge(rules, Measurements(bits_per_byte=1.1, perplexity=9, answer_perplexity=4))
+    good = Measurements(bits_per_byte=1.0, perplexity=8, metrics=valued(answer_perplexity=3))
+    assert judge(rules, good).decision == "SHIP"
+    worse = judge(rules, Measurements(bits_per_byte=1.1, perplexity=9, metrics=valued(answer_perplexity=4)))
     assert [reason.rule for reason in worse.reasons] == ["answer_perplexity", "bits_per_byte", "perplexity"]
 
 

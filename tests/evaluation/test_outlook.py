@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from twinloop.common.errors import UserError
 from twinloop.domains.chat import domain as chat
 from twinloop.domains.classification import Classification
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, Metric
 from twinloop.domains.reasoning import domain as reasoning
 from twinloop.domains.returns import domain as returns
 from twinloop.evaluation.cases import Case, read_cases
@@ -133,7 +133,7 @@ def test_what_no_text_and_no_reference_measures_is_refused() -> None:
 
 
 def test_a_metric_that_right_answers_leave_unmeasured_is_a_warning() -> None:
-    some = cases("held_out", 9, reasoning, facts={"question": "1 + 1 = ?", "answer": "2"})
+    some = cases("held_out", 90, reasoning, facts={"question": "1 + 1 = ?", "answer": "2"})
     limits = {"pass_at_1": 0.9, "pass_at_4": 0.95}
     assert outlook(limits, some, reasoning, samples=4).warnings == ()
     [warning] = outlook(limits, some, reasoning, samples=2).warnings
@@ -141,13 +141,20 @@ def test_a_metric_that_right_answers_leave_unmeasured_is_a_warning() -> None:
 
 
 def test_a_metric_that_right_answers_do_not_pass_is_a_warning() -> None:
-    [warning] = outlook({"macro_f1": 0.9, "accuracy": 0.9}, cases("held_out", 1), Doubting()).warnings
-    assert "macro_f1 is 0.5 where every answer is right" in warning
+    [warning] = outlook({"bias": 0.9, "accuracy": 0.9}, cases("held_out", 100, Doubting()), Doubting()).warnings
+    assert "bias is 0.5 where every answer is right" in warning
+
+
+def test_a_metric_that_has_too_few_cases_for_its_limit_is_a_warning() -> None:
+    [warning] = outlook({"accuracy": 0.9}, cases("held_out", 10)).warnings
+    assert "accuracy is 1 [0.7225, 1] where every answer is right, and blocks" in warning
 
 
 class Doubting(Classification):
+    metrics: Mapping[str, Metric] = {**Classification.metrics, "bias": Metric("bias")}
+
     def __init__(self) -> None:
         super().__init__(["billing", "delivery"])
 
     def measure(self, judged: Any) -> dict[str, float]:
-        return {**super().measure(judged), "macro_f1": 0.5}
+        return {"bias": 0.5}

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from pathlib import Path
 
-from twinloop.flows.summary import change, compared
+import pytest
+from rich.console import Console
+
+from twinloop.domains.chat import domain as chat
+from twinloop.domains.returns import domain as returns
+from twinloop.flows.summary import change, compared, metrics_table
+from twinloop.registry.artifact import Artifact, Manifest
+from twinloop.report.rows import StageRow
 
 TITLES = {"parsed": "JSON", "days": "days"}
 
@@ -37,3 +45,25 @@ def test_every_form_that_was_compared_is_named_also_without_a_gap() -> None:
     words = "merged 100% within 0.0e+00, int8 98.5% within 5.0e-01, llama.cpp 90%"
     assert compared(metrics) == f"tokens alike: {words}"
     assert compared({"compared_forms": 1, "network/tokens": 1.0}) == "no form was compared"
+
+
+def measured(stage: str, **metrics: float) -> StageRow:
+    manifest = Manifest.model_construct(stage=stage, metrics=metrics)
+    return StageRow(stage, 1.0, measured=Artifact(Path(stage), manifest))
+
+
+def test_metrics_are_shown_by_model_with_their_intervals() -> None:
+    rows = [
+        measured("sft", chrf=61.234, chrf_low=58.1, chrf_high=64.0),
+        StageRow("export", 1.0),
+        measured("dpo", chrf=70.0, chrf_low=66.66666, chrf_high=73.0, answer_perplexity=1.5),
+    ]
+    console = Console(file=io.StringIO(), width=100)
+    console.print(metrics_table(rows, chat))
+    head, *lines = [line.split("  ") for line in console.file.getvalue().splitlines()]
+    assert [word.strip() for word in head if word] == ["metric (95% CI)", "sft", "dpo"]
+    assert [[word.strip() for word in line if word] for line in lines] == [
+        ["chrF", "61.23 (58.1-64)", "70 (66.67-73)"],
+        ["perplexity of reference answers", "1.5"],
+    ]
+    assert metrics_table(rows, returns).row_count == 0

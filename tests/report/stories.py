@@ -6,7 +6,7 @@ from typing import Any
 
 from twinloop.evaluation.case_report import CaseFailure, CaseSample
 from twinloop.evaluation.gate import Check, GateReport, Reason
-from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.metrics import Estimate, Rate
 from twinloop.evaluation.parity_report import FormParity, ParityReport
 from twinloop.report.story import Curve, DataFile, Load, Measured, Stage, Story, Task
 
@@ -24,6 +24,7 @@ def measured(passed: int, total: int = 20) -> Measured:
         by_predicate={"parsed": Rate(successes=total, total=total), "eligible": rate},
         samples=(sample,),
         metrics={"pass_rate": rate.rate, "kind/held_out": rate.rate, "bits_per_byte": 1.25, "p95_ttft_ms": 12.0},
+        measured={"macro_f1": Estimate(value=passed / total, interval=(0.125, 0.75)), "own": Estimate(value=3.0)},
     )
 
 
@@ -105,6 +106,7 @@ def story(**changes: Any) -> Story:
             domain="returns",
             about="Return decisions.",
             predicates={"parsed": "JSON", "eligible": "eligible"},
+            metrics={"macro_f1": "macro F1", "own": "own <metric>", "other": "never measured"},
             kinds={"held_out": "held-out cases", "golden": "regression cases"},
             route="v1/decisions",
             example={"message": "it's broken"},

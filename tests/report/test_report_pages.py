@@ -88,6 +88,14 @@ def test_the_card_is_a_table_that_no_cell_breaks() -> None:
     assert "Gate: **BLOCK**" in card
 
 
+def test_metrics_are_shown_with_their_intervals_after_every_stage(page: Path) -> None:
+    text = " ".join(re.sub(r"<[^>]+>", " ", page.read_text()).split())
+    assert "metric [95% interval] sft dpo evaluate macro F1 0.25 [0.125, 0.75] 0.45 [0.125, 0.75]" in text
+    assert "own &lt;metric&gt; 3 3 3" in text
+    assert "never measured" not in text
+    assert "| macro F1 | 0.25 [0.125, 0.75] | 0.45 [0.125, 0.75] | 0.5 [0.125, 0.75] |" in model_card(story())
+
+
 def test_a_model_that_chats_is_asked_for_chat() -> None:
     asked = {"messages": [{"role": "user", "content": "hello"}]}
     chat = story().task.model_copy(update={"route": "v1/chat/completions", "example": asked})
