@@ -102,6 +102,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, max=1024, help="other versions on its base in memory at most")] = 8,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -129,6 +130,7 @@ def serve(
         host=host,
         port=port,
         slots=slots,
+        adapters=adapters,
         cors_origins=origins,
         deadline_s=deadline,
     )

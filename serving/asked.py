@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.errors import ApiError
-from twinloop.serving.health import refuse_other_model
 from twinloop.serving.sampling_fields import SamplingFields, refused
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -56,9 +55,7 @@ def refuse_too_long(tokens: int, wanted: int | None, longest: int, *, param: Lit
 
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
-    """Raises ApiError for another model, unknown parameters, and more answers than the server can hold."""
-    if asked.model is not None:
-        refuse_other_model(asked.model, service.model)
+    """Raises ApiError for unknown parameters, and more answers than the server can hold."""
     for name, value in (asked.model_extra or {}).items():
         if name not in IGNORED and value is not None:
             raise refused(name, "is not a known parameter")
