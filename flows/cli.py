@@ -122,7 +122,6 @@ def serve(
     from twinloop.flows.answer import serve_champion
     from twinloop.serving.access import origin
 
-    origins = [origin(each) for each in cors_origin or ()]
     project = _project()
     return serve_champion(
         project,
@@ -131,7 +130,7 @@ def serve(
         port=port,
         slots=slots,
         adapters=adapters,
-        cors_origins=origins,
+        cors_origins=[origin(each) for each in cors_origin or ()],
         deadline_s=deadline,
     )
 
