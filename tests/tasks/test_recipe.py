@@ -103,7 +103,7 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
         ({"export": {"adapters": True}}, "export.adapters: the last stage makes no adapter; give it `lora`"),
         (
-            {"export": {"adapters": True, "precisions": ["fp16"]}},
+            {"device": "auto", "export": {"adapters": True, "precisions": ["fp16"]}},
             "export.precisions has fp16, and export.adapters runs on CPU only",
         ),
         ({"export": {"precisions": ["bf16"]}}, "export.precisions has bf16, which only CUDA runs"),
