@@ -33,7 +33,15 @@ class Answer:
 
 
 def serve_champion(
-    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str], deadline_s: float
+    project: Path,
+    model: str,
+    *,
+    host: str,
+    port: int,
+    slots: int,
+    adapters: int,
+    cors_origins: Sequence[str],
+    deadline_s: float,
 ) -> int:
     """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
     from twinloop.flows.keys import project_keys
@@ -44,9 +52,10 @@ def serve_champion(
     from twinloop.serving.api import create_app, run_server
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
+    for name in ("twinloop.registry.champion", "twinloop.serving.named"):
+        logging.getLogger(name).setLevel(logging.INFO)
     registry = Registry.of(project, model)
-    with open_champion(project, model, slots=slots) as manager:
+    with open_champion(project, model, slots=slots, adapters=adapters) as manager:
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
         app = create_app(
@@ -65,7 +74,7 @@ def serve_champion(
             note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
             print(f"{address}  {answers.name} version {answers.version}{note}", flush=True)
 
-        with following_champion(project, registry, manager, slots=slots):
+        with following_champion(project, registry, manager, slots=slots, adapters=adapters):
             run_server(app, host, port, on_ready=ready)
     return 0
 

@@ -105,6 +105,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
     slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, max=1024, help="other versions on its base in memory at most")] = 8,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,7 +125,6 @@ def serve(
     from twinloop.flows.answer import serve_champion
     from twinloop.serving.access import origin
 
-    origins = [origin(each) for each in cors_origin or ()]
     project = _project()
     return serve_champion(
         project,
@@ -132,7 +132,8 @@ def serve(
         host=host,
         port=port,
         slots=slots,
-        cors_origins=origins,
+        adapters=adapters,
+        cors_origins=[origin(each) for each in cors_origin or ()],
         deadline_s=deadline,
     )
 

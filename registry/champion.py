@@ -12,9 +12,10 @@ from pathlib import Path
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.domains.loader import LoadedDomain, load_domain
+from twinloop.models.exported import describe_exported
 from twinloop.models.label_tokenizer import load_answering
+from twinloop.registry.adapters import ASK_EVERY_S, LOOK_EVERY_S, RegisteredAdapters, measured_with_other_code
 from twinloop.registry.documents import open_documents
-from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
 from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Served, Version
@@ -24,14 +25,11 @@ from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import REFUSED, ModelManager, ServeFailure
+from twinloop.serving.named import NamedModels
 from twinloop.serving.traces import TraceStore
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""Reading the alias from the project's own database takes 2 ms."""
-ASK_EVERY_S = 10.0
-"""Asking an MLflow server takes longer, and others ask it too."""
 RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
 NOT_OURS = "it was not registered by Twinloop"
@@ -48,19 +46,24 @@ def load_served_domain(version: Version, project: Path) -> LoadedDomain:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
-    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
-    served = Registry.of(project, name).resolve(CHAMPION)
+def open_champion(project: Path, name: str, *, slots: int = 8, adapters: int = 0) -> Iterator[ModelManager]:
+    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none.
+
+    adapters: how many other versions on its base may be in memory beside it, where it was exported with its adapter.
+    """
+    registry = Registry.of(project, name)
+    served = registry.resolve(CHAMPION)
     loaded = load_served_domain(served, project)
     domain = loaded.domain
-    if _measured_with_other_code(served, loaded):
+    if measured_with_other_code(served, loaded):
         log.warning(OTHER_CODE, served, loaded.file)
     traces = TraceStore(project / "state" / "traces")
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
-        manager = ModelManager(
-            _load(served, domain, open_documents(project, name, domain, served.dataset), traces, slots)
-        )
+        documents = open_documents(project, name, domain, served.dataset)
+        service = _load(served, domain, documents, traces, slots)
+        manager = ModelManager(service, _others(registry, served, loaded, service, adapters))
+        del service
         try:
             yield manager
         finally:
@@ -71,14 +74,16 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
 
 
 @contextmanager
-def following_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> Iterator[None]:
-    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
+def following_champion(
+    project: Path, registry: Registry, manager: ModelManager, *, slots: int, adapters: int = 0
+) -> Iterator[None]:
+    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds. adapters: as above."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
         while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
-            follow_champion(project, registry, manager, slots=slots)
+            follow_champion(project, registry, manager, slots=slots, adapters=adapters)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -89,7 +94,7 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
         thread.join()
 
 
-def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> None:
+def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int, adapters: int = 0) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
@@ -115,7 +120,7 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it",
                 "it is for another domain, and this server has to be started again to serve it",
             )
-        if _measured_with_other_code(champion, loaded):
+        if measured_with_other_code(champion, loaded):
             if not _is_rolled_back_to(registry, champion.version):
                 raise _RestartNeededError(
                     f"{champion}: it was measured with other code of its domain than this server has loaded from "
@@ -125,7 +130,8 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 )
             log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
-        manager.replace(_load(served, current.domain, current.documents, current.traces, slots))
+        service = _load(served, current.domain, current.documents, current.traces, slots)
+        manager.replace(service, _others(registry, served, loaded, service, adapters))
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -154,12 +160,6 @@ class _RestartNeededError(UserError):
         self.public = public
 
 
-def _measured_with_other_code(version: Version, loaded: LoadedDomain) -> bool:
-    """Whether the domain's code, as this process loaded it, is not the code that the version was measured with."""
-    loaded_code = module_fingerprint(loaded.found)  # first called at the start: later the files may have changed
-    return version.domain_fingerprint not in (None, loaded_code)
-
-
 def _is_rolled_back_to(registry: Registry, version: int) -> bool:
     """Whether a rollback made it the champion. Its commit may be written after the alias is moved."""
     moves = [entry for entry in open_ledger(registry.mlruns).read().entries if entry.model == registry.name]
@@ -175,3 +175,12 @@ def _load(
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None
     return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces, measured)
+
+
+def _others(
+    registry: Registry, served: Served, loaded: LoadedDomain, service: DecisionService, adapters: int
+) -> NamedModels | None:
+    """What requests may name beside the served version; None where that takes no adapters."""
+    if not adapters or not describe_exported(served.path).takes_adapters:
+        return None
+    return NamedModels(service, RegisteredAdapters(registry, served, loaded), most=adapters)

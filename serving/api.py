@@ -12,7 +12,7 @@ from typing import Annotated
 
 import anyio.to_thread
 import uvicorn
-from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from starlette.types import ASGIApp
@@ -25,7 +25,7 @@ from twinloop.serving.classify import classify_router
 from twinloop.serving.completions import completions_router
 from twinloop.serving.console import Access, console_page
 from twinloop.serving.decisions import DecisionService, PendingDecision
-from twinloop.serving.described import ASKING, decision_response, describe, errors, guard
+from twinloop.serving.described import ASK_WORDS, ASKING, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.drain import Draining, DrainingServer
 from twinloop.serving.errors import field_descriptions, install
@@ -138,12 +138,16 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
 
     # The answer's form is only described: it is made here, and its JSON is written once.
     described = Body(examples=[dict(domain.example)] if domain.example else None)
-    responses = {**errors(*ASKING, 422), 200: {"model": decision_response(domain)}}
+    responses = {**errors(*ASKING, 404, 422, words=ASK_WORDS), 200: {"model": decision_response(domain)}}
 
     @router.post(DECISIONS, response_model=None, responses=responses)
-    async def decide(request: Request, body: Annotated[body_model, described]) -> Response:  # type: ignore[valid-type]
+    async def decide(
+        request: Request,
+        body: Annotated[body_model, described],  # type: ignore[valid-type]
+        model: Annotated[str | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
+    ) -> Response:
         started = time.perf_counter()
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body))
+        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body), model)
         try:
             (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.errors import ApiError
-from twinloop.serving.health import refuse_closed, refuse_other_model
+from twinloop.serving.health import refuse_closed
 from twinloop.serving.sampling_fields import SamplingFields, refused
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
@@ -58,10 +58,7 @@ def refuse_too_long(
 
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
-    """Raises ApiError for another model, one that writes no text, unknown parameters, and more answers than the server
-    can hold."""
-    if asked.model is not None:
-        refuse_other_model(asked.model, service.model)
+    """Raises ApiError for a model that writes no text, unknown parameters, and more answers than the server can hold."""
     if service.tokenizer.labels:
         refuse_closed("text", service)
     for name, value in (asked.model_extra or {}).items():

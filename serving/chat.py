@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
@@ -58,7 +59,8 @@ def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
     @router.post(CHAT, response_model=None, responses=CHAT_RESPONSES)
     async def complete(request: Request, body: Annotated[ChatRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
-        completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
+        work = partial(_submit, body=body, started=started)
+        completion = await anyio.to_thread.run_sync(manager.submit, work, body.model)
         return await answers.respond(request, body, completion, started)
 
     return router
@@ -67,7 +69,7 @@ def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     refuse_unserved(body, service)
-    with service.scheduler.reserve(body.choices) as place:  # a request that must be refused costs no more than this
+    with service.reserve(body.choices) as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
 
@@ -97,7 +99,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         )
         for index, stream in enumerate(place.submit(prompt, params))
     ]
-    return Completion(answers, service.model, FORM)
+    return Completion(answers, service, FORM)
 
 
 def closed_route(path: str, domain: Domain) -> APIRouter:

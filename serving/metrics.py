@@ -159,6 +159,8 @@ class _State(Collector):
                 manager.failure is not None,
             ),
         }
+        if (loaded := manager.loaded) is not None:
+            gauges["twinloop_adapters_loaded"] = ("Versions on the served model's base that are in memory", loaded)
         if service.traces is not None:
             lost = "Traces that could not be kept since the server started"
             gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)

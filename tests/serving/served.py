@@ -145,7 +145,7 @@ class ScriptedScheduler:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
     @contextmanager
-    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
+    def reserve(self, answers: int = 1, adapter: object = None) -> Iterator[ScriptedPlace]:
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
         yield ScriptedPlace(self, answers)

@@ -135,6 +135,11 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"evaluate": {"max_new_tokens": 512}}, "evaluate.max_new_tokens (512) leaves no tokens for a prompt"),
         ({"base": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
         ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
+        ({"export": {"adapters": True}}, "export.adapters: the last stage makes no adapter; give it `lora`"),
+        (
+            {"device": "auto", "export": {"adapters": True, "precisions": ["fp16"]}},
+            "export.precisions has fp16, and export.adapters runs on CPU only",
+        ),
         ({"export": {"precisions": ["bf16"]}}, "export.precisions has bf16, which only CUDA runs"),
         ({"export": {"precisions": ["fp32", "fp16"]}}, "export.precisions has fp16, which only CUDA runs"),
         ({"name": "Bad name"}, "name: 'Bad name'"),
