@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.errors import ApiError
@@ -35,6 +35,7 @@ class Asked(SamplingFields):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    priority: int = Field(0, description="in the queue: lower is earlier, and of equal ones the first to come")
 
     @property
     def include_usage(self) -> bool:

@@ -95,7 +95,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
             use,
             tokenizer if body.logprobs else None,
         )
-        for index, stream in enumerate(place.submit(prompt, params))
+        for index, stream in enumerate(place.submit(prompt, params, priority=body.priority))
     ]
     return Completion(answers, service.model, FORM)
 

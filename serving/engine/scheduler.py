@@ -1,7 +1,7 @@
 """Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
-Each round computes a bounded piece of the prompts that wait, in order of arrival, and takes one batched decode step of
-all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
+Each round computes a bounded piece of the prompts that wait, by priority and then in order of arrival, and takes one
+batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
 is the next to be computed, and goes on from what any slot then holds of its beginning.
 """
 
@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby, islice
 from operator import attrgetter
 from typing import Self
 
@@ -26,6 +25,10 @@ from twinloop.serving.engine.stream import Stream, StreamEnd
 log = logging.getLogger(__name__)
 
 _RATE_WINDOW_S = 10.0
+
+MOST_OVERTAKEN = 7
+"""So many requests may be taken before the one that waits longest, because of their priority; then it is next. So one
+place of eight goes to who waits longest, whatever else comes."""
 
 
 class QueueFullError(Exception):
@@ -77,14 +80,15 @@ class Place:
         self._answers = answers
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Stream]:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> list[Stream]:
         """Queue the prompt in these places, once; it is computed once for all of its answers.
 
-        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. Raises UserError for a
-        prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. priority: of those that
+        wait, the lowest is next. Raises UserError for a prompt that does not fit, SchedulerClosedError where the
+        scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        streams = self._scheduler._fill_places(prompt, params, self._answers)
+        streams = self._scheduler._fill_places(prompt, params, self._answers, priority)
         self._held = False
         return streams
 
@@ -107,7 +111,8 @@ class Scheduler:
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
-        self._waiting: deque[Stream] = deque()
+        self._waiting: deque[Stream] = deque()  # in order of arrival
+        self._overtaken = 0  # requests that were taken since the first of them could have been
         self._reserved = 0  # places of requests that are still prepared
         self._closing = False
         self._batch = SlotBatch(engine)
@@ -179,10 +184,10 @@ class Scheduler:
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
-    def _fill_places(self, tokens: Sequence[int], params: SamplingParams, answers: int) -> list[Stream]:
+    def _fill_places(self, tokens: Sequence[int], params: SamplingParams, answers: int, priority: int) -> list[Stream]:
         self._engine.check_prompt(tokens)
         prompt = Prompt(list(tokens))
-        streams = [Stream(prompt, params, sequence) for sequence in range(answers)]
+        streams = [Stream(prompt, params, sequence, priority) for sequence in range(answers)]
         with self._lock:
             self._check_open()
             self._reserved -= answers
@@ -268,18 +273,33 @@ class Scheduler:
 
     def _drop(self, streams: Collection[Stream], reason: StreamEnd, error: BaseException | None = None) -> None:
         """End streams that wait."""
-        with self._lock:
-            self._waiting = deque(stream for stream in self._waiting if stream not in streams)
+        self._take(streams)
         for stream in streams:
             self._finish(stream, reason, error)
 
-    def _admit(self) -> bool:
-        """Give free slots to who waits longest, to the answers of one request at once. Returns whether that was done:
-        not where there are none, or nobody waits, or it failed."""
-        free = self._batch.free
+    def _take(self, streams: Collection[Stream]) -> None:
+        """Out of the queue."""
         with self._lock:
-            waiting = islice(self._waiting, free)
-            streams = next((list(answers) for _, answers in groupby(waiting, key=attrgetter("prompt"))), [])
+            self._waiting = deque(stream for stream in self._waiting if stream not in streams)
+
+    def _next(self) -> list[Stream]:
+        """The answers that wait of the request whose turn it is."""
+        with self._lock:
+            if not self._waiting:
+                return []
+            longest = self._waiting[0]
+            chosen = min(self._waiting, key=attrgetter("priority"))  # of those that are equal the first
+            if chosen.prompt is longest.prompt or self._overtaken >= MOST_OVERTAKEN:
+                chosen, self._overtaken = longest, 0
+            else:
+                self._overtaken += 1
+            return [stream for stream in self._waiting if stream.prompt is chosen.prompt]
+
+    def _admit(self) -> bool:
+        """Give free slots to who is next, to the answers of one request at once. Returns whether that was done: not
+        where there are none, or nobody waits, or it failed."""
+        free = self._batch.free
+        streams = self._next()[:free] if free else []
         if not streams:
             return False
         prompt = streams[0].prompt
@@ -290,9 +310,10 @@ class Scheduler:
             log.exception("a prompt got no slot")
             self._drop(streams, "error", error)
             return False
-        with self._lock:
-            for slot in slots:
-                self._streams[slot] = self._waiting.popleft()
+        with self._lock:  # a place is never seen as free in between
+            self._take(streams)
+            for slot, stream in zip(slots, streams, strict=True):
+                self._streams[slot] = stream
         if first:
             self._counts["prompt_tokens"] += prompt.cached_tokens or 0
             self._counts["prefix_cache_queries"] += len(prompt.tokens)
