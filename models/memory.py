@@ -95,14 +95,17 @@ def serving_memory(
     )
 
 
-def check_fits(plan: ServingMemory, available: int, *, what: str) -> None:
-    """Raises UserError, with the sizes, where an engine needs more than the available bytes. what: is to be served."""
-    if plan.total_bytes <= available:
+def check_fits(plan: ServingMemory, available: int, *, what: str, copies: int = 1) -> None:
+    """Raises UserError, with the sizes, where so many engines need more than the available bytes. what: is to be
+    served."""
+    needed = copies * plan.total_bytes
+    if needed <= available:
         return
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.1f}" for name, size in plan.rows()[:-1])
+    there, each, fewer = ("", "", "") if copies == 1 else (f" in {copies} processes", "in each: ", "fewer processes, ")
     raise UserError(
-        f"engine: {what} needs {plan.total_bytes / 2**20:,.1f} MiB of memory ({parts}), and "
-        f"{available / 2**20:,.1f} MiB are available; take fewer slots, a smaller max_length or fewer bits"
+        f"engine: {what}{there} needs {needed / 2**20:,.1f} MiB of memory ({each}{parts}), and "
+        f"{available / 2**20:,.1f} MiB are available; take {fewer}fewer slots, a smaller max_length or fewer bits"
     )
 
 

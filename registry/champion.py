@@ -22,9 +22,11 @@ from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.engine.session import usable_cores
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import REFUSED, ModelManager, ServeFailure
 from twinloop.serving.traces import TraceStore
+from twinloop.serving.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,13 @@ def load_served_domain(version: Version, project: Path) -> LoadedDomain:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
-    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
+def open_champion(
+    project: Path, name: str, *, slots: int = 8, process: WorkerProcess | None = None
+) -> Iterator[ModelManager]:
+    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none.
+
+    process: this one, where it is one of several that serve at one address.
+    """
     served = Registry.of(project, name).resolve(CHAMPION)
     loaded = load_served_domain(served, project)
     domain = loaded.domain
@@ -59,7 +66,15 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
         manager = ModelManager(
-            _load(served, domain, open_documents(project, name, domain, served.dataset), traces, slots)
+            _load(
+                served,
+                domain,
+                open_documents(project, name, domain, served.dataset),
+                traces,
+                slots,
+                threads=_threads(process),
+                copies=1 if process is None else process.starting,
+            )
         )
         try:
             yield manager
@@ -71,14 +86,16 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
 
 
 @contextmanager
-def following_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> Iterator[None]:
+def following_champion(
+    project: Path, registry: Registry, manager: ModelManager, *, slots: int, process: WorkerProcess | None = None
+) -> Iterator[None]:
     """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
         while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
-            follow_champion(project, registry, manager, slots=slots)
+            follow_champion(project, registry, manager, slots=slots, process=process)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -89,7 +106,9 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
         thread.join()
 
 
-def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> None:
+def follow_champion(
+    project: Path, registry: Registry, manager: ModelManager, *, slots: int, process: WorkerProcess | None = None
+) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
@@ -125,7 +144,17 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 )
             log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
-        manager.replace(_load(served, current.domain, current.documents, current.traces, slots))
+        manager.replace(
+            _load(
+                served,
+                current.domain,
+                current.documents,
+                current.traces,
+                slots,
+                threads=_threads(process),
+                copies=1 if process is None else process.count,  # the others load it too
+            )
+        )
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -167,10 +196,23 @@ def _is_rolled_back_to(registry: Registry, version: int) -> bool:
     return bool(begun) and (begun[-1].action, begun[-1].to_version) == ("rollback", version)
 
 
+def _threads(process: WorkerProcess | None) -> int | None:
+    """Of one engine: processes share the cores."""
+    return None if process is None else max(1, usable_cores() // process.count)
+
+
 def _load(
-    served: Served, domain: Domain, documents: DocumentStore, traces: TraceStore | None, slots: int
+    served: Served,
+    domain: Domain,
+    documents: DocumentStore,
+    traces: TraceStore | None,
+    slots: int,
+    *,
+    threads: int | None,
+    copies: int,
 ) -> DecisionService:
-    tokenizer, engine = ChatTokenizer.load(served.path), Engine.load(served.path, slots=slots)
+    tokenizer = ChatTokenizer.load(served.path)
+    engine = Engine.load(served.path, slots=slots, threads=threads, copies=copies)
     smoke_test_engine(engine, tokenizer, domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None

@@ -82,9 +82,10 @@ class ModelRunner:
         max_length: int | None = None,
         provider: Device | None = None,
         threads: int | None = None,
+        copies: int = 1,
     ) -> Self:
         """Open an exported model. max_length: what it was exported for unless given; provider: the one its precision
-        runs on.
+        runs on; copies: processes that load it at the same time, this one included, each with memory of its own.
 
         Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine;
         and, on CPU, where it needs more memory than is available, before any is taken.
@@ -103,7 +104,7 @@ class ModelRunner:
         if device == "cpu":
             plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
             what = f"{exported_dir} ({exported.precision}, slots {slots:,}, max_length {max_length:,})"
-            check_fits(plan, available_bytes(), what=what)
+            check_fits(plan, available_bytes(), what=what, copies=copies)
         return cls(
             open_exported(exported_dir, config, device=device, threads=threads),
             config,

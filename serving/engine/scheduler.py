@@ -1,8 +1,8 @@
 """Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
 Each round computes a bounded piece of the prompts that wait, by priority and then in order of arrival, and takes one
-batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
-is the next to be computed, and goes on from what any slot then holds of its beginning.
+batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt
+gets its slot when it is the next to be computed, and goes on from what any slot then holds of its beginning.
 """
 
 from __future__ import annotations
