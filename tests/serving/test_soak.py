@@ -112,7 +112,7 @@ def checked(answer: Answer) -> int:
     """The status of an answer that is whole."""
     assert answer.status in (200, 400, 404, 413, 422, 429), answer
     if "text/event-stream" in answer.head:
-        assert re.search(r'data: (\[DONE\]|\{"error".*)\s*$', answer.body), answer.body[-200:]
+        assert re.search(r'data: (\[DONE\]|\{"error".*)\n\n\r\n0\r\n\r\n$', answer.body), answer.body[-200:]
     return answer.status
 
 
