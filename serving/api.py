@@ -49,6 +49,7 @@ from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
 from twinloop.serving.worker_process import WorkerProcess
 
+EMBEDDINGS = "/v1/embeddings"
 DEADLINE_S = 600.0
 """How long a request may take: as long as OpenAI's clients wait."""
 
@@ -109,6 +110,7 @@ def create_app(
     app.include_router(
         _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
     )
+    app.include_router(closed_route(EMBEDDINGS, domain, "the model is a decoder, which writes text and embeds none"))
     app.include_router(tokens_router(manager))
     app.include_router(state_router(manager, metrics))
     app.include_router(load_router(metrics))

@@ -100,13 +100,14 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
     return Completion(answers, service.model, FORM)
 
 
-def closed_route(path: str, domain: Domain) -> APIRouter:
-    """In the place of what the domain does not serve: a 404 that names where its model is asked."""
+def closed_route(path: str, domain: Domain, reason: str | None = None) -> APIRouter:
+    """In the place of what the model or its domain does not serve: a 404 that names where the model is asked."""
     router = APIRouter()
     there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
 
     @router.api_route(path, methods=[*METHODS], include_in_schema=False)
     def closed() -> None:
-        raise ApiError(404, f"{path}: not served, since the model's domain is {domain.name}; it answers {there}")
+        why = reason or f"the model's domain is {domain.name}"
+        raise ApiError(404, f"{path}: not served, since {why}; it answers {there}")
 
     return router
