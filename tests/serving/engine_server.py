@@ -1,6 +1,9 @@
 """A server process on a real engine with random weights. The arguments: a folder, slots, and places in the queue. At a
-SIGUSR1 another model takes the place of the one that answers, as a promotion does."""
+SIGUSR1 another model takes the place of the one that answers, as a promotion does; at a SIGUSR2 memory that nothing
+uses goes back to the system, which C's allocator else keeps for later."""
 
+import ctypes
+import gc
 import os
 import signal
 import sys
@@ -41,5 +44,11 @@ def swap(*_: object) -> None:
     threading.Thread(target=work).start()
 
 
+def trim(*_: object) -> None:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 signal.signal(signal.SIGUSR1, swap)
+signal.signal(signal.SIGUSR2, trim)
 run_server(create_app(manager), "127.0.0.1", 0, on_ready=lambda url: print(url, os.getpid(), flush=True))

