@@ -104,8 +104,11 @@ def serve(
     model: ModelName = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
-    adapters: Annotated[int, typer.Option(min=0, max=1024, help="other versions on its base in memory at most")] = 8,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="answers that a process generates at the same time")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, max=1024, help="other versions that a process has in memory")] = 8,
+    workers: Annotated[
+        int, typer.Option(envvar="TWINLOOP_WORKERS", min=1, max=64, help="processes, each with a model and slots")
+    ] = 1,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -122,20 +125,21 @@ def serve(
     ] = 600,
 ) -> int:
     """Serve the champion over HTTP."""
-    from twinloop.flows.answer import serve_champion
+    from twinloop.flows.serving import ServeSettings, serve_champion
     from twinloop.serving.access import origin
 
     project = _project()
-    return serve_champion(
-        project,
-        _model(project, model),
+    settings = ServeSettings(
+        model=_model(project, model),
         host=host,
         port=port,
         slots=slots,
         adapters=adapters,
-        cors_origins=[origin(each) for each in cors_origin or ()],
+        workers=workers,
+        cors_origins=" ".join(origin(each) for each in cors_origin or ()),
         deadline_s=deadline,
     )
+    return serve_champion(project, settings)
 
 
 @app.command()
@@ -337,20 +341,9 @@ def data_schema(
     ] = None,
 ) -> int:
     """Show what a row of each data file must be: fields, types, meaning, and a whole example row."""
-    from twinloop.flows.schema import data_schema, named_domain
-    from twinloop.tasks.context import find_project
+    from twinloop.flows.schema import data_schema, named_domain, recipe_domain
 
-    if domain is None:
-        try:
-            find_project()
-        except UserError as error:
-            raise UserError(f"{error}, or name a domain, such as --domain returns") from None
-    project = Path.cwd() if domain else _project()
-    if domain is None:
-        from twinloop.tasks.recipe import load_recipe
-
-        domain = load_recipe(_recipe(project, None), project).domain
-    typer.echo(data_schema(named_domain(domain, project), kind))
+    typer.echo(data_schema(named_domain(domain, Path.cwd()) if domain else recipe_domain(), kind))
     return 0
 
 

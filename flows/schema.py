@@ -10,6 +10,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.domains.loader import load_domain
 from twinloop.domains.record_types import RecordType
+from twinloop.flows.environment import prepare_environment
 from twinloop.flows.init import KINDS, TEMPLATES
 from twinloop.records.schema import example_row, other_forms, text
 
@@ -50,3 +51,16 @@ def named_domain(name: str, project: Path) -> Domain:
         if kind is None or kind.file is None:
             raise
         return load_domain(f"./{kind.file}", TEMPLATES / name).domain
+
+
+def recipe_domain() -> Domain:
+    """That of the recipe of the project in this folder. Raises UserError outside of a project."""
+    from twinloop.tasks.context import find_project
+    from twinloop.tasks.recipe import default_recipe, load_recipe
+
+    try:
+        project = find_project()
+    except UserError as error:
+        raise UserError(f"{error}, or name a domain, such as --domain returns") from None
+    prepare_environment(project)
+    return named_domain(load_recipe(default_recipe(project), project).domain, project)

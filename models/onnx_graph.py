@@ -24,16 +24,16 @@ Shapes: letters as in `models.shapes`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
 from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm, linear_layers
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_nodes import GraphNodes
 from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
 from twinloop.models.shapes import HEAD, weight_shapes
@@ -96,7 +96,7 @@ def build_graph(
     lora: an adapter beside the bound weights, whose A and B are bound too; that of a model directory is merged.
     row_adapters: adapters are inputs, and each row of the batch has its own.
 
-    Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`). Raises UserError for a
+    Without tensors, every weight is external data (`onnx_nodes.unbound_bytes`). Raises UserError for a
     head width that the attention operator does not take.
     """
     if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
@@ -107,41 +107,25 @@ def build_graph(
     return graph.build()
 
 
-UNBOUND_LOCATION = "unbound.data"
-
-
-def unbound_bytes(model: ModelProto) -> int:
-    """Size that the (never read) file of undelivered weights must have for ONNX Runtime to accept the graph."""
-    ends = [0]
-    for tensor in model.graph.initializer:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if entries.get("location") == UNBOUND_LOCATION:
-            ends.append(int(entries["offset"]) + int(entries["length"]))
-    return max(ends)
-
-
-@dataclass
-class _Graph:
-    config: DecoderConfig
-    tensors: Mapping[str, np.ndarray] | None
-    precision: Precision
-    capacity: int
-    weights_type: int | None
-    lora: AdapterForm | None
-    row_adapters: bool
-    nodes: list[NodeProto] = field(default_factory=list)
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
-    declared_bytes: int = 0
-    casts: set[str] = field(default_factory=set)
-    rotary_tables: dict[Rope | None, tuple[str, ...]] = field(default_factory=dict)
-    blocks: dict[str, tuple[list[str], dict[str, int]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.element_type, self.dtype = _COMPUTE[self.precision]
-        self.shapes = weight_shapes(self.config) | (self.lora.shapes(self.config) if self.lora else {})
-        if self.weights_type is None or self.tensors is not None:
-            self.weights_type = self.element_type
-        self.adapted_by_row = linear_layers(self.config) if self.row_adapters else {}
+class _Graph(GraphNodes):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, np.ndarray] | None,
+        precision: Precision,
+        capacity: int,
+        weights_type: int | None,
+        lora: AdapterForm | None,
+        row_adapters: bool,
+    ):
+        """As `build_graph`."""
+        shapes = weight_shapes(config) | (lora.shapes(config) if lora else {})
+        super().__init__(tensors, shapes, _COMPUTE[precision], weights_type)
+        self.config, self.precision, self.capacity = config, precision, capacity
+        self.lora, self.row_adapters = lora, row_adapters
+        self.adapted_by_row = linear_layers(config) if row_adapters else {}
+        self.rotary_tables: dict[Rope | None, tuple[str, ...]] = {}
+        self.blocks: dict[str, tuple[list[str], dict[str, int]]] = {}
 
     def build(self) -> ModelProto:
         config = self.config
@@ -263,10 +247,6 @@ class _Graph:
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
-    def _node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
     def _linear(self, x: str, name: str) -> str:
         """x @ W.T (+ b), W [out, in] as torch keeps it."""
         weight, output = f"{name}.weight", f"{name}.out"
@@ -375,38 +355,6 @@ class _Graph:
             )
         one = self._constant("one", np.array(1, self.dtype))
         return self._node("Add", [self._to_compute(self._stored(name)), one], f"{name}.plus_one")
-
-    def _to_compute(self, name: str) -> str:
-        if self.weights_type == self.element_type:
-            return name
-        output = f"{name}.cast"
-        if output not in self.casts:
-            self.casts.add(output)
-            self._node("Cast", [name], output, to=self.element_type)
-        return output
-
-    # --- initializers and the model -------------------------------------------------------------------------------
-
-    def _stored(self, name: str) -> str:
-        if name in self.initializers:
-            return name
-        if self.tensors is not None:
-            return self._constant(name, np.asarray(self.tensors[name]).astype(self.dtype))
-        assert self.weights_type is not None
-        size = helper.tensor_dtype_to_np_dtype(self.weights_type).itemsize * int(np.prod(self.shapes[name]))
-        tensor = TensorProto(name=name, dims=self.shapes[name], data_type=self.weights_type)
-        tensor.data_location = TensorProto.EXTERNAL
-        entries = {"location": UNBOUND_LOCATION, "offset": str(self.declared_bytes), "length": str(size)}
-        for key, value in entries.items():
-            tensor.external_data.add(key=key, value=value)
-        self.declared_bytes += -(-size // 4096) * 4096
-        self.initializers[name] = tensor
-        return name
-
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        element_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        self.initializers[name] = helper.make_tensor(name, element_type, array.shape, array.tobytes(), raw=True)
-        return name
 
     def _model(self) -> ModelProto:
         config = self.config

@@ -7,10 +7,10 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
 from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.models.exported import describe_exported
 from twinloop.models.label_tokenizer import load_answering
@@ -23,10 +23,12 @@ from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.engine.session import usable_cores
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import REFUSED, ModelManager, ServeFailure
 from twinloop.serving.named import NamedModels
 from twinloop.serving.traces import TraceStore
+from twinloop.serving.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +36,32 @@ RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
 NOT_OURS = "it was not registered by Twinloop"
 OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How this process serves a champion. slots: answers at the same time. adapters: other versions on the champion's
+    base that may be in memory beside it, where it was exported with its adapter. process: this one, where it is one of
+    several that serve at one address."""
+
+    slots: int = 8
+    adapters: int = 0
+    process: WorkerProcess | None = None
+
+    @property
+    def count(self) -> int:
+        """Processes that serve at the address."""
+        return 1 if self.process is None else self.process.count
+
+    @property
+    def starting(self) -> int:
+        """Those that load their model beside this one at its start, this one included."""
+        return 1 if self.process is None else self.process.starting
+
+    @property
+    def threads(self) -> int | None:
+        """Of the engine: processes share the cores."""
+        return None if self.process is None else max(1, usable_cores() // self.process.count)
 
 
 def load_served_domain(version: Version, project: Path) -> LoadedDomain:
@@ -46,11 +74,8 @@ def load_served_domain(version: Version, project: Path) -> LoadedDomain:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8, adapters: int = 0) -> Iterator[ModelManager]:
-    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none.
-
-    adapters: how many other versions on its base may be in memory beside it, where it was exported with its adapter.
-    """
+def open_champion(project: Path, name: str, serving: Serving) -> Iterator[ModelManager]:
+    """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
     registry = Registry.of(project, name)
     served = registry.resolve(CHAMPION)
     loaded = load_served_domain(served, project)
@@ -61,9 +86,7 @@ def open_champion(project: Path, name: str, *, slots: int = 8, adapters: int = 0
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
         documents = open_documents(project, name, domain, served.dataset)
-        service = _load(served, domain, documents, traces, slots)
-        manager = ModelManager(service, _others(registry, served, loaded, service, adapters))
-        del service
+        manager = ModelManager(*_load(registry, served, loaded, documents, traces, serving, serving.starting))
         try:
             yield manager
         finally:
@@ -74,16 +97,14 @@ def open_champion(project: Path, name: str, *, slots: int = 8, adapters: int = 0
 
 
 @contextmanager
-def following_champion(
-    project: Path, registry: Registry, manager: ModelManager, *, slots: int, adapters: int = 0
-) -> Iterator[None]:
-    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds. adapters: as above."""
+def following_champion(project: Path, registry: Registry, manager: ModelManager, serving: Serving) -> Iterator[None]:
+    """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
         while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
-            follow_champion(project, registry, manager, slots=slots, adapters=adapters)
+            follow_champion(project, registry, manager, serving)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -94,7 +115,7 @@ def following_champion(
         thread.join()
 
 
-def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int, adapters: int = 0) -> None:
+def follow_champion(project: Path, registry: Registry, manager: ModelManager, serving: Serving) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
@@ -130,8 +151,9 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 )
             log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
-        service = _load(served, current.domain, current.documents, current.traces, slots)
-        manager.replace(service, _others(registry, served, loaded, service, adapters))
+        documents, traces = current.documents, current.traces
+        # All processes load it, and each beside the version that it replaces.
+        manager.replace(*_load(registry, served, loaded, documents, traces, serving, serving.count))
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -168,19 +190,24 @@ def _is_rolled_back_to(registry: Registry, version: int) -> bool:
 
 
 def _load(
-    served: Served, domain: Domain, documents: DocumentStore, traces: TraceStore | None, slots: int
-) -> DecisionService:
-    tokenizer, engine = load_answering(served.path), Engine.load(served.path, slots=slots)
-    smoke_test_engine(engine, tokenizer, domain, served.path)
+    registry: Registry,
+    served: Served,
+    loaded: LoadedDomain,
+    documents: DocumentStore,
+    traces: TraceStore | None,
+    serving: Serving,
+    copies: int,
+) -> tuple[DecisionService, NamedModels | None]:
+    """What answers for the version, and what requests may name beside it: None where its model takes no adapters.
+
+    copies: processes that load it at the same time, this one included.
+    """
+    tokenizer = load_answering(served.path)
+    engine = Engine.load(served.path, slots=serving.slots, threads=serving.threads, copies=copies)
+    smoke_test_engine(engine, tokenizer, loaded.domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None
-    return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces, measured)
-
-
-def _others(
-    registry: Registry, served: Served, loaded: LoadedDomain, service: DecisionService, adapters: int
-) -> NamedModels | None:
-    """What requests may name beside the served version; None where that takes no adapters."""
-    if not adapters or not describe_exported(served.path).takes_adapters:
-        return None
-    return NamedModels(service, RegisteredAdapters(registry, served, loaded), most=adapters)
+    service = DecisionService(Scheduler(engine), tokenizer, documents, model, loaded.domain, traces, measured)
+    if not serving.adapters or not describe_exported(served.path).takes_adapters:
+        return service, None
+    return service, NamedModels(service, RegisteredAdapters(registry, served, loaded), most=serving.adapters)

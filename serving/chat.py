@@ -11,7 +11,7 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import MAX_MESSAGES, Domain
+from twinloop.domains.domain import MAX_MESSAGES
 from twinloop.domains.examples import GREETING
 from twinloop.serving.answers import Answers, Completion
 from twinloop.serving.asked import Asked, refuse_too_long, refuse_unserved
@@ -20,9 +20,8 @@ from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import CHAT_RESPONSES
 from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS
 from twinloop.serving.engine.scheduler import Place
-from twinloop.serving.errors import METHODS, ApiError
+from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream
-from twinloop.serving.health import routes_of
 from twinloop.serving.messages import ChatMessage, encode_messages
 from twinloop.serving.metrics import CHAT
 from twinloop.serving.model_manager import ModelManager
@@ -97,18 +96,6 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
             use,
             tokenizer if body.logprobs else None,
         )
-        for index, stream in enumerate(place.submit(prompt, params))
+        for index, stream in enumerate(place.submit(prompt, params, priority=body.priority))
     ]
     return Completion(answers, service, FORM)
-
-
-def closed_route(path: str, domain: Domain) -> APIRouter:
-    """In the place of what the domain does not serve: a 404 that names where its model is asked."""
-    router = APIRouter()
-    there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
-
-    @router.api_route(path, methods=[*METHODS], include_in_schema=False)
-    def closed() -> None:
-        raise ApiError(404, f"{path}: not served, since the model's domain is {domain.name}; it answers {there}")
-
-    return router

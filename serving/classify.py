@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, explained
 from twinloop.serving.answers import charge, usage_of
-from twinloop.serving.asked import refuse_too_long
+from twinloop.serving.asked import Priority, refuse_too_long
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import SamplingParams
@@ -48,6 +48,7 @@ class ClassifyRequest(BaseModel):
         | Conversation
         | Annotated[list[Conversation], Field(min_length=1)]
     )
+    priority: Priority = 0
 
     @property
     def inputs(self) -> Sequence[str | Sequence[ChatMessage]]:
@@ -133,7 +134,7 @@ class _Pending:
             for tokens in prompts:
                 refuse_too_long(len(tokens), None, scheduler.max_length, param="input")
             for place, tokens in zip(places, prompts, strict=True):
-                (stream,) = place.submit(tokens, SamplingParams(max_tokens=1))
+                (stream,) = place.submit(tokens, SamplingParams(max_tokens=1), priority=body.priority)
                 stack.callback(stream.cancel)  # where a later one is not taken
                 self.texts.append(TextStream(stream, service.tokenizer, started=started))
             stack.pop_all()

@@ -187,7 +187,7 @@ def _submit(service: DecisionService, body: CompletionRequest, started: float) -
         params = [_params(prompt, body, service) for prompt in prompts]
         for asked, place, prompt, sampling in zip(body.prompts, places, prompts, params, strict=True):
             echoed = _shown(asked, tokenizer) if body.echo else ""
-            for stream in place.submit(prompt, sampling):
+            for stream in place.submit(prompt, sampling, priority=body.priority):
                 stack.callback(stream.cancel)  # where a later prompt is not taken
                 text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
                 answers.append(TextAnswer(len(answers), text, echoed, reports_of))

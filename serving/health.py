@@ -161,12 +161,13 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
     return router
 
 
-def refuse_closed(what: str, service: DecisionService) -> NoReturn:
-    """Raises ApiError for what the served model does not do, with the routes at which it is asked."""
+def refuse_closed(what: str, service: DecisionService, why: str | None = None) -> NoReturn:
+    """Raises ApiError for what is not served, with the routes at which the served model is asked. why: unless that is
+    what the model gives."""
     labels = service.tokenizer.labels
     gives = "labels" if labels[1:] else "scores" if labels else "text"
     there = " and ".join(f"POST {route}" for route in routes_of(service.domain, labels)) or "nothing"
-    raise ApiError(404, f"{what}: not served, since the model gives {gives}; it answers {there}")
+    raise ApiError(404, f"{what}: not served, since {why or f'the model gives {gives}'}; it answers {there}")
 
 
 def _health(

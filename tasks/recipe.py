@@ -130,6 +130,8 @@ class Recipe(StrictModel):
                 raise ValueError(
                     f"export.precisions has {wrong}, and export.adapters runs on CPU only; take fp32 or int8"
                 )
+            if self.train[-1].method.has_head:
+                raise ValueError("export.adapters: the last stage trains a head, for which an adapter has no place")
             lora = self.train[-1].settings.lora
             if lora is None or lora.merge:
                 raise ValueError("export.adapters: the last stage makes no adapter; give it `lora`, without `merge`")

@@ -23,6 +23,7 @@ from twinloop.common.memory import available_bytes
 from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import linear_layers
 from twinloop.models.config import DecoderConfig
+from twinloop.models.memory import adapters_bytes
 from twinloop.models.onnx_graph import ADAPTER_RANKS, row_adapter_inputs
 
 
@@ -47,11 +48,11 @@ class AdapterTables:
         self.changes = 0  # so that what is bound is known to be outdated
         self.adapter_R = np.zeros(0, np.int64)  # the number of the adapter that has this rank
         self._numbers = count(1)
-        self._widths = linear_layers(config)
+        self._config = config
         # A [R, in], and B [R, out] with the adapter's scale in it, by the layer's name.
         self._tables = {
             layer: (np.zeros((0, into), np.float32), np.zeros((0, out), np.float32))
-            for layer, (out, into) in self._widths.items()
+            for layer, (out, into) in linear_layers(config).items()
         }
 
     @property
@@ -60,8 +61,8 @@ class AdapterTables:
 
     def load(self, name: str, adapter: Adapter) -> LoadedAdapter:
         """Raises UserError where the memory for it is not available."""
-        rank = max(adapter.ranks.values())
-        needed, available = 4 * rank * sum(map(sum, self._widths.values())), available_bytes()
+        rank = adapter.max_rank
+        needed, available = adapters_bytes(self._config, rank), available_bytes()
         if needed > available:
             raise UserError(
                 f"engine: the adapter {name} (rank {rank}) needs {needed / 2**20:,.1f} MiB of memory, and "

@@ -90,9 +90,11 @@ class ModelRunner:
         max_length: int | None = None,
         provider: Device | None = None,
         threads: int | None = None,
+        copies: int = 1,
     ) -> Self:
         """Open an exported model, with its own adapter where it has one. max_length: what it was exported for unless
-        given; provider: the one its precision runs on.
+        given; provider: the one its precision runs on; copies: processes that load it at the same time, this one
+        included, each with memory of its own.
 
         Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine;
         and, on CPU, where it needs more memory than is available, before any is taken.
@@ -108,10 +110,17 @@ class ModelRunner:
             )
         device = choose_device(exported.precision, provider)
         max_length = max_length or exported.max_length
+        own = read_own_adapter(exported_dir, config) if exported.takes_adapters else None
         if device == "cpu":
-            plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
+            plan = serving_memory(
+                config,
+                precision=exported.precision,
+                slots=slots,
+                max_length=max_length,
+                adapter_ranks=0 if own is None else own.max_rank,
+            )
             what = f"{exported_dir} ({exported.precision}, slots {slots:,}, max_length {max_length:,})"
-            check_fits(plan, available_bytes(), what=what)
+            check_fits(plan, available_bytes(), what=what, copies=copies)
         runner = cls(
             open_exported(exported_dir, config, device=device, threads=threads),
             config,
@@ -123,8 +132,8 @@ class ModelRunner:
             vocab_size=read_vocab_size(exported_dir),
             takes_adapters=exported.takes_adapters,
         )
-        if exported.takes_adapters:
-            runner.own = runner.load_adapter("own", read_own_adapter(exported_dir, config))
+        if own is not None:
+            runner.own = runner.load_adapter("own", own)
             runner.reset()
         return runner
 

@@ -1,8 +1,8 @@
 """Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
-Each round computes a bounded piece of the prompts that wait, in order of arrival, and takes one batched decode step of
-all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
-is the next to be computed, and goes on from what any slot then holds of its beginning.
+Each round computes a bounded piece of the prompts that wait, by priority and then in order of arrival, and takes one
+batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt
+gets its slot when it is the next to be computed, and goes on from what any slot then holds of its beginning.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from itertools import groupby, islice
-from operator import attrgetter
 from typing import Any, Self
 
 from twinloop.serving.engine.adapters import LoadedAdapter
@@ -25,6 +23,7 @@ from twinloop.serving.engine.held_adapters import HeldAdapters
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch, SlotConstraintError
 from twinloop.serving.engine.stream import Stream, StreamEnd
+from twinloop.serving.engine.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +80,15 @@ class Place:
         self._adapter = adapter
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Stream]:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> list[Stream]:
         """Queue the prompt in these places, once; it is computed once for all of its answers.
 
-        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. Raises UserError for a
-        prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. priority: of those that
+        wait, the lowest is next. Raises UserError for a prompt that does not fit, SchedulerClosedError where the
+        scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        streams = self._scheduler._fill_places(prompt, params, self._answers, self._adapter)
+        streams = self._scheduler._fill_places(prompt, params, self._answers, self._adapter, priority)
         self._held = False
         return streams
 
@@ -114,7 +114,7 @@ class Scheduler:
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
-        self._waiting: deque[Stream] = deque()
+        self._waiting = WaitingQueue()
         self._reserved = 0  # places of requests that are still prepared
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.adapters = HeldAdapters(engine, self._between_rounds)
@@ -191,15 +191,15 @@ class Scheduler:
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
     def _fill_places(
-        self, tokens: Sequence[int], params: SamplingParams, answers: int, adapter: LoadedAdapter | None
+        self, tokens: Sequence[int], params: SamplingParams, answers: int, adapter: LoadedAdapter | None, priority: int
     ) -> list[Stream]:
         self._engine.check_prompt(tokens)
         prompt = Prompt(list(tokens), adapter)
-        streams = [Stream(prompt, params, sequence) for sequence in range(answers)]
+        streams = [Stream(prompt, params, sequence, priority) for sequence in range(answers)]
         with self._lock:
             self._check_open()
             self._reserved -= answers
-            self._waiting += streams
+            self._waiting.add(streams)
             self._lock.notify()
         return streams
 
@@ -299,23 +299,22 @@ class Scheduler:
         for slot, stream in enumerate(self._streams):
             if stream is not None and stream.cancelled:
                 self._release(slot, "cancelled")
-        if cancelled := [stream for stream in tuple(self._waiting) if stream.cancelled]:
+        if cancelled := [stream for stream in self._waiting if stream.cancelled]:
             self._drop(cancelled, "cancelled")
 
     def _drop(self, streams: Collection[Stream], reason: StreamEnd, error: BaseException | None = None) -> None:
         """End streams that wait."""
         with self._lock:
-            self._waiting = deque(stream for stream in self._waiting if stream not in streams)
+            self._waiting.remove(streams)
         for stream in streams:
             self._finish(stream, reason, error)
 
     def _admit(self) -> bool:
-        """Give free slots to who waits longest, to the answers of one request at once. Returns whether that was done:
-        not where there are none, or nobody waits, or it failed."""
+        """Give free slots to who is next, to the answers of one request at once. Returns whether that was done: not
+        where there are none, or nobody waits, or it failed."""
         free = self._batch.free
         with self._lock:
-            waiting = islice(self._waiting, free)
-            streams = next((list(answers) for _, answers in groupby(waiting, key=attrgetter("prompt"))), [])
+            streams = self._waiting.choose()[:free] if free else []
         if not streams:
             return False
         prompt = streams[0].prompt
@@ -326,9 +325,10 @@ class Scheduler:
             log.exception("a prompt got no slot")
             self._drop(streams, "error", error)
             return False
-        with self._lock:
-            for slot in slots:
-                self._streams[slot] = self._waiting.popleft()
+        with self._lock:  # a place is never seen as free in between
+            self._waiting.remove(streams)
+            for slot, stream in zip(slots, streams, strict=True):
+                self._streams[slot] = stream
         if first:
             self._counts["prompt_tokens"] += prompt.cached_tokens or 0
             self._counts["prefix_cache_queries"] += len(prompt.tokens)

@@ -20,7 +20,7 @@ from twinloop.models.shapes import weight_shapes
 from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
 from twinloop.registry import adapters as registered
 from twinloop.registry.artifact import ArtifactStore
-from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.champion import Serving, follow_champion, open_champion
 from twinloop.registry.gates import record_gate
 from twinloop.registry.promotion import promote
 from twinloop.registry.snapshot import Version
@@ -125,7 +125,7 @@ def test_versions_on_the_champions_base_are_asked_by_number_and_alias(
     champion(registry, first)
     champion(registry, second)
     other = adapt(4, into=Registry(registry.mlruns, "others"))
-    with open_champion(project, "returns", slots=2, adapters=4) as manager:
+    with open_champion(project, "returns", Serving(slots=2, adapters=4)) as manager:
         assert ids(manager) == ["returns:v3", "returns:v1", "others:v1"]
         for name, version in {
             "returns": second,
@@ -141,7 +141,7 @@ def test_versions_on_the_champions_base_are_asked_by_number_and_alias(
         later = adapt(6)
         assert digest(manager, "returns:v4") == later.digest
         champion(registry, third)
-        follow_champion(project, registry, manager, slots=2, adapters=4)
+        follow_champion(project, registry, manager, Serving(slots=2, adapters=4))
         assert ids(manager) == ["returns:v4", "returns:v2", "returns:v1", "others:v1"]
         assert digest(manager, "returns:champion") == digest(manager, "returns") == third.digest
         assert digest(manager, "returns:v2") == second.digest
@@ -159,7 +159,7 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_by_name(
         adapt(7, gate=None).version: "was not let through by its gate",
         adapt(8, domain="chat").version: "is for another domain",
     }
-    with open_champion(project, "returns", slots=1, adapters=2) as manager:
+    with open_champion(project, "returns", Serving(slots=1, adapters=2)) as manager:
         assert ids(manager) == []
         for number, reason in refused.items():
             name = f"returns:v{number}"
@@ -175,7 +175,7 @@ def test_a_version_whose_bytes_changed_is_not_loaded(project: Path, registry: Re
     second = adapt(3)
     path = second.path / "adapter" / "adapter_model.safetensors"
     whole = path.read_bytes()
-    with open_champion(project, "returns", slots=1, adapters=2) as manager:
+    with open_champion(project, "returns", Serving(slots=1, adapters=2)) as manager:
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
         with pytest.raises(ApiError, match="returns:v2 does not load") as error:
             digest(manager, "returns:v2")
@@ -189,7 +189,7 @@ def test_a_champion_with_a_merged_adapter_has_no_others_and_its_version_is_a_nam
 ) -> None:
     champion(registry, adapt(2, adapters=False))
     adapt(3)
-    with open_champion(project, "returns", slots=1, adapters=2) as manager:
+    with open_champion(project, "returns", Serving(slots=1, adapters=2)) as manager:
         assert (ids(manager), manager.loaded) == ([], None)
         assert refusal(manager, "returns:v2") == "model: 'returns:v2' is not served here; 'returns' is"
         assert digest(manager, "returns:v1") == digest(manager, "returns")
