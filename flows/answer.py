@@ -1,17 +1,16 @@
-"""The champion in use: over HTTP, for one request, or asked at the end of a lifecycle."""
+"""The champion in use: for one request, or asked over HTTP at the end of a lifecycle."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import logging
 import os
 import secrets
 import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,51 +31,13 @@ class Answer:
     body: Mapping[str, Any]
 
 
-def serve_champion(
-    project: Path, model: str, *, host: str, port: int, slots: int, cors_origins: Sequence[str], deadline_s: float
-) -> int:
-    """Serve until Ctrl-C or SIGTERM; the first line on stdout is the address."""
-    from twinloop.flows.keys import project_keys
-    from twinloop.flows.releases import ProjectReleases
-    from twinloop.registry.champion import following_champion, open_champion
-    from twinloop.registry.versions import Registry
-    from twinloop.serving.access import is_this_machine
-    from twinloop.serving.api import create_app, run_server
-
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("twinloop.registry.champion").setLevel(logging.INFO)
-    registry = Registry.of(project, model)
-    with open_champion(project, model, slots=slots) as manager:
-        # An empty token is none: it would accept everybody who sends none.
-        token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
-        app = create_app(
-            manager,
-            admin_token=token,
-            local_admin=is_this_machine(host),
-            cors_origins=cors_origins,
-            releases=ProjectReleases(project, model),
-            keys=project_keys(project),
-            deadline_s=deadline_s,
-        )
-
-        def ready(address: str) -> None:
-            answers = manager.service.model
-            differs = "documents_differ" in manager.degraded()
-            note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
-            print(f"{address}  {answers.name} version {answers.version}{note}", flush=True)
-
-        with following_champion(project, registry, manager, slots=slots):
-            run_server(app, host, port, on_ready=ready)
-    return 0
-
-
 def decide_once(project: Path, model: str, text: str | None) -> int:
     """Print the decision on one request as JSON; 1 when it is escalated. text: the request as JSON; "-" reads stdin."""
     from pydantic import ValidationError
 
     from twinloop.domains.examples import example_request
     from twinloop.models.directory import load_config
-    from twinloop.registry.champion import load_served_domain, open_champion
+    from twinloop.registry.champion import Serving, load_served_domain, open_champion
     from twinloop.registry.versions import CHAMPION, Registry
     from twinloop.serving.errors import describe_validation, field_descriptions
 
@@ -96,7 +57,7 @@ def decide_once(project: Path, model: str, text: str | None) -> int:
         if text != "-" and len(text) < LONGEST_PATH and Path(text).is_file():
             raise UserError(f"--json: {text} is a file, and the request is wanted: --json - < {text}") from None
         raise UserError(f"--json: {problem}; {example}") from None
-    with open_champion(project, model, slots=1) as champion:
+    with open_champion(project, model, Serving(slots=1)) as champion:
         response = champion.service.decide(request)
     print(response.model_dump_json(indent=2))
     return 1 if response.escalated else 0

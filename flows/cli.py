@@ -98,7 +98,11 @@ def serve(
     model: ModelName = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one")] = 8080,
     host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network")] = "127.0.0.1",
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="answers generated at the same time")] = 8,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="answers that a process generates at the same time")] = 8,
+    adapters: Annotated[int, typer.Option(min=0, max=1024, help="other versions that a process has in memory")] = 8,
+    workers: Annotated[
+        int, typer.Option(envvar="TWINLOOP_WORKERS", min=1, max=64, help="processes, each with a model and slots")
+    ] = 1,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(
@@ -115,20 +119,21 @@ def serve(
     ] = 600,
 ) -> int:
     """Serve the champion over HTTP."""
-    from twinloop.flows.answer import serve_champion
+    from twinloop.flows.serving import ServeSettings, serve_champion
     from twinloop.serving.access import origin
 
-    origins = [origin(each) for each in cors_origin or ()]
     project = _project()
-    return serve_champion(
-        project,
-        _model(project, model),
+    settings = ServeSettings(
+        model=_model(project, model),
         host=host,
         port=port,
         slots=slots,
-        cors_origins=origins,
+        adapters=adapters,
+        workers=workers,
+        cors_origins=" ".join(origin(each) for each in cors_origin or ()),
         deadline_s=deadline,
     )
+    return serve_champion(project, settings)
 
 
 @app.command()

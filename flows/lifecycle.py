@@ -142,7 +142,7 @@ def _release(tracked: Tracked, job: _Job, console: Console) -> Outcome:
         console.print(asked, highlight=False, markup=False, soft_wrap=True)
     trained = _train(context, job, data=data)
     exported = [
-        export(context, precision, base.max_length, model=trained.checkpoints[-1])
+        export(context, precision, base.max_length, model=trained.checkpoints[-1], adapters=settings.export.adapters)
         for precision in settings.export.on(runtime.device)
     ]
     export_rows = [StageRow.of(each, name=f"export {each.metrics['precision']}") for each in exported]

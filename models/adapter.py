@@ -81,6 +81,10 @@ class Adapter:
         """By the linear layer's name."""
         return {name: len(a) for name, (a, _) in self.factors.items()}
 
+    @property
+    def max_rank(self) -> int:
+        return max(self.ranks.values())
+
     def scale(self, name: str) -> float:
         rank = len(self.factors[name][0])
         return adapter_scale(rank, self.alphas.get(name, self.alpha), rank_stabilised=self.rank_stabilised)

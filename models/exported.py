@@ -2,7 +2,8 @@
 
 model.onnx, model.onnx.data   graph and weights
 config.json, tokenizer files  as in the model directory it was made from, with max_length as the tokenizer's limit
-bundle.json                   precision, max_length, size and digest of the two model files
+bundle.json                   precision, max_length, size, and digests of the model's files
+adapter/                      where the graph takes adapters: its own, in PEFT's form; the weights are the base's
 """
 
 from __future__ import annotations
@@ -18,9 +19,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
+from twinloop.models.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, read_adapter, refuse_another_base
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.directory import CONFIG, GENERATION_CONFIG, check_tensors, load_config, load_tensors
-from twinloop.models.onnx_graph import PRECISIONS, build_graph, slot_capacity
+from twinloop.models.directory import (
+    ADAPTER,
+    BASE,
+    CONFIG,
+    GENERATION_CONFIG,
+    check_tensors,
+    is_adapted,
+    load_config,
+    load_tensors,
+)
+from twinloop.models.onnx_graph import PRECISIONS, WITH_ROW_ADAPTERS, build_graph, slot_capacity
 from twinloop.models.shapes import weight_shapes
 from twinloop.models.tokenizer_files import SETTINGS
 from twinloop.models.vocabulary import TOKENIZER
@@ -29,6 +40,7 @@ EXPORT_FILE = "bundle.json"
 GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "model.onnx.data"
 _COPIED = (CONFIG, TOKENIZER, GENERATION_CONFIG)
+_ADAPTER_FILES = (f"{ADAPTER}/{ADAPTER_CONFIG}", f"{ADAPTER}/{ADAPTER_WEIGHTS}")
 _FORMAT = 1
 
 
@@ -44,16 +56,36 @@ class ExportedModel(BaseModel):
     files: dict[str, str]
     """File name to SHA-256."""
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether its graph takes adapters. Then it has one of its own, and its weights are that one's base."""
+        return _ADAPTER_FILES[0] in self.files
 
-def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int) -> ExportedModel:
+    def has_base_of(self, other: ExportedModel) -> bool:
+        """Whether adapters of the other one can be served beside these weights, with the very answers they give there:
+        graph and weights are the same bytes."""
+        same = all(self.files[name] == other.files[name] for name in (GRAPH_FILE, WEIGHTS_FILE))
+        return same and self.takes_adapters and other.takes_adapters
+
+
+def export_model(
+    model_dir: Path | str, out_dir: Path | str, *, precision: Precision, max_length: int, adapters: bool = False
+) -> ExportedModel:
     """Export a model directory. `out_dir` appears whole or not at all, and must not exist yet.
 
-    Raises UserError for an unknown precision, a length out of range, an `out_dir` that is there already, or a model
-    directory that lacks a tensor.
+    adapters: keep the adapter of an adapted model beside its base, and let others be applied when it is served; else
+    its weights are the merged ones.
+
+    Raises UserError for an unknown precision, a length out of range, an `out_dir` that is there already, a model
+    directory that lacks a tensor, and `adapters` of a model that has none, or in a precision that runs on CUDA only.
     """
     model_dir, out_dir = Path(model_dir), Path(out_dir)
     if precision not in PRECISIONS:
         raise UserError(f"export: precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if adapters and precision not in WITH_ROW_ADAPTERS:
+        raise UserError(f"export: with adapters it is one of {', '.join(WITH_ROW_ADAPTERS)}, not {precision}")
+    if adapters and not is_adapted(model_dir):
+        raise UserError(f"export: {model_dir} has no adapter; export it without adapters")
     config = load_config(model_dir)
     if not 2 <= max_length <= config.max_position_embeddings:
         raise UserError(
@@ -62,10 +94,14 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         )
     if out_dir.exists() and any(out_dir.iterdir()):
         raise UserError(f"export: {out_dir} is not empty; remove it or choose another directory")
-    tensors = load_tensors(model_dir)
+    tensors = load_tensors(model_dir / BASE if adapters else model_dir)
     shapes = {name: array.shape for name, array in tensors.items()}
     check_tensors(weight_shapes(config), shapes, tied=config.tie_word_embeddings, where=str(model_dir))
-    model = build_graph(config, tensors, precision=precision, capacity=slot_capacity(max_length))
+    if adapters:
+        refuse_another_base(model_dir / ADAPTER, tensors, config)
+        read_adapter(model_dir / ADAPTER, config)  # what cannot be served is refused before it is written
+    capacity = slot_capacity(max_length)
+    model = build_graph(config, tensors, precision=precision, capacity=capacity, row_adapters=adapters)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}-", dir=out_dir.parent) as beside:
         staging = Path(beside) / "exported"
@@ -81,14 +117,19 @@ def export_model(model_dir: Path | str, out_dir: Path | str, *, precision: Preci
         for name in _COPIED:
             if (model_dir / name).exists():
                 shutil.copyfile(model_dir / name, staging / name)
+        if adapters:
+            (staging / ADAPTER).mkdir()
+        for name in _ADAPTER_FILES if adapters else ():
+            shutil.copyfile(model_dir / name, staging / name)
         if (model_dir / SETTINGS).exists():
             limit_tokenizer(model_dir / SETTINGS, staging / SETTINGS, max_length)
+        hashed = (GRAPH_FILE, WEIGHTS_FILE, *(_ADAPTER_FILES if adapters else ()))
         exported = ExportedModel(
             format=_FORMAT,
             precision=precision,
             max_length=max_length,
             parameters=config.num_parameters,
-            files={name: file_digest(staging / name) for name in (GRAPH_FILE, WEIGHTS_FILE)},
+            files={name: file_digest(staging / name) for name in hashed},
         )
         (staging / EXPORT_FILE).write_text(exported.model_dump_json(indent=2) + "\n")
         os.replace(staging, out_dir)
@@ -110,6 +151,17 @@ def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfi
     Raises UserError where there is none, or one that is corrupt.
     """
     exported_dir = Path(exported_dir)
+    exported = describe_exported(exported_dir)
+    for name, digest in exported.files.items():
+        file = exported_dir / name
+        if not file.is_file() or file_digest(file) != digest:
+            state = "differs from its digest in" if file.is_file() else "is missing, but is listed in"
+            raise UserError(f"{file} {state} {EXPORT_FILE}: the exported model is corrupt; export it again")
+    return exported, load_config(exported_dir)
+
+
+def describe_exported(exported_dir: Path) -> ExportedModel:
+    """What an exported model says of itself; its files are not looked at. Raises UserError where it says nothing."""
     path = exported_dir / EXPORT_FILE
     if not path.is_file():
         raise UserError(f"{exported_dir} holds no exported model ({EXPORT_FILE} is missing); export one to it")
@@ -121,9 +173,9 @@ def read_exported(exported_dir: Path | str) -> tuple[ExportedModel, DecoderConfi
         raise UserError(f"{path}: {where}: {what['msg']}; export the model again") from None
     if exported.format != _FORMAT:
         raise UserError(f"{path}: format {exported.format} is not {_FORMAT}; export the model again")
-    for name, digest in exported.files.items():
-        file = exported_dir / name
-        if not file.is_file() or file_digest(file) != digest:
-            state = "differs from its digest in" if file.is_file() else "is missing, but is listed in"
-            raise UserError(f"{file} {state} {EXPORT_FILE}: the exported model is corrupt; export it again")
-    return exported, load_config(exported_dir)
+    return exported
+
+
+def read_own_adapter(exported_dir: Path, config: DecoderConfig) -> Adapter:
+    """The adapter of an exported model that takes adapters. Raises UserError as `read_adapter` does."""
+    return read_adapter(exported_dir / ADAPTER, config)

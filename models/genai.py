@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 from onnx import GraphProto, TensorProto, helper, numpy_helper
 
+from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import CONFIG, GENERATION_CONFIG
 from twinloop.models.exported import GRAPH_FILE, WEIGHTS_FILE, ExportedModel, read_exported
@@ -35,8 +36,11 @@ _OURS = ("seqlens_k", "total_sequence_length", "logit_rows")
 
 
 def write_genai(exported_dir: Path, out: Path) -> None:
-    """Write an exported model into the directory `out` in genai's form. Raises UserError where it is corrupt."""
+    """Write an exported model into the directory `out` in genai's form. Raises UserError where it is corrupt, or its
+    adapter lies beside its base."""
     exported, config = read_exported(exported_dir)
+    if exported.takes_adapters:
+        raise UserError("genai: its adapter is applied by our engine only; export it with `adapters: false` for genai")
     model = onnx.load(exported_dir / GRAPH_FILE, load_external_data=False)  # the weights' file stays as it is
     _take_attention_mask(model.graph)
     _give_all_logits(model.graph, config)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from twinloop.common.errors import UserError
-from twinloop.models.adapter_form import AdapterForm
+from twinloop.models.adapter_form import AdapterForm, linear_layers
 from twinloop.models.chunks import PREFILL_CHUNK, logit_chunk
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
@@ -57,14 +57,21 @@ class TrainingMemory(_Plan):
 
 
 def serving_memory(
-    config: DecoderConfig, *, precision: Precision, slots: int, max_length: int, prefill_chunk: int = PREFILL_CHUNK
+    config: DecoderConfig,
+    *,
+    precision: Precision,
+    slots: int,
+    max_length: int,
+    prefill_chunk: int = PREFILL_CHUNK,
+    adapter_ranks: int = 0,
 ) -> ServingMemory:
     """Memory to serve `slots` requests of up to `max_length` tokens each, prompt and answer together.
 
     In int8 and int4 the matrices are quantised in blocks, with one float32 scale a block, and a zero point where they
     have four bits; the embedding table and the output projection, one table where they are tied, have eight in both.
-    The cache has the type of the activations and holds a slot's length rounded up. The runtime's buffers are an
-    estimate: the widest layer of one prefill chunk, its attention scores, and the logits of every slot.
+    Adapters beside the weights, of `adapter_ranks` ranks in all, count as weights. The cache has the type of the
+    activations and holds a slot's length rounded up. The runtime's buffers are an estimate: the widest layer of one
+    prefill chunk, its attention scores, and the logits of every slot.
     """
     _positive(slots=slots, max_length=max_length, prefill_chunk=prefill_chunk)
     cell = compute_type(precision)[1].itemsize
@@ -88,21 +95,29 @@ def serving_memory(
     widest = 2 * config.hidden_size + max(queries_keys_values, 3 * config.intermediate_size)
     runtime = cell * chunk * widest + 4 * heads * chunk * max_length + 4 * slots * config.vocab_size
     return ServingMemory(
-        weights_bytes=weights,
+        weights_bytes=weights + adapters_bytes(config, adapter_ranks),
         scales_bytes=scales,
         kv_cache_bytes=config.kv_cache_bytes_per_token * cell * slots * slot_capacity(max_length),
         runtime_bytes=runtime,
     )
 
 
-def check_fits(plan: ServingMemory, available: int, *, what: str) -> None:
-    """Raises UserError, with the sizes, where an engine needs more than the available bytes. what: is to be served."""
-    if plan.total_bytes <= available:
+def adapters_bytes(config: DecoderConfig, ranks: int) -> int:
+    """Adapters beside the weights that have so many ranks in all: A and B of every linear layer, in float32."""
+    return 4 * ranks * sum(map(sum, linear_layers(config).values()))
+
+
+def check_fits(plan: ServingMemory, available: int, *, what: str, copies: int = 1) -> None:
+    """Raises UserError, with the sizes, where so many engines need more than the available bytes. what: is to be
+    served."""
+    needed = copies * plan.total_bytes
+    if needed <= available:
         return
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.1f}" for name, size in plan.rows()[:-1])
+    there, each, fewer = ("", "", "") if copies == 1 else (f" in {copies} processes", "in each: ", "fewer processes, ")
     raise UserError(
-        f"engine: {what} needs {plan.total_bytes / 2**20:,.1f} MiB of memory ({parts}), and "
-        f"{available / 2**20:,.1f} MiB are available; take fewer slots, a smaller max_length or fewer bits"
+        f"engine: {what}{there} needs {needed / 2**20:,.1f} MiB of memory ({each}{parts}), and "
+        f"{available / 2**20:,.1f} MiB are available; take {fewer}fewer slots, a smaller max_length or fewer bits"
     )
 
 

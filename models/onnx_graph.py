@@ -11,22 +11,29 @@ A weight keeps its Hugging Face name and torch's [out, in] layout, so a trainer'
     logits                 float32 [N, V]; of a network with labels, theirs
     present.i.key / .value           [B, K, M, E]
 
+With `row_adapters` each row of the batch has a LoRA adapter of its own, or none. The adapters lie below each other, R
+ranks in all, whatever each one's rank is; a linear layer multiplies with all of them and keeps a row's own ranks:
+
+    adapter_ranks          [B, 1, R]    1 for the ranks of the row's adapter, 0 for all others
+    <layer>.lora_A         [R, in]      of each linear layer inside the network's layers
+    <layer>.lora_B         [R, out]     transposed, with the adapter's scale in it
+
 Shapes: letters as in `models.shapes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from twinloop.common.errors import UserError
-from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm
+from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm, linear_layers
 from twinloop.models.config import DecoderConfig, Precision
+from twinloop.models.onnx_nodes import GraphNodes
 from twinloop.models.onnx_quantize import quantize_blocks, quantize_four_bit_blocks, takes_four_bits
 from twinloop.models.rope import Rope
 from twinloop.models.shapes import HEAD, weight_shapes
@@ -34,6 +41,8 @@ from twinloop.models.shapes import HEAD, weight_shapes
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTIZED: frozenset[Precision] = frozenset(("int8", "int4"))
 """Their weights are made anew, and cannot be somebody else's tensors."""
+WITH_ROW_ADAPTERS: tuple[Precision, ...] = ("fp32", "int8", "int4")
+"""Those with which the graph can take adapters: what runs on CPU. A and B are float32 beside quantised weights."""
 
 MICROSOFT = "com.microsoft"
 
@@ -45,6 +54,15 @@ _COMPUTE: dict[Precision, tuple[int, np.dtype]] = {
     "int8": (TensorProto.FLOAT, np.dtype(np.float32)),
     "int4": (TensorProto.FLOAT, np.dtype(np.float32)),
 }
+
+
+ADAPTER_RANKS = "adapter_ranks"
+"""Name of the graph's input that says which ranks are whose."""
+
+
+def row_adapter_inputs(layer: str) -> tuple[str, str]:
+    """The graph's inputs for the A and B of a linear layer."""
+    return f"{layer}.lora_A", f"{layer}.lora_B"
 
 
 def compute_type(precision: Precision) -> tuple[int, np.dtype]:
@@ -68,6 +86,7 @@ def build_graph(
     capacity: int,
     weights_type: int | None = None,
     lora: AdapterForm | None = None,
+    row_adapters: bool = False,
 ) -> ModelProto:
     """The graph with its weights; with `tensors=None`, weights are declared without data, to be bound by the caller.
 
@@ -75,51 +94,38 @@ def build_graph(
     weights_type: ONNX element type of the bound weights where it differs from the precision's (a trainer's float32
     masters under bf16): the graph then casts them in every run.
     lora: an adapter beside the bound weights, whose A and B are bound too; that of a model directory is merged.
+    row_adapters: adapters are inputs, and each row of the batch has its own.
 
-    Without tensors, every weight is external data at `UNBOUND_LOCATION` (see `unbound_bytes`). Raises UserError for a
+    Without tensors, every weight is external data (`onnx_nodes.unbound_bytes`). Raises UserError for a
     head width that the attention operator does not take.
     """
     if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
         raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
     assert tensors is not None or precision not in QUANTIZED, "bound weights cannot be quantised"
     assert tensors is None or lora is None, "an adapter is merged into weights that are not bound"
-    graph = _Graph(config, tensors, precision, capacity, weights_type, lora)
+    graph = _Graph(config, tensors, precision, capacity, weights_type, lora, row_adapters)
     return graph.build()
 
 
-UNBOUND_LOCATION = "unbound.data"
-
-
-def unbound_bytes(model: ModelProto) -> int:
-    """Size that the (never read) file of undelivered weights must have for ONNX Runtime to accept the graph."""
-    ends = [0]
-    for tensor in model.graph.initializer:
-        entries = {entry.key: entry.value for entry in tensor.external_data}
-        if entries.get("location") == UNBOUND_LOCATION:
-            ends.append(int(entries["offset"]) + int(entries["length"]))
-    return max(ends)
-
-
-@dataclass
-class _Graph:
-    config: DecoderConfig
-    tensors: Mapping[str, np.ndarray] | None
-    precision: Precision
-    capacity: int
-    weights_type: int | None
-    lora: AdapterForm | None
-    nodes: list[NodeProto] = field(default_factory=list)
-    initializers: dict[str, TensorProto] = field(default_factory=dict)
-    declared_bytes: int = 0
-    casts: set[str] = field(default_factory=set)
-    rotary_tables: dict[Rope | None, tuple[str, ...]] = field(default_factory=dict)
-    blocks: dict[str, tuple[list[str], dict[str, int]]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.element_type, self.dtype = _COMPUTE[self.precision]
-        self.shapes = weight_shapes(self.config) | (self.lora.shapes(self.config) if self.lora else {})
-        if self.weights_type is None or self.tensors is not None:
-            self.weights_type = self.element_type
+class _Graph(GraphNodes):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        tensors: Mapping[str, np.ndarray] | None,
+        precision: Precision,
+        capacity: int,
+        weights_type: int | None,
+        lora: AdapterForm | None,
+        row_adapters: bool,
+    ):
+        """As `build_graph`."""
+        shapes = weight_shapes(config) | (lora.shapes(config) if lora else {})
+        super().__init__(tensors, shapes, _COMPUTE[precision], weights_type)
+        self.config, self.precision, self.capacity = config, precision, capacity
+        self.lora, self.row_adapters = lora, row_adapters
+        self.adapted_by_row = linear_layers(config) if row_adapters else {}
+        self.rotary_tables: dict[Rope | None, tuple[str, ...]] = {}
+        self.blocks: dict[str, tuple[list[str], dict[str, int]]] = {}
 
     def build(self) -> ModelProto:
         config = self.config
@@ -241,10 +247,6 @@ class _Graph:
 
     # --- nodes ----------------------------------------------------------------------------------------------------
 
-    def _node(self, op: str, inputs: list[str], output: str, *, domain: str = "", **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(op, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
     def _linear(self, x: str, name: str) -> str:
         """x @ W.T (+ b), W [out, in] as torch keeps it."""
         weight, output = f"{name}.weight", f"{name}.out"
@@ -255,6 +257,8 @@ class _Graph:
             product = self._node("FusedMatMul", inputs, output, domain=MICROSOFT, transB=1)
         if self.lora and f"{name}.{LORA_A}" in self.shapes:
             product = self._node("Add", [product, self._adapted(x, name, self.lora.scale)], f"{name}.adapted")
+        if name in self.adapted_by_row:
+            product = self._node("Add", [product, self._adapted_by_row(x, name)], f"{name}.adapted")
         if f"{name}.bias" not in self.shapes:
             return product
         return self._node("Add", [product, self._to_compute(self._stored(f"{name}.bias"))], f"{name}.biased")
@@ -264,6 +268,13 @@ class _Graph:
         a, b = (self._to_compute(self._stored(f"{name}.{kind}")) for kind in (LORA_A, LORA_B))
         down = self._node("FusedMatMul", [x, a], f"{name}.lora_A.out", domain=MICROSOFT, transB=1, alpha=scale)
         return self._node("FusedMatMul", [down, b], f"{name}.lora_B.out", domain=MICROSOFT, transB=1)
+
+    def _adapted_by_row(self, x: str, name: str) -> str:
+        """x @ A.T @ B, where of all adapters' ranks those of the row's own adapter are kept."""
+        a, b = row_adapter_inputs(name)
+        down = self._node("FusedMatMul", [x, a], f"{name}.lora_A.out", domain=MICROSOFT, transB=1)
+        own = self._node("Mul", [down, ADAPTER_RANKS], f"{name}.lora_A.own")
+        return self._node("MatMul", [own, b], f"{name}.lora_B.out")
 
     def _quantized(self, x: str, weight: str, output: str) -> str:
         out_features, in_features = self.shapes[weight]
@@ -345,38 +356,6 @@ class _Graph:
         one = self._constant("one", np.array(1, self.dtype))
         return self._node("Add", [self._to_compute(self._stored(name)), one], f"{name}.plus_one")
 
-    def _to_compute(self, name: str) -> str:
-        if self.weights_type == self.element_type:
-            return name
-        output = f"{name}.cast"
-        if output not in self.casts:
-            self.casts.add(output)
-            self._node("Cast", [name], output, to=self.element_type)
-        return output
-
-    # --- initializers and the model -------------------------------------------------------------------------------
-
-    def _stored(self, name: str) -> str:
-        if name in self.initializers:
-            return name
-        if self.tensors is not None:
-            return self._constant(name, np.asarray(self.tensors[name]).astype(self.dtype))
-        assert self.weights_type is not None
-        size = helper.tensor_dtype_to_np_dtype(self.weights_type).itemsize * int(np.prod(self.shapes[name]))
-        tensor = TensorProto(name=name, dims=self.shapes[name], data_type=self.weights_type)
-        tensor.data_location = TensorProto.EXTERNAL
-        entries = {"location": UNBOUND_LOCATION, "offset": str(self.declared_bytes), "length": str(size)}
-        for key, value in entries.items():
-            tensor.external_data.add(key=key, value=value)
-        self.declared_bytes += -(-size // 4096) * 4096
-        self.initializers[name] = tensor
-        return name
-
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        element_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        self.initializers[name] = helper.make_tensor(name, element_type, array.shape, array.tobytes(), raw=True)
-        return name
-
     def _model(self) -> ModelProto:
         config = self.config
         cache_shape: list[str | int | None] = ["B", config.num_key_value_heads, "M", config.head_dim]
@@ -386,6 +365,11 @@ class _Graph:
             helper.make_tensor_value_info("total_sequence_length", TensorProto.INT32, []),
             helper.make_tensor_value_info("logit_rows", TensorProto.INT64, ["N"]),
         ]
+        if self.row_adapters:
+            inputs.append(helper.make_tensor_value_info(ADAPTER_RANKS, self.element_type, ["B", 1, "R"]))
+        for layer, (out, into) in self.adapted_by_row.items():
+            for name, width in zip(row_adapter_inputs(layer), (into, out), strict=True):
+                inputs.append(helper.make_tensor_value_info(name, self.element_type, ["R", width]))
         outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["N", config.num_outputs])]
         for index in range(config.num_hidden_layers):
             for kind in ("key", "value"):

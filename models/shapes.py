@@ -6,6 +6,7 @@ Letters in tensor names and comments, one meaning each in the whole repository:
     H query heads            K key-value heads         E width of a head         V size of the vocabulary
     N scored tokens          S sequences               P preference pairs        T tokens of an answer
     C slots of the cache     M positions of a slot     G matrices of one shape   I, J their sides, I <= J
+    R ranks of adapters
 """
 
 from __future__ import annotations

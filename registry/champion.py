@@ -7,14 +7,15 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
 from twinloop.domains.loader import LoadedDomain, load_domain
+from twinloop.models.exported import describe_exported
 from twinloop.models.label_tokenizer import load_answering
+from twinloop.registry.adapters import ASK_EVERY_S, LOOK_EVERY_S, RegisteredAdapters, measured_with_other_code
 from twinloop.registry.documents import open_documents
-from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.smoke_test import smoke_test_engine
 from twinloop.registry.snapshot import DOCUMENTS_DIGEST, Served, Version
@@ -22,20 +23,45 @@ from twinloop.registry.versions import CHAMPION, Registry
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.engine.session import usable_cores
 from twinloop.serving.knowledge.documents import DocumentStore
 from twinloop.serving.model_manager import REFUSED, ModelManager, ServeFailure
+from twinloop.serving.named import NamedModels
 from twinloop.serving.traces import TraceStore
+from twinloop.serving.worker_process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 1.0
-"""Reading the alias from the project's own database takes 2 ms."""
-ASK_EVERY_S = 10.0
-"""Asking an MLflow server takes longer, and others ask it too."""
 RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
 NOT_OURS = "it was not registered by Twinloop"
 OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How this process serves a champion. slots: answers at the same time. adapters: other versions on the champion's
+    base that may be in memory beside it, where it was exported with its adapter. process: this one, where it is one of
+    several that serve at one address."""
+
+    slots: int = 8
+    adapters: int = 0
+    process: WorkerProcess | None = None
+
+    @property
+    def count(self) -> int:
+        """Processes that serve at the address."""
+        return 1 if self.process is None else self.process.count
+
+    @property
+    def starting(self) -> int:
+        """Those that load their model beside this one at its start, this one included."""
+        return 1 if self.process is None else self.process.starting
+
+    @property
+    def threads(self) -> int | None:
+        """Of the engine: processes share the cores."""
+        return None if self.process is None else max(1, usable_cores() // self.process.count)
 
 
 def load_served_domain(version: Version, project: Path) -> LoadedDomain:
@@ -48,19 +74,19 @@ def load_served_domain(version: Version, project: Path) -> LoadedDomain:
 
 
 @contextmanager
-def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[ModelManager]:
+def open_champion(project: Path, name: str, serving: Serving) -> Iterator[ModelManager]:
     """Verify the champion's bytes, load it, and close what answers at the end. Raises UserError where there is none."""
-    served = Registry.of(project, name).resolve(CHAMPION)
+    registry = Registry.of(project, name)
+    served = registry.resolve(CHAMPION)
     loaded = load_served_domain(served, project)
     domain = loaded.domain
-    if _measured_with_other_code(served, loaded):
+    if measured_with_other_code(served, loaded):
         log.warning(OTHER_CODE, served, loaded.file)
     traces = TraceStore(project / "state" / "traces")
     try:
         # Held by the manager alone: a model that was replaced leaves memory.
-        manager = ModelManager(
-            _load(served, domain, open_documents(project, name, domain, served.dataset), traces, slots)
-        )
+        documents = open_documents(project, name, domain, served.dataset)
+        manager = ModelManager(*_load(registry, served, loaded, documents, traces, serving, serving.starting))
         try:
             yield manager
         finally:
@@ -71,14 +97,14 @@ def open_champion(project: Path, name: str, *, slots: int = 8) -> Iterator[Model
 
 
 @contextmanager
-def following_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> Iterator[None]:
+def following_champion(project: Path, registry: Registry, manager: ModelManager, serving: Serving) -> Iterator[None]:
     """Meanwhile, what is promoted or rolled back to is what answers, within a few seconds."""
     over = threading.Event()
     every_s = LOOK_EVERY_S if registry.mlruns.local_database else ASK_EVERY_S
 
     def follow() -> None:
         while not over.wait(RETRY_EVERY_S if manager.failure else every_s):
-            follow_champion(project, registry, manager, slots=slots)
+            follow_champion(project, registry, manager, serving)
 
     thread = threading.Thread(target=follow, name="champion", daemon=True)
     thread.start()
@@ -89,7 +115,7 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
         thread.join()
 
 
-def follow_champion(project: Path, registry: Registry, manager: ModelManager, *, slots: int) -> None:
+def follow_champion(project: Path, registry: Registry, manager: ModelManager, serving: Serving) -> None:
     """Serve the version that is champion now, once it loads and answers; else the one that serves goes on."""
     current = manager.service
     try:
@@ -115,7 +141,7 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 f"{champion}: it is for another domain, {champion.domain}; start the server again to serve it",
                 "it is for another domain, and this server has to be started again to serve it",
             )
-        if _measured_with_other_code(champion, loaded):
+        if measured_with_other_code(champion, loaded):
             if not _is_rolled_back_to(registry, champion.version):
                 raise _RestartNeededError(
                     f"{champion}: it was measured with other code of its domain than this server has loaded from "
@@ -125,7 +151,9 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, *,
                 )
             log.warning(OTHER_CODE, champion, loaded.file)
         served = registry.verify(champion)
-        manager.replace(_load(served, current.domain, current.documents, current.traces, slots))
+        documents, traces = current.documents, current.traces
+        # All processes load it, and each beside the version that it replaces.
+        manager.replace(*_load(registry, served, loaded, documents, traces, serving, serving.count))
         log.info("%s answers now, after version %s", champion, current.model.version)
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -154,12 +182,6 @@ class _RestartNeededError(UserError):
         self.public = public
 
 
-def _measured_with_other_code(version: Version, loaded: LoadedDomain) -> bool:
-    """Whether the domain's code, as this process loaded it, is not the code that the version was measured with."""
-    loaded_code = module_fingerprint(loaded.found)  # first called at the start: later the files may have changed
-    return version.domain_fingerprint not in (None, loaded_code)
-
-
 def _is_rolled_back_to(registry: Registry, version: int) -> bool:
     """Whether a rollback made it the champion. Its commit may be written after the alias is moved."""
     moves = [entry for entry in open_ledger(registry.mlruns).read().entries if entry.model == registry.name]
@@ -168,10 +190,24 @@ def _is_rolled_back_to(registry: Registry, version: int) -> bool:
 
 
 def _load(
-    served: Served, domain: Domain, documents: DocumentStore, traces: TraceStore | None, slots: int
-) -> DecisionService:
-    tokenizer, engine = load_answering(served.path), Engine.load(served.path, slots=slots)
-    smoke_test_engine(engine, tokenizer, domain, served.path)
+    registry: Registry,
+    served: Served,
+    loaded: LoadedDomain,
+    documents: DocumentStore,
+    traces: TraceStore | None,
+    serving: Serving,
+    copies: int,
+) -> tuple[DecisionService, NamedModels | None]:
+    """What answers for the version, and what requests may name beside it: None where its model takes no adapters.
+
+    copies: processes that load it at the same time, this one included.
+    """
+    tokenizer = load_answering(served.path)
+    engine = Engine.load(served.path, slots=serving.slots, threads=serving.threads, copies=copies)
+    smoke_test_engine(engine, tokenizer, loaded.domain, served.path)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None
-    return DecisionService(Scheduler(engine), tokenizer, documents, model, domain, traces, measured)
+    service = DecisionService(Scheduler(engine), tokenizer, documents, model, loaded.domain, traces, measured)
+    if not serving.adapters or not describe_exported(served.path).takes_adapters:
+        return service, None
+    return service, NamedModels(service, RegisteredAdapters(registry, served, loaded), most=serving.adapters)

@@ -149,6 +149,28 @@ def read_snapshot(mlruns: Mlruns, name: str) -> Snapshot:
     return _ask_client(mlruns, name)
 
 
+def registered_models(mlruns: Mlruns) -> list[str]:
+    """The names of all registered models."""
+    if mlruns.local_database:
+        if not mlruns.database.exists():
+            return []
+        try:
+            if holds_records(mlruns.database):
+                uri = f"{mlruns.database.as_uri()}?mode=ro"
+                with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_FOR_S)) as database:
+                    return [name for (name,) in database.execute("SELECT name FROM registered_models ORDER BY name")]
+        except sqlite3.Error as error:
+            if is_locked(error):
+                raise locked_error(mlruns.database) from error
+    names: list[str] = []
+    token: str | None = None
+    while True:
+        page = mlruns.client.search_registered_models(max_results=1000, page_token=token)
+        names += [model.name for model in page]
+        if not (token := page.token):
+            return sorted(names)
+
+
 def _read_database(mlruns: Mlruns, name: str) -> Snapshot:
     uri = f"{mlruns.database.as_uri()}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True, timeout=BUSY_FOR_S)) as database:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from twinloop.serving.asked import Asked
-from twinloop.serving.decisions import ModelInfo
+from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import PromptTokensDetails, Usage
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.errors import constraint_body, error_body
@@ -55,10 +55,11 @@ class Form(NamedTuple):
 class Completion:
     """All answers of one accepted request."""
 
-    def __init__(self, answers: Sequence[Answer], model: ModelInfo, form: Form):
+    def __init__(self, answers: Sequence[Answer], service: DecisionService, form: Form):
+        """service: what answers."""
         self.answers = answers
         self.form = form
-        self._model = model
+        self._model, self._digest = service.id, service.model.digest
         self._id = f"{form.id}-{uuid.uuid4().hex}"
         self._created = int(time.time())
 
@@ -100,8 +101,8 @@ class Completion:
             "id": self._id,
             "object": kind,
             "created": self._created,
-            "model": self._model.name,
-            "system_fingerprint": self._model.digest,
+            "model": self._model,
+            "system_fingerprint": self._digest,
             "choices": choices,
         }
 

@@ -12,26 +12,28 @@ from typing import Annotated
 
 import anyio.to_thread
 import uvicorn
-from fastapi import APIRouter, Body, FastAPI, Request, Response
+from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from starlette.types import ASGIApp
 
-from twinloop.common.errors import UserError
+from twinloop.serving import drain
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.answers import Answers, charge
-from twinloop.serving.chat import chat_router, closed_route
+from twinloop.serving.chat import chat_router
 from twinloop.serving.classify import classify_router
 from twinloop.serving.completions import completions_router
 from twinloop.serving.console import Access, console_page
 from twinloop.serving.decisions import DecisionService, PendingDecision
-from twinloop.serving.described import ASKING, decision_response, describe, errors, guard
+from twinloop.serving.described import ASK_WORDS, ASKING, decision_response, describe, errors, guard
 from twinloop.serving.document_routes import admin_router, document_router
 from twinloop.serving.drain import Draining, DrainingServer
-from twinloop.serving.errors import field_descriptions, install
+from twinloop.serving.errors import METHODS, field_descriptions, install
 from twinloop.serving.health import refuse_closed, state_router
 from twinloop.serving.key_access import RequireKey
 from twinloop.serving.keys import KeyStore
+from twinloop.serving.limits import Accounts
+from twinloop.serving.listener import address_of, listen
 from twinloop.serving.load_api import load_router
 from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.middleware import (
@@ -48,9 +50,9 @@ from twinloop.serving.tokens import tokens_router
 from twinloop.serving.traces_api import traces_router
 from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
+from twinloop.serving.worker_process import WorkerProcess
 
-SHUTDOWN_S = 10
-"""How long running requests may take to end after SIGTERM."""
+EMBEDDINGS = "/v1/embeddings"
 DEADLINE_S = 600.0
 """How long a request may take: as long as OpenAI's clients wait."""
 
@@ -64,6 +66,7 @@ def create_app(
     releases: Releases | None = None,
     keys: KeyStore | None = None,
     deadline_s: float = DEADLINE_S,
+    process: WorkerProcess | None = None,
 ) -> FastAPI:
     """The application that answers with the frozen model that `manager` holds, for that model's domain.
 
@@ -77,10 +80,11 @@ def create_app(
     elsewhere, so behind one a token must be set.
     `keys`: once it has had a key, nothing but `/health` is answered without one, to nobody; a key makes nobody an
     administrator, and the administrator's token is a key (`key_access.py`). `deadline_s`: for a request as a whole.
-    `cors_origins`: of whose pages a browser may ask (`access.origin`). The caller owns scheduler and traces and closes
+    `cors_origins`: of whose pages a browser may ask (`access.origin`). `process`: this one, where it is one of several
+    that serve at one address; then limits and metrics are those of all. The caller owns scheduler and traces and closes
     them after the server has stopped.
     """
-    metrics, workers = Metrics(manager), Workers()
+    metrics, workers = Metrics(manager, process), Workers()
     # The interactive pages of FastAPI load scripts from elsewhere; /openapi.json and our own console stay.
     app = FastAPI(title="Twinloop", docs_url=None, redoc_url=None, redirect_slashes=False)
     domain, traces, documents = manager.service.domain, manager.service.traces, manager.service.documents
@@ -88,7 +92,8 @@ def create_app(
     # The last one is asked first, and counts what the others refuse.
     app.add_middleware(RefuseWhenFull, full=lambda: manager.service.scheduler.full)
     if keys is not None:
-        app.add_middleware(RequireKey, keys=keys, admin_token=admin_token)
+        accounts = Accounts(None if process is None else process.limits)
+        app.add_middleware(RequireKey, keys=keys, admin_token=admin_token, accounts=accounts)
     if local_admin and admin_token is None:
         app.add_middleware(OwnHostsOnly)
     app.add_middleware(LimitBody)
@@ -98,20 +103,23 @@ def create_app(
         app.add_middleware(OtherOrigins, origins=cors_origins)
     app.add_middleware(CountRequests, metrics=metrics)
     app.add_middleware(AnswerHead)
+    not_served = f"the model's domain is {domain.name}"
     if domain.serves_chat:
         answers = Answers(metrics, workers)
         app.include_router(chat_router(manager, answers))
         app.include_router(completions_router(manager, answers))
     else:
-        app.include_router(closed_route(CHAT, domain))
-        app.include_router(closed_route(COMPLETIONS, domain))
+        app.include_router(_closed_router(manager, not_served, CHAT, COMPLETIONS))
     app.include_router(
-        _decision_router(manager, metrics, workers) if domain.request else closed_route(DECISIONS, domain)
+        _decision_router(manager, metrics, workers)
+        if domain.request
+        else _closed_router(manager, not_served, DECISIONS)
     )
     app.include_router(classify_router(manager, metrics, workers))
+    app.include_router(_closed_router(manager, "the model is a decoder, which embeds no text", EMBEDDINGS))
     app.include_router(tokens_router(manager))
     app.include_router(state_router(manager, metrics))
-    app.include_router(load_router(manager, metrics))
+    app.include_router(load_router(metrics))
     app.include_router(document_router(documents))
     administrators = guard(administrators_only(admin_token, local_admin), by_token=admin_token is not None)
     app.include_router(admin_router(domain, documents, administrators))
@@ -130,6 +138,18 @@ def create_app(
     return app
 
 
+def _closed_router(manager: ModelManager, why: str, *paths: str) -> APIRouter:
+    """In the place of what the model or its domain does not serve: a 404 that names where the model is asked."""
+    router = APIRouter()
+
+    def closed(request: Request) -> None:
+        refuse_closed(request.url.path, manager.service, why)
+
+    for path in paths:
+        router.add_api_route(path, closed, methods=[*METHODS], include_in_schema=False)
+    return router
+
+
 def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) -> APIRouter:
     router = APIRouter()
     domain = manager.service.domain
@@ -138,12 +158,16 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
 
     # The answer's form is only described: it is made here, and its JSON is written once.
     described = Body(examples=[dict(domain.example)] if domain.example else None)
-    responses = {**errors(*ASKING, 422), 200: {"model": decision_response(domain)}}
+    responses = {**errors(*ASKING, 404, 422, words=ASK_WORDS), 200: {"model": decision_response(domain)}}
 
     @router.post(DECISIONS, response_model=None, responses=responses)
-    async def decide(request: Request, body: Annotated[body_model, described]) -> Response:  # type: ignore[valid-type]
+    async def decide(
+        request: Request,
+        body: Annotated[body_model, described],  # type: ignore[valid-type]
+        model: Annotated[str | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
+    ) -> Response:
         started = time.perf_counter()
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body))
+        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body), model)
         try:
             (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:
@@ -172,7 +196,7 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
         lifespan="off",
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_graceful_shutdown=drain.SHUTDOWN_S,
         server_header=False,
         proxy_headers=False,  # who asks is the socket's other end, not the address that its headers claim
     )
@@ -183,7 +207,12 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
 
     Port 0 takes any free port; `on_ready` receives the address. Raises UserError when the address cannot be bound.
     """
-    listener = _bind(host, port)
+    listener = listen(host, port)
+    serve(app, listener, on_ready=lambda: on_ready(address_of(host, listener)) if on_ready is not None else None)
+
+
+def serve(app: ASGIApp, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+    """`run_server` at a socket that listens already, which it closes."""
     draining = Draining(app)
     server = DrainingServer(server_config(draining), draining)
     # uvicorn takes signals only once it runs, and raises them again once it has shut down; a server that was asked to
@@ -192,30 +221,9 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
     handled = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
     before = {number: signal.signal(number, lambda *_: setattr(server, "should_exit", True)) for number in handled}
     try:
-        if on_ready is not None:
-            shown = f"[{host}]" if ":" in host else host
-            on_ready(f"http://{shown}:{listener.getsockname()[1]}")
+        on_ready()
         server.run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         listener.close()
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    if not 0 <= port <= 65535:  # the system would take the rest of a division by 65536
-        raise UserError(f"{host}:{port}: not a port; choose a --port between 0 and 65535")
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        # With its protocol named, asyncio sends small answers at once; else each waits 40 ms for a delayed ACK.
-        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    except OSError as error:
-        raise UserError(f"{host}:{port}: not an address to serve at ({error}); try --host 127.0.0.1") from None
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise UserError(f"{host}:{port}: cannot be served at ({error.strerror}); choose another --port") from None
-    return listener

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.errors import ApiError
-from twinloop.serving.health import refuse_closed, refuse_other_model
+from twinloop.serving.health import refuse_closed
 from twinloop.serving.sampling_fields import SamplingFields, refused
 
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 """Parameters that do not concern the answer."""
+
+
+Priority = Annotated[int, Field(description="in the queue: lower is earlier, and of equal ones the first to come")]
 
 
 class StreamOptions(BaseModel):
@@ -35,6 +38,7 @@ class Asked(SamplingFields):
     model: str | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    priority: Priority = 0
 
     @property
     def include_usage(self) -> bool:
@@ -58,10 +62,7 @@ def refuse_too_long(
 
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
-    """Raises ApiError for another model, one that writes no text, unknown parameters, and more answers than the server
-    can hold."""
-    if asked.model is not None:
-        refuse_other_model(asked.model, service.model)
+    """Raises ApiError for a model that writes no text, unknown parameters, and more answers than the server holds."""
     if service.tokenizer.labels:
         refuse_closed("text", service)
     for name, value in (asked.model_extra or {}).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
@@ -10,7 +11,7 @@ from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import MAX_MESSAGES, Domain
+from twinloop.domains.domain import MAX_MESSAGES
 from twinloop.domains.examples import GREETING
 from twinloop.serving.answers import Answers, Completion
 from twinloop.serving.asked import Asked, refuse_too_long, refuse_unserved
@@ -19,9 +20,8 @@ from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import CHAT_RESPONSES
 from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS
 from twinloop.serving.engine.scheduler import Place
-from twinloop.serving.errors import METHODS, ApiError
+from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream
-from twinloop.serving.health import routes_of
 from twinloop.serving.messages import ChatMessage, encode_messages
 from twinloop.serving.metrics import CHAT
 from twinloop.serving.model_manager import ModelManager
@@ -58,7 +58,8 @@ def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
     @router.post(CHAT, response_model=None, responses=CHAT_RESPONSES)
     async def complete(request: Request, body: Annotated[ChatRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
-        completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
+        work = partial(_submit, body=body, started=started)
+        completion = await anyio.to_thread.run_sync(manager.submit, work, body.model)
         return await answers.respond(request, body, completion, started)
 
     return router
@@ -67,7 +68,7 @@ def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
 def _submit(service: DecisionService, body: ChatRequest, started: float) -> Completion:
     """Queue a request. Raises ApiError for what cannot be served, QueueFullError when the queue is full."""
     refuse_unserved(body, service)
-    with service.scheduler.reserve(body.choices) as place:  # a request that must be refused costs no more than this
+    with service.reserve(body.choices) as place:  # a request that must be refused costs no more than this
         return _submit_in(place, service, body, started)
 
 
@@ -95,18 +96,6 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
             use,
             tokenizer if body.logprobs else None,
         )
-        for index, stream in enumerate(place.submit(prompt, params))
+        for index, stream in enumerate(place.submit(prompt, params, priority=body.priority))
     ]
-    return Completion(answers, service.model, FORM)
-
-
-def closed_route(path: str, domain: Domain) -> APIRouter:
-    """In the place of what the domain does not serve: a 404 that names where its model is asked."""
-    router = APIRouter()
-    there = " and ".join(f"POST {route}" for route in routes_of(domain)) or "nothing"
-
-    @router.api_route(path, methods=[*METHODS], include_in_schema=False)
-    def closed() -> None:
-        raise ApiError(404, f"{path}: not served, since the model's domain is {domain.name}; it answers {there}")
-
-    return router
+    return Completion(answers, service, FORM)

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -16,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, explained
 from twinloop.serving.answers import charge, usage_of
-from twinloop.serving.asked import refuse_too_long
+from twinloop.serving.asked import Priority, refuse_too_long
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream
-from twinloop.serving.health import refuse_closed, refuse_other_model
+from twinloop.serving.health import refuse_closed
 from twinloop.serving.messages import ChatMessage, encode_answered, encode_messages
 from twinloop.serving.metrics import CLASSIFY, Metrics
 from twinloop.serving.model_manager import ModelManager
@@ -47,6 +48,7 @@ class ClassifyRequest(BaseModel):
         | Conversation
         | Annotated[list[Conversation], Field(min_length=1)]
     )
+    priority: Priority = 0
 
     @property
     def inputs(self) -> Sequence[str | Sequence[ChatMessage]]:
@@ -98,7 +100,8 @@ def classify_router(manager: ModelManager, metrics: Metrics, workers: Workers) -
     @router.post(CLASSIFY, response_model=None, responses=RESPONSES)
     async def classify(request: Request, body: Annotated[ClassifyRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _Pending(service, body, started))
+        work = partial(_Pending, body=body, started=started)
+        pending = await anyio.to_thread.run_sync(manager.submit, work, body.model)
         try:
             await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:
@@ -117,8 +120,6 @@ class _Pending:
     def __init__(self, service: DecisionService, body: ClassifyRequest, started: float):
         """Raises ApiError for what cannot be served, QueueFullError where not all have a place."""
         labels, inputs, scheduler = service.tokenizer.labels, body.inputs, service.scheduler
-        if body.model is not None:
-            refuse_other_model(body.model, service.model)
         if not labels:
             refuse_closed(CLASSIFY, service)
         if len(inputs) > scheduler.capacity:
@@ -128,12 +129,12 @@ class _Pending:
         self._service = service
         with ExitStack() as stack:
             # A request that must be refused costs no more than this.
-            places = [stack.enter_context(scheduler.reserve()) for _ in inputs]
+            places = [stack.enter_context(service.reserve()) for _ in inputs]
             prompts = [_encode(each, service) for each in inputs]
             for tokens in prompts:
                 refuse_too_long(len(tokens), None, scheduler.max_length, param="input")
             for place, tokens in zip(places, prompts, strict=True):
-                (stream,) = place.submit(tokens, SamplingParams(max_tokens=1))
+                (stream,) = place.submit(tokens, SamplingParams(max_tokens=1), priority=body.priority)
                 stack.callback(stream.cancel)  # where a later one is not taken
                 self.texts.append(TextStream(stream, service.tokenizer, started=started))
             stack.pop_all()
@@ -150,14 +151,14 @@ class _Pending:
                 pass
 
     def response(self) -> Classification:
-        labels, model = self._service.tokenizer.labels, self._service.model
+        labels = self._service.tokenizer.labels
         judge = _classified if labels[1:] else _scored
         return Classification(
             id=f"classify-{uuid.uuid4().hex}",
             object="list",
             created=int(time.time()),
-            model=model.name,
-            system_fingerprint=model.digest,
+            model=self._service.id,
+            system_fingerprint=self._service.model.digest,
             data=[judge(index, _logits(text), labels) for index, text in enumerate(self.texts)],
             usage=usage_of(self.texts),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
@@ -166,7 +167,8 @@ def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
     @router.post(COMPLETIONS, response_model=None, responses=RESPONSES)
     async def complete(request: Request, body: Annotated[CompletionRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
-        completion = await anyio.to_thread.run_sync(manager.submit, lambda service: _submit(service, body, started))
+        work = partial(_submit, body=body, started=started)
+        completion = await anyio.to_thread.run_sync(manager.submit, work, body.model)
         return await answers.respond(request, body, completion, started)
 
     return router
@@ -175,22 +177,22 @@ def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
 def _submit(service: DecisionService, body: CompletionRequest, started: float) -> Completion:
     """Queue every prompt. Raises ApiError for what cannot be served, QueueFullError where not all have a place."""
     refuse_unserved(body, service, prompts=len(body.prompts))
-    scheduler, tokenizer = service.scheduler, service.tokenizer
+    tokenizer = service.tokenizer
     reports_of = None if body.logprobs is None else tokenizer
     answers: list[TextAnswer] = []
     with ExitStack() as stack:
         # All or none: a request that must be refused costs no more than this.
-        places = [stack.enter_context(scheduler.reserve(body.choices)) for _ in body.prompts]
+        places = [stack.enter_context(service.reserve(body.choices)) for _ in body.prompts]
         prompts = [_encode(prompt, tokenizer, body.add_special_tokens) for prompt in body.prompts]
         params = [_params(prompt, body, service) for prompt in prompts]
         for asked, place, prompt, sampling in zip(body.prompts, places, prompts, params, strict=True):
             echoed = _shown(asked, tokenizer) if body.echo else ""
-            for stream in place.submit(prompt, sampling):
+            for stream in place.submit(prompt, sampling, priority=body.priority):
                 stack.callback(stream.cancel)  # where a later prompt is not taken
                 text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
                 answers.append(TextAnswer(len(answers), text, echoed, reports_of))
         stack.pop_all()  # each place has its prompt
-    return Completion(answers, service.model, FORM)
+    return Completion(answers, service, FORM)
 
 
 def _encode(prompt: str | list[int], tokenizer: ChatTokenizer, add_special_tokens: bool) -> list[int]:

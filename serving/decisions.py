@@ -6,6 +6,7 @@ ends in the same place: `decision` is null, and the answer gives the reason and 
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import uuid
@@ -20,6 +21,7 @@ from pydantic_core import to_json
 from twinloop.domains.domain import Document, Domain, Verdict
 from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.grammar import Grammars
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Place, QueueFullError, Scheduler
@@ -219,7 +221,7 @@ class PendingDecision:
 
     def begin(self) -> None:
         """Retrieve, and hand the prompt to the scheduler, unless something already speaks against asking."""
-        with self._service.scheduler.reserve() as place:  # a request that must be refused costs no more than this
+        with self._service.reserve() as place:  # a request that must be refused costs no more than this
             self._prepare(place)
 
     def _prepare(self, place: Place) -> None:
@@ -284,6 +286,20 @@ class DecisionService:
         self.domain = domain
         self.traces = traces
         self.measured_documents = measured_documents
+        self.id = model.name
+        """What requests call it, and answers and metrics too."""
+        self.adapter: LoadedAdapter | None = None
+        """None: the model's own, where it has one."""
+
+    def with_adapter(self, id: str, model: ModelInfo, adapter: LoadedAdapter) -> DecisionService:
+        """The same service with another adapter on the same base: the model that requests call `id`."""
+        named = copy.copy(self)
+        named.id, named.model, named.adapter = id, model, adapter
+        return named
+
+    def reserve(self, answers: int = 1) -> Place:
+        """Places in the queue, as `Scheduler.reserve`, for answers of this model."""
+        return self.scheduler.reserve(answers, self.adapter)
 
     @property
     def documents_differ(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from types import FrameType
 
@@ -9,6 +10,14 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from twinloop.serving.errors import stopping
+from twinloop.serving.listener import BACKLOG
+
+SHUTDOWN_S = 10
+"""How long running requests may take to end after SIGTERM."""
+ACCEPTED_AT_ONCE = 1
+"""Connections, before a server does anything else: of several processes at one socket those that have time take more.
+
+asyncio accepts as many as its backlog says, and sets the socket's to the same; `DrainingServer` sets that one back."""
 
 
 class Draining:
@@ -38,6 +47,7 @@ class DrainingServer(uvicorn.Server):
     over, or a second signal comes; then it ends those that are left. Written for uvicorn 0.54."""
 
     def __init__(self, config: uvicorn.Config, draining: Draining):
+        config.backlog = ACCEPTED_AT_ONCE
         super().__init__(config)
         self._draining = draining
 
@@ -45,6 +55,11 @@ class DrainingServer(uvicorn.Server):
         if self._draining.begun_at is not None:
             self._end_now()
         self._draining.begin()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
 
     async def on_tick(self, counter: int) -> bool:
         begun_at = self._draining.begun_at

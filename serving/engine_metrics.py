@@ -25,40 +25,48 @@ _TOKEN_BEFORE = "twinloop:time_per_output_token_seconds"
 
 
 class EngineMetrics:
-    """Of every text that the model was asked for, whichever route it was for. A label names the model."""
+    """Of every text that was asked for, whichever route it was for. A label names the model that wrote it: the served
+    one, or a version on its base by the name that requests have for it."""
 
     def __init__(self, manager: ModelManager, registry: CollectorRegistry):
-        name = manager.service.model.name
+        self._served = manager.service.model.name
 
         def histogram(metric: str, meaning: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(metric, meaning, ["model_name"], buckets=buckets, registry=registry)
 
-        first = histogram("twinloop:time_to_first_token_seconds", "From a request's arrival to a token", FIRST_TOKEN_S)
-        token = histogram(_TOKEN, "Between the tokens of an answer", TOKEN_S)
-        whole = histogram("twinloop:e2e_request_latency_seconds", "From a request's arrival to its end", REQUEST_S)
-        queue = histogram("twinloop:request_queue_time_seconds", "Waiting for a slot", REQUEST_S)
-        self._first, self._token, self._whole, self._queue = (
-            each.labels(name) for each in (first, token, whole, queue)
+        self._first = histogram(
+            "twinloop:time_to_first_token_seconds", "From a request's arrival to a token", FIRST_TOKEN_S
         )
-        ended = Counter(
+        self._token = histogram(_TOKEN, "Between the tokens of an answer", TOKEN_S)
+        self._whole = histogram(
+            "twinloop:e2e_request_latency_seconds", "From a request's arrival to its end", REQUEST_S
+        )
+        self._queue = histogram("twinloop:request_queue_time_seconds", "Waiting for a slot", REQUEST_S)
+        self._ended = Counter(
             "twinloop:request_success", "Ended answers: stop, length, abort, error",
             ["model_name", "finished_reason"], registry=registry,
         )  # fmt: skip
-        self._ended = {end: ended.labels(name, end) for end in ("stop", "length", "abort", "error")}
-        registry.register(_Renamed(token))
+        for each in (self._first, self._token, self._whole, self._queue):
+            each.labels(self._served)
+        for end in ("stop", "length", "abort", "error"):
+            self._ended.labels(self._served, end)
+        registry.register(_Renamed(self._token))
         registry.register(_State(manager))
 
     def ended(self, text: TextStream) -> None:
         """Count a text that nobody waits for any more."""
-        self._ended[text.end].inc()
+        adapter = text.prompt.adapter
+        model = self._served if adapter is None else adapter.name
+        self._ended.labels(model, text.end).inc()
         if text.queue_s is not None:
-            self._queue.observe(text.queue_s)
+            self._queue.labels(model).observe(text.queue_s)
         if text.ttft_s is not None:
-            self._first.observe(text.ttft_s)
+            self._first.labels(model).observe(text.ttft_s)
+        token = self._token.labels(model)
         for seconds in text.timings.token_s[: text.completion_tokens]:
-            self._token.observe(seconds)
+            token.observe(seconds)
         if text.total_s is not None:
-            self._whole.observe(text.total_s)
+            self._whole.labels(model).observe(text.total_s)
 
 
 class _Renamed(Collector):
@@ -78,7 +86,7 @@ class _Renamed(Collector):
 
 
 class _State(Collector):
-    """What is so now, and the scheduler's own counts."""
+    """What is so now, and the scheduler's own counts: of the served model and all versions on its base together."""
 
     def __init__(self, manager: ModelManager):
         self._manager = manager

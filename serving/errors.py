@@ -19,6 +19,7 @@ from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.scheduler import QueueFullError, SchedulerClosedError
 from twinloop.serving.generation import CallError, GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
+from twinloop.serving.worker_process import SupervisorSilentError
 
 log = logging.getLogger(__name__)
 
@@ -236,6 +237,11 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     async def mistaken(request: Request, error: UserError) -> JSONResponse:
         log.error("%s", error)
         return JSONResponse(error_body(500, "the server cannot do this; its log gives the reason"), 500)
+
+    @app.exception_handler(SupervisorSilentError)
+    async def unknown(request: Request, error: SupervisorSilentError) -> JSONResponse:
+        body = error_body(503, "what the server's other processes do is not known now; ask again")
+        return JSONResponse(body, 503, headers=SOON)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

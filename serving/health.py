@@ -18,6 +18,7 @@ from twinloop.serving.errors import ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
 from twinloop.serving.metrics import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.model_manager import Degradation, ModelManager
+from twinloop.serving.named import NamedVersion
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ class Health(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """OpenAI's model, with what is served, what it is for, and where it is asked."""
+    """OpenAI's model, with what is served, what it is for, and where it is asked. `id` is what a request's `model`
+    says: the served model's name, or a version on the same base, such as `returns:v7`."""
 
     id: str
     object: Literal["model"]
@@ -149,30 +151,23 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
 
     @router.get("/v1/models", responses=errors())
     def models() -> ModelList:
-        return ModelList(object="list", data=[_model_object(manager.service, created)])
+        service, others = manager.service, manager.listed()
+        return ModelList(object="list", data=[_model_object(service, each, created) for each in (None, *others)])
 
     @router.get("/v1/models/{name}", responses=errors(404))
     def one_model(name: str) -> ModelObject:
-        refuse_other_model(name, manager.service.model)
-        return _model_object(manager.service, created)
+        return _model_object(manager.service, manager.find(name), created)
 
     return router
 
 
-def refuse_other_model(name: str, model: ModelInfo) -> None:
-    """Raises ApiError unless this is the name of the served model."""
-    if name != model.name:
-        raise ApiError(
-            404, f"model: {name!r} is not served here; {model.name!r} is", code="model_not_found", param="model"
-        )
-
-
-def refuse_closed(what: str, service: DecisionService) -> NoReturn:
-    """Raises ApiError for what the served model does not do, with the routes at which it is asked."""
+def refuse_closed(what: str, service: DecisionService, why: str | None = None) -> NoReturn:
+    """Raises ApiError for what is not served, with the routes at which the served model is asked. why: unless that is
+    what the model gives."""
     labels = service.tokenizer.labels
     gives = "labels" if labels[1:] else "scores" if labels else "text"
     there = " and ".join(f"POST {route}" for route in routes_of(service.domain, labels)) or "nothing"
-    raise ApiError(404, f"{what}: not served, since the model gives {gives}; it answers {there}")
+    raise ApiError(404, f"{what}: not served, since {why or f'the model gives {gives}'}; it answers {there}")
 
 
 def _health(
@@ -204,8 +199,10 @@ def _index(service: DecisionService) -> Index:
     )
 
 
-def _model_object(service: DecisionService, created: int) -> ModelObject:
-    model, purpose = service.model, purpose_of(service.domain, service.tokenizer.labels)
-    known: dict[str, Any] = {"id": model.name, "object": "model", "created": created, "owned_by": "twinloop"}
+def _model_object(service: DecisionService, version: NamedVersion | None, created: int) -> ModelObject:
+    """version: a version beside the served one; None for that."""
+    model = service.model if version is None else version.model
+    id, purpose = service.id if version is None else version.id, purpose_of(service.domain, service.tokenizer.labels)
+    known: dict[str, Any] = {"id": id, "object": "model", "created": created, "owned_by": "twinloop"}
     known |= {"version": model.version, "digest": model.digest, "domain": service.domain.name}
     return ModelObject(**known, **purpose.model_dump())

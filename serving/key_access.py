@@ -32,11 +32,11 @@ _ACCOUNT = "twinloop.account"
 class RequireKey:
     """Refuse requests without a key, and those beyond their key's limits."""
 
-    def __init__(self, app: ASGIApp, keys: KeyStore, admin_token: str | None):
+    def __init__(self, app: ASGIApp, keys: KeyStore, admin_token: str | None, accounts: Accounts):
         self.app = app
         self.keys = keys
         self.admin_token = admin_token
-        self.accounts = Accounts()
+        self.accounts = accounts
         self._reported = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

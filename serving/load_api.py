@@ -4,17 +4,17 @@ so now. For monitoring there is `/metrics`."""
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.serving.described import errors
 from twinloop.serving.metrics import Metrics
-from twinloop.serving.model_manager import ModelManager
 
 
 class Load(BaseModel):
-    """Counters are since the server's start.
+    """Counters are since the server's start, and those of all its processes.
 
     clock_s: of the server, for the time between two readings. requests: asked of the model; refused: those of them that
     got an error. first_tokens: answers that the model began, and first_token_s the time that they took to it, summed.
@@ -38,27 +38,12 @@ class Load(BaseModel):
     slots: int
 
 
-def load_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
+def load_router(metrics: Metrics) -> APIRouter:
     """`GET /v1/load`."""
     router = APIRouter()
 
     @router.get("/v1/load", responses=errors())
     def load() -> Load:
-        scheduler = manager.service.scheduler
-        now, totals, counted = scheduler.metrics(), manager.totals(), metrics.counted()
-        return Load(
-            clock_s=round(time.monotonic(), 3),
-            requests=counted.requests,
-            refused=counted.refused,
-            first_tokens=counted.first_tokens,
-            first_token_s=counted.first_token_s,
-            prompt_tokens=totals.prompt_tokens,
-            completion_tokens=totals.completion_tokens,
-            tokens_per_s=now.tokens_per_s,
-            queued=now.queued,
-            active=now.active,
-            capacity=scheduler.capacity,
-            slots=now.slots,
-        )
+        return Load(clock_s=round(time.monotonic(), 3), **asdict(metrics.counted()))
 
     return router

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from twinloop.serving.decisions import DecisionService
+from twinloop.serving.engine.held_adapters import AdapterDroppedError
 from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, Totals
+from twinloop.serving.named import NamedModels, NamedVersion, find_named
 
 T = TypeVar("T")
 
@@ -32,8 +34,9 @@ class ServeFailure:
 class ModelManager:
     """Holds the service that answers now. Safe for many threads; one of them replaces it."""
 
-    def __init__(self, service: DecisionService):
-        self.service = service
+    def __init__(self, service: DecisionService, others: NamedModels | None = None):
+        """others: versions on the base of the service's model, where it takes adapters."""
+        self._serving = service, others
         self.failure: ServeFailure | None = None
         self.unknown_champion: Literal["no_champion", "registry_unreadable"] | None = None
         """Why the registry names no champion at the moment, if it does not."""
@@ -41,23 +44,52 @@ class ModelManager:
         self._working: list[Scheduler] = [service.scheduler]
         self._ended = Totals()
 
-    def submit(self, work: Callable[[DecisionService], T]) -> T:
-        """Hand a request to the service that answers now. Raises what `work` raises.
+    @property
+    def service(self) -> DecisionService:
+        """What answers requests that name no version."""
+        return self._serving[0]
 
-        A service that is replaced in this very moment takes no more, and the request goes to its successor.
+    def find(self, name: str | None) -> NamedVersion | None:
+        """The version that a request names; None for the served model itself. Raises ApiError for a name that no model
+        has here."""
+        return find_named(*self._serving, name)
+
+    def listed(self) -> list[NamedVersion]:
+        """Versions that requests may name beside the served model."""
+        _, others = self._serving
+        return others.listed() if others is not None else []
+
+    @property
+    def loaded(self) -> int | None:
+        """How many of them are in memory; None where the served model takes no adapters."""
+        service, others = self._serving
+        return None if others is None else len(service.scheduler.adapters.held)
+
+    def submit(self, work: Callable[[DecisionService], T], name: str | None = None) -> T:
+        """Hand a request to the service that answers now, or to a version on its base. Raises what `work` raises, and
+        ApiError for a name that no model has here.
+
+        name: what the request calls the model. A service that is replaced in this very moment takes no more, and the
+        request goes to its successor; an adapter that is dropped in this very moment is loaded again.
         """
         while True:
-            service = self.service
+            service, others = self._serving
             try:
-                return work(service)
+                version = find_named(service, others, name)
+                if version is None or others is None:
+                    return work(service)
+                return work(others.load(version))
+            except AdapterDroppedError:
+                continue
             except SchedulerClosedError:
                 if service is self.service:
                     raise
 
-    def replace(self, service: DecisionService) -> None:
+    def replace(self, service: DecisionService, others: NamedModels | None = None) -> None:
         """Answer every later request with `service`; return when the last answer of the one before is complete."""
         with self._lock:
-            old, self.service, self.failure, self.unknown_champion = self.service, service, None, None
+            old, self._serving = self.service, (service, others)
+            self.failure = self.unknown_champion = None
             self._working.append(service.scheduler)
         old.scheduler.close()
         with self._lock:

@@ -15,7 +15,6 @@ from twinloop.serving.completions import refuse_unknown_ids
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, errors
 from twinloop.serving.errors import ApiError
-from twinloop.serving.health import refuse_other_model
 from twinloop.serving.messages import ChatMessage, encode_conversation, encode_messages
 from twinloop.serving.model_manager import ModelManager
 
@@ -100,10 +99,9 @@ def tokens_router(manager: ModelManager) -> APIRouter:
 
 
 def _service(manager: ModelManager, body: _Fields) -> DecisionService:
-    service = manager.service
-    if body.model is not None:
-        refuse_other_model(body.model, service.model)
-    return service
+    """The served model's, whose tokens those of all others on its base are. Raises ApiError for a name of none."""
+    manager.find(body.model)
+    return manager.service
 
 
 def _encode(body: TokenizeText | TokenizeMessages, tokenizer: ChatTokenizer) -> list[int]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -121,10 +122,23 @@ def make_plan(
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
     serving = {
-        precision: serving_memory(config, precision=precision, slots=recipe.evaluate.slots, max_length=max_length)
+        precision: serving_memory(
+            config,
+            precision=precision,
+            slots=recipe.evaluate.slots,
+            max_length=max_length,
+            adapter_ranks=_exported_ranks(recipe),
+        )
         for precision in recipe.export.on(runtime.device)
     }
     return Plan(config, stages, serving, others.cores())
+
+
+def _exported_ranks(recipe: Recipe) -> int:
+    """Ranks of the adapter that stays beside the weights: adapters of stages after each other are exported as one."""
+    adapters = [stage.settings.lora for stage in recipe.train if not stage.method.has_head]
+    kept = takewhile(lambda lora: lora is not None and not lora.merge, reversed(adapters))
+    return sum(lora.rank for lora in kept if lora is not None) if recipe.export.adapters else 0
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,13 @@ class ExportSettings(StrictModel):
 
     fp16 first: its logits stay nine times nearer to the network's than bf16's, and within the gate's limit."""
 
+    adapters: bool = False
+    """Keep the adapter of the last stage beside its base, not merged: one server then answers for every version on that
+    base, by its name. It runs on CPU, in fp32, int8 or int4."""
+
     def on(self, device: str) -> list[Precision]:
-        return self.precisions or (["fp16", "bf16"] if device == "cuda" else ["fp32", "int8"])
+        on_cuda = device == "cuda" and not self.adapters
+        return self.precisions or (["fp16", "bf16"] if on_cuda else ["fp32", "int8"])
 
     def only_on_cuda(self) -> Precision | None:
         """The first precision asked for that the engine does not run on CPU."""
@@ -137,6 +142,16 @@ class Recipe(StrictModel):
             self.check_context(self.base.max_length)
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
+        if self.export.adapters:
+            if wrong := self.export.only_on_cuda():
+                raise ValueError(
+                    f"export.precisions has {wrong}, and export.adapters runs on CPU only; take fp32 or int8"
+                )
+            if self.train[-1].method.has_head:
+                raise ValueError("export.adapters: the last stage trains a head, for which an adapter has no place")
+            lora = self.train[-1].settings.lora
+            if lora is None or lora.merge:
+                raise ValueError("export.adapters: the last stage makes no adapter; give it `lora`, without `merge`")
         return self
 
     def check_context(self, max_length: int) -> None:

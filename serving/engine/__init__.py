@@ -2,6 +2,7 @@
 
 session      ONNX Runtime sessions, over an exported model or over tensors that someone else owns
 kv_cache     the cache of all slots, and the bindings of a step to it
+adapters     LoRA adapters beside the weights, one a sequence
 runner       prefill, decode and scoring over the slots; one forward pass each
 sampling     how the next token is chosen, and what a constraint on an answer is
 grammar      constraints: answers that follow a JSON Schema

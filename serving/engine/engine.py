@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from twinloop.common.errors import UserError
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.slots import Drawn, FinishReason, Prompt, SlotBatch
@@ -33,11 +34,12 @@ class Engine(ModelRunner):
         *,
         group: int = 1,
         first_sequence: int = 0,
+        adapter: LoadedAdapter | None = None,
     ) -> list[Completion]:
         """Complete every prompt `group` times; completion i of prompt p is number p * group + i of the result.
 
         first_sequence: the number of the first completion to the seed, where several engines share the work of one
-        call.
+        call. adapter: None for the model's own.
 
         Synchronous, and takes all slots: a slot is filled again as soon as its sequence ends. The result is a function
         of weights, arguments and number of slots alone, bit for bit (with a seed, or at temperature 0). Raises
@@ -50,7 +52,7 @@ class Engine(ModelRunner):
         batch = SlotBatch(self)
         answers = _Answers(first_sequence, len(prompts) * group, min(params.max_tokens, self.max_length - 1))
         for index, tokens in enumerate(prompts):
-            prompt = Prompt(tokens)
+            prompt = Prompt(tokens, adapter)
             members = range(first_sequence + index * group, first_sequence + (index + 1) * group)
             while members:
                 if free := batch.free:

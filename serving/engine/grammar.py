@@ -32,6 +32,10 @@ _OWN_OPTIONS = "x-guidance"
 """A key with which a schema would set llguidance's options: it is not part of JSON Schema."""
 _SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _NO_SCHEMAS = frozenset({"enum", "const", "default", "examples"})
+_NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum")
+_LARGEST_EXACT = 2**53
+"""llguidance (1.9) holds numbers as floats: larger ones it would enforce wrongly, and some, such as an integer of at
+most -(2**63 - 2), end the process."""
 _MESSAGE_CHARACTERS = 300
 
 
@@ -112,9 +116,10 @@ class Grammars:
         it does not name may come twice in an object; readers of JSON keep the last.
         """
         own = _without_options(schema)
+        _check_numbers(own)
         try:
-            text = LLMatcher.grammar_from_json_schema(json.dumps(own), overrides={"whitespace_pattern": _WHITESPACE})
-        except (ValueError, RecursionError) as error:
+            text = LLMatcher.grammar_from_json_schema(_as_json(own), overrides={"whitespace_pattern": _WHITESPACE})
+        except ValueError as error:
             raise GrammarError(_one_line(str(error))) from None
         grammar = self._compile(text)
         _check_counts(own)
@@ -159,8 +164,16 @@ class Grammars:
 def json_rule(schema: Mapping[str, Any]) -> str:
     """What follows a schema, as `Grammars.json_schema` says, as a part of a Lark grammar. Raises GrammarError for one
     that cannot be enforced, and `Grammars.lark` for others."""
+    _check_numbers(schema)
     _check_counts(schema)
-    return "%json " + json.dumps(_without_options(schema) | {_OWN_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+    return "%json " + _as_json(_without_options(schema) | {_OWN_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+
+
+def _as_json(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise GrammarError("nested too deeply") from None
 
 
 def _without_options(schema: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,13 +216,33 @@ def _counts_keys(schema: Mapping[str, Any]) -> bool:
     return isinstance(least, int | float) and least > max(1, named)
 
 
+def _check_numbers(schema: Mapping[str, Any]) -> None:
+    for each in _subschemas(schema):
+        for key in _NUMBERS:
+            if key in each and any(abs(number) > _LARGEST_EXACT for number in _numbers(each[key])):
+                raise GrammarError(f'Unimplemented: a number beyond {_LARGEST_EXACT} in "{key}"')
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """All of a JSON value."""
+    waiting = [value]  # and no recursion: a schema may be nested deeply
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, int | float):
+            yield each
+        elif isinstance(each, Mapping | list):
+            waiting += each.values() if isinstance(each, Mapping) else each
+
+
 def _subschemas(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A schema and those within it."""
-    yield schema
-    for key, value in schema.items():
-        if key in _NO_SCHEMAS:
-            continue
-        inside = value.values() if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping) else value
-        for each in [inside] if isinstance(inside, Mapping) else inside if isinstance(inside, Iterable) else ():
-            if isinstance(each, Mapping):
-                yield from _subschemas(each)
+    """A schema and those within it, in any order."""
+    waiting = [schema]
+    while waiting:
+        schema = waiting.pop()
+        yield schema
+        for key, value in schema.items():
+            if key in _NO_SCHEMAS:
+                continue
+            inside = value.values() if key in _SCHEMAS_BY_NAME and isinstance(value, Mapping) else value
+            several = [inside] if isinstance(inside, Mapping) else inside if isinstance(inside, Iterable) else ()
+            waiting += [each for each in several if isinstance(each, Mapping)]

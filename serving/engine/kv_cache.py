@@ -15,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from twinloop.models.config import DecoderConfig
+from twinloop.serving.engine.adapters import AdapterBinding, AdapterTables
 
 Device = Literal["cpu", "cuda"]
 
@@ -123,7 +124,9 @@ class StepBinding:
         length: int,
         rows: int,
         outputs: int,
+        adapters: AdapterTables | None = None,
     ):
+        """adapters: of a graph that takes them; `adapt` says which."""
         self._session = session
         self._binding = session.io_binding()
         self.tokens = np.zeros((count, length), np.int64)
@@ -148,6 +151,13 @@ class StepBinding:
         self._binding.bind_input("total_sequence_length", "cpu", 0, np.int32, (), self.total.ctypes.data)
         self._binding.bind_output("logits", "cpu", 0, np.float32, self.logits.shape, self.logits.ctypes.data)
         arena.bind(self._binding, first, count)
+        self._adapters = None if adapters is None else AdapterBinding(adapters, self._binding)
+
+    def adapt(self, numbers_B: np.ndarray) -> None:
+        """Choose each row's adapter: int64 [B], the numbers of loaded ones, or 0 for none. Of a graph that takes them,
+        before every run."""
+        assert self._adapters is not None
+        self._adapters.choose(numbers_B)
 
     def score(self, rows: np.ndarray) -> None:
         """Choose the positions whose logits are computed: int64 [N], indices into B*L. At first: the first N."""

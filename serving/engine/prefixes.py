@@ -1,8 +1,8 @@
 """Prompts that begin like what a slot holds already: its keys and values are taken over instead of computed.
 
 A slot keeps what it held until it is needed, so the slots are the cache: nothing is stored beside them, and no prompt
-meets what another model computed. Keys and values of a position depend on the tokens up to it alone, whatever came
-after them, and however wide a layer's window is: a slot keeps every position.
+meets what another model or another adapter computed. Keys and values of a position depend on the tokens up to it alone,
+whatever came after them, and however wide a layer's window is: a slot keeps every position.
 
 Shapes: letters as in `models.shapes`.
 """
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.runner import ModelRunner
 
 SHORTEST = 16
@@ -28,9 +29,16 @@ class PrefixCache:
         self._prompts = 0
 
     def place(
-        self, tokens: Sequence[int], free_C: np.ndarray, shortest: int = SHORTEST, *, empty: bool = False
+        self,
+        tokens: Sequence[int],
+        free_C: np.ndarray,
+        shortest: int = SHORTEST,
+        *,
+        adapter: LoadedAdapter,
+        empty: bool = False,
     ) -> tuple[int, int]:
-        """Make the lowest free slot begin with as many of the tokens as any slot holds, and with nothing else.
+        """Make the lowest free slot begin with as many of the tokens as any slot holds of this adapter, and with
+        nothing else.
 
         The lowest, so that the range of a decode step stays narrow. What it held, if it was used later than what
         another free slot holds, goes on in that one. Returns the slot and its length: 0, or at least `shortest`.
@@ -41,7 +49,7 @@ class PrefixCache:
         self._used_C[~free_C] = self._prompts
         free = np.flatnonzero(free_C)
         slot = int(free[0])
-        common_C = self._common(np.array(tokens, np.int64), shortest)
+        common_C = self._common(np.array(tokens, np.int64), shortest, adapter)
         source = slot if common_C[slot] == common_C.max() else int(common_C.argmax())
         length = int(common_C[source])
         # What is a beginning of the prompt, or the same prompt with another answer, need not be held twice.
@@ -61,12 +69,13 @@ class PrefixCache:
         elif source not in (slot, outdated):
             runner.copy_prefix(source, [slot], length)
             self._used_C[source] = self._prompts
-        runner.lengths[slot] = length
+        runner.hold([slot], length, adapter)
         self._used_C[slot] = self._prompts
         return slot, length
 
-    def _common(self, tokens_L: np.ndarray, shortest: int) -> np.ndarray:
-        """With how many of the tokens each slot begins, int [C]; 0 where they are fewer than `shortest`."""
+    def _common(self, tokens_L: np.ndarray, shortest: int, adapter: LoadedAdapter) -> np.ndarray:
+        """With how many of the tokens each slot begins, int [C]; 0 where they are fewer than `shortest`, or were read
+        with another adapter."""
         equal_CL = self._runner.tokens_CM[:, : len(tokens_L)] == tokens_L
         common_C = np.minimum(np.logical_and.accumulate(equal_CL, axis=1).sum(axis=1), self._runner.lengths)
-        return np.where(common_C < shortest, 0, common_C)
+        return np.where((common_C < shortest) | (self._runner.adapters_C != adapter.number), 0, common_C)

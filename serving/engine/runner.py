@@ -18,13 +18,15 @@ from numpy.typing import ArrayLike
 
 from twinloop.common.errors import UserError
 from twinloop.common.memory import available_bytes
+from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.exported import WEIGHTS_FILE, read_exported
+from twinloop.models.exported import WEIGHTS_FILE, read_exported, read_own_adapter
 from twinloop.models.memory import check_fits, serving_memory
 from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
 from twinloop.models.vocabulary import read_vocab_size
+from twinloop.serving.engine.adapters import BASE, AdapterTables, LoadedAdapter
 from twinloop.serving.engine.kv_cache import Device, KVArena, StepBinding
 from twinloop.serving.engine.session import choose_device, open_bound, open_exported
 
@@ -35,7 +37,9 @@ _BINDING_BYTES_KEPT = 256 << 20
 
 class ModelRunner:
     """`slots` sequences of at most `max_length` tokens each; `lengths` int32 [C]: tokens that each one holds, which are
-    the first of its row of `tokens_CM`.
+    the first of its row of `tokens_CM`; `adapters_C` int64 [C]: numbers of the adapters that they are computed with.
+
+    own: the adapter of all sequences for which no other one is named; BASE where the model has none.
 
     vocab_size: ids that the tokenizer has. Many published models have more rows in their embeddings, padded to a
     multiple that suits a GPU: an id of those means nothing, and is never drawn.
@@ -52,12 +56,16 @@ class ModelRunner:
         max_length: int,
         weight_bytes: int,
         vocab_size: int | None = None,
+        takes_adapters: bool = False,
     ):
-        """vocab_size: by default that of the network."""
+        """vocab_size: by default that of the network. takes_adapters: whether the session's graph does."""
         self.config, self.precision, self.device = config, precision, device
         self.vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
         self.slots, self.max_length = slots, max_length
         self.lengths = np.zeros(slots, np.int32)
+        self.adapters_C = np.zeros(slots, np.int64)
+        self.own = BASE
+        self._adapters = AdapterTables(config) if takes_adapters else None
         self._session = session
         element_type, dtype = compute_type(precision)
         self._arena = KVArena(
@@ -82,9 +90,11 @@ class ModelRunner:
         max_length: int | None = None,
         provider: Device | None = None,
         threads: int | None = None,
+        copies: int = 1,
     ) -> Self:
-        """Open an exported model. max_length: what it was exported for unless given; provider: the one its precision
-        runs on.
+        """Open an exported model, with its own adapter where it has one. max_length: what it was exported for unless
+        given; provider: the one its precision runs on; copies: processes that load it at the same time, this one
+        included, each with memory of its own.
 
         Raises UserError where there is none, its integrity check fails, or its precision cannot run on this machine;
         and, on CPU, where it needs more memory than is available, before any is taken.
@@ -100,11 +110,18 @@ class ModelRunner:
             )
         device = choose_device(exported.precision, provider)
         max_length = max_length or exported.max_length
+        own = read_own_adapter(exported_dir, config) if exported.takes_adapters else None
         if device == "cpu":
-            plan = serving_memory(config, precision=exported.precision, slots=slots, max_length=max_length)
+            plan = serving_memory(
+                config,
+                precision=exported.precision,
+                slots=slots,
+                max_length=max_length,
+                adapter_ranks=0 if own is None else own.max_rank,
+            )
             what = f"{exported_dir} ({exported.precision}, slots {slots:,}, max_length {max_length:,})"
-            check_fits(plan, available_bytes(), what=what)
-        return cls(
+            check_fits(plan, available_bytes(), what=what, copies=copies)
+        runner = cls(
             open_exported(exported_dir, config, device=device, threads=threads),
             config,
             precision=exported.precision,
@@ -113,7 +130,12 @@ class ModelRunner:
             max_length=max_length,
             weight_bytes=(exported_dir / WEIGHTS_FILE).stat().st_size,
             vocab_size=read_vocab_size(exported_dir),
+            takes_adapters=exported.takes_adapters,
         )
+        if own is not None:
+            runner.own = runner.load_adapter("own", own)
+            runner.reset()
+        return runner
 
     @classmethod
     def from_weights(
@@ -167,15 +189,37 @@ class ModelRunner:
 
     @property
     def memory_bytes(self) -> int:
-        """Weights and cache. ONNX Runtime's scratch memory, which grows with the longest chunk, comes on top."""
-        return self._weight_bytes + self._arena.nbytes
+        """Weights, adapters and cache. ONNX Runtime's scratch memory, which grows with the longest chunk, comes on
+        top."""
+        adapters = 0 if self._adapters is None else self._adapters.nbytes
+        return self._weight_bytes + adapters + self._arena.nbytes
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def load_adapter(self, name: str, adapter: Adapter) -> LoadedAdapter:
+        """Hold an adapter beside the weights, for the sequences that are to have it; of whatever rank it is.
+
+        Raises UserError where the model takes none, or the memory for it is not available.
+        """
+        if self._adapters is None:
+            raise UserError(
+                f"engine: {name}: this model takes no adapters; export one with `export: {{adapters: true}}`"
+            )
+        return self._adapters.load(name, adapter)
+
+    def drop_adapter(self, adapter: LoadedAdapter) -> None:
+        """Free the memory of an adapter that no sequence uses any more."""
+        assert self._adapters is not None
+        assert adapter is not self.own
+        self._adapters.drop(adapter)
 
     # --- steps ----------------------------------------------------------------------------------------------------
 
     def prefill(self, slot: int, tokens: ArrayLike, *, start: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
         """Put tokens [L] into a slot from position `start` on; what the slot held from there is forgotten.
 
-        start: at most the slot's length. Returns the logits after the last token, float32 [V], a view.
+        start: at most the slot's length; the adapter is the slot's. Returns the logits after the last token, float32
+        [V], a view.
         """
         tokens_L = self._tokens(tokens, start)
         assert start <= self.lengths[slot], "a slot has no gaps"
@@ -198,6 +242,8 @@ class ModelRunner:
         # An idle row's token lands behind the slot's last one, where the next real token overwrites it.
         step.seqlens[:] = lengths_B
         step.total[()] = lengths_B.max() + 1
+        if self._adapters is not None:
+            step.adapt(np.where(active_B, self.adapters_C[first : first + count], BASE.number))
         logits_BV = step.run()
         active = np.flatnonzero(active_B)
         self.tokens_CM[first + active, lengths_B[active]] = tokens_B[active]
@@ -214,6 +260,7 @@ class ModelRunner:
         """Give other slots the first `length` tokens of a slot, as if each had been prefilled with them."""
         assert length <= self.lengths[source]
         self._arena.copy_prefix(self._session, source, targets, length)
+        self.adapters_C[list(targets)] = self.adapters_C[source]
         self.tokens_CM[list(targets), :length] = self.tokens_CM[source, :length]
         self.lengths[list(targets)] = length
 
@@ -221,12 +268,23 @@ class ModelRunner:
         """Exchange what two slots hold."""
         pair = [slot, other]
         self._arena.swap(self._session, slot, other, int(self.lengths[pair].max()))
-        for state in (self.tokens_CM, self.lengths):
+        for state in (self.tokens_CM, self.lengths, self.adapters_C):
             state[pair] = state[pair[::-1]]
 
-    def score(self, tokens: ArrayLike, *, slot: int = 0, chunk: int = PREFILL_CHUNK) -> np.ndarray:
-        """Teacher forcing: the logits after every token, float32 [L, V]. Uses up the slot's content."""
+    def hold(self, slots: Sequence[int], length: int, adapter: LoadedAdapter) -> None:
+        """Say that slots hold `length` tokens, computed with this adapter, and go on with it."""
+        self.lengths[list(slots)] = length
+        self.adapters_C[list(slots)] = adapter.number
+
+    def score(
+        self, tokens: ArrayLike, *, slot: int = 0, chunk: int = PREFILL_CHUNK, adapter: LoadedAdapter | None = None
+    ) -> np.ndarray:
+        """Teacher forcing: the logits after every token, float32 [L, V]. Uses up the slot's content.
+
+        adapter: None for the model's own.
+        """
         tokens_L = self._tokens(tokens, 0)
+        self.hold([slot], 0, adapter or self.own)
         logits_LV = np.empty((len(tokens_L), self.config.num_outputs), np.float32)
         for begin in range(0, len(tokens_L), chunk):
             part_L = tokens_L[begin : begin + chunk]
@@ -235,7 +293,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Forget every slot's content."""
-        self.lengths[:] = 0
+        self.hold(range(self.slots), 0, self.own)
 
     def check_prompt(self, tokens: Sequence[int]) -> None:
         """Raise UserError unless the prompt has tokens, all of the vocabulary, and can be continued by one more."""
@@ -257,6 +315,8 @@ class ModelRunner:
         step.seqlens[0] = start + length - 1
         step.total[()] = start + length
         step.score(np.arange(length - rows, length))
+        if self._adapters is not None:
+            step.adapt(self.adapters_C[slot : slot + 1])
         self.lengths[slot] = start  # also where the run fails, which may have written some layers
         logits = step.run()
         self.tokens_CM[slot, start : start + length] = tokens_L
@@ -284,6 +344,7 @@ class ModelRunner:
                 length=length,
                 rows=rows,
                 outputs=self.config.num_outputs,
+                adapters=self._adapters,
             )
             self._bindings[key] = step
             self._binding_bytes += step.logits.nbytes

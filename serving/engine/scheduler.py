@@ -1,8 +1,8 @@
 """Many callers, one engine: a thread owns it, and every answer of a request is a stream of tokens.
 
-Each round computes a bounded piece of the prompts that wait, in order of arrival, and takes one batched decode step of
-all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt gets its slot when it
-is the next to be computed, and goes on from what any slot then holds of its beginning.
+Each round computes a bounded piece of the prompts that wait, by priority and then in order of arrival, and takes one
+batched decode step of all that answer. So a long prompt delays running answers by one piece, not by its whole. A prompt
+gets its slot when it is the next to be computed, and goes on from what any slot then holds of its beginning.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from itertools import groupby, islice
-from operator import attrgetter
-from typing import Self
+from typing import Any, Self
 
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.drafts import DRAFT_TOKENS, Drafts
 from twinloop.serving.engine.engine import Engine
+from twinloop.serving.engine.held_adapters import HeldAdapters
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch, SlotConstraintError
 from twinloop.serving.engine.stream import Stream, StreamEnd
+from twinloop.serving.engine.waiting import WaitingQueue
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +74,21 @@ class Place:
     """Places in the queue for the answers of one request; held until its prompt is submitted or the `with` block
     ends."""
 
-    def __init__(self, scheduler: Scheduler, answers: int):
+    def __init__(self, scheduler: Scheduler, answers: int, adapter: LoadedAdapter | None):
         self._scheduler = scheduler
         self._answers = answers
+        self._adapter = adapter
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams) -> list[Stream]:
+    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> list[Stream]:
         """Queue the prompt in these places, once; it is computed once for all of its answers.
 
-        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. Raises UserError for a
-        prompt that does not fit, SchedulerClosedError where the scheduler was closed since.
+        Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. priority: of those that
+        wait, the lowest is next. Raises UserError for a prompt that does not fit, SchedulerClosedError where the
+        scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        streams = self._scheduler._fill_places(prompt, params, self._answers)
+        streams = self._scheduler._fill_places(prompt, params, self._answers, self._adapter, priority)
         self._held = False
         return streams
 
@@ -94,11 +98,14 @@ class Place:
     def __exit__(self, *_: object) -> None:
         if self._held:
             self._held = False
-            self._scheduler._give_back_places(self._answers)
+            self._scheduler._give_back_places(self._answers, self._adapter)
 
 
 class Scheduler:
-    """Owns the engine from now on. `queue_size` answers may wait beside those in the slots."""
+    """Owns the engine from now on. `queue_size` answers may wait beside those in the slots.
+
+    adapters: those beside the model's own, for requests that name one.
+    """
 
     def __init__(
         self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256, draft_tokens: int = DRAFT_TOKENS
@@ -107,8 +114,10 @@ class Scheduler:
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
-        self._waiting: deque[Stream] = deque()
+        self._waiting = WaitingQueue()
         self._reserved = 0  # places of requests that are still prepared
+        self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self.adapters = HeldAdapters(engine, self._between_rounds)
         self._closing = False
         self._batch = SlotBatch(engine)
         self._drafts = Drafts(self._batch, draft_tokens)
@@ -156,18 +165,20 @@ class Scheduler:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def reserve(self, answers: int = 1) -> Place:
+    def reserve(self, answers: int = 1, adapter: LoadedAdapter | None = None) -> Place:
         """Places for the answers of a request whose prompt is still to be made, so that one that must be refused costs
         no more.
 
-        Use it as a context manager: it gives back a place that nothing was submitted to. Raises QueueFullError.
+        adapter: of `adapters`; None for the model's own. Use it as a context manager: it gives back a place that
+        nothing was submitted to. Raises QueueFullError, and AdapterDroppedError.
         """
         with self._lock:
             self._check_open()
             if self._places < answers:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
+            self.adapters.use(adapter, answers)
             self._reserved += answers
-        return Place(self, answers)
+        return Place(self, answers, adapter)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         """Queue a prompt for one answer, as `Place.submit` does. Raises like `reserve` and that."""
@@ -179,20 +190,35 @@ class Scheduler:
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
-    def _fill_places(self, tokens: Sequence[int], params: SamplingParams, answers: int) -> list[Stream]:
+    def _fill_places(
+        self, tokens: Sequence[int], params: SamplingParams, answers: int, adapter: LoadedAdapter | None, priority: int
+    ) -> list[Stream]:
         self._engine.check_prompt(tokens)
-        prompt = Prompt(list(tokens))
-        streams = [Stream(prompt, params, sequence) for sequence in range(answers)]
+        prompt = Prompt(list(tokens), adapter)
+        streams = [Stream(prompt, params, sequence, priority) for sequence in range(answers)]
         with self._lock:
             self._check_open()
             self._reserved -= answers
-            self._waiting += streams
+            self._waiting.add(streams)
             self._lock.notify()
         return streams
 
-    def _give_back_places(self, answers: int) -> None:
+    def _give_back_places(self, answers: int, adapter: LoadedAdapter | None) -> None:
         with self._lock:
             self._reserved -= answers
+        self.adapters.leave(adapter, answers)
+
+    def _between_rounds(self, work: Callable[[], Any]) -> Future[Any]:
+        """Let the engine's thread do it, before its next round. The future raises SchedulerClosedError."""
+        done: Future[Any] = Future()
+        with self._lock:
+            try:
+                self._check_open()
+                self._errands.append((work, done))
+                self._lock.notify()
+            except SchedulerClosedError as error:
+                done.set_exception(error)
+        return done
 
     def metrics(self) -> SchedulerMetrics:
         """A snapshot."""
@@ -232,18 +258,22 @@ class Scheduler:
                 self._closing = True
             for stream in self._waiting:
                 stream.end("error", error)
+            for _, done in self._errands:
+                done.set_exception(error)
             self._fail(range(self._engine.slots), error)
 
     def _work_comes(self) -> bool:
-        """Wait for a request. False once the scheduler is closed and everything answered."""
+        """Wait for a request or an errand. False once the scheduler is closed and everything answered."""
         with self._lock:
-            while not self._waiting and not self.active:
+            while not self._waiting and not self.active and not self._errands:
                 if self._closing:
                     return False
                 self._lock.wait()
         return True
 
     def _round(self) -> None:
+        while self._errands:
+            self._run_errand(*self._errands.popleft())
         self._drop_cancelled()
         self._read_prompts()
         if slots := self._batch.decoding:
@@ -259,27 +289,32 @@ class Scheduler:
                 log.exception("a decode step failed")
                 self._fail(slots, error)
 
+    def _run_errand(self, work: Callable[[], Any], done: Future[Any]) -> None:
+        try:
+            done.set_result(work())
+        except Exception as error:  # for who asked: the answers go on
+            done.set_exception(error)
+
     def _drop_cancelled(self) -> None:
         for slot, stream in enumerate(self._streams):
             if stream is not None and stream.cancelled:
                 self._release(slot, "cancelled")
-        if cancelled := [stream for stream in tuple(self._waiting) if stream.cancelled]:
+        if cancelled := [stream for stream in self._waiting if stream.cancelled]:
             self._drop(cancelled, "cancelled")
 
     def _drop(self, streams: Collection[Stream], reason: StreamEnd, error: BaseException | None = None) -> None:
         """End streams that wait."""
         with self._lock:
-            self._waiting = deque(stream for stream in self._waiting if stream not in streams)
+            self._waiting.remove(streams)
         for stream in streams:
             self._finish(stream, reason, error)
 
     def _admit(self) -> bool:
-        """Give free slots to who waits longest, to the answers of one request at once. Returns whether that was done:
-        not where there are none, or nobody waits, or it failed."""
+        """Give free slots to who is next, to the answers of one request at once. Returns whether that was done: not
+        where there are none, or nobody waits, or it failed."""
         free = self._batch.free
         with self._lock:
-            waiting = islice(self._waiting, free)
-            streams = next((list(answers) for _, answers in groupby(waiting, key=attrgetter("prompt"))), [])
+            streams = self._waiting.choose()[:free] if free else []
         if not streams:
             return False
         prompt = streams[0].prompt
@@ -290,9 +325,10 @@ class Scheduler:
             log.exception("a prompt got no slot")
             self._drop(streams, "error", error)
             return False
-        with self._lock:
-            for slot in slots:
-                self._streams[slot] = self._waiting.popleft()
+        with self._lock:  # a place is never seen as free in between
+            self._waiting.remove(streams)
+            for slot, stream in zip(slots, streams, strict=True):
+                self._streams[slot] = stream
         if first:
             self._counts["prompt_tokens"] += prompt.cached_tokens or 0
             self._counts["prefix_cache_queries"] += len(prompt.tokens)
@@ -359,4 +395,5 @@ class Scheduler:
 
     def _finish(self, stream: Stream, reason: StreamEnd, error: BaseException | None) -> None:
         self._counts["failed" if reason == "error" else "cancelled" if reason == "cancelled" else "finished"] += 1
+        self.adapters.leave(stream.prompt.adapter, 1)
         stream.end(reason, error)

@@ -15,7 +15,8 @@ from twinloop.common.errors import UserError
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.exported import GRAPH_FILE
-from twinloop.models.onnx_graph import UNBOUND_LOCATION, build_graph, unbound_bytes
+from twinloop.models.onnx_graph import build_graph
+from twinloop.models.onnx_nodes import UNBOUND_LOCATION, unbound_bytes
 from twinloop.models.shapes import weight_shapes
 from twinloop.serving.engine.kv_cache import Device
 
@@ -104,9 +105,12 @@ def session_threads(config: DecoderConfig, device: Device, threads: int | None) 
     """How many threads a session takes, of at most `threads` (None: every core)."""
     if device == "cuda" or config.num_parameters < _ONE_THREAD_PARAMETERS:
         return 1
-    if threads is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return threads
+    return usable_cores() if threads is None else threads
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _options(config: DecoderConfig, device: Device, threads: int | None) -> ort.SessionOptions:

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.prefixes import SHORTEST, PrefixCache
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import (
@@ -31,9 +32,11 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(eq=False)
 class Prompt:
-    """Token ids. Sequences that are admitted with the same object share its computation."""
+    """Token ids. Sequences that are admitted with the same object share its computation. adapter: what it is computed
+    and answered with; None: the model's own."""
 
     tokens: Sequence[int]
+    adapter: LoadedAdapter | None = None
     logits_V: np.ndarray | None = None
     """After the last token, once the prompt is computed."""
     cached_tokens: int | None = None
@@ -131,7 +134,7 @@ class SlotBatch:
             self._copy(prompt, holder, slots)
         else:
             prompt.logits_V = None
-            self._runner.lengths[slots] = 0
+            self._runner.hold(slots, 0, prompt.adapter or self._runner.own)
         self._occupy(slots, prompt, params, sequences)
         return slots
 
@@ -146,10 +149,11 @@ class SlotBatch:
         # The last token is computed for its logits, where they are not known.
         whole = prompt.logits_V is not None
         tokens, shortest = (prompt.tokens, len(prompt.tokens)) if whole else (prompt.tokens[:-1], SHORTEST)
+        adapter = prompt.adapter or self._runner.own
         free_C = ~self._occupied_C
         slots: list[int] = []
         for number in range(len(sequences)):
-            slot, _ = self._prefixes.place(tokens, free_C, shortest, empty=number > 0)
+            slot, _ = self._prefixes.place(tokens, free_C, shortest, adapter=adapter, empty=number > 0)
             free_C[slot] = False
             slots.append(slot)
         length = int(self._runner.lengths[slots[0]])

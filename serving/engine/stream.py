@@ -36,9 +36,9 @@ class Stream:
     parameters ask for them.
     """
 
-    def __init__(self, prompt: Prompt, params: SamplingParams, sequence: int = 0):
-        """sequence: the answer's number to the seed, of those that share the prompt."""
-        self.prompt, self.params, self.sequence = prompt, params, sequence
+    def __init__(self, prompt: Prompt, params: SamplingParams, sequence: int, priority: int):
+        """sequence: the answer's number to the seed, of those that share the prompt. priority: as `Place.submit`."""
+        self.prompt, self.params, self.sequence, self.priority = prompt, params, sequence, priority
         self.timings = Timings()
         self.logprobs: list[float] = []
         self.reports: list[TokenReport] = []

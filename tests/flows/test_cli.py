@@ -26,6 +26,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["serve", "--port", "99999"], "--port"),
         (["serve", "--port", "http"], "--port"),
         (["serve", "--deadline", "0"], "--deadline"),
+        (["serve", "--workers", "0"], "--workers"),
         (["keys", "create", "a b"], "'a b': not a name for a key"),
         (["keys", "create", "shop", "--requests", "0"], "--requests"),
         (["keys", "revoke", "shop"], "shop: no such key; there are: none"),

@@ -76,11 +76,14 @@ def consistent(registry: Registry) -> None:
 
 
 @contextmanager
-def serving(project: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
+def serving(project: Path, *options: str) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
     """`twinloop serve` in a process of its own, and a client of it."""
     log = (project / "serve.log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", "returns", "--port", "0", "--slots", "2"],
+        [
+            *(sys.executable, "-m", "twinloop.flows.cli", "serve", "--model", "returns", "--port", "0", "--slots", "2"),
+            *options,
+        ],
         cwd=project,
         stdout=subprocess.PIPE,
         stderr=log,

@@ -22,7 +22,7 @@ from releases import SEVEN_DAYS, serving, wait_for
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
-from twinloop.registry.champion import follow_champion, open_champion
+from twinloop.registry.champion import Serving, follow_champion, open_champion
 from twinloop.registry.documents import open_documents
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.registry.promotion import rollback
@@ -119,10 +119,10 @@ def test_a_corrupt_champion_is_refused_and_the_one_before_goes_on(
 
 def test_a_replaced_model_leaves_memory(project: Path, registry: Registry, release: Callable[..., Version]) -> None:
     release(1)
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         first = weakref.ref(manager.service)
         second = release(2)
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.service.model.version == str(second.version)
         gc.collect()
         assert first() is None
@@ -132,13 +132,13 @@ def test_a_champion_of_the_same_number_and_other_bytes_is_another_one(
     project: Path, registry: Registry, release: Callable[..., Version]
 ) -> None:
     release(1)
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         registry.mlruns.client.delete_registered_model("returns")
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.failure is None
         second = release(2)
         assert second.version == 1
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.service.model.digest == second.digest
 
 
@@ -150,9 +150,9 @@ def test_a_registry_that_cannot_be_read_is_no_failure_and_the_champion_goes_on(
     def away() -> None:
         raise OSError("the registry is away")
 
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         monkeypatch.setattr(registry, "snapshot", away)
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.failure is None
         assert manager.service.model.version == str(version.version)
 
@@ -224,7 +224,7 @@ def test_a_champion_whose_domain_cannot_be_loaded_is_one_clear_line(
         pytest.raises(
             UserError, match=r"^returns version 1: its domain cannot be loaded \(.*gone.py: no such file"
         ) as error,
-        open_champion(project, "returns"),
+        open_champion(project, "returns", Serving()),
     ):
         pass
     assert "\n" not in str(error.value)
@@ -238,17 +238,17 @@ def test_a_champion_for_which_there_is_no_memory_waits_and_is_logged_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     release(1)
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         release(2)
         for free in (9_000, 123_456):
             monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda free=free: free)
-            follow_champion(project, registry, manager, slots=1)
+            follow_champion(project, registry, manager, Serving(slots=1))
             assert manager.failure is not None
             assert f"{free / 2**20:.1f} MiB are available" in manager.failure.reason
         assert manager.service.model.version == "1"
         assert len([record for record in caplog.records if "is not served" in record.getMessage()]) == 1
         monkeypatch.undo()
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert (manager.service.model.version, manager.failure) == ("2", None)
 
 
@@ -257,9 +257,9 @@ def test_a_champion_for_another_domain_waits_for_a_new_server(
 ) -> None:
     (project / "tickets.py").write_text(TICKETS)
     release(1)
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         release(2, "./tickets.py")
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.service.model.version == "1"
         assert manager.failure is not None
         assert "start the server again to serve it" in manager.failure.reason
@@ -271,19 +271,19 @@ def test_a_champion_measured_with_other_domain_code_waits_for_a_new_server_unles
     loaded = module_fingerprint(load_domain("returns", project).found)
     release(1, fingerprint="0" * 64)
     release(2, fingerprint=loaded)
-    with open_champion(project, "returns", slots=1) as manager:
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
         assert not [record for record in caplog.records if "other code of its domain" in record.message]
         release(3, fingerprint="1" * 64)
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.service.model.version == "2"
         assert manager.failure is not None
         assert "restart the server to serve it" in manager.failure.reason
         for expected in ("2", "1"):
             rollback(registry, "ada", lambda _: None)
-            follow_champion(project, registry, manager, slots=1)
+            follow_champion(project, registry, manager, Serving(slots=1))
             assert (manager.service.model.version, manager.failure) == (expected, None)
         release(4)  # registered before this was recorded
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.service.model.version == "4"
 
 
@@ -291,8 +291,8 @@ def test_the_server_warns_once_at_its_start_where_the_domains_code_is_not_what_w
     project: Path, registry: Registry, release: Callable[..., Version], caplog: pytest.LogCaptureFixture
 ) -> None:
     release(1, fingerprint="0" * 64)
-    with open_champion(project, "returns", slots=1) as manager:
-        follow_champion(project, registry, manager, slots=1)
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
+        follow_champion(project, registry, manager, Serving(slots=1))
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1
     assert warnings[0].startswith("returns version 1 was measured with other code of its domain")
@@ -320,31 +320,31 @@ def test_a_version_that_is_no_longer_the_champion_says_why_it_answers(
 ) -> None:
     (project / "tickets.py").write_text(TICKETS)
     release(1)
-    with open_champion(project, "returns", slots=1) as manager:
-        follow_champion(project, registry, manager, slots=1)
+    with open_champion(project, "returns", Serving(slots=1)) as manager:
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.degraded() == {}
         release(2, "./tickets.py")
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.degraded()["champion_refused"] == (
             "version 2 is the champion, and version 1 answers: it is for another domain, and this server has to be "
             "started again to serve it"
         )
         registry.mlruns.client.delete_registered_model_alias("returns", "champion")
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert list(manager.degraded()) == ["no_champion"]
         with monkeypatch.context() as patched:
             patched.setattr(registry, "snapshot", lambda: 1 / 0)
-            follow_champion(project, registry, manager, slots=1)
+            follow_champion(project, registry, manager, Serving(slots=1))
             assert list(manager.degraded()) == ["registry_unreadable"]
         client = registry.mlruns.client
         foreign = client.create_model_version("returns", client.get_model_version("returns", "1").source)
         client.set_registered_model_alias("returns", "champion", str(foreign.version))
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.degraded() == {
             "champion_refused": "version 3 is the champion, and version 1 answers: it was not registered by Twinloop"
         }
         registry.move({"champion": 1})
-        follow_champion(project, registry, manager, slots=1)
+        follow_champion(project, registry, manager, Serving(slots=1))
         assert manager.degraded() == {}
 
 

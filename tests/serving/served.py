@@ -63,11 +63,11 @@ SERVER = [
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/serving")
-from twinloop.serving import api
+from twinloop.serving import api, drain
 from served import ScriptedScheduler, make_app, small_tokenizer
 folder, delay_s, *shutdown_s = sys.argv[1:]
 if shutdown_s:
-    api.SHUTDOWN_S = int(shutdown_s[0])
+    drain.SHUTDOWN_S = int(shutdown_s[0])
 tokenizer = small_tokenizer()
 app = make_app(Path(folder), ScriptedScheduler(tokenizer, delay_s=float(delay_s)), tokenizer)
 api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
@@ -118,7 +118,7 @@ class ScriptedPlace:
     def __init__(self, scheduler: Any, answers: int):
         self._scheduler, self._answers = scheduler, answers
 
-    def submit(self, prompt: list[int], params: SamplingParams) -> list[ScriptedStream]:
+    def submit(self, prompt: list[int], params: SamplingParams, *, priority: int = 0) -> list[ScriptedStream]:
         streams: list[ScriptedStream] = [self._scheduler.submit(prompt, params) for _ in range(self._answers)]
         for stream in streams:
             stream.prompt = streams[0].prompt
@@ -145,7 +145,7 @@ class ScriptedScheduler:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
     @contextmanager
-    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
+    def reserve(self, answers: int = 1, adapter: object = None) -> Iterator[ScriptedPlace]:
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
         yield ScriptedPlace(self, answers)

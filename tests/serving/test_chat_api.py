@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import httpx
+import openai
 import pytest
 from served import CASE, GOOD, HELLO, wait_until
 
@@ -222,3 +223,11 @@ def test_a_client_that_leaves_frees_its_slot(scripted, script, path, body):
     with suppress(httpx.ReadTimeout), scripted.stream("POST", path, json=body, timeout=0.3) as response:
         next(response.iter_bytes())
     wait_until(lambda: script.streams and all(stream.cancelled.is_set() for stream in script.streams), seconds=2)
+
+
+def test_embeddings_are_refused_with_the_reason(client):
+    official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="decoder, which embeds no text; it answers POST /v1") as e:
+        official.embeddings.create(model="returns", input="hello")
+    assert e.value.body["type"] == "invalid_request_error"
+    assert "/v1/embeddings" not in client.get("/openapi.json").json()["paths"]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from served import CASE, GOOD, HELLO, SERVER, wait_until
 
-from twinloop.serving.api import _bind
+from twinloop.serving.listener import listen
 from twinloop.serving.middleware import MAX_BODY_BYTES
 
 DECISION = ("/v1/decisions", json.dumps(CASE).encode())
@@ -223,7 +223,7 @@ def test_small_answers_are_sent_at_once():
     async def option() -> int:
         accepted = asyncio.get_running_loop().create_future()
         server = await asyncio.start_server(
-            lambda reader, writer: accepted.set_result(writer.get_extra_info("socket")), sock=_bind("127.0.0.1", 0)
+            lambda reader, writer: accepted.set_result(writer.get_extra_info("socket")), sock=listen("127.0.0.1", 0)
         )
         _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
         found = (await accepted).getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -36,7 +36,7 @@ class Wish:
         return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
     @contextmanager
-    def reserve(self, answers: int = 1) -> Iterator[ScriptedPlace]:
+    def reserve(self, answers: int = 1, adapter: object = None) -> Iterator[ScriptedPlace]:
         yield ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:

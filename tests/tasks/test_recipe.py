@@ -144,6 +144,18 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"evaluate": {"max_new_tokens": 512}}, "evaluate.max_new_tokens (512) leaves no tokens for a prompt"),
         ({"base": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
         ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
+        ({"export": {"adapters": True}}, "export.adapters: the last stage makes no adapter; give it `lora`"),
+        (
+            {
+                "train": [{"method": "reward", "epochs": 1, "seq_len": 64, "batch_size": 2, "learning_rate": 0.1}],
+                "export": {"adapters": True},
+            },
+            "export.adapters: the last stage trains a head, for which an adapter has no place",
+        ),
+        (
+            {"device": "auto", "export": {"adapters": True, "precisions": ["fp16"]}},
+            "export.precisions has fp16, and export.adapters runs on CPU only",
+        ),
         ({"export": {"precisions": ["bf16"]}}, "export.precisions has bf16, which only CUDA runs"),
         ({"export": {"precisions": ["fp32", "fp16"]}}, "export.precisions has fp16, which only CUDA runs"),
         ({"name": "Bad name"}, "name: 'Bad name'"),

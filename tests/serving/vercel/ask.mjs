@@ -1,0 +1,35 @@
+// Asks a server through Vercel's AI SDK: chat, a stream, a tool and an object. The argument: the server's /v1.
+import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
+import { generateText, jsonSchema, Output, streamText, tool } from 'ai';
+
+const provider = createOpenAICompatible({
+  name: 'twinloop', baseURL: process.argv[2], apiKey: 'none', supportsStructuredOutputs: true, includeUsage: true,
+});
+const schema = jsonSchema({
+  type: 'object', additionalProperties: false, required: ['days', 'damaged'],
+  properties: { days: { type: 'integer', minimum: 0, maximum: 400 }, damaged: { type: 'boolean' } },
+});
+const settings = { model: provider('returns'), prompt: 'hello', seed: 3, temperature: 1, maxRetries: 0, maxOutputTokens: 400 };
+const tools = { find: tool({ description: 'finds an order', inputSchema: schema, execute: async () => ({ state: 'sent' }) }) };
+const result = {};
+
+const whole = await generateText(settings);
+result.whole = { text: whole.text, tokens: whole.usage.outputTokens };
+
+const stream = streamText({ ...settings, onError: ({ error }) => { throw error; } });
+let text = '';
+for await (const piece of stream.textStream) text += piece;
+result.stream = { text, tokens: (await stream.usage).outputTokens };
+
+const called = await generateText({ ...settings, tools, toolChoice: 'required' });
+result.called = called.toolCalls.map(({ toolName, input }) => ({ toolName, input }));
+const went = await generateText({ ...settings, prompt: undefined,
+  messages: [{ role: 'user', content: 'hello' }, ...called.response.messages] });
+result.afterTool = went.usage.inputTokens;
+
+const calledStream = streamText({ ...settings, tools, toolChoice: 'required' });
+await calledStream.consumeStream();
+result.calledStream = (await calledStream.toolCalls).map(({ toolName, input }) => ({ toolName, input }));
+
+result.object = (await generateText({ ...settings, output: Output.object({ schema }) })).output;
+console.log(JSON.stringify(result));
