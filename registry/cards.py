@@ -74,15 +74,22 @@ def describe_version(registry: Registry, contents: Contents, version: Version) -
     return "\n\n".join(parts)
 
 
-def model_card(registry: Registry, version: Version, code: str, *, library: str = "transformers") -> str:
+def model_card(
+    registry: Registry,
+    version: Version,
+    code: str,
+    *,
+    library: str = "transformers",
+    task: str = "text-generation",
+) -> str:
     """The README.md of a version that is handed over, as model hubs read it, without names of people and folders.
 
-    code: how it is loaded, in Python, by that library.
+    code: how it is loaded, in Python, by that library. task: what hubs call what it does.
     """
     about = version.tags.get("about", "")
     license = [f"license: {named}"] if (named := version.tags.get("base_license")) else []
     parts = [
-        "\n".join(["---", "pipeline_tag: text-generation", f"library_name: {library}", *license, "---"]),
+        "\n".join(["---", f"pipeline_tag: {task}", f"library_name: {library}", *license, "---"]),
         f"# {version}",
         f"Domain `{version.tags.get('domain', '')}`" + (f": {about}" if about else ""),
         *_facts(registry, version, recipe=f"`{Path(version.tags.get('recipe', '')).name}`"),

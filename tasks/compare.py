@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import file_digest
+from twinloop.models.config import DecoderConfig
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.versions import Registry
 from twinloop.tasks.context import Context, Report
@@ -50,22 +51,32 @@ def find_models(context: Context, named: Sequence[str]) -> list[Compared]:
 
 
 def _find(context: Context, name: str) -> Compared:
+    from twinloop.models.directory import load_config
     from twinloop.models.exported import EXPORT_FILE
 
     path = Path(name).expanduser()
     registry = Registry(context.mlruns, context.recipe)
     if not name.isdecimal() and path.exists():
         if (path / EXPORT_FILE).exists():
+            _check_answers(name, load_config(path))
             return Compared(name, path, _content(path), exported=True)
         from twinloop.models.source import open_source
 
-        return Compared(name, path, open_source(path).digest(), exported=False)
+        source = open_source(path)
+        _check_answers(name, source.config)
+        return Compared(name, path, source.digest(), exported=False)
     if "/" in name:
         raise UserError(f"compare: {name}: no such directory")
     version = registry.named(name)
     title = str(version) if name.isdecimal() else f"{version} ({name})"
     verified = registry.verify(version)
+    _check_answers(title, load_config(verified.path))
     return Compared(title, verified.path, version.digest, exported=version.exported)
+
+
+def _check_answers(name: str, config: DecoderConfig) -> None:
+    if config.kind == "reward":
+        raise UserError(f"compare: {name} is a reward model, which scores answers and gives none; name others")
 
 
 def _content(folder: Path) -> str:
@@ -98,12 +109,12 @@ def answers_stage(
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.evaluation.cases import BATCH
-        from twinloop.models.tokenizer import ChatTokenizer
+        from twinloop.models.label_tokenizer import load_answering
         from twinloop.serving.engine import Engine
         from twinloop.serving.engine.sampling import SamplingParams
 
         exported = model.path if model.exported else _export(model, keep, runtime)
-        tokenizer = ChatTokenizer.load(exported)
+        tokenizer = load_answering(exported)
         engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
         greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids)
         answers: dict[str, str] = {}

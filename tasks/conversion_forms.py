@@ -87,7 +87,8 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     loads = _auto_class(source.config)
-    (out / "README.md").write_text(source.card(_CODE.replace(_WRITES, loads)), encoding="utf-8")
+    task = "text-classification" if source.config.labels else "text-generation"
+    (out / "README.md").write_text(source.card(_CODE.replace(_WRITES, loads), task=task), encoding="utf-8")
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"

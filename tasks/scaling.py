@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 DEPTHS = (1, 2, 3)
 SHARES = (1 / 3, 1)
 """Of the longest run's tokens."""
-MIN_STEPS = 50
-"""Of the shortest run: with fewer the learning rate hardly has its peak."""
+MIN_STEPS = 250
+"""Of the shortest run. After 100 steps of the default recipe a network of 34,000 weights had learned so little (0.683
+bits a byte, 0.532 after 300) that a law with it missed a run of six times the compute by 3.3%, without it by 0.9%."""
 MAX_DEPTH = 64
 SPARE = 1.25
 """More of the corpus than a run reads, since records differ in length."""

@@ -65,7 +65,10 @@ def test_a_reward_model_is_exported_for_transformers_and_has_no_other_form(rewar
     project, _ = rewarded
     done = twinloop(project, "export", "champion", "--to", "huggingface", "out")
     assert done.returncode == 0, done.stderr
-    assert "AutoModelForSequenceClassification" in done.stdout + (project / "out" / "README.md").read_text()
+    card = (project / "out" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification" in card
+    assert "AutoModelForSequenceClassification" in done.stdout
     refused = twinloop(project, "export", "champion", "--to", "gguf", "other")
     assert refused.returncode == 2
     assert "gives reward and no text" in refused.stderr

@@ -45,7 +45,7 @@ class WithoutExample(Domain):
     request = Number
 
 
-def make_exported(folder: Path, max_length: int) -> Path:
+def make_exported(folder: Path, max_length: int, labels: tuple[str, ...] = ()) -> Path:
     tokenizer = train_tokenizer([document.text for document in returns.example_documents], 300)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -56,6 +56,7 @@ def make_exported(folder: Path, max_length: int) -> Path:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=max_length,
+        labels=labels,
     )
     save_model(folder / "model", config, get_weights(new_decoder(config, seed=0)), tokenizer)
     export_model(folder / "model", folder / "exported", precision="fp32", max_length=max_length)
@@ -112,3 +113,25 @@ def test_a_domain_of_texts_without_an_example_is_tested_with_any_text(exported: 
 def test_an_example_that_is_no_request_is_the_domains_mistake(exported: Path, domain: Domain, said: str) -> None:
     with pytest.raises(UserError, match=f"domain topics: its example is no request [(]{said}"):
         smoke_test(exported, domain)
+
+
+def test_a_reward_model_gives_a_score_whatever_its_domain_decides(tmp_path: Path) -> None:
+    exported = make_exported(tmp_path, 1024, ("reward",))
+    answer = smoke_test(exported, returns)
+    assert answer.decision is None
+    assert answer.text == "score 0", "its head is as it starts"
+    route, body = example_call(returns, ("reward",))
+    assert route == "/v1/classify"
+    assert body["input"][-1]["role"] == "assistant"
+    with pytest.raises(UserError, match="more tokens than it can read"):
+        smoke_test(make_exported(tmp_path / "short", 8, ("reward",)), returns)
+
+
+def test_a_classifier_answers_as_its_domain_is_asked(tmp_path: Path) -> None:
+    domain = Classification(["late", "damaged"], example="it is late")
+    exported = make_exported(tmp_path, 256, ("late", "damaged"))
+    answer = smoke_test(exported, domain)
+    assert answer.decision is not None
+    assert answer.decision.decision == "late", "the first of two that are alike"
+    assert example_call(domain, domain.labels)[0] == "/v1/decisions"
+    assert example_call(Chat(), domain.labels)[0] == "/v1/classify"

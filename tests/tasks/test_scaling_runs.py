@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,13 @@ def any_amount(run: Measured) -> None:
 def read(folder: Path, **changes: Any) -> Recipe:
     (folder / "recipe.yaml").write_text(json.dumps(FIELDS | changes))
     return load_recipe(folder / "recipe.yaml", folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("twinloop.tasks.scaling.MIN_STEPS", 50)
+        yield
 
 
 @pytest.fixture(scope="module")
