@@ -25,10 +25,12 @@ WAIT_S = 300.0
 class Answer:
     """What a client saw. Seconds are from the request to its first and its last text; at: when each text came.
 
-    status: of HTTP; 0 where the connection broke before the answer was whole.
+    status: of HTTP; 0 where the connection broke before the answer was whole. retry_s: after which a refused client may
+    ask again, as the server says.
     """
 
     status: int = 0
+    retry_s: float = 1.0
     first_s: float = 0.0
     total_s: float = 0.0
     at: list[float] = field(default_factory=list)
@@ -85,8 +87,9 @@ async def _send(writer: asyncio.StreamWriter, port: int, body: bytes) -> None:
 
 async def _read(reader: asyncio.StreamReader, answer: Answer, began: float) -> None:
     status = int((await reader.readuntil(b"\r\n")).split()[1])
-    while await reader.readuntil(b"\r\n") != b"\r\n":
-        pass
+    while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
+        if line.lower().startswith(b"retry-after:"):
+            answer.retry_s = float(line.split(b":")[1])
     answer.status = status
     if status != 200:
         return

@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.serving.client import Answer, ask, prompt, user
+from benchmarks.serving.client import WAIT_S, Answer, ask, prompt, user
 from benchmarks.serving.servers import Server
 from twinloop.common.errors import UserError
 
 SYSTEM_WORDS, LONG_WORDS = 500, 1400
 STREAMS = 4
-RETRY_S = 0.1
-"""Until a client that was refused asks again."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +118,18 @@ def repeated_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, flo
     return first, statistics.median(later)
 
 
+async def _pass(server: Server, seconds: float) -> None:
+    """Wait until they have passed by the server's time."""
+    until, latest = server.seconds() + seconds, time.monotonic() + WAIT_S
+    while server.seconds() < until:
+        if time.monotonic() > latest:
+            raise UserError(f"{server.name}: it stands still under load")
+        await asyncio.sleep(0.1)
+
+
 def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[float, Counter[str]]:
-    """Tokens a second of whole answers to clients that ask again at once, and how requests ended."""
+    """Tokens a second of whole answers to clients that ask again at once, or when a refusal says, and how requests
+    ended."""
     tokens = max(4, sizes.tokens // 4)
     ends: Counter[str] = Counter()
 
@@ -133,14 +141,14 @@ def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[flo
             answer = await ask(server.port, user(text), tokens)
             ends["whole" if answer.whole else str(answer.status)] += 1
             if answer.status != 200:
-                await asyncio.sleep(RETRY_S)
+                await _pass(server, answer.retry_s)
 
     async def work() -> float:
         working = [asyncio.create_task(client(number)) for number in range(clients)]
         try:
-            await asyncio.sleep(sizes.overload_s / 4)  # until the queue is as long as it becomes
+            await _pass(server, sizes.overload_s / 4)  # until the queue is as long as it becomes
             before, began = ends["whole"], server.seconds()
-            await asyncio.sleep(sizes.overload_s)
+            await _pass(server, sizes.overload_s)
             return (ends["whole"] - before) * tokens / (server.seconds() - began)
         finally:
             for each in working:
