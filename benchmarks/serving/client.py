@@ -60,11 +60,16 @@ def user(text: str, system: str = "") -> list[dict[str, str]]:
     return [*before, {"role": "user", "content": text}]
 
 
-async def ask(port: int, messages: Sequence[dict[str, str]], max_tokens: int, **fields: Any) -> Answer:
-    """One streamed answer, greedy; it runs to `max_tokens` unless `fields` say otherwise."""
+async def ask(
+    port: int, messages: Sequence[dict[str, str]], max_tokens: int, *, answer: Answer | None = None, **fields: Any
+) -> Answer:
+    """One streamed answer, greedy; it runs to `max_tokens` unless `fields` say otherwise.
+
+    answer: filled as it comes, for a caller that may give it up; it is also what is returned.
+    """
     body = {"model": "smollm2", "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}} | fields
-    answer = Answer()
+    answer = answer or Answer()
     began = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -16,6 +16,8 @@ from twinloop.common.errors import UserError
 
 SYSTEM_WORDS, LONG_WORDS = 500, 1400
 STREAMS = 4
+STREAM_TOKENS = 1000
+"""More than come while a long prompt is read."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +81,37 @@ def many_clients(server: Server, sizes: Sizes, clients: int, seed: int) -> float
 
 
 def gaps_beside_a_long_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
-    """Milliseconds: the largest gap between texts of streams while a long prompt is read, and the median before it."""
+    """Milliseconds: the largest gap between texts of streams while a long prompt is read, and the median before it.
 
-    async def work() -> tuple[list[Answer], Answer, float]:
-        texts = [user(prompt(sizes.words // 4, seed + each)) for each in range(STREAMS)]
-        streams = [asyncio.create_task(ask(server.port, text, 2 * sizes.tokens)) for text in texts]
-        warm = asyncio.create_task(ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4))
-        await warm  # all of them stream by now
-        began = time.perf_counter()
-        long = await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1)
-        return [await stream for stream in streams], long, began
+    The streams are given up once it is read.
+    """
+    streams = [Answer() for _ in range(STREAMS)]
 
-    streams, long, began = asyncio.run(work())
-    _whole([*streams, long], server)
+    async def stream(answer: Answer, number: int) -> None:
+        await ask(server.port, user(prompt(sizes.words // 4, seed + number)), STREAM_TOKENS, answer=answer)
+
+    async def work() -> tuple[Answer, float]:
+        working = [asyncio.create_task(stream(answer, number)) for number, answer in enumerate(streams)]
+        try:
+            await ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4)  # all of them stream by now
+            began = time.perf_counter()
+            return await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1), began
+        finally:
+            for each in working:
+                each.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+
+    long, began = asyncio.run(work())
+    _whole([long], server)
     ended = began + long.first_s
     gaps = [(at, at + gap, gap) for each in streams for at, gap in zip(each.at, each.gaps, strict=False)]
+    # A stream that stands still until the prompt is read has no text after it: its gap lasts to the end, at least.
+    gaps += [(each.at[-1], ended, ended - each.at[-1]) for each in streams if each.at and each.at[-1] < ended]
     during = [gap for start, end, gap in gaps if end > began and start < ended]
-    if not during:
-        raise UserError(f"{server.name}: its streams ended before the long prompt came")
     before = [gap for _, end, gap in gaps if end <= began]
-    return 1000 * max(during), 1000 * statistics.median(before or during)
+    if not during or not before:
+        raise UserError(f"{server.name}: its streams did not go on while the long prompt came")
+    return 1000 * max(during), 1000 * statistics.median(before)
 
 
 def repeated_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
