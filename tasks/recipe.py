@@ -142,7 +142,7 @@ class Recipe(StrictModel):
             self.check_context(self.base.max_length)
         if self.device == "cpu" and (wrong := self.export.only_on_cuda()):
             raise ValueError(f"export.precisions has {wrong}, which only CUDA runs, and device is cpu")
-        if self.export.adapters:
+        if self.export.adapters and self.train:  # what is wrong with the stages is reported beside
             if wrong := self.export.only_on_cuda():
                 raise ValueError(
                     f"export.precisions has {wrong}, and export.adapters runs on CPU only; take fp32 or int8"

@@ -25,10 +25,12 @@ WAIT_S = 300.0
 class Answer:
     """What a client saw. Seconds are from the request to its first and its last text; at: when each text came.
 
-    status: of HTTP; 0 where the connection broke before the answer was whole.
+    status: of HTTP; 0 where the connection broke before the answer was whole. retry_s: after which a refused client may
+    ask again, as the server says.
     """
 
     status: int = 0
+    retry_s: float = 1.0
     first_s: float = 0.0
     total_s: float = 0.0
     at: list[float] = field(default_factory=list)
@@ -58,11 +60,16 @@ def user(text: str, system: str = "") -> list[dict[str, str]]:
     return [*before, {"role": "user", "content": text}]
 
 
-async def ask(port: int, messages: Sequence[dict[str, str]], max_tokens: int, **fields: Any) -> Answer:
-    """One streamed answer, greedy; it runs to `max_tokens` unless `fields` say otherwise."""
+async def ask(
+    port: int, messages: Sequence[dict[str, str]], max_tokens: int, *, answer: Answer | None = None, **fields: Any
+) -> Answer:
+    """One streamed answer, greedy; it runs to `max_tokens` unless `fields` say otherwise.
+
+    answer: filled as it comes, for a caller that may give it up; it is also what is returned.
+    """
     body = {"model": "smollm2", "messages": list(messages), "max_tokens": max_tokens, "temperature": 0}
     body |= {"ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}} | fields
-    answer = Answer()
+    answer = answer or Answer()
     began = time.perf_counter()
     try:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -85,8 +92,9 @@ async def _send(writer: asyncio.StreamWriter, port: int, body: bytes) -> None:
 
 async def _read(reader: asyncio.StreamReader, answer: Answer, began: float) -> None:
     status = int((await reader.readuntil(b"\r\n")).split()[1])
-    while await reader.readuntil(b"\r\n") != b"\r\n":
-        pass
+    while (line := await reader.readuntil(b"\r\n")) != b"\r\n":
+        if line.lower().startswith(b"retry-after:"):
+            answer.retry_s = float(line.split(b":")[1])
     answer.status = status
     if status != 200:
         return

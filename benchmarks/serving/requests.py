@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.serving.client import Answer, ask, prompt, user
+from benchmarks.serving.client import WAIT_S, Answer, ask, prompt, user
 from benchmarks.serving.servers import Server
 from twinloop.common.errors import UserError
 
 SYSTEM_WORDS, LONG_WORDS = 500, 1400
 STREAMS = 4
-RETRY_S = 0.1
-"""Until a client that was refused asks again."""
+STREAM_TOKENS = 1000
+"""More than come while a long prompt is read."""
 
 
 @dataclass(frozen=True)
@@ -81,26 +81,37 @@ def many_clients(server: Server, sizes: Sizes, clients: int, seed: int) -> float
 
 
 def gaps_beside_a_long_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
-    """Milliseconds: the largest gap between texts of streams while a long prompt is read, and the median before it."""
+    """Milliseconds: the largest gap between texts of streams while a long prompt is read, and the median before it.
 
-    async def work() -> tuple[list[Answer], Answer, float]:
-        texts = [user(prompt(sizes.words // 4, seed + each)) for each in range(STREAMS)]
-        streams = [asyncio.create_task(ask(server.port, text, 2 * sizes.tokens)) for text in texts]
-        warm = asyncio.create_task(ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4))
-        await warm  # all of them stream by now
-        began = time.perf_counter()
-        long = await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1)
-        return [await stream for stream in streams], long, began
+    The streams are given up once it is read.
+    """
+    streams = [Answer() for _ in range(STREAMS)]
 
-    streams, long, began = asyncio.run(work())
-    _whole([*streams, long], server)
+    async def stream(answer: Answer, number: int) -> None:
+        await ask(server.port, user(prompt(sizes.words // 4, seed + number)), STREAM_TOKENS, answer=answer)
+
+    async def work() -> tuple[Answer, float]:
+        working = [asyncio.create_task(stream(answer, number)) for number, answer in enumerate(streams)]
+        try:
+            await ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4)  # all of them stream by now
+            began = time.perf_counter()
+            return await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1), began
+        finally:
+            for each in working:
+                each.cancel()
+            await asyncio.gather(*working, return_exceptions=True)
+
+    long, began = asyncio.run(work())
+    _whole([long], server)
     ended = began + long.first_s
     gaps = [(at, at + gap, gap) for each in streams for at, gap in zip(each.at, each.gaps, strict=False)]
+    # A stream that stands still until the prompt is read has no text after it: its gap lasts to the end, at least.
+    gaps += [(each.at[-1], ended, ended - each.at[-1]) for each in streams if each.at and each.at[-1] < ended]
     during = [gap for start, end, gap in gaps if end > began and start < ended]
-    if not during:
-        raise UserError(f"{server.name}: its streams ended before the long prompt came")
     before = [gap for _, end, gap in gaps if end <= began]
-    return 1000 * max(during), 1000 * statistics.median(before or during)
+    if not during or not before:
+        raise UserError(f"{server.name}: its streams did not go on while the long prompt came")
+    return 1000 * max(during), 1000 * statistics.median(before)
 
 
 def repeated_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, float]:
@@ -120,8 +131,18 @@ def repeated_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[float, flo
     return first, statistics.median(later)
 
 
+async def _pass(server: Server, seconds: float) -> None:
+    """Wait until they have passed by the server's time."""
+    until, latest = server.seconds() + seconds, time.monotonic() + WAIT_S
+    while server.seconds() < until:
+        if time.monotonic() > latest:
+            raise UserError(f"{server.name}: it stands still under load")
+        await asyncio.sleep(0.1)
+
+
 def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[float, Counter[str]]:
-    """Tokens a second of whole answers to clients that ask again at once, and how requests ended."""
+    """Tokens a second of whole answers to clients that ask again at once, or when a refusal says, and how requests
+    ended."""
     tokens = max(4, sizes.tokens // 4)
     ends: Counter[str] = Counter()
 
@@ -133,14 +154,14 @@ def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[flo
             answer = await ask(server.port, user(text), tokens)
             ends["whole" if answer.whole else str(answer.status)] += 1
             if answer.status != 200:
-                await asyncio.sleep(RETRY_S)
+                await _pass(server, answer.retry_s)
 
     async def work() -> float:
         working = [asyncio.create_task(client(number)) for number in range(clients)]
         try:
-            await asyncio.sleep(sizes.overload_s / 4)  # until the queue is as long as it becomes
+            await _pass(server, sizes.overload_s / 4)  # until the queue is as long as it becomes
             before, began = ends["whole"], server.seconds()
-            await asyncio.sleep(sizes.overload_s)
+            await _pass(server, sizes.overload_s)
             return (ends["whole"] - before) * tokens / (server.seconds() - began)
         finally:
             for each in working:

@@ -108,9 +108,10 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 256, draft_tokens: int = DRAFT_TOKENS
+        self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 128, draft_tokens: int = DRAFT_TOKENS
     ):
-        """prefill_tokens: prompt tokens computed between two decode steps at most. draft_tokens: as `Drafts.most`."""
+        """prefill_tokens: prompt tokens computed between two decode steps at most: a stream waits for as many. 128 are
+        computed as fast a token as 256 (SmolLM2-135M, int8), 64 are 7% slower. draft_tokens: as `Drafts.most`."""
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()

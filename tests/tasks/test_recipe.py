@@ -147,7 +147,7 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"export": {"adapters": True}}, "export.adapters: the last stage makes no adapter; give it `lora`"),
         (
             {
-                "train": [{"method": "reward", "epochs": 1, "seq_len": 64, "batch_size": 2, "learning_rate": 0.1}],
+                "train": [REWARD],
                 "export": {"adapters": True},
             },
             "export.adapters: the last stage trains a head, for which an adapter has no place",
@@ -160,6 +160,7 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"export": {"precisions": ["fp32", "fp16"]}}, "export.precisions has fp16, which only CUDA runs"),
         ({"name": "Bad name"}, "name: 'Bad name'"),
         ({"train": []}, "train: must be a list of stages"),
+        ({"train": [], "export": {"adapters": True}}, "train: must be a list of stages"),
         ({"train": {"method": "sft"}}, "train: must be a list of stages"),
         ({"train": [{"epochs": 1}]}, "train[0].method: missing"),
         ({"train": [{"method": "sftt"}]}, "train[0].method: 'sftt' is no ready-made method"),
