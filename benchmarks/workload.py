@@ -22,7 +22,8 @@ from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.recipe import Recipe, TrainStage, default_recipe, load_recipe

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, as training, evaluation and serving share them; and a new model's own.
+"""A model's tokenizer and chat template, as training, evaluation and serving share them.
 
 Two kinds of text enter here and never mix. The template's own text may hold special tokens; content (a corpus line, a
 customer's message, an answer) is always plain: no text in it becomes a special id, nor, unless it is the assistant's,
@@ -8,14 +8,13 @@ another token that the template writes. A conversation is encoded as one text, a
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from twinloop.common.errors import UserError
 from twinloop.models.chat_template import ChatTemplate, Rendered, Token, Turn
@@ -31,69 +30,6 @@ from twinloop.models.tokenizer_files import (
     without_unused_tokens,
 )
 from twinloop.models.vocabulary import TOKENIZER, Vocabulary, parsed, read_source
-
-PAD, BOS, SYSTEM, USER, ASSISTANT, END = (
-    "<|pad|>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
-)  # fmt: skip
-SPECIAL_TOKENS = (PAD, BOS, SYSTEM, USER, ASSISTANT, END)
-MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
-
-# The space is attached to the end of a word, so "damaged" is one token in every position; each digit is its own token,
-# because comparison of numbers generalises over digits and not over whole numbers. So is each space beyond the first
-# before a number: right-aligned numbers then have as many tokens each.
-PRE_TOKENS = r"[A-Za-z_]+ ?|\d|(?<= ) (?= *\d)|[^A-Za-z_\d]+? (?= +\d)|[^A-Za-z_\d]+"
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('role ' + message['role'] | string + ' is not one of system, user, assistant') }}"
-    "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-
-# Merges of a small vocabulary no longer change long before this; of a larger corpus a sample is taken.
-TRAINING_CHARACTERS = 16_000_000
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> ChatTokenizer:
-    """Learn merges from `texts`; the same texts give the same tokenizer, byte for byte.
-
-    A corpus that has too little repetition gives fewer than `vocab_size` tokens: read the result's own `vocab_size`.
-    Raises UserError when there is no text, or a vocabulary too small for the 256 bytes and the special tokens.
-    """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"tokenizer: vocab_size {vocab_size} is too small; the 256 bytes alone need {MIN_VOCAB_SIZE}")
-    sample = _sample([clean for text in texts if (clean := _valid_unicode(text))])
-    if not sample:
-        raise UserError("tokenizer: the corpus holds no text to train on; give at least one non-empty record")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRE_TOKENS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sample, trainer)
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": END,
-        "pad_token": PAD,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    return ChatTokenizer(tokenizer, settings)
 
 
 class ChatTokenizer:
@@ -323,7 +259,7 @@ class ChatTokenizer:
 
         answers: which of the texts are what the assistant said.
         """
-        clean = [_valid_unicode(text) for text in texts]
+        clean = [valid_unicode(text) for text in texts]
         return self._encode(Rendered.from_marks(self.render_marked(messages, tools), clean, answers))
 
     @cached_property
@@ -356,7 +292,7 @@ class ChatTokenizer:
 
     def _plain(self, text: str) -> str:
         """A text of no conversation, with private names for the tokens that an answer may hold."""
-        text = _valid_unicode(text)
+        text = valid_unicode(text)
         return self._with_names(text, self._template.said_tokens(text), 0, None)
 
     def _private(self, rendered: Rendered, start: int, end: int | None) -> str:
@@ -393,11 +329,11 @@ def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:
         fields = [message.get(name) for name in ("role", "content")] if isinstance(message, Mapping) else [None]
         if not all(isinstance(field, str) for field in fields):
             raise UserError(f'messages[{index}]: a message needs "role" and "content", both text')
-        checked.append({"role": message["role"], "content": _valid_unicode(message["content"])})
+        checked.append({"role": message["role"], "content": valid_unicode(message["content"])})
     return checked
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """The text itself, unless it holds surrogates (JSON's \\ud800): pairs are joined, lone ones become U+FFFD."""
     if not isinstance(text, str):
         raise TypeError(f"text must be str, not {type(text).__name__}")
@@ -406,9 +342,3 @@ def _valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     return text
-
-
-def _sample(texts: list[str]) -> list[str]:
-    """About TRAINING_CHARACTERS of the corpus, from all over it and the same ones each time."""
-    share = TRAINING_CHARACTERS / max(1, sum(map(len, texts)))
-    return texts if share >= 1 else random.Random(0).sample(texts, max(1, round(share * len(texts))))

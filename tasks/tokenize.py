@@ -20,7 +20,7 @@ def tokenize_stage(context: Context, vocab_size: int, *, records: Sequence[str],
     measured = HELD_OUT if CORPUS in records else None
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from twinloop.models.tokenizer import train_tokenizer
+        from twinloop.models.new_tokenizer import train_tokenizer
         from twinloop.records.validated import read_records
         from twinloop.training.forms import texts
 

@@ -22,8 +22,8 @@ from twinloop.evaluation.router import route
 from twinloop.evaluation.rules import Measurements
 from twinloop.models.config import DecoderConfig
 from twinloop.models.memory import serving_memory
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.template_check import check_template
-from twinloop.models.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "reference_cases.json").read_text())

@@ -20,8 +20,8 @@ from benchmarks.serving.servers import running
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.shapes import weight_shapes
-from twinloop.models.tokenizer import train_tokenizer
 
 PROJECT = Path(__file__).parents[2]
 

@@ -11,7 +11,8 @@ from test_cases import Answer, ScriptedEngine, labelled
 from twinloop.domains.classification import Classification
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, read_cases, run_cases
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 
 departments = Classification(["billing", "delivery"])
 

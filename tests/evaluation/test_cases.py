@@ -21,7 +21,8 @@ from twinloop.evaluation.cases import Answering, Case, compare, read_cases, refe
 from twinloop.evaluation.metrics import Rate, token_loss
 from twinloop.evaluation.rules import Measurements
 from twinloop.evaluation.texts import answer_losses, score_answers, score_texts
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import SamplingParams
 
 

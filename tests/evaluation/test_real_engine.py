@@ -16,7 +16,8 @@ from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
 from twinloop.models.memory import serving_memory
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine import Engine
 
 TEXTS = ["damaged items reported within 30 days are eligible.", "é🙂 12 days", "late orders " * 200]

@@ -13,7 +13,8 @@ from twinloop.evaluation.cases import compare, read_cases
 from twinloop.evaluation.metrics import wilson_interval
 from twinloop.evaluation.rewards import HACKING, PAIR, judge_reward_model
 from twinloop.evaluation.rules import REWARD, Measurements
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 
 
 class Yes(Domain):

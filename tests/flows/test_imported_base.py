@@ -10,7 +10,7 @@ from small_project import RECIPE, STAGES, make_project, twinloop
 
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
-from twinloop.models.tokenizer import train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.versions import Registry
 
 pytestmark = pytest.mark.slow

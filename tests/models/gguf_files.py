@@ -11,8 +11,9 @@ import gguf
 import numpy as np
 
 from twinloop.models.config import DecoderConfig
+from twinloop.models.new_tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 from twinloop.models.shapes import weight_shapes
-from twinloop.models.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, ChatTokenizer, train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 
 TOKENIZER = train_tokenizer(["the order of the other customer, the other order"] * 4, 270)
 SIZES = {

@@ -18,8 +18,9 @@ from twinloop.models.gguf_file import GGUFFile
 from twinloop.models.gguf_model import load_network
 from twinloop.models.gguf_vocabulary import Reading, find_reading, read_vocabulary
 from twinloop.models.gguf_writer import write_gguf
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.source import open_source
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.training.weights import set_weights
 
 FAMILIES: dict[str, dict[str, object]] = {

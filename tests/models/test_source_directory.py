@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from twinloop.common.errors import UserError
 from twinloop.models.adapter import Adapter, read_adapter, save_adapter
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
+from twinloop.models.new_tokenizer import CHAT_TEMPLATE
 from twinloop.models.source import open_source
-from twinloop.models.tokenizer import CHAT_TEMPLATE
 from twinloop.training.weights import load_decoder
 
 EMBEDDING = "model.embed_tokens.weight"

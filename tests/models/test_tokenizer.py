@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from twinloop.common.errors import UserError
+from twinloop.models.new_tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, train_tokenizer
 from twinloop.models.template_check import check_template
-from twinloop.models.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, ChatTokenizer, train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 
 CORPUS = [
     f"P-{n % 40}: damaged items reported within {n % 30} days are eligible.\nThe order was damaged, {n} days old. é🙂"

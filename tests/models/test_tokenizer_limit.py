@@ -13,7 +13,8 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import pytest
 from twinloop.common.errors import UserError
 from twinloop.domains.chat import domain as chat_domain
 from twinloop.models.config import DecoderConfig
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.template_check import check_template
-from twinloop.models.tokenizer import train_tokenizer
 from twinloop.records.reading import read_rows
 from twinloop.records.rows import LINE, Rows
 from twinloop.records.validation import check_rows, validate

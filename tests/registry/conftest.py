@@ -15,7 +15,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.promotion import promote
 from twinloop.registry.snapshot import Version

@@ -23,7 +23,8 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_adapted, save_model
 from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.pyfunc import _load_pyfunc
 from twinloop.registry.snapshot import Version

@@ -16,8 +16,9 @@ from twinloop.models.adapter_form import linear_layers
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_adapted, save_model
 from twinloop.models.exported import export_model
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.shapes import weight_shapes
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry import adapters as registered
 from twinloop.registry.artifact import ArtifactStore
 from twinloop.registry.champion import Serving, follow_champion, open_champion

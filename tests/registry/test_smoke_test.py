@@ -16,7 +16,7 @@ from twinloop.domains.returns.domain import domain as returns
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.smoke_test import example_call, smoke_test
 from twinloop.training.weights import get_weights, new_decoder
 

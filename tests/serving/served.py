@@ -19,7 +19,8 @@ from starlette.types import ASGIApp
 from twinloop.domains.domain import Document, Domain
 from twinloop.domains.returns.domain import Returns
 from twinloop.domains.returns.prompt import REASONS
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine.sampling import SamplingParams, TokenReport

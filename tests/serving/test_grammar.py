@@ -11,7 +11,8 @@ from llguidance import LLParserLimits
 from served import small_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from twinloop.models.tokenizer import CHAT_TEMPLATE, ChatTokenizer
+from twinloop.models.new_tokenizer import CHAT_TEMPLATE
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine import grammar as grammar_module
 from twinloop.serving.engine.grammar import Grammar, GrammarError, Grammars
 

@@ -20,7 +20,8 @@ from twinloop.models.adapter import Adapter, save_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.family import write_config
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion
 from twinloop.registry.versions import Registry

@@ -14,7 +14,8 @@ from twinloop.common.errors import UserError
 from twinloop.domains.returns import domain
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
 from twinloop.tasks.check import check_conversations, check_lengths, measure_lengths

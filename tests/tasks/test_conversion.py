@@ -25,7 +25,8 @@ from twinloop.models import directory, gguf_form
 from twinloop.models.adapter import read_adapter
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.exported import export_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import MANIFEST, ArtifactStore
 from twinloop.registry.snapshot import VersionName
 from twinloop.registry.tracking import CodeVersion, Mlruns

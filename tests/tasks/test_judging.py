@@ -20,7 +20,7 @@ from twinloop.evaluation.gate import GateRules
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
-from twinloop.models.tokenizer import train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.audit import audit_stage

@@ -17,7 +17,7 @@ from twinloop.common.errors import UserError
 from twinloop.evaluation.parity import FormError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.models.tokenizer import train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.tasks.llama_cpp import LlamaCppForm, find_server
 
 SERVER = """#!{python}

@@ -12,7 +12,8 @@ from silent import Silent
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.dataset import DataVersion
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base_source import resolve_models

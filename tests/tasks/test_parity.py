@@ -28,7 +28,8 @@ from twinloop.models.adapter_form import linear_layers
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.gguf_form import GGUFLayout
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import MANIFEST, Artifact
 from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.context import Context

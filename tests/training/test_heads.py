@@ -11,8 +11,8 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, save_model
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.rope import Rope
-from twinloop.models.tokenizer import train_tokenizer
 from twinloop.training.forms import is_held_out
 from twinloop.training.heads import attach_head, reward_of, tree_scores
 from twinloop.training.loop import _accumulate, run_training

@@ -14,7 +14,8 @@ from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule
 from twinloop.domains.domain import Domain, Message, Verdict
 from twinloop.models.directory import save_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.fingerprint import module_fingerprint
 from twinloop.training.loop import run_training
 from twinloop.training.method import Method, load_method, ready_made

@@ -12,7 +12,8 @@ from test_rollouts import rewarded
 
 from twinloop.common.errors import UserError
 from twinloop.models.directory import save_model
-from twinloop.models.tokenizer import ChatTokenizer, train_tokenizer
+from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.training.heads import REWARD, attach_head, reward_of
 from twinloop.training.loop import run_training
 from twinloop.training.method import load_method
