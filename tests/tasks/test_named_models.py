@@ -11,7 +11,7 @@ from silent import Silent
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
-from twinloop.models.directory import save_model
+from twinloop.models.directory import load_config, save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.dataset import DataVersion
@@ -22,15 +22,21 @@ from twinloop.tasks.imported_base import import_models, import_stage
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.tasks.train import train
+from twinloop.training.heads import REWARD, attach_head
 from twinloop.training.runtime import Runtime
 from twinloop.training.weights import get_weights, new_decoder
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 STAGE = {"method": "distil", "learning_rate": 0.01, "batch_tokens": 128, "seq_len": 64, "top_k": 4}
+SFT = {"method": "sft", "learning_rate": 0.01, "batch_tokens": 128, "seq_len": 64}
+REWARD_STAGE = SFT | {"method": "reward"}
+GRPO = {
+    "method": "grpo", "learning_rate": 0.01, "steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 8
+}  # fmt: skip
 TEXT = "the order of the other customer"
 
 
-def write_model(folder: Path, *, seed: int, text: str = TEXT, positions: int = 128) -> None:
+def write_model(folder: Path, *, seed: int, text: str = TEXT, positions: int = 128, reward: bool = False) -> None:
     tokenizer = train_tokenizer([text] * 4, 270)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size,
@@ -39,7 +45,10 @@ def write_model(folder: Path, *, seed: int, text: str = TEXT, positions: int = 1
         max_position_embeddings=positions,
         **SHAPE,
     )
-    save_model(folder, config, get_weights(new_decoder(config, seed=seed)), tokenizer)
+    network = new_decoder(config, seed=seed)
+    if reward:
+        attach_head(network, REWARD, tokenizer, ends=tokenizer.stop_ids)
+    save_model(folder, network.config, get_weights(network), tokenizer)
 
 
 @pytest.fixture
@@ -53,10 +62,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def read(project: Path, teacher: Any = None, **changes: Any) -> Recipe:
-    stage = STAGE | {"teacher": {"path": "models/teacher"} if teacher is None else teacher} | changes
+def read(project: Path, teacher: Any = None) -> Recipe:
+    return read_stages(project, STAGE | {"teacher": {"path": "models/teacher"} if teacher is None else teacher})
+
+
+def read_stages(project: Path, *stages: dict[str, Any]) -> Recipe:
     base = {"path": "models/student"}
-    fields = {"name": "small", "domain": "chat", "base": base, "evaluate": {"max_new_tokens": 16}, "train": [stage]}
+    fields = {"name": "small", "domain": "chat", "base": base, "evaluate": {"max_new_tokens": 16}, "train": stages}
     (project / "recipe.yaml").write_text(json.dumps(fields))
     return load_recipe(project / "recipe.yaml", project)
 
@@ -109,6 +121,45 @@ def test_a_mistake_in_it_is_one_line_before_anything_runs(project: Path, teacher
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
     assert not (project / "artifacts").exists()
+
+
+def test_a_model_may_be_named_by_the_stage_that_makes_it(project: Path) -> None:
+    recipe = read_stages(
+        project, SFT, REWARD_STAGE, STAGE | {"teacher": "sft"}, GRPO | {"rewards": [{"model": "reward"}]}
+    )
+    assert [stage.earlier for stage in recipe.train] == [{}, {}, {"teacher": "sft"}, {"rewards[0].model": "reward"}]
+    assert resolve_models(recipe, project)[1] == {}, "nothing of it is there yet"
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (
+            [SFT | {"method": "classify"}, GRPO | {"rewards": [{"model": "classify"}]}],
+            "no stage classify makes a reward",
+        ),
+        ([REWARD_STAGE, STAGE | {"teacher": "reward"}], "no stage reward makes a model that writes text before it"),
+        ([SFT, GRPO | {"rewards": [{"model": "./models/teacher"}]}], "models/teacher holds no reward model"),
+        ([SFT, STAGE | {"teacher": "./models/judge"}], "models/judge has a head and writes no text"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(project: Path, stages: list[dict[str, Any]], said: str) -> None:
+    write_model(project / "models" / "judge", seed=3, reward=True)
+    with pytest.raises(UserError, match=r"train\[1\]\.(teacher|rewards\[0\]\.model): ") as raised:
+        resolve_models(read_stages(project, *stages), project)
+    assert said in str(raised.value)
+
+
+def test_a_reward_model_in_a_folder_is_imported_with_its_head_and_its_own_tokenizer(project: Path) -> None:
+    write_model(project / "models" / "judge", seed=3, text="quite another text", positions=64, reward=True)
+    recipe = read_stages(project, GRPO | {"rewards": [{"verifier": 1.0}, {"model": "models/judge"}]})
+    context = Context.of(project, project / "recipe.yaml", recipe, Silent()).on_data("0" * 32)
+    base, named = resolve_models(recipe, project)
+    read = import_models(context, named, start=import_stage(context, base))["grpo"]["rewards[1].model"]
+    assert load_config(read.path).kind == "reward"
+    placed = recipe.train[0].settings.with_models({"rewards[1].model": read.path})
+    assert placed.rewards[1].model == {"path": str(read.path)}
+    assert ChatTokenizer.load(read.path).token_bytes == ChatTokenizer.load(project / "models" / "judge").token_bytes
 
 
 def test_a_teacher_of_fewer_tokens_is_refused(project: Path) -> None:
