@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from releases import SEVEN_DAYS, ship
+from releases import SEVEN_DAYS, serving, ship, wait_for
 
 from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import linear_layers
@@ -194,3 +195,34 @@ def test_a_champion_with_a_merged_adapter_has_no_others_and_its_version_is_a_nam
         assert (ids(manager), manager.loaded) == ([], None)
         assert refusal(manager, "returns:v2") == "model: 'returns:v2' is not served here; 'returns' is"
         assert digest(manager, "returns:v1") == digest(manager, "returns")
+
+
+CASE = {
+    "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
+    "message": "confirm it.",
+}
+
+
+def test_every_process_answers_for_a_version_by_its_name(project: Path, registry: Registry, adapt: Adapt) -> None:
+    champion(registry, adapt(2))
+    adapt(3)
+    asked = 0
+    with serving(project, "--workers", "2", "--adapters", "1") as (client, _):
+
+        def loaded_by_both() -> bool:
+            """After another request, on a connection of its own, which either process may accept."""
+            nonlocal asked
+            decision = httpx.post(f"{client.base_url}/v1/decisions?model=returns:v2", json=CASE, timeout=120)
+            assert (decision.status_code, decision.json()["model"]["version"]) == (200, "2")
+            asked += 1
+            return "twinloop_adapters_loaded 2.0" in client.get("/metrics").text.splitlines()
+
+        wait_for(loaded_by_both)
+        counts = [
+            float(line.rpartition(" ")[2])
+            for line in client.get("/metrics").text.splitlines()
+            if line.startswith("twinloop:request_success_total") and 'model_name="returns:v2"' in line
+        ]
+        assert sum(counts) == asked
+        refused = client.post("/v1/decisions?model=returns:v9", json=CASE)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (404, "model_not_found")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adapted import ADAPTERS, CONFIG, Exports, random_adapter
+from adapted import ADAPTERS, CONFIG, MAX_LENGTH, Exports, random_adapter
 from test_scheduler import Gate, wait_for
 
 from twinloop.common.errors import UserError
 from twinloop.models.exported import describe_exported, read_exported
+from twinloop.models.memory import serving_memory
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.adapters import BASE, LoadedAdapter
 from twinloop.serving.engine.held_adapters import AdapterDroppedError
@@ -126,6 +127,27 @@ def test_an_adapter_for_which_there_is_no_memory_is_refused_and_the_others_go_on
     with pytest.raises(UserError, match=r"adapter big \(rank 64\) needs 0\.\d MiB of memory, and 0\.0 MiB are"):
         engine.load_adapter("big", random_adapter(5, 64))
     np.testing.assert_array_equal(engine.score(TOKENS), before)
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_own_adapter_of_every_process_must_fit_into_memory(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, copies: int
+) -> None:
+    exported = exports.exported("nine", ADAPTERS["nine"])
+    plain, plan = (
+        serving_memory(CONFIG, precision="fp32", slots=1, max_length=MAX_LENGTH, adapter_ranks=ranks)
+        for ranks in (0, 9)
+    )
+    both = Engine.load(exported, slots=1)
+    alone = both.memory_bytes
+    both.drop_adapter(both.own)
+    assert plan.total_bytes - plain.total_bytes == alone - both.memory_bytes > 0
+    available = copies * plan.total_bytes
+    monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda: available)
+    Engine.load(exported, slots=1, copies=copies)
+    available -= 1
+    with pytest.raises(UserError, match="MiB are available; take"):
+        Engine.load(exported, slots=1, copies=copies)
 
 
 def test_a_merged_export_takes_no_adapters_and_says_how_to_make_one_that_does(exports: Exports) -> None:
