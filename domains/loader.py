@@ -15,7 +15,7 @@ from twinloop.common.modules import FoundModule, find_module, modules_in
 from twinloop.domains.domain import Domain
 
 NOT_READY_MADE = frozenset(
-    {"documents", "domain", "examples", "generate", "loader", "metrics", "owners", "record_types"}
+    {"documents", "domain", "examples", "generate", "judging", "loader", "metrics", "owners", "record_types"}
 )
 
 

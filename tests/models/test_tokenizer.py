@@ -162,7 +162,7 @@ def test_a_foreign_template_keeps_content_plain_too(tokenizer: ChatTokenizer, tm
 
 def test_training_is_deterministic_across_processes(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
     script = (
-        "import sys; from twinloop.models.tokenizer import train_tokenizer\n"
+        "import sys; from twinloop.models.new_tokenizer import train_tokenizer\n"
         "from tests.models.test_tokenizer import CORPUS\n"
         "assert 'torch' not in sys.modules; train_tokenizer(CORPUS, 600).save(sys.argv[1])"
     )

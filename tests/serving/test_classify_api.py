@@ -103,7 +103,7 @@ def test_each_text_gets_every_label_with_the_probability_that_transformers_gives
 
 
 def test_one_text_and_its_messages_are_answered_as_in_a_list(labelling):
-    several = labelling.post(CLASSIFY, json={"input": TEXTS, "model": MODEL.name}).json()["data"]
+    several = labelling.post(CLASSIFY, json={"input": TEXTS, "model": f"{MODEL.name}:v3", "priority": 1}).json()["data"]
     messages = [{"role": "user", "content": TEXTS[2]}]
     for given in (TEXTS[2], messages, [messages]):
         (alone,) = labelling.post(CLASSIFY, json={"input": given}).json()["data"]
@@ -133,6 +133,7 @@ def test_a_reward_model_scores_conversations_as_in_training(scoring, reward_mode
         ({"input": 7}, 400, None),
         ({"input": "late", "n": 2}, 400, None),
         ({"input": "late", "model": "other"}, 404, "model_not_found"),
+        ({"input": "late", "model": f"{MODEL.name}:v9"}, 404, "model_not_found"),
         ({"input": "late " * MAX_LENGTH}, 400, "context_length_exceeded"),
         ({"input": ["late"] * 9}, 400, "too_many_prompts"),
         ({"input": [{"role": "user"}]}, 400, None),
@@ -164,6 +165,11 @@ def test_a_head_writes_no_text_and_a_reward_model_decides_nothing(labelling, sco
     )
     assert labelling.get("/health").json()["purpose"]["routes"] == ["/v1/decisions", CLASSIFY]
     assert scoring.get("/v1/models").json()["data"][0]["routes"] == [CLASSIFY]
+    closed = scoring.post("/v1/embeddings", json={"input": "late"})
+    assert (closed.status_code, closed.json()["error"]["message"]) == (
+        404,
+        "/v1/embeddings: not served, since the model is a decoder, which embeds no text; it answers POST /v1/classify",
+    )
 
 
 def test_a_model_that_writes_text_classifies_nothing(client):
