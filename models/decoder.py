@@ -95,14 +95,6 @@ class Attention(nn.Module):
             scale=config.query_scale or config.head_dim**-0.5, window=kind.window, softcap=config.attention_softcap
         )
 
-    @torch.no_grad()
-    def begin_keys_as_queries(self) -> None:
-        """A key head takes the weights of the first query head of its group."""
-        heads = len(self.q_proj.weight) // self.head_dim
-        group = heads * self.head_dim // len(self.k_proj.weight)
-        queries_HED = self.q_proj.weight.view(heads, self.head_dim, -1)
-        self.k_proj.weight.copy_(queries_HED[::group].flatten(0, 1))
-
     def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
         """rotary: cosines and sines, as `rotary_tables` gives them; None: without positions."""
         B, L, _ = x_BLD.shape
@@ -188,11 +180,7 @@ class Decoder(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth.
-
-        A head's keys begin as its queries, so that a token first attends to tokens like itself: copying is learned
-        sooner, and with every seed (Trockman and Kolter, 2023).
-        """
+        """Normal weights at 1/sqrt(fan-in); what writes into the residual stream starts smaller with depth."""
         depth_scale = (2 * self.config.num_hidden_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias") or name == HEAD:
@@ -202,9 +190,6 @@ class Decoder(nn.Module):
             elif parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std * depth_scale if name.endswith(_RESIDUAL_OUTPUTS) else std)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.begin_keys_as_queries()
 
     def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states [B, L, D].

@@ -26,16 +26,6 @@ def test_counted_parameters_are_those_of_the_network(change):
     assert config.num_parameters == sum(parameter.numel() for parameter in Decoder(config).parameters())
 
 
-@pytest.mark.parametrize("key_heads", [1, 2, 4])
-def test_a_new_networks_keys_begin_as_the_queries_of_their_group(key_heads):
-    config = DecoderConfig(**{**TINY, "num_key_value_heads": key_heads})
-    for layer in Decoder(config).model.layers:
-        queries = layer.self_attn.q_proj.weight.view(key_heads, 4 // key_heads, 8, 32)
-        keys = layer.self_attn.k_proj.weight.view(key_heads, 8, 32)
-        assert torch.equal(keys, queries[:, 0])
-        assert not torch.equal(queries[0, 0], layer.self_attn.v_proj.weight.view(key_heads, 8, 32)[0])
-
-
 def test_a_later_token_changes_nothing_before_it():
     model = Decoder(DecoderConfig(**TINY))
     tokens = torch.arange(10)[None]
