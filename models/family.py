@@ -143,7 +143,8 @@ def _architecture(family: ModuleType, config: DecoderConfig) -> str:
 
 def _read_head(fields: dict[str, Any]) -> dict[str, Any]:
     """`labels`, where the architecture has them. The vocabulary then has one table, whatever the file says."""
-    architectures = fields.get("architectures") or ()
+    named = fields.get("architectures")
+    architectures = named if isinstance(named, list) else []
     if not any(isinstance(name, str) and name.endswith(_CLASSIFIES) for name in architectures):
         return {}
     named = fields.get("id2label") or {str(index): f"LABEL_{index}" for index in range(fields.get("num_labels", 2))}

@@ -86,16 +86,19 @@ def test_checkpoints_and_precisions_that_are_not_served_are_versions_of_a_model_
 
         return write
 
-    def made(stage: str, weights: str, **metrics: str) -> Artifact:
+    def made(stage: str, weights: str, model: Artifact | str = "base", **metrics: str) -> Artifact:
         modules = ("twinloop.records.validated",)
+        inputs = {"model": model}
         return context.run(
-            stage, writing(weights, **metrics), settings={"weights": weights}, inputs={}, modules=modules
+            stage, writing(weights, **metrics), settings={"weights": weights}, inputs=inputs, modules=modules
         )
+
+    sft = made("sft", "s")
 
     version = register_stage(
         context,
         Made(
-            checkpoints=[made("sft", "s"), made("dpo", "d")],
+            checkpoints=[sft, made("dpo", "d", sft)],
             others=[made("export", "o", precision="int8")],
             exported=made("export", "e", precision="fp32"),
             base={"base": "small.gguf", "base_license": "mit"},

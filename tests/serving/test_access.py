@@ -218,7 +218,7 @@ def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
     public = {
         "/health": {"get"}, "/metrics": {"get"}, "/v1/documents": {"get"}, "/v1/documents/{document_id}": {"get"},
         "/v1/decisions": {"post"}, "/v1/chat/completions": {"post"}, "/v1/completions": {"post"},
-        "/tokenize": {"post"}, "/detokenize": {"post"},
+        "/v1/classify": {"post"}, "/tokenize": {"post"}, "/detokenize": {"post"},
         "/v1/models": {"get"}, "/v1/models/{name}": {"get"},
         "/v1/versions": {"get"}, "/v1/versions/{version}": {"get"}, "/v1/load": {"get"},
     }  # fmt: skip

@@ -17,6 +17,7 @@ BODIES = {
     "/v1/decisions": CASE,
     "/v1/chat/completions": {"messages": HELLO},
     "/v1/completions": {"prompt": "a", "max_tokens": 300},
+    "/v1/classify": {"input": "a"},
 }
 LONG = {"max_tokens": 300, "temperature": 1.0, "ignore_eos": True}
 
@@ -51,7 +52,7 @@ def slow(tmp_path, tokenizer):
         yield client, scheduler
 
 
-@pytest.mark.parametrize("path", ASKED)
+@pytest.mark.parametrize("path", sorted(set(ASKED) - {"/v1/classify"}))  # the model writes text
 def test_a_request_that_takes_too_long_is_given_up(slow, path):
     client, scheduler = slow
     answer = client.post(path, json=BODIES[path])

@@ -365,7 +365,7 @@ def test_without_transformers_a_directory_is_read_back_and_other_forms_are_not_w
 def test_what_another_library_raises_is_one_line(
     project: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(out: Path) -> Any:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("first\nsecond")
 
     monkeypatch.setattr(conversion_forms, "_transformers_model", broken)
