@@ -57,7 +57,7 @@ def test_the_registry_says_what_each_was_made_from(project: Path) -> None:
     versions = {
         stage: client.get_model_version_by_alias("small-checkpoints", stage) for stage in ("sft", "reward", "ppo")
     }
-    parents = {stage: version.tags.get("parent") for stage, version in versions.items()}
+    parents = {stage: version.tags["twinloop.parent"] for stage, version in versions.items()}
     assert parents["reward"] == parents["ppo"] == f"small-checkpoints/{versions['sft'].version}"
 
 
