@@ -94,6 +94,8 @@ def gaps_beside_a_long_prompt(server: Server, sizes: Sizes, seed: int) -> tuple[
         working = [asyncio.create_task(stream(answer, number)) for number, answer in enumerate(streams)]
         try:
             await ask(server.port, user(prompt(4, seed + STREAMS)), sizes.tokens // 4)  # all of them stream by now
+            while not all(each.gaps or task.done() for each, task in zip(streams, working, strict=True)):
+                await asyncio.sleep(0.001)  # of a small model, that one answer may overtake theirs
             began = time.perf_counter()
             return await ask(server.port, user(prompt(LONG_WORDS, seed + STREAMS + 1)), 1), began
         finally:

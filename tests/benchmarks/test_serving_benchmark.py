@@ -129,7 +129,6 @@ def test_an_answer_that_was_cut_off_is_not_whole() -> None:
     assert not Answer(status=429).whole
 
 
-@pytest.mark.slow
 def test_the_whole_table_of_ours(folder: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.serving", "--ours-only", "--quick", "--rounds", "1", "--cores", "1"]
     command += ["--classes", "int8", "--peers", str(folder)]
