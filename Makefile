@@ -1,5 +1,5 @@
 # make run    the whole lifecycle: data to a gated, promoted, answering model
-# make test   lint, types, floors, tests (slow ones: .ci/run)
+# make test   lint, types, import layers, tests (slow ones: .ci/run)
 # make bench  what the project promises about speed, measured here: one table
 # make up     Prefect server, deployments, worker, MLflow and the API; make down stops them
 

@@ -8,22 +8,15 @@ machine lacks (Prefect or MLflow on a bare device) is named as not measured.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from datetime import date
-from pathlib import Path
-
-import onnxruntime as ort
-import torch
 
 from benchmarks.decode import rollout_rows, step_rows
 from benchmarks.overhead import overhead_rows
 from benchmarks.table import Row, show
 from benchmarks.training import muon_rows, stage_rows
-from benchmarks.workload import Workload, arguments, machine, open_workload
+from benchmarks.workload import Workload, arguments, heading_of, open_workload
 from twinloop.common.errors import UserError
-from twinloop.registry.tracking import code_version
 
 FULL_SECONDS, FULL_STAGE_SECONDS = 30.0, 62.0
 SECONDS, STAGE_SECONDS = 8.0, 15.0
@@ -35,7 +28,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         with open_workload(options) as workload:
-            print(f"{heading(workload)}\n", flush=True)
+            print(f"{heading_of(workload)}\n", flush=True)
             show(measure(workload, full=options.full))
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -55,17 +48,6 @@ def measure(workload: Workload, *, full: bool) -> Iterator[Row]:
     yield from muon_rows(workload)
     announce("a stage through Prefect, MLflow and the artifact store")
     yield from overhead_rows(workload, tokens_per_s[workload.recipe.train[0].name], stage_seconds)
-
-
-def heading(workload: Workload) -> str:
-    """Where and on what: enough to compare two tables, or not to."""
-    config, runtime = workload.config, workload.runtime
-    where = f"{machine(runtime.device, runtime.threads)}, load {os.getloadavg()[0]:.1f} before"
-    libraries = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
-    network = f"{workload.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
-    code = code_version(Path.cwd())
-    commit = f"{(code.commit or 'unknown')[:12]}{' with changes' if code.dirty else ''}"
-    return f"{date.today()}, commit {commit}; {where}; {libraries}; {network}"
 
 
 def announce(what: str) -> None:

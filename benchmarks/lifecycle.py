@@ -7,7 +7,7 @@ Tokenizer, every stage of the recipe, RL with rollouts on the bound engine, expo
 device, evaluation of each exported model in the engine that serves it. Nothing of Prefect, MLflow, DVC or polars is
 imported, so it runs wherever torch and ONNX Runtime do. Data is generated anew, and goes in without validation, unless
 --data names a directory with the generator's files. --seeds: of weights, batches and rollouts, one model loop each; the
-recipe's own unless workload. --scale multiplies data, pretraining tokens and RL steps.
+recipe's own unless named. --scale multiplies data, pretraining tokens and RL steps.
 
 All cases are answered after every stage. The last line reports whether the project's thresholds hold for every seed; if
 not, the exit code is 1.
@@ -24,11 +24,8 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnxruntime as ort
-import torch
-
 from benchmarks.decode import SLOTS, time_steps
-from benchmarks.workload import Workload, arguments, machine, make_data, prepare
+from benchmarks.workload import Workload, arguments, heading_of, make_data, prepare
 from twinloop.common.errors import UserError
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, read_cases, run_cases
@@ -67,7 +64,7 @@ def main() -> int:
         with TemporaryDirectory(prefix="twinloop-lifecycle-") as folder:
             data = options.data or make_data(Path(folder) / "raw", options.scale)
             workload = prepare(recipe, options.device, data)
-            print_heading(workload)
+            print(f"{heading_of(workload)}\n", flush=True)
             return run(workload, options.seeds or [recipe.seed], Path(folder))
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -234,12 +231,6 @@ def pairs_of(found: CaseReport) -> Rate:
 
 def share(rate: Rate) -> str:
     return f"{rate.rate:.1%} of {rate.total}" if rate.total else "-"
-
-
-def print_heading(workload: Workload) -> None:
-    where = machine(workload.runtime.device, workload.runtime.threads)
-    versions = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
-    print(f"{where}; {versions}; {workload.config.num_parameters:,} parameters\n")
 
 
 def print_head(*cells: str) -> None:

@@ -18,15 +18,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import venv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import call, install
 from benchmarks.table import Row, promise, show
 from benchmarks.workload import Workload, arguments, open_workload
 from twinloop.common.errors import UserError
@@ -81,25 +80,11 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder of the peers' environment")
     options = parser.parse_args()
     try:
-        python = make_environment(options.peers)
+        python = install(options.peers, PACKAGES)
         with open_workload(options, SCALE) as workload, tempfile.TemporaryDirectory(prefix="twinloop-peers-") as folder:
             show(measure(workload, options, python, Path(folder)))
     except UserError as error:
         sys.exit(f"error: {error}")
-
-
-def make_environment(folder: Path) -> Path:
-    """The peers' interpreter; the environment is made where it is not there, or not whole."""
-    python, whole = folder.absolute() / "bin" / "python", folder / ".installed"
-    if whole.exists() and whole.read_text().split() == list(PACKAGES):
-        return python
-    print(f"making {folder}: {', '.join(PACKAGES)}", file=sys.stderr, flush=True)
-    venv.create(folder, with_pip=True)
-    done = subprocess.run([python, "-m", "pip", "install", "-qq", *PACKAGES], check=False)
-    if done.returncode:
-        raise UserError(f"{folder}: pip could not install the peers (its words are above); they need a package index")
-    whole.write_text("\n".join(PACKAGES))
-    return python
 
 
 def measure(workload: Workload, options: argparse.Namespace, python: Path, folder: Path) -> Iterator[Row]:
@@ -219,17 +204,13 @@ def compare(size: str, job: dict[str, Any], runners: list[Contestant], rounds: i
 
 
 def run(contestant: Contestant) -> dict[str, float]:
+    """What its last line says. Raises UserError, with its last words, where it fails."""
     with tempfile.NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(json.dumps(contestant.job))
         file.flush()
-        environment = {**os.environ, **contestant.environment}
-        done = subprocess.run(
-            [*contestant.command, file.name], capture_output=True, text=True, env=environment, check=False
-        )
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}, without a word"]
-        raise UserError(f"{contestant.name}, {contestant.job['method']}: {words[-1]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+        what = f"{contestant.name}, {contestant.job['method']}"
+        said = call(what, [*contestant.command, file.name], {**os.environ, **contestant.environment})
+    result: dict[str, float] = json.loads(said.strip().splitlines()[-1])
     return result
 
 

@@ -1,9 +1,14 @@
-"""One Markdown table, whatever was measured."""
+"""One Markdown table, whatever was measured, and the line above it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+from twinloop.registry.tracking import code_version
 
 HEADS = ("what", "setting", "value", "unit", "must be")
 
@@ -17,6 +22,14 @@ class Row:
     value: str
     unit: str
     must_be: str = ""
+
+
+def heading(where: str, *what: str) -> str:
+    """When, by which code, where and on what: enough to compare two tables, or not to."""
+    code = code_version(Path.cwd())
+    commit = f"{(code.commit or 'unknown')[:12]}{' with changes' if code.dirty else ''}"
+    before = f"{date.today()}, commit {commit}", f"{where}, load {os.getloadavg()[0]:.1f} before"
+    return "; ".join((*before, *what))
 
 
 def show(rows: Iterable[Row]) -> None:

@@ -12,8 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import onnxruntime as ort
 import torch
 
+from benchmarks.table import heading
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
 from twinloop.domains.domain import Domain
@@ -154,3 +156,10 @@ def open_workload(options: argparse.Namespace, scale: float = SCALE) -> Iterator
 
 def machine(device: str, threads: int) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {threads} threads"
+
+
+def heading_of(workload: Workload) -> str:
+    config, runtime = workload.config, workload.runtime
+    libraries = f"torch {torch.__version__}, onnxruntime {ort.__version__}"
+    network = f"{workload.recipe.name}: {config.num_parameters:,} parameters, vocabulary {config.vocab_size}"
+    return heading(machine(runtime.device, runtime.threads), libraries, network)

@@ -28,7 +28,7 @@ def measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, Estimate]:
     """
     with domain_code(domain, "measure"):
         values = dict(domain.measure(judged))
-    found = {name: Estimate(value=_finite(domain, name, value)) for name, value in values.items()}
+    found = {name: Estimate(value=_finite(domain, "measure", name, value)) for name, value in values.items()}
     for name, metric in domain.metrics.items():
         if metric.of is None:
             continue
@@ -40,7 +40,8 @@ def measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, Estimate]:
             terms = [each for case in judged if (each := metric.of.terms(case)) is not None]
             estimate = estimated(terms, metric.of.value, mean=metric.of.mean)
         if estimate is not None:
-            _finite(domain, name, estimate.value)
+            for number in (estimate.value, *(estimate.interval or ())):
+                _finite(domain, "value", name, number)
             found[name] = estimate
     return found
 
@@ -86,10 +87,11 @@ def _resampled(table_NT: np.ndarray) -> np.ndarray:
     return np.concatenate(sums)
 
 
-def _finite(domain: Domain, name: str, value: Any) -> float:
+def _finite(domain: Domain, function: str, name: str, value: Any) -> float:
+    """function: of the domain, which returned it."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise UserError(
-            f"domain {domain.name}: measure returned {value!r} as {name}, which is no finite number; leave out a "
+            f"domain {domain.name}: {function} returned {value!r} as {name}, which is no finite number; leave out a "
             "metric that cannot be computed"
         )
     return float(value)

@@ -79,10 +79,13 @@ def judge_reward_model(
 
 
 def _try_wrong_answers(scorer: _Scorer, case: Case, domain: Domain, tried: Counter[str], hacked: Counter[str]) -> None:
-    """Count, by name, the wrong answers to a case and those of them that score as high as the right one."""
+    """Count, by name, the wrong answers to a case and those of them that score as high as the right one. What is longer
+    than the network's context has no score."""
     about = f"case {case.case_id}"
     with domain_code(domain, "gold", about):
         gold = domain.gold(case.facts)
+    if not scorer.fits(case.prompt, gold):
+        return
     with domain_code(domain, "wrong", about):
         wrong = [(name, output) for name, output in domain.wrong(gold, case.facts) if scorer.fits(case.prompt, output)]
     right, *scores = scorer.scores(case.prompt, [gold, *(output for _, output in wrong)])

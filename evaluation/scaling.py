@@ -30,6 +30,8 @@ HUBER = 1.345
 MAD = 1.4826
 """A normal distribution's standard deviation, by the median of its absolute deviations: no outlier moves it far."""
 SAMPLES = 200
+LOG_MOST = 700.0
+"""Its exponential is a float still: a fit may leave an exponent near 0, by which one divides."""
 CHINCHILLA = 20
 """Tokens a weight, about, where compute is spent best on web text (Hoffmann et al., 2022)."""
 
@@ -57,7 +59,8 @@ class ScalingLaw:
     def best_parameters(self, tokens: float) -> float:
         """The size for which so many tokens are the best use of compute, which is as N D: where both terms fall alike,
         alpha A / N^alpha = beta B / D^beta."""
-        return float((self.alpha * self.A / (self.beta * self.B) * tokens**self.beta) ** (1 / self.alpha))
+        ratio = np.log(self.alpha * self.A) - np.log(self.beta * self.B) + self.beta * np.log(tokens)
+        return float(np.exp(np.clip(ratio / self.alpha, -LOG_MOST, LOG_MOST)))
 
 
 @dataclass(frozen=True)

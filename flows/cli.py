@@ -130,7 +130,7 @@ def serve(
         slots=slots,
         adapters=adapters,
         workers=workers,
-        cors_origins=" ".join(origin(each) for each in cors_origin or ()),
+        cors_origins=[origin(each) for each in cors_origin or ()],
         deadline_s=deadline,
     )
     return serve_champion(project, settings)
@@ -257,7 +257,7 @@ def plan(
 
     project = _project()
     path = _recipe(project, recipe)
-    return show_scaling(project, path, budget, run_tokens) if budget else show_plan(project, path)
+    return show_scaling(project, path, budget, run_tokens) if budget is not None else show_plan(project, path)
 
 
 @documents_app.command("put")

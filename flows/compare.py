@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,16 @@ from twinloop.common.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from twinloop.evaluation.comparison import Comparison, Judging, Tally
+    from twinloop.domains.domain import Domain
+    from twinloop.evaluation.comparison import Comparison, Judging, Side, Tally
+    from twinloop.tasks.recipe import Recipe
 
 ELO = 400 / 2.302585092994046
 """Points of Elo for each unit of log-odds: 400 points are odds of 10 to 1."""
-KEYS = {"1": "left", "2": "right", "t": "tie"}
+KEYS: Mapping[str, Side] = {"1": "left", "2": "right", "t": "tie"}
 HELP = "1, 2: the better one; t: tie; s: later; u: take back the last one; q: stop for now"
+CONTROL = re.compile(r"[^\n\t\x20-\x7e\xa0-\U0010ffff]")
+"""Characters by which an answer would steer the terminal, such as to clear it."""
 
 
 def compare_models(
@@ -38,31 +43,18 @@ def compare_models(
     Raises UserError for a model that there is not, without cases, and for a judge that the domain does not have.
     """
     from twinloop.evaluation.comparison import by_verifier
-    from twinloop.evaluation.judgements import Judgements
     from twinloop.flows.display import make_console
-    from twinloop.registry.ledger import who
     from twinloop.tasks.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, project)
     # Programs read the ratings alone from stdout.
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
-        comparison, domain = _answered(project, recipe_path, named, judge, limit)
-        console = make_console()
+        comparison, domain = _answered(project, recipe_path, recipe, named, judge, limit)
         if judge == "verifier":
             tally = comparison.tally(by_verifier(domain))
         else:
-            from twinloop.evaluation.comparison import Judging
-
             kept = project / "state" / "judgements" / f"{recipe.name}.jsonl"
-            with Judgements.opened(kept, who()) as judgements:
-                judging = Judging(comparison, judgements)
-                if judge == "page":
-                    from twinloop.flows.compare_page import judge_on_page
-
-                    judge_on_page(judging, port)
-                else:
-                    judge_in_terminal(judging, console)
-                tally = judging.tally()
+            tally = _judged_by_person(comparison, kept, port if judge == "page" else None)
     if as_json:
         print(json.dumps(ratings(comparison, tally), indent=1))
     else:
@@ -70,17 +62,35 @@ def compare_models(
     return 0
 
 
-def _answered(project: Path, recipe_path: Path, named: Sequence[str], judge: str, limit: int | None) -> Any:
-    """(the comparison, the domain), once every model has answered."""
+def _judged_by_person(comparison: Comparison, kept: Path, port: int | None) -> Tally:
+    """kept: the file of judgements. port: of the page; None: in the terminal."""
+    from twinloop.evaluation.comparison import Judging
+    from twinloop.evaluation.judgements import Judgements
+    from twinloop.flows.display import make_console
+    from twinloop.registry.ledger import who
+
+    with Judgements.opened(kept, who()) as judgements:
+        judging = Judging(comparison, judgements)
+        if port is None:
+            judge_in_terminal(judging, make_console())
+        else:
+            from twinloop.flows.compare_page import judge_on_page
+
+            judge_on_page(judging, port)
+        return judging.tally()
+
+
+def _answered(
+    project: Path, recipe_path: Path, recipe: Recipe, named: Sequence[str], judge: str, limit: int | None
+) -> tuple[Comparison, Domain]:
+    """The cases with what every model answered to them, and the domain."""
     from twinloop.evaluation.comparison import Comparison, Contestant
     from twinloop.flows.display import make_display
     from twinloop.flows.gpu import gpu_slot
     from twinloop.tasks.compare import answers_stage, find_models, read_compared_cases
     from twinloop.tasks.context import Context
     from twinloop.tasks.prepare import ready_data
-    from twinloop.tasks.recipe import load_recipe
 
-    recipe = load_recipe(recipe_path, project)
     runtime = recipe.runtime()
     with make_display() as display, gpu_slot(project, runtime, shared=False):
         context = Context.of(project, recipe_path, recipe, display)
@@ -112,10 +122,10 @@ def judge_in_terminal(judging: Judging, console: Console) -> None:
     say(HELP, "dim")
     while question := judging.question:
         say(f"\n{judging.left} left", "dim")
-        say(prompt_text(question.case.prompt))
+        say(_visible(prompt_text(question.case.prompt)))
         for number, answer in (("1", question.left), ("2", question.right)):
             say(f"--- answer {number}", "bold")
-            say(answer)
+            say(_visible(answer))
         said = _key(console)
         if said in ("q", ""):
             return
@@ -124,7 +134,11 @@ def judge_in_terminal(judging: Judging, console: Console) -> None:
         elif said == "u":
             judging.take_back()
         else:
-            judging.say(KEYS[said])  # type: ignore[arg-type]  # the values are the sides
+            judging.say(KEYS[said])
+
+
+def _visible(text: str) -> str:
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _key(console: Console) -> str:

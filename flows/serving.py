@@ -25,7 +25,7 @@ KILL_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """slots, adapters: of each of the `workers`, which are processes. cors_origins: separated by spaces."""
+    """slots, adapters: of each of the `workers`, which are processes."""
 
     model: str
     host: str
@@ -33,7 +33,7 @@ class ServeSettings:
     slots: int
     adapters: int
     workers: int
-    cors_origins: str
+    cors_origins: list[str]
     deadline_s: float
 
 
@@ -52,8 +52,7 @@ def serve_champion(project: Path, settings: ServeSettings) -> int:
 
 
 def _supervise(project: Path, settings: ServeSettings) -> int:
-    from twinloop.serving.drain import SHUTDOWN_S
-    from twinloop.serving.listener import address_of, listen
+    from twinloop.serving.listener import SHUTDOWN_S, address_of, listen
     from twinloop.serving.supervisor import Supervisor
 
     base = [sys.executable, "-m", "twinloop.flows.serving", str(project), json.dumps(asdict(settings))]
@@ -87,7 +86,7 @@ def _serve(
             manager,
             admin_token=token,
             local_admin=is_this_machine(settings.host),
-            cors_origins=settings.cors_origins.split(),
+            cors_origins=settings.cors_origins,
             releases=ProjectReleases(project, settings.model),
             keys=project_keys(project),
             deadline_s=settings.deadline_s,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -16,6 +17,14 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 Kind = Literal["text", "labels", "reward"]
 """What a network gives: the next token of a text, one label of several, or a score."""
+
+
+def kind_of(labels: Sequence[str]) -> Kind:
+    """labels: of its head, where it has one: a reward model has one label."""
+    if not labels:
+        return "text"
+    return "labels" if labels[1:] else "reward"
+
 
 Size = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, le=10_000)]
@@ -107,9 +116,7 @@ class DecoderConfig(BaseModel):
 
     @property
     def kind(self) -> Kind:
-        if not self.labels:
-            return "text"
-        return "labels" if self.labels[1:] else "reward"
+        return kind_of(self.labels)
 
     @property
     def num_outputs(self) -> int:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from twinloop.common.errors import UserError
 from twinloop.models.chat_template import ChatTemplate, Rendered, Token, Turn
+from twinloop.models.config import Kind, kind_of
 from twinloop.models.decoder_stream import DecoderStream
 from twinloop.models.jinja_template import JinjaTemplate, Message
 from twinloop.models.tokenizer_files import (
@@ -102,6 +103,11 @@ class ChatTokenizer:
         padding = {} if pad_id in (None, self.pad_id) else {"pad_token": self.token_bytes[pad_id].decode()}
         text = json.dumps(limit | self._settings | padding, indent=2, ensure_ascii=False) + "\n"
         (directory / SETTINGS).write_text(text, encoding="utf-8")
+
+    @property
+    def kind(self) -> Kind:
+        """What its network gives."""
+        return kind_of(self.labels)
 
     @property
     def vocab_size(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from twinloop.common.errors import UserError
@@ -22,6 +23,8 @@ from twinloop.registry.status import VersionStatus
 from twinloop.registry.versions import CHECKPOINTS, Registry
 from twinloop.serving.decisions import ModelInfo
 from twinloop.serving.named import NamedVersion, NotServedError
+
+log = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 1.0
 """Reading the registry from the project's own database takes 2 ms for each of its models."""
@@ -44,9 +47,9 @@ class RegisteredAdapters:
         self._mlruns, self._served, self._loaded = registry.mlruns, served, loaded
         self._exported, self._files = describe_exported(served.path), _tokenizer(served.path)
         self._every_s = LOOK_EVERY_S if self._mlruns.local_database else ASK_EVERY_S
-        self._lock = threading.Lock()
-        self._read_at: float | None = None
-        self._snapshots: dict[str, Snapshot] = {}
+        self._reading = threading.Lock()
+        self._read_again_at = 0.0
+        self._snapshots: Mapping[str, Snapshot] = {}  # none until the first reading
         self._exports: dict[str, str | None] = {}  # by the digest of a version, what is wrong with its export here
 
     def listed(self) -> Sequence[NamedVersion]:
@@ -86,15 +89,26 @@ class RegisteredAdapters:
             raise NotServedError(f"{model} has no version {which}")
         return version
 
-    def _now(self) -> dict[str, Snapshot]:
-        """By the registered model, as it was within the last seconds."""
-        with self._lock:
-            now = time.monotonic()
-            if self._read_at is None or now - self._read_at >= self._every_s:
-                names = [name for name in registered_models(self._mlruns) if not name.endswith(CHECKPOINTS)]
-                self._snapshots = {name: Registry(self._mlruns, name).snapshot() for name in names}
-                self._read_at = now
-            return self._snapshots
+    def _now(self) -> Mapping[str, Snapshot]:
+        """By the registered model, as it was within the last seconds, or when it could last be read."""
+        # Nobody waits for a reading who can have the one before: where MLflow's server is away, it takes a minute.
+        if self._reading.acquire(blocking=not self._snapshots):
+            try:
+                if time.monotonic() >= self._read_again_at:
+                    self._read_registry()
+            finally:
+                self._reading.release()
+        return self._snapshots
+
+    def _read_registry(self) -> None:
+        try:
+            names = [name for name in registered_models(self._mlruns) if not name.endswith(CHECKPOINTS)]
+            self._snapshots = {name: Registry(self._mlruns, name).snapshot() for name in names}
+        except Exception as error:  # whatever it is: what can be asked goes on
+            if not self._snapshots:
+                raise
+            log.warning("the registry cannot be read, and requests may name the versions of before: %s", error)
+        self._read_again_at = time.monotonic() + self._every_s
 
     def _problem(self, version: Version) -> str | None:
         """Why requests cannot have it, in words for clients; None where they can."""

@@ -125,13 +125,15 @@ def _signature(domain: Domain, *, reward: bool) -> ModelSignature:
 def _transformers(folder: Path) -> dict[str, Any]:
     """The flavour of a model directory, as MLflow 3.17.2 writes it for a local checkpoint. It looks for the tokenizer
     in a folder of its own."""
+    from twinloop.models.directory import load_config
+
     tokenizer = folder / "components" / "tokenizer"
     tokenizer.mkdir(parents=True, exist_ok=True)
     for name in _TOKENIZER_FILES:
         if (source := folder / MODEL_FOLDER / name).exists():
             shutil.copyfile(source, tokenizer / name)
     config = json.loads((folder / MODEL_FOLDER / "config.json").read_bytes())
-    kind = "TextClassification" if "id2label" in config else "TextGeneration"
+    kind = "TextGeneration" if load_config(folder / MODEL_FOLDER).kind == "text" else "TextClassification"
     return {
         "task": _TASKS[kind],
         "instance_type": f"{kind}Pipeline",

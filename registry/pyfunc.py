@@ -157,7 +157,7 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> De
     domain = _domain(flavour["domain"], project, about=str(version or folder))
     scheduler = Scheduler(Engine.load(model, slots=SLOTS))
     tokenizer = load_answering(model)
-    if len(tokenizer.labels) == 1:
+    if tokenizer.kind == "reward":
         return RewardModel(scheduler, tokenizer)
     if domain.request is None:
         return ChatModel(scheduler, tokenizer, domain.max_answer_tokens)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Message
 from twinloop.domains.examples import example_messages, example_request, scored_example
+from twinloop.models.config import kind_of
 from twinloop.models.label_tokenizer import load_answering
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.decisions import DecisionResponse, DecisionService, ModelInfo
@@ -47,7 +48,7 @@ class SmokeTest:
 
 def example_call(domain: Domain, labels: Sequence[str] = ()) -> tuple[str, dict[str, Any]]:
     """The route and the body with which a server of this domain is asked for an answer. labels: of the model's head."""
-    if len(labels) == 1:
+    if kind_of(labels) == "reward":
         return CLASSIFY, {"input": scored_example(domain)}
     if labels and domain.request is None:
         return CLASSIFY, {"input": example_messages(domain)}
@@ -65,7 +66,7 @@ def smoke_test_engine(engine: Engine, tokenizer: ChatTokenizer, domain: Domain, 
     """As `smoke_test`, with an engine that nobody else uses yet."""
     scheduler = Scheduler(engine)
     try:
-        if len(tokenizer.labels) == 1:
+        if tokenizer.kind == "reward":
             return _score(scheduler, tokenizer, scored_example(domain), exported)
         if domain.request is None:
             return _chat(scheduler, tokenizer, example_messages(domain), exported)

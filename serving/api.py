@@ -17,7 +17,6 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
 from starlette.types import ASGIApp
 
-from twinloop.serving import drain
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.answers import Answers, charge
 from twinloop.serving.chat import chat_router
@@ -33,7 +32,7 @@ from twinloop.serving.health import refuse_closed, state_router
 from twinloop.serving.key_access import RequireKey
 from twinloop.serving.keys import KeyStore
 from twinloop.serving.limits import Accounts
-from twinloop.serving.listener import address_of, listen
+from twinloop.serving.listener import SHUTDOWN_S, address_of, listen
 from twinloop.serving.load_api import load_router
 from twinloop.serving.metrics import CHAT, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.middleware import (
@@ -182,7 +181,7 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
 
 
 def _begin(service: DecisionService, body: BaseModel) -> PendingDecision:
-    if len(service.tokenizer.labels) == 1:
+    if service.kind == "reward":
         refuse_closed(DECISIONS, service)
     return service.begin(body)
 
@@ -196,7 +195,7 @@ def server_config(app: ASGIApp) -> uvicorn.Config:
         lifespan="off",
         log_level="warning",
         access_log=False,
-        timeout_graceful_shutdown=drain.SHUTDOWN_S,
+        timeout_graceful_shutdown=SHUTDOWN_S,
         server_header=False,
         proxy_headers=False,  # who asks is the socket's other end, not the address that its headers claim
     )

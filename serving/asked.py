@@ -63,7 +63,7 @@ def refuse_too_long(
 
 def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1) -> None:
     """Raises ApiError for a model that writes no text, unknown parameters, and more answers than the server holds."""
-    if service.tokenizer.labels:
+    if service.kind != "text":
         refuse_closed("text", service)
     for name, value in (asked.model_extra or {}).items():
         if name not in IGNORED and value is not None:

@@ -119,8 +119,8 @@ class _Pending:
 
     def __init__(self, service: DecisionService, body: ClassifyRequest, started: float):
         """Raises ApiError for what cannot be served, QueueFullError where not all have a place."""
-        labels, inputs, scheduler = service.tokenizer.labels, body.inputs, service.scheduler
-        if not labels:
+        inputs, scheduler = body.inputs, service.scheduler
+        if service.kind == "text":
             refuse_closed(CLASSIFY, service)
         if len(inputs) > scheduler.capacity:
             problem = f"input: this server works on {scheduler.capacity} inputs at once, at most"
@@ -152,7 +152,7 @@ class _Pending:
 
     def response(self) -> Classification:
         labels = self._service.tokenizer.labels
-        judge = _classified if labels[1:] else _scored
+        judge = _scored if self._service.kind == "reward" else _classified
         return Classification(
             id=f"classify-{uuid.uuid4().hex}",
             object="list",
@@ -184,7 +184,7 @@ def _scored(index: int, logits: np.ndarray, labels: Sequence[str]) -> Scored:
 
 
 def _encode(given: str | Sequence[ChatMessage], service: DecisionService) -> list[int]:
-    tokenizer, reward = service.tokenizer, not service.tokenizer.labels[1:]
+    tokenizer, reward = service.tokenizer, service.kind == "reward"
     try:
         if not isinstance(given, str):
             return (encode_answered if reward else encode_messages)(given, tokenizer)

@@ -10,7 +10,7 @@ import copy
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,6 +20,7 @@ from pydantic_core import to_json
 
 from twinloop.domains.domain import Document, Domain, Verdict
 from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
+from twinloop.models.config import Kind
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.grammar import Grammars
@@ -288,18 +289,26 @@ class DecisionService:
         self.measured_documents = measured_documents
         self.id = model.name
         """What requests call it, and answers and metrics too."""
-        self.adapter: LoadedAdapter | None = None
-        """None: the model's own, where it has one."""
+        self._load_adapter: Callable[[], LoadedAdapter | None] = lambda: None  # the model's own, where it has one
 
-    def with_adapter(self, id: str, model: ModelInfo, adapter: LoadedAdapter) -> DecisionService:
-        """The same service with another adapter on the same base: the model that requests call `id`."""
+    @property
+    def kind(self) -> Kind:
+        """What the model gives."""
+        return self.tokenizer.kind
+
+    def with_adapter(self, id: str, model: ModelInfo, load: Callable[[], LoadedAdapter]) -> DecisionService:
+        """The same service with another adapter on the same base: the model that requests call `id`.
+
+        load: is asked for it by each request that takes places, so that one that was refused before loads nothing.
+        """
         named = copy.copy(self)
-        named.id, named.model, named.adapter = id, model, adapter
+        named.id, named.model, named._load_adapter = id, model, load
         return named
 
     def reserve(self, answers: int = 1) -> Place:
-        """Places in the queue, as `Scheduler.reserve`, for answers of this model."""
-        return self.scheduler.reserve(answers, self.adapter)
+        """Places in the queue, as `Scheduler.reserve`, for answers of this model. Raises as that and as what loads its
+        adapter."""
+        return self.scheduler.reserve(answers, self._load_adapter())
 
     @property
     def documents_differ(self) -> bool:

@@ -12,8 +12,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from twinloop.serving.errors import stopping
 from twinloop.serving.listener import BACKLOG
 
-SHUTDOWN_S = 10
-"""How long running requests may take to end after SIGTERM."""
 ACCEPTED_AT_ONCE = 1
 """Connections, before a server does anything else: of several processes at one socket those that have time take more.
 

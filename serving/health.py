@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 from fastapi import APIRouter, Response
@@ -12,6 +11,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 
 from twinloop.domains.domain import Domain
+from twinloop.models.config import Kind
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import errors
 from twinloop.serving.errors import ApiError, ErrorDetail, error_body
@@ -97,19 +97,20 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
-def routes_of(domain: Domain, labels: Sequence[str] = ()) -> list[str]:
-    """Where a model of this domain is asked. labels: of its head, where it has one: one, of a reward model."""
+def routes_of(domain: Domain, kind: Kind) -> list[str]:
+    """Where a model of this domain and kind is asked."""
     decides = [DECISIONS] * (domain.request is not None)
-    if labels:
-        return [*(decides if labels[1:] else []), CLASSIFY]
-    return decides + [CHAT, COMPLETIONS] * domain.serves_chat
+    if kind == "text":
+        return decides + [CHAT, COMPLETIONS] * domain.serves_chat
+    return [CLASSIFY] if kind == "reward" else [*decides, CLASSIFY]
 
 
-def purpose_of(domain: Domain, labels: Sequence[str] = ()) -> Purpose:
-    """What a model of this domain is for. labels: as `routes_of` has them."""
-    routes = routes_of(domain, labels)
-    if labels:
-        asked = "a text, or the messages of a prompt" if labels[1:] else "a conversation, the answer to be scored last"
+def purpose_of(domain: Domain, kind: Kind) -> Purpose:
+    """What a model of this domain and kind is for."""
+    routes = routes_of(domain, kind)
+    if kind != "text":
+        scored = "a conversation, the answer to be scored last"
+        asked = scored if kind == "reward" else "a text, or the messages of a prompt"
         return Purpose(description=domain.description, routes=routes, prompt=f"{asked}, to {CLASSIFY}")
     decides = f"the fields of a request to {DECISIONS}, from which the server makes the prompt"
     if domain.request is None:
@@ -164,9 +165,8 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
 def refuse_closed(what: str, service: DecisionService, why: str | None = None) -> NoReturn:
     """Raises ApiError for what is not served, with the routes at which the served model is asked. why: unless that is
     what the model gives."""
-    labels = service.tokenizer.labels
-    gives = "labels" if labels[1:] else "scores" if labels else "text"
-    there = " and ".join(f"POST {route}" for route in routes_of(service.domain, labels)) or "nothing"
+    gives = "scores" if service.kind == "reward" else service.kind
+    there = " and ".join(f"POST {route}" for route in routes_of(service.domain, service.kind)) or "nothing"
     raise ApiError(404, f"{what}: not served, since {why or f'the model gives {gives}'}; it answers {there}")
 
 
@@ -180,7 +180,7 @@ def _health(
         degraded=degraded,
         model=service.model,
         domain=service.domain.name,
-        purpose=purpose_of(service.domain, service.tokenizer.labels),
+        purpose=purpose_of(service.domain, service.kind),
         refused_champion=RefusedChampion(version=failure.version, reason=failure.public) if failure else None,
         queue=Queue(queued=scheduler.queued, active=scheduler.active, capacity=scheduler.capacity),
         traces=Traces(dropped=traces.dropped) if traces is not None else None,
@@ -202,7 +202,7 @@ def _index(service: DecisionService) -> Index:
 def _model_object(service: DecisionService, version: NamedVersion | None, created: int) -> ModelObject:
     """version: a version beside the served one; None for that."""
     model = service.model if version is None else version.model
-    id, purpose = service.id if version is None else version.id, purpose_of(service.domain, service.tokenizer.labels)
+    id, purpose = service.id if version is None else version.id, purpose_of(service.domain, service.kind)
     known: dict[str, Any] = {"id": id, "object": "model", "created": created, "owned_by": "twinloop"}
     known |= {"version": model.version, "digest": model.digest, "domain": service.domain.name}
     return ModelObject(**known, **purpose.model_dump())

@@ -1,4 +1,4 @@
-"""The socket at which a server listens."""
+"""The socket at which a server listens, and how long it goes on once it must stop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from twinloop.common.errors import UserError
 
 BACKLOG = 1024
 """Connections that wait until a server accepts them."""
+SHUTDOWN_S = 10
+"""How long running requests may take to end after SIGTERM."""
 
 
 def listen(host: str, port: int) -> socket.socket:

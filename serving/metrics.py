@@ -184,7 +184,10 @@ class _State(Collector):
             ),
         }
         if (loaded := manager.loaded) is not None:
-            gauges["twinloop_adapters_loaded"] = ("Versions in memory beside the served model, in each process", loaded)
+            gauges["twinloop_adapters_loaded"] = (
+                "Versions in memory beside the served model, once for each process that holds them",
+                loaded,
+            )
         if service.traces is not None:
             lost = "Traces that could not be kept since the server started"
             gauges["twinloop_traces_dropped"] = (lost, service.traces.dropped)

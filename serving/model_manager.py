@@ -78,7 +78,7 @@ class ModelManager:
                 version = find_named(service, others, name)
                 if version is None or others is None:
                     return work(service)
-                return work(others.load(version))
+                return work(others.service(version))
             except AdapterDroppedError:
                 continue
             except SchedulerClosedError:

@@ -11,6 +11,7 @@ from typing import Protocol
 from twinloop.common.errors import UserError
 from twinloop.models.adapter import Adapter
 from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.errors import SOON, ApiError
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class NamedModels:
         """most: adapters in memory, beside the model's own; at least 1."""
         self._service, self._source, self._most = service, source, most
         self._loading = threading.Lock()
-        self._loaded: dict[str, DecisionService] = {}
+        self._loaded: dict[str, tuple[ModelInfo, LoadedAdapter]] = {}  # by the version's id
 
     def listed(self) -> list[NamedVersion]:
         """Those that a request may name, beside the served model itself."""
@@ -60,28 +61,32 @@ class NamedModels:
         found = self._source.find(name)
         return None if found.model == self._service.model else found
 
-    def load(self, version: NamedVersion) -> DecisionService:
-        """What answers for a version. Raises ApiError where it does not load, or where there is no space for it."""
-        if (service := self._held(version)) is not None:
-            return service
+    def service(self, version: NamedVersion) -> DecisionService:
+        """What answers for a version. Its `reserve` loads it, and raises ApiError where it does not load, or where
+        there is no space for it."""
+        return self._service.with_adapter(version.id, version.model, lambda: self._adapter(version))
+
+    def _adapter(self, version: NamedVersion) -> LoadedAdapter:
+        if (held := self._held(version)) is not None:
+            return held
         with self._loading:
             return self._held(version) or self._load(version)
 
-    def _held(self, version: NamedVersion) -> DecisionService | None:
-        service = self._loaded.get(version.id)
-        if service is None or service.model != version.model:  # a model deleted in MLflow and made again counts from 1
-            return None
-        return service if service.adapter in self._service.scheduler.adapters.held else None
+    def _held(self, version: NamedVersion) -> LoadedAdapter | None:
+        model, adapter = self._loaded.get(version.id, (None, None))
+        # By its content too: a model deleted in MLflow and made again counts from 1.
+        return adapter if model == version.model and adapter in self._service.scheduler.adapters.held else None
 
-    def _load(self, version: NamedVersion) -> DecisionService:
+    def _load(self, version: NamedVersion) -> LoadedAdapter:
         adapters = self._service.scheduler.adapters
         try:
             adapter = self._source.read(version)
         except UserError as error:
             log.error("%s is not loaded: %s", version.id, error)
             raise ApiError(503, f"model: {version.id} does not load; the server's log gives the reason") from None
-        if (outdated := self._loaded.pop(version.id, None)) is not None and outdated.adapter is not None:
-            adapters.drop(outdated.adapter)
+        if version.id in self._loaded:
+            _, outdated = self._loaded.pop(version.id)
+            adapters.drop(outdated)
         while len(adapters.held) >= self._most:
             if adapters.drop_idle() is None:
                 words = f"model: {version.id} is not loaded, and {self._most} others are in use; try again soon"
@@ -96,9 +101,9 @@ class NamedModels:
                     words = f"model: there is no memory for {version.id} now; try again soon"
                     raise ApiError(503, words, headers=SOON) from None
         log.info("%s is loaded, of rank %d", version.id, loaded.rank)
-        self._loaded = {id: each for id, each in self._loaded.items() if each.adapter in adapters.held}
-        service = self._loaded[version.id] = self._service.with_adapter(version.id, version.model, loaded)
-        return service
+        held = {id: (model, each) for id, (model, each) in self._loaded.items() if each in adapters.held}
+        self._loaded = held | {version.id: (version.model, loaded)}
+        return loaded
 
 
 def find_named(service: DecisionService, others: NamedModels | None, name: str | None) -> NamedVersion | None:

@@ -1,6 +1,6 @@
 """Several processes that serve at one address. Each accepts connections from the same listening socket and has a model,
 a queue and threads of its own; this process starts them, replaces those that die, adds up their metrics, and stops
-them. It answers no request itself, so that it has nothing to die of.
+them. It answers no request itself, so that no request can end it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ REPORT_WITHIN_S = 2.0
 AGAIN_AFTER_S = 1.0
 AGAIN_AFTER_AT_MOST_S = 30.0
 """Before a process takes the place of one that died before it was ready: doubled each time."""
+LOOK_EVERY_S = 1.0
+"""A signal does not end the wait for messages (PEP 475), so what it asks for is seen within this."""
 
 
 class _Worker:
@@ -70,7 +72,7 @@ class Supervisor:
     """`count` processes of `command` at one listening socket.
 
     command: given a word, the command of a process that makes a `WorkerProcess` of it. The first process is started
-    alone, so that what speaks against serving is said once, and is told how many will need memory.
+    alone, so that what keeps all of them from serving is reported once, and is told how many will need memory.
     """
 
     def __init__(
@@ -83,11 +85,14 @@ class Supervisor:
         self._free = list(range(1, count + 1))  # numbers of places without a process
         self._ended: list[Metric] = []  # what processes that have ended had counted
         self._replaced = 0
-        self._failures = 0  # to start, one after the other
+        self._failed = False  # a process has ended before all had answered once
+        self._again_after_s = 0.0
         self._start_at = 0.0
         self._stop_by: float | None = None
         self._answered = False
         self._asked: list[tuple[_Worker, int]] = []  # who waits for the metrics of all
+        self._note = ""
+        self._exit_code = 0  # of the process that ended last
 
     def run(self, on_ready: Callable[[str], None]) -> int:
         """Serve until SIGTERM or Ctrl-C, and return the exit code. on_ready: is called once, with the note of the first
@@ -101,14 +106,11 @@ class Supervisor:
                     if not self._answered and len(self._ready) == self._count:
                         self._answered = True
                         on_ready(self._note)
-                    if not self._answered and self._failures and self._stop_by is None:
+                    if self._failed:
                         return self._exit_code or 1
                 return 0
             finally:
                 self._kill_all()
-
-    _note = ""
-    _exit_code = 0
 
     @property
     def _ready(self) -> list[_Worker]:
@@ -118,30 +120,34 @@ class Supervisor:
         if self._stop_by is not None or time.monotonic() < self._start_at:
             return
         alone = not self._answered and not self._ready
+        if alone and self._workers:
+            return
         for number in self._free[:1] if alone else list(self._free):
-            if alone and self._workers:
-                return
             self._free.remove(number)
-            ours, theirs = multiprocessing.Pipe()
-            handed = [theirs.fileno(), self._listener.fileno(), limits]
-            place = ",".join(map(str, [*handed, self._count, self._count if alone else 1]))
-            # A session of its own: Ctrl-C is for the supervisor, which passes it on once.
-            process = subprocess.Popen(
-                self._command(place), pass_fds=handed, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-            theirs.close()
-            self._workers.append(_Worker(number, process, ours))
-            if self._stop_by is not None:  # a signal has come in between
-                process.terminate()
+            self._start_one(number, limits, starting=self._count if alone else 1)
+
+    def _start_one(self, number: int, limits: int, *, starting: int) -> None:
+        ours, theirs = multiprocessing.Pipe()
+        handed = [theirs.fileno(), self._listener.fileno(), limits]
+        place = ",".join(map(str, [*handed, self._count, starting]))
+        # A session of its own: Ctrl-C is for the supervisor, which passes it on once.
+        process = subprocess.Popen(
+            self._command(place), pass_fds=handed, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self._workers.append(_Worker(number, process, ours))
+        if self._stop_by is not None:  # a signal has come in between
+            process.terminate()
 
     def _wait(self) -> None:
         """For what the processes say, or until something is to be done."""
-        ends = [self._stop_by, self._start_at if self._free and self._stop_by is None else None]
+        ends = [time.monotonic() + LOOK_EVERY_S]
         ends += [each.asked_at + REPORT_WITHIN_S for each in self._workers if each.silent and each.asked_at is not None]
-        until = min((end for end in ends if end is not None), default=None)
-        for pipe in wait(
-            [each.pipe for each in self._workers], None if until is None else max(0.0, until - time.monotonic())
-        ):
+        if self._stop_by is not None:
+            ends.append(self._stop_by)
+        elif self._free:
+            ends.append(self._start_at)
+        for pipe in wait([each.pipe for each in self._workers], max(0.0, min(ends) - time.monotonic())):
             worker = next(each for each in self._workers if each.pipe is pipe)
             try:
                 self._take(worker, worker.pipe.recv())
@@ -154,7 +160,7 @@ class Supervisor:
 
     def _take(self, worker: _Worker, message: object) -> None:
         if isinstance(message, Ready):
-            worker.ready, self._failures = True, 0
+            worker.ready, self._again_after_s = True, 0.0
             self._note = self._note or message.note
             if self._answered:
                 log.warning("%s answers now", worker)
@@ -196,18 +202,18 @@ class Supervisor:
         self._free.append(worker.number)
         if self._stop_by is not None:
             return
-        self._failures += not worker.ready
-        again_after_s = 0.0
-        if self._failures:
-            again_after_s = min(AGAIN_AFTER_S * 2 ** (self._failures - 1), AGAIN_AFTER_AT_MOST_S)
-        self._start_at = time.monotonic() + again_after_s
-        if self._answered:
-            self._replaced += worker.ready
-            log.warning("%s has ended (%s); another one takes its place", worker, _reason(self._exit_code))
-        elif self._exit_code < 0:
-            raise UserError(f"serve: {worker} has ended before it answered ({_reason(self._exit_code)})")
+        reason = _reason(self._exit_code)
+        if not self._answered:
+            if self._exit_code < 0:  # else it has said why itself
+                raise UserError(f"serve: {worker} has ended before it answered ({reason})")
+            self._failed = True
+            return
+        log.warning("%s has ended (%s); another one takes its place", worker, reason)
+        if worker.ready:
+            self._replaced += 1
         else:
-            self._failures += worker.ready
+            self._again_after_s = min(max(AGAIN_AFTER_S, 2 * self._again_after_s), AGAIN_AFTER_AT_MOST_S)
+        self._start_at = time.monotonic() + self._again_after_s
 
     def _stop(self, *_: FrameType | int | None) -> None:
         """At a signal: the processes answer what they have begun. At a second one they end at once."""

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twinloop.common.errors import UserError
-from twinloop.common.files import file_digest
 from twinloop.models.config import DecoderConfig
-from twinloop.registry.artifact import Artifact
+from twinloop.registry.artifact import Artifact, content_digest
 from twinloop.registry.versions import Registry
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.measure import choose_cases
+from twinloop.tasks.measure import choose_cases, export_in
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
@@ -40,9 +39,9 @@ def find_models(context: Context, named: Sequence[str]) -> list[Compared]:
 
     Raises UserError for what is neither, for fewer than two, and where two of them are the same bytes.
     """
-    found = [_find(context, name) for name in named]
-    if len(found) < 2:
+    if len(named) < 2:
         raise UserError("compare: name two models or more: versions by number or alias, or model directories")
+    found = [_find(context, name) for name in named]
     for place, model in enumerate(found):
         for other in found[:place]:
             if other.digest == model.digest:
@@ -59,7 +58,7 @@ def _find(context: Context, name: str) -> Compared:
     if not name.isdecimal() and path.exists():
         if (path / EXPORT_FILE).exists():
             _check_answers(name, load_config(path))
-            return Compared(name, path, _content(path), exported=True)
+            return Compared(name, path, content_digest(path), exported=True)
         from twinloop.models.source import open_source
 
         source = open_source(path)
@@ -77,13 +76,6 @@ def _find(context: Context, name: str) -> Compared:
 def _check_answers(name: str, config: DecoderConfig) -> None:
     if config.kind == "reward":
         raise UserError(f"compare: {name} is a reward model, which scores answers and gives none; name others")
-
-
-def _content(folder: Path) -> str:
-    """Of a folder: names and bytes."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    lines = [f"{name} {file_digest(files[name])}" for name in sorted(files)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_compared_cases(context: Context, data: Artifact, limit: int | None) -> list[Case]:
@@ -151,20 +143,12 @@ def _digest_of_prompts(cases: Sequence[Case]) -> str:
 
 def _export(model: Compared, keep: Path, runtime: Runtime) -> Path:
     """Weights, of whatever form, as a graph."""
-    import shutil
-
     from twinloop.models.directory import save_model
-    from twinloop.models.exported import export_model
     from twinloop.models.source import open_source
     from twinloop.tasks.base_source import DEFAULT_MAX_LENGTH
 
-    folder, exported = keep / "model", keep / "exported"
-    for left in (folder, exported):
-        shutil.rmtree(left, ignore_errors=True)
     source = open_source(model.path)
     length = min(source.config.max_position_embeddings, DEFAULT_MAX_LENGTH)
     config = source.config.model_copy(update={"max_position_embeddings": length})
-    folder.mkdir(parents=True)
-    save_model(folder, config, source.load_weights(), source.load_tokenizer())
-    export_model(folder, exported, precision=runtime.precision, max_length=length)
-    return exported
+    save_model(keep / "model", config, source.load_weights(), source.load_tokenizer())
+    return export_in(keep, keep / "model", runtime)

@@ -51,17 +51,10 @@ def measure_stage(
     """Losses and verifier pass rates of a model directory, in `metrics`; every failed case in cases.json."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        import shutil
-
-        from twinloop.models.directory import load_config
-        from twinloop.models.exported import export_model
         from twinloop.models.label_tokenizer import load_answering
         from twinloop.serving.engine import Engine
 
-        exported = keep / "exported"
-        shutil.rmtree(exported, ignore_errors=True)
-        length = load_config(model.path).max_position_embeddings
-        export_model(model.path, exported, precision=runtime.precision, max_length=length)
+        exported = export_in(keep, model.path, runtime)
         engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
         workload = Workload(context.domain, settings, data.path, limit=settings.stage_cases)
         cases, metrics = measure_engine(engine, load_answering(model.path), workload, report.moved)
@@ -79,6 +72,19 @@ def measure_stage(
 
 
 measure = task(name="measure", persist_result=False)(measure_stage)
+
+
+def export_in(keep: Path, model: Path, runtime: Runtime) -> Path:
+    """A model directory as a graph, in `keep`, where a process that was killed may have left half of one."""
+    import shutil
+
+    from twinloop.models.directory import load_config
+    from twinloop.models.exported import export_model
+
+    exported = keep / "exported"
+    shutil.rmtree(exported, ignore_errors=True)
+    export_model(model, exported, precision=runtime.precision, max_length=load_config(model).max_position_embeddings)
+    return exported
 
 
 def measure_engine(

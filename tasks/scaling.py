@@ -8,7 +8,6 @@ measurement of a shorter one (Hoffmann et al., 2022).
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from twinloop.models.memory import flops_per_token
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.context import Context, Report
-from twinloop.tasks.measure import losses_of_texts
+from twinloop.tasks.measure import export_in, losses_of_texts
 from twinloop.tasks.other_processes import OtherProcesses
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.tasks.tokenize import CORPUS, HELD_OUT, tokenize_stage
@@ -165,11 +164,10 @@ def measure_runs(
     context: Context, corpus: Corpus, runtime: Runtime, longest: int, *, enough: Callable[[Measured], None]
 ) -> list[Measured]:
     """All runs of the grid. enough: raises UserError after the first, the smallest, where the others are not wanted."""
-    measured: list[Measured] = []
-    for depth, tokens in grid(corpus, longest):
-        measured.append(small_run(context, corpus, runtime, depth=depth, tokens=tokens))
-        enough(measured[0])
-    return measured
+    (depth, tokens), *others = grid(corpus, longest)
+    first = small_run(context, corpus, runtime, depth=depth, tokens=tokens)
+    enough(first)
+    return [first, *(small_run(context, corpus, runtime, depth=depth, tokens=tokens) for depth, tokens in others)]
 
 
 def small_run(context: Context, corpus: Corpus, runtime: Runtime, *, depth: int, tokens: int) -> Measured:
@@ -234,15 +232,9 @@ def _some_records(corpus: Corpus, tokens: int) -> list[dict[str, Any]]:
 def _score(network: Decoder, tokenizer: ChatTokenizer, keep: Path, runtime: Runtime, data: Path) -> dict[str, float]:
     """Losses on the held-out texts, by the engine that ships."""
     from twinloop.models.directory import save_model
-    from twinloop.models.exported import export_model
     from twinloop.serving.engine import Engine
     from twinloop.training.weights import get_weights
 
-    model, exported = keep / "model", keep / "exported"
-    for folder in (model, exported):
-        shutil.rmtree(folder, ignore_errors=True)
-    model.mkdir()
-    save_model(model, network.config, get_weights(network), tokenizer)
-    export_model(model, exported, precision=runtime.precision, max_length=network.config.max_position_embeddings)
-    engine = Engine.load(exported, slots=1, threads=runtime.threads)
+    save_model(keep / "model", network.config, get_weights(network), tokenizer)
+    engine = Engine.load(export_in(keep, keep / "model", runtime), slots=1, threads=runtime.threads)
     return losses_of_texts(engine, tokenizer, data)

@@ -34,6 +34,8 @@ DOUBTFUL = 0.03
 TIMES = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 COUNTS = {"k": 1e3, "M": 1e6, "B": 1e9}
 AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([A-Za-z]*)\s*")
+MOST = 1e30
+"""Seconds, FLOPs or tokens that no plan is about: the largest trainings until 2025 took some 5e26 FLOPs."""
 
 
 @dataclass(frozen=True)
@@ -57,24 +59,30 @@ class Budget:
 
 def parse_budget(text: str) -> Budget:
     """`2h`, `90min`, `3e15` (FLOPs) or `5M` (tokens). Raises UserError for anything else."""
-    found = AMOUNT.fullmatch(text)
-    number, unit = (float(found[1]), found[2]) if found else (0.0, "")
-    if number > 0 and unit in TIMES:
-        return Budget("time", number * TIMES[unit], text)
-    if number > 0 and unit in COUNTS:
-        return Budget("tokens", number * COUNTS[unit], text)
-    if number > 0 and not unit:
-        return Budget("flops", number, text)
-    raise UserError(f"budget: {text!r}: give time (2h, 90min), FLOPs (3e15) or tokens (5M)")
+    kinds: dict[Literal["time", "flops", "tokens"], Mapping[str, float]] = {
+        "time": TIMES,
+        "flops": {"": 1.0},
+        "tokens": COUNTS,
+    }
+    for kind, units in kinds.items():
+        if amount := _amount(text, units):
+            return Budget(kind, amount, text)
+    raise UserError(f"budget: {text!r}: give time (2h, 90min), FLOPs (3e15) or tokens (5M), of at most {MOST:g}")
 
 
 def parse_tokens(text: str) -> int:
     """`500k`, `2M` or `500000`. Raises UserError for anything else."""
-    found = AMOUNT.fullmatch(text)
-    scale = {"": 1.0, **COUNTS}.get(found[2]) if found else None
-    if found is None or scale is None or float(found[1]) * scale < 1:
+    amount = _amount(text, {"": 1.0, **COUNTS})
+    if amount is None or amount < 1:
         raise UserError(f"run-tokens: {text!r}: give a number of tokens, such as 500k or 2M")
-    return round(float(found[1]) * scale)
+    return round(amount)
+
+
+def _amount(text: str, units: Mapping[str, float]) -> float | None:
+    """None for what is no number more than 0 with one of these units behind it."""
+    found = AMOUNT.fullmatch(text)
+    amount = float(found[1]) * units.get(found[2], 0) if found else 0
+    return amount if 0 < amount <= MOST else None
 
 
 @dataclass(frozen=True)

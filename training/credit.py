@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.training.packing import row_length
 from twinloop.training.runtime import Runtime
@@ -31,7 +32,9 @@ class Rows:
 
     @classmethod
     def of(cls, prompts: Sequence[Sequence[int]], settings: RolloutSettings, runtime: Runtime) -> Rows:
-        """Rows into which any group fits."""
+        """Rows into which any group fits. Raises UserError where there are no prompts."""
+        if not prompts:
+            raise UserError("rollouts: there are no prompts; look at what validation quarantined")
         longest = max(len(prompt) for prompt in prompts) + settings.group_size * settings.max_new_tokens
         return cls(row_length(longest, runtime.device), settings.temperature, runtime.device)
 

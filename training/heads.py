@@ -6,6 +6,7 @@ What `transformers` calls sequence classification: the same tensors by the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,8 @@ from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import load_config
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.training.packing import pack
-from twinloop.training.reproducible import reproducible
-from twinloop.training.scoring import ROWS_AT_ONCE
-from twinloop.training.tree import Tree, collate, labelled, sequence_scores
+from twinloop.training.scoring import tree_values
+from twinloop.training.tree import Tree, TreeBatch, labelled, sequence_scores
 from twinloop.training.weights import load_decoder
 
 REWARD = ("reward",)
@@ -70,27 +69,19 @@ def _vocabulary_rows(model: Decoder, ids: Sequence[int]) -> torch.Tensor:
     return table.weight.detach()[list(ids)].clone()
 
 
-@torch.no_grad()
 def tree_scores(model: Decoder, trees: Sequence[Tree], *, seq_len: int, device: str = "cpu") -> list[np.ndarray]:
     """For each tree, in the order given, what the head gives to its scored segments: float32 [segments, labels].
 
     A segment is scored with all before it, so that of a prompt with several answers the prompt is computed once.
     seq_len: tokens of a row, at least those of the longest tree.
     """
-    target = torch.device(device)
-    model.to(target)
-    place = {id(tree): index for index, tree in enumerate(trees)}
-    values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
-    rows = pack(trees, seq_len).rows
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
-            scores = sequence_scores(model, collate(some, seq_len).to(target)).cpu().numpy()
-        for tree in (tree for row in some for tree in row):
-            count = sum(segment.num_scored > 0 for segment in tree.segments)
-            own, scores = np.split(scores, [count])
-            values[place[id(tree)]] = own
-    return values
+    model.to(device)
+
+    def scores(batch: TreeBatch) -> np.ndarray:
+        found: np.ndarray = sequence_scores(model, batch).cpu().numpy()
+        return found
+
+    return tree_values(scores, trees, seq_len=seq_len, device=device, count=attrgetter("num_sequences"))
 
 
 def load_reward_model(directory: Path) -> Decoder:

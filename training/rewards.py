@@ -59,7 +59,8 @@ def prompts_and_rewards(
         if source.verifier is not None:
             sources[VERIFIER] = _verifier(kept, domain), source.verifier
         if source.model is not None:
-            name = MODEL if MODEL not in sources else f"{MODEL}_{len(sources)}"
+            number = len(sources.keys() - {VERIFIER}) + 1
+            name = MODEL if number == 1 else f"{MODEL}_{number}"
             model = RewardModel(Path(source.model["path"]), [record["prompt"] for record in kept], runtime)
             sources[name] = model, source.weight
     return [tokenizer.encode_prompt(record["prompt"]) for record in kept], WeightedSum(sources)
@@ -73,7 +74,13 @@ def _verifier(records: Sequence[Mapping[str, Any]], domain: Domain) -> Verifier:
 
     def verify(prompt: int, answer: str) -> Verdict:
         with domain_code(domain, "verify", f"prompt {prompt + 1}"):
-            return domain.verify(answer, facts[prompt])
+            verdict = domain.verify(answer, facts[prompt])
+            if not math.isfinite(verdict.reward):
+                raise UserError(
+                    f"domain {domain.name}: verify gave an answer to prompt {prompt + 1} the reward {verdict.reward}; "
+                    "a reward is a finite number"
+                )
+            return verdict
 
     return Verifier(verify)
 

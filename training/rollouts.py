@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Completion
 from twinloop.serving.engine.sampling import SamplingParams
@@ -58,13 +57,12 @@ class RolloutStream:
     ):
         """vocab_size: ids that `decode` knows; by default all of the network's. reference: the network before RL, whose
         log-probabilities the objective needs. credit: by default relative to the group."""
-        if not prompts:
-            raise UserError("rollouts: there are no prompts; look at what validation quarantined")
         self._model, self._reference = model, reference
         self._prompts, self._rewards, self._decode = prompts, rewards, decode
         self._settings, self._runtime, self._stop_ids = settings, runtime, stop_ids
         self._vocab_size = vocab_size
         self._credit: Credit = credit or GroupCredit()
+        self._rows = Rows.of(prompts, settings, runtime)
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
         self._epochs, self._minibatches = settings.passes()
@@ -185,7 +183,7 @@ class RolloutStream:
     def _choose_seq_len(self, trees: list[Tree]) -> int:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""
         if self._runtime.device == "cuda":
-            return Rows.of(self._prompts, self._settings, self._runtime).seq_len
+            return self._rows.seq_len
         return row_length(max(tree.length for tree in trees), self._runtime.device)
 
 

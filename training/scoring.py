@@ -1,11 +1,12 @@
-"""What a network gives to the scored tokens of trees while nothing trains: log-probabilities of the reference of DPO
-and of KL penalties, a teacher's probabilities, and what a critic expects.
+"""What a network gives to trees while nothing trains. To scored tokens: log-probabilities of the reference of DPO and
+of KL penalties, a teacher's probabilities, what a critic expects. To sequences: the scores of a head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -61,9 +62,10 @@ def tree_values(
     seq_len: int,
     temperature: float = 1.0,
     device: str = "cpu",
+    count: Callable[[Tree], int] = attrgetter("num_scored"),
 ) -> list[np.ndarray]:
-    """For each tree, in the order given, the values [scored tokens] of its scored tokens, as `values` gives them for a
-    batch on the device."""
+    """For each tree, in the order given, its values, as `values` gives them for a batch on the device. count: how many
+    values a tree has: by default one a scored token."""
     target = torch.device(device)
     place = {id(tree): index for index, tree in enumerate(trees)}
     found: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(trees)
@@ -73,6 +75,6 @@ def tree_values(
         with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
             batched = values(collate(some, seq_len, temperature=temperature).to(target))
         for tree in (tree for row in some for tree in row):
-            own, batched = np.split(batched, [tree.num_scored])
+            own, batched = np.split(batched, [count(tree)])
             found[place[id(tree)]] = own
     return found

@@ -216,6 +216,16 @@ class RolloutSettings(TrainSettings):
             raise ValueError("rewards: the verifier is named twice; give it one weight")
         return self
 
+    @model_validator(mode="after")
+    def _minibatches_hold_groups(self) -> Self:
+        _, minibatches = self.passes()
+        if minibatches > self.prompts_per_step:
+            raise ValueError(
+                f"minibatches ({minibatches}) are of whole groups; take at most prompts_per_step "
+                f"({self.prompts_per_step})"
+            )
+        return self
+
     def passes(self) -> tuple[int, int]:
         """(epochs, minibatches): how often a rollout is gone through, and in how many steps each time."""
         return 1, 1

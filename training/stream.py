@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from twinloop.common.errors import UserError
 from twinloop.training.packing import Packing, Row, cut, pack
+from twinloop.training.settings import EpochSettings
 from twinloop.training.tree import Tree, TreeBatch, collate
 
 
@@ -84,6 +85,18 @@ class BatchStream:
         self._total_steps = steps if steps is not None else self.steps_per_epoch * (epochs or 0)
         self._step = 0
         self._order: tuple[int, np.ndarray] | None = None
+
+    @classmethod
+    def of_epochs(cls, trees: Sequence[Tree], settings: EpochSettings, *, seed: int) -> Self:
+        """As a stage's settings have it."""
+        return cls(
+            trees,
+            seq_len=settings.seq_len,
+            batch_size=settings.batch_size,
+            micro_batch_size=settings.micro_batch_size,
+            epochs=settings.epochs,
+            seed=seed,
+        )
 
     @property
     def total_steps(self) -> int:

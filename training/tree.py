@@ -85,6 +85,11 @@ class Tree:
     def num_scored(self) -> int:
         return sum(segment.num_scored for segment in self.segments)
 
+    @property
+    def num_sequences(self) -> int:
+        """Segments with a scored token: the sequences of a batch."""
+        return sum(segment.num_scored > 0 for segment in self.segments)
+
 
 def _segment(tokens: Sequence[int] | np.ndarray, *, scored: bool, parent: int = ROOT) -> Segment:
     array = np.asarray(tokens, dtype=np.int32)

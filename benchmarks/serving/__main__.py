@@ -19,7 +19,6 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 
 import onnxruntime as ort
@@ -30,9 +29,8 @@ from benchmarks.serving.environment import LLAMA_SOURCE, PACKAGES, make_peers, n
 from benchmarks.serving.http import http_rows
 from benchmarks.serving.models import Models
 from benchmarks.serving.requests import Sizes
-from benchmarks.table import Row, show
+from benchmarks.table import Row, heading, show
 from twinloop.common.errors import UserError
-from twinloop.registry.tracking import code_version
 
 PARTS = ("engine", "http")
 
@@ -50,7 +48,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the servers too
     try:
         rows = measure(options)
-        print(f"{heading()}\n", flush=True)
+        print(f"{heading(f'{platform.machine()}, {os.cpu_count()} cores', *versions())}\n", flush=True)
         show(rows)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -80,13 +78,10 @@ def _rows(
             yield from http_rows(models, cores=cores, rounds=options.rounds, sizes=sizes)
 
 
-def heading() -> str:
-    """Where and on what: enough to compare two tables, or not to."""
-    code = code_version(Path.cwd())
-    commit = f"{(code.commit or 'unknown')[:12]}{' with changes' if code.dirty else ''}"
-    peers = ", ".join(sorted({LLAMA_SOURCE, *(each for packages in PACKAGES.values() for each in packages)}))
-    where = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before"
-    return f"{date.today()}, commit {commit}; {where}; ours on onnxruntime {ort.__version__}; peers: {peers}"
+def versions() -> tuple[str, str]:
+    """Ours, and those of the peers."""
+    peers = sorted({LLAMA_SOURCE, *(each for packages in PACKAGES.values() for each in packages)})
+    return f"ours on onnxruntime {ort.__version__}", f"peers: {', '.join(peers)}"
 
 
 if __name__ == "__main__":

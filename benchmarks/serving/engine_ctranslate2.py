@@ -26,8 +26,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         began = clock()
         _times(generator, [prompt[:length]], 1, clock)
         found[f"prefill {length}"] = length / (clock() - began)
-    batches = [(sequences, job["context"]) for sequences in job["batches"]]
-    for sequences, context in [*((1, each) for each in job["contexts"]), *batches]:
+    for sequences, context in job["decode"]:
         prompts = [prompt[row : row + context] for row in range(sequences)]
         times = _times(generator, prompts, job["steps"] + 1, clock)
         found[f"decode {sequences} x {context}"] = sequences * job["steps"] / (times[-1] - times[sequences - 1])

@@ -23,8 +23,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     for length in job["prefill"]:
         _generate(model, 1, length, 0, clock)
         found[f"prefill {length}"] = length / _generate(model, 1, length, 0, clock)[0]
-    batches = [(sequences, job["context"]) for sequences in job["batches"]]
-    for sequences, context in [*((1, each) for each in job["contexts"]), *batches]:
+    for sequences, context in job["decode"]:
         seconds = _generate(model, sequences, context, job["steps"], clock)[1]
         found[f"decode {sequences} x {context}"] = sequences * job["steps"] / seconds
     return found

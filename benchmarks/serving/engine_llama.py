@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import last_words
 from benchmarks.serving.clock import cpu_seconds
 from benchmarks.serving.engines import decode_key, prefill_key
 
@@ -17,14 +18,16 @@ from benchmarks.serving.engines import decode_key, prefill_key
 def measure(job: dict[str, Any]) -> dict[str, float]:
     """Its prompts are random tokens; sequences that are decoded together share theirs, as ours do."""
     steps, found = job["steps"], dict[str, float]()
-    for length, seconds in _read_and_decode(job, sorted({*job["prefill"], *job["contexts"]}), 1).items():
+    alone = [context for sequences, context in job["decode"] if sequences == 1]
+    for length, seconds in _read_and_decode(job, sorted({*job["prefill"], *alone}), 1).items():
         if length in job["prefill"]:
             found[prefill_key(length)] = length / seconds[0]
-        if length in job["contexts"]:
+        if length in alone:
             found[decode_key(1, length)] = steps / seconds[1]
-    for sequences in job["batches"]:
-        (seconds,) = _read_and_decode(job, [job["context"]], sequences).values()
-        found[decode_key(sequences, job["context"])] = sequences * steps / seconds[1]
+    for sequences, context in job["decode"]:
+        if sequences > 1:
+            (seconds,) = _read_and_decode(job, [context], sequences).values()
+            found[decode_key(sequences, context)] = sequences * steps / seconds[1]
     return found
 
 
@@ -69,7 +72,7 @@ def _bench(job: dict[str, Any], prompts: Sequence[int], steps: Sequence[int], se
         code = bench.wait()
         if code or len(lines) != (1 + len(prompts)) * len(steps):
             errors.seek(0)
-            sys.exit((errors.read().strip().splitlines() or [f"llama-batched-bench ended with code {code}"])[-1])
+            sys.exit(last_words(code, errors.read()))
     return lines[len(steps) :]
 
 

@@ -18,8 +18,8 @@ from twinloop.serving.engine.sampling import choose
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
     """Tokens a second of each prefill and each decoding. Decoding draws the likeliest token and feeds it back."""
-    slots = max(1, *job["batches"])
-    longest = max(*job["prefill"], *job["contexts"], job["context"]) + job["steps"] + 2
+    slots = max(sequences for sequences, _ in job["decode"])
+    longest = max(*job["prefill"], *(context for _, context in job["decode"])) + job["steps"] + 2
     engine = Engine.load(job["model"], slots=slots, max_length=longest, threads=job["threads"])
     clock = time.process_time if job["by_cpu"] else time.perf_counter
     random = np.random.default_rng(0)
@@ -30,14 +30,12 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         began = clock()
         engine.prefill(0, prompt)
         found[prefill_key(length)] = length / (clock() - began)
-    batches = [(sequences, job["context"]) for sequences in job["batches"]]
-    for sequences, context in [*((1, each) for each in job["contexts"]), *batches]:
+    for sequences, context in job["decode"]:
         engine.prefill(0, random.integers(0, engine.vocab_size, context))
         if sequences > 1:
             engine.copy_prefix(0, range(1, sequences), context)
-        found[decode_key(sequences, context)] = (
-            sequences * job["steps"] / _decode(engine, sequences, job["steps"], clock)
-        )
+        seconds = _decode(engine, sequences, job["steps"], clock)
+        found[decode_key(sequences, context)] = sequences * job["steps"] / seconds
     return found
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,23 @@ from benchmarks.serving.goals import CTRANSLATE2, GENAI, LLAMA, OURS, Comparison
 from benchmarks.serving.models import Models
 from benchmarks.table import Row
 from twinloop.common.errors import UserError
+from twinloop.models.config import Precision
 
 HERE = Path(__file__).parent
-CLASSES = ("int8", "int4", "fp32")
+CLASSES: tuple[Precision, ...] = ("int8", "int4", "fp32")
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of the prompts whose reading is timed, those before the one sequence that is decoded, numbers of sequences
-    that are decoded together, tokens before each of these, and steps."""
+    """prefill: tokens of the prompts whose reading is timed. decode: how many sequences are decoded together, and the
+    tokens before each, for so many steps."""
 
     prefill: tuple[int, ...] = (128, 512)
-    contexts: tuple[int, ...] = (128, 1024)
-    batches: tuple[int, ...] = (8, 16)
-    context: int = 128
+    decode: tuple[tuple[int, int], ...] = ((1, 128), (1, 1024), (8, 128), (16, 128))
     steps: int = 32
 
 
-QUICK = Lengths(prefill=(16,), contexts=(16,), batches=(2,), context=16, steps=4)
+QUICK = Lengths(prefill=(16,), decode=((1, 16), (2, 16)), steps=4)
 
 
 def prefill_key(length: int) -> str:
@@ -43,7 +43,7 @@ def decode_key(sequences: int, context: int) -> str:
     return f"decode {sequences} x {context}"
 
 
-def goals(key: str, precision: str) -> list[Goal]:
+def goals(key: str, precision: Precision) -> list[Goal]:
     """What is promised of a measure, for this class of weights."""
     what, *rest = key.split()
     if precision == "fp32":
@@ -73,7 +73,7 @@ class _Form:
     settings: dict[str, Any]
 
 
-def _forms(precision: str, models: Models) -> list[_Form]:
+def _forms(precision: Precision, models: Models) -> list[_Form]:
     ours = [sys.executable, "-m", "benchmarks.serving.engine_ours"]
     llama = [sys.executable, "-m", "benchmarks.serving.engine_llama"]
     genai = [models.peers.python, HERE / "engine_genai.py"]
@@ -82,10 +82,10 @@ def _forms(precision: str, models: Models) -> list[_Form]:
     types = {"int8": ("q8_0",), "int4": ("q4_0",), "fp32": ("f32", "f16")}[precision]
     compute = {"int8": "int8", "fp32": "float32"}.get(precision)
     found = [
-        _Form(f"{OURS} {precision}", OURS, ours, lambda: models.exported(precision), {}),  # type: ignore[arg-type]
+        _Form(f"{OURS} {precision}", OURS, ours, lambda: models.exported(precision), {}),
         *[_Form(f"{LLAMA} {type.upper()}", LLAMA, llama, lambda type=type: models.gguf(type), program)  # type: ignore[misc]
           for type in types],
-        _Form(f"{GENAI} {precision}", GENAI, genai, lambda: models.genai(precision), {}),  # type: ignore[arg-type]
+        _Form(f"{GENAI} {precision}", GENAI, genai, lambda: models.genai(precision), {}),
     ]  # fmt: skip
     if compute:
         settings = {"compute_type": compute}
@@ -96,7 +96,7 @@ def _forms(precision: str, models: Models) -> list[_Form]:
 
 
 def engine_rows(
-    precision: str, models: Models, *, cores: Sequence[int], rounds: int, lengths: Lengths
+    precision: Precision, models: Models, *, cores: Sequence[int], rounds: int, lengths: Lengths
 ) -> Iterator[Row]:
     """All measures of one class of weights. A contestant that fails takes no further part, and is shown with its last
     words."""
@@ -120,10 +120,7 @@ def engine_rows(
                 results[each.name].append(run(each))
             except UserError as error:
                 missing[each.name] = str(error)
-    prefills = [prefill_key(length) for length in lengths.prefill]
-    decodes = [decode_key(1, context) for context in lengths.contexts]
-    decodes += [decode_key(sequences, lengths.context) for sequences in lengths.batches]
-    for key in prefills + decodes:
+    for key in [*map(prefill_key, lengths.prefill), *starmap(decode_key, lengths.decode)]:
         shown = Comparison(key, setting, clock.rate, goals(key, precision), missing=missing)
         for name, found in results.items():
             for result in found if name not in missing else ():
@@ -138,10 +135,6 @@ def _job(form: _Form, setting: str, lengths: Lengths, threads: int) -> dict[str,
         "model": str(form.model()),
         "threads": threads,
         "by_cpu": Clock.on(threads).by_cpu,
-        "prefill": lengths.prefill,
-        "contexts": lengths.contexts,
-        "batches": lengths.batches,
-        "context": lengths.context,
-        "steps": lengths.steps,
+        **asdict(lengths),
         **form.settings,
     }

@@ -1,22 +1,22 @@
 """The peers, in a folder of their own: a virtual environment, and llama.cpp built from the source that a package holds.
 
 DIR/env      onnxruntime-genai and ctranslate2, with what converts a model to their forms
-DIR/src      the source of llama-cpp-python, which holds llama.cpp's
-DIR/build    llama-server and llama-batched-bench, for this machine's instructions (a quarter of an hour on two cores)
+DIR/llama-cpp-python==VERSION
+             its source, which holds llama.cpp's; in `build`, llama-server and llama-batched-bench for this machine's
+             instructions (a quarter of an hour on two cores)
 DIR/models   SmolLM2 in every contestant's form
 """
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import tarfile
-import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.processes import call, install
 from benchmarks.serving.goals import CTRANSLATE2, GENAI, LLAMA
 from twinloop.common.errors import UserError
 
@@ -52,9 +52,14 @@ class Peers:
     def python(self) -> Path:
         return self.folder / "env" / "bin" / "python"
 
+    @property
+    def llama(self) -> Path:
+        """The source that llama.cpp is built from, and in."""
+        return self.folder / LLAMA_SOURCE
+
     def program(self, name: str) -> Path:
         """Of llama.cpp."""
-        return self.folder / "build" / "bin" / name
+        return self.llama / "build" / "bin" / name
 
 
 def no_peers(folder: Path) -> Peers:
@@ -68,68 +73,49 @@ def make_peers(folder: Path) -> Peers:
     peers.folder.mkdir(parents=True, exist_ok=True)
     _try(peers, LLAMA, lambda: _build_llama(peers))
     for name, packages in PACKAGES.items():
-        _try(peers, name, lambda packages=packages: _install(peers, packages))  # type: ignore[misc]
+        _try(peers, name, lambda packages=packages: install(peers.folder / "env", packages))  # type: ignore[misc]
     return peers
 
 
-def _try(peers: Peers, name: str, make: Callable[[], None]) -> None:
+def _try(peers: Peers, name: str, make: Callable[[], object]) -> None:
     try:
         make()
     except UserError as error:
         peers.missing[name] = str(error)
 
 
-def _install(peers: Peers, packages: Sequence[str]) -> None:
-    stamp = peers.folder / "env" / ".installed"
-    installed = set(stamp.read_text().split()) if stamp.exists() else set()
-    if installed.issuperset(packages):
-        return
-    if not peers.python.exists():
-        venv.create(peers.folder / "env", with_pip=True)
-    call(f"pip install {' '.join(packages)}", [peers.python, "-m", "pip", "install", "-q", *packages])
-    stamp.write_text("\n".join(sorted(installed.union(packages))))
-
-
 def _build_llama(peers: Peers) -> None:
-    if all(peers.program(name).exists() for name in LLAMA_PROGRAMS):
+    source, build = peers.llama, peers.llama / "build"
+    if (built := build / ".built").exists():
         return
-    if not (source := peers.folder / "src" / "vendor" / "llama.cpp").exists():
+    if not source.exists():
         _unpack_llama(peers)
     cmake, ninja = _build_tool(peers, "cmake"), _build_tool(peers, "ninja")
-    build = peers.folder / "build"
     settings = [f"-D{name}={value}" for name, value in OPTIONS.items()]
-    made_by = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", source, "-B", build]
-    call("cmake configures llama.cpp", [cmake, *made_by, *settings])
-    call("cmake builds llama.cpp", [cmake, "--build", build, "-j", "2", "--target", *LLAMA_PROGRAMS])
+    made_by = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-S", source / "vendor" / "llama.cpp", "-B", build]
+    _do("cmake configures llama.cpp", [cmake, *made_by, *settings])
+    _do("cmake builds llama.cpp", [cmake, "--build", build, "-j", "2", "--target", *LLAMA_PROGRAMS])
+    built.touch()
 
 
 def _build_tool(peers: Peers, name: str) -> str:
     """The machine's own, or that of its package."""
     if found := shutil.which(name):
         return found
-    _install(peers, BUILD_TOOLS)
-    return str(peers.python.parent / name)
+    return str(install(peers.folder / "env", BUILD_TOOLS).with_name(name))
 
 
 def _unpack_llama(peers: Peers) -> None:
-    if not peers.python.exists():
-        venv.create(peers.folder / "env", with_pip=True)
-    sdist, pip = peers.folder / "sdist", [peers.python, "-m", "pip"]
+    python, sdist = install(peers.folder / "env", ()), peers.folder / "sdist"
     download = ["download", "-q", "--no-deps", "--no-binary", ":all:", "-d", sdist, LLAMA_SOURCE]
-    call(f"pip download {LLAMA_SOURCE}", [*pip, *download])
+    _do(f"pip download {LLAMA_SOURCE}", [python, "-m", "pip", *download])
     (archive,) = sdist.glob("llama_cpp_python-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(sdist, filter="data")
-    (sdist / archive.name.removesuffix(".tar.gz")).rename(peers.folder / "src")
+    (sdist / archive.name.removesuffix(".tar.gz")).rename(peers.llama)
+    shutil.rmtree(sdist)
 
 
-def call(what: str, command: Sequence[object]) -> None:
-    """Run a command to its end. Raises UserError, with its last words, where it fails."""
+def _do(what: str, command: Sequence[object]) -> None:
     print(f"peers: {what}", file=sys.stderr, flush=True)
-    try:
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, errors="replace", check=False)
-    except OSError as error:
-        raise UserError(f"{what}: {error}") from None
-    if done.returncode:
-        words = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"ended with code {done.returncode}"]
-        raise UserError(f"{what}: {words[-1].strip()[:200]}")
+    call(what, command)

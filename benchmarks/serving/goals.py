@@ -32,7 +32,6 @@ class Comparison:
     unit: str
     goals: Sequence[Goal] = ()
     less: bool = False
-    digits: int = 1
     values: dict[str, list[float]] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -42,7 +41,7 @@ class Comparison:
     def rows(self) -> Iterator[Row]:
         """Medians of the rounds; ratios are the median of each round's own ratio, with the range of all rounds."""
         for name, values in self.values.items():
-            shown = f"{statistics.median(values):,.{self.digits}f}"
+            shown = f"{statistics.median(values):,.1f}"
             yield Row(self.what if name.startswith(OURS) else f"· {name}", self.setting, shown, self.unit)
         for name, reason in self.missing.items():
             yield Row(self.what if name.startswith(OURS) else f"· {name}", self.setting, "missing", reason)
@@ -52,10 +51,10 @@ class Comparison:
     def _ratio_row(self, goal: Goal) -> Row:
         to = goal.peer or "the best of them"
         ours = next((values for name, values in self.values.items() if name.startswith(OURS)), [])
-        rivals = [name for name in self.values if not name.startswith(OURS) and name.startswith(goal.peer)]
-        if not ours or not rivals:
+        peers = [name for name in self.values if not name.startswith(OURS) and name.startswith(goal.peer)]
+        if not ours or not peers:
             return Row(f"· ratio to {to}", self.setting, "not measured", "", f"at least {goal.times}: not measured")
-        ratios = min((self._ratios(ours, self.values[name]) for name in rivals), key=statistics.median)
+        ratios = min((self._ratios(ours, self.values[name]) for name in peers), key=statistics.median)
         ratio = statistics.median(ratios)
         spread = f"{self.setting}; range of {len(ratios)}: {min(ratios):.2f} to {max(ratios):.2f}"
         holds = ratio >= goal.times

@@ -29,9 +29,7 @@ def http_rows(models: Models, *, cores: Sequence[int], rounds: int, sizes: Sizes
     threads, exported = ["--threads", str(len(cores))], models.exported("int8")
     with ExitStack() as stack:
         stack.enter_context(client_beside(cores))
-        ours = stack.enter_context(
-            running(OURS_NAME, [*OUR_SERVER, exported, "--slots", str(SLOTS), *threads], cores)
-        )  # fmt: skip
+        ours = stack.enter_context(running(OURS_NAME, [*OUR_SERVER, exported, "--slots", str(SLOTS), *threads], cores))
         servers, missing = [ours], dict[str, str]()
         try:
             servers.append(stack.enter_context(_llama(models, cores)))
@@ -53,15 +51,8 @@ def _llama(models: Models, cores: Sequence[int]) -> Iterator[Server]:
     if LLAMA in models.peers.missing:
         raise UserError(models.peers.missing[LLAMA])
     port, threads = free_port(), str(len(cores))
-    command = [
-        models.peers.program("llama-server"),
-        "-m",
-        models.gguf("q8_0"),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    command: list[object] = [models.peers.program("llama-server"), "-m", models.gguf("q8_0")]
+    command += ["--host", "127.0.0.1", "--port", port]
     command += ["-t", threads, "-tb", threads, "-np", str(SLOTS), "-c", str(SLOTS * MAX_LENGTH), "--jinja", "--no-ui"]
     with running(LLAMA_NAME, command, cores, port=port) as server:
         yield server
@@ -97,11 +88,11 @@ class _Turns:
 
     def _memory_rows(self) -> Iterator[Row]:
         """Every slot is used once, and none twice: what a server keeps of earlier prompts is not counted."""
-        memory = self._comparison(f"memory, {SLOTS} slots x {MAX_LENGTH:,}", "MB", [Goal(1.0)], less=True)
+        memory = self._comparison(f"memory, {SLOTS} slots x {MAX_LENGTH:,}", "MiB", [Goal(1.0)], less=True)
 
         def measure(server: Server, seed: int) -> list[float]:
             requests.many_clients(server, self._sizes, SLOTS, seed)
-            return [server.memory_mb]
+            return [server.memory_mib]
 
         self._take(measure, [memory], rounds=1)
         yield from memory.rows()
@@ -122,9 +113,7 @@ class _Turns:
 
     def _many_clients_rows(self, clients: int, rounds: int) -> Iterator[Row]:
         many = self._comparison(f"HTTP, {clients} clients", self._clock.rate, [Goal(1.5)], setting=self._asked)
-        self._take(
-            lambda server, seed: [requests.many_clients(server, self._sizes, clients, seed)], [many], rounds
-        )  # fmt: skip
+        self._take(lambda server, seed: [requests.many_clients(server, self._sizes, clients, seed)], [many], rounds)
         yield from many.rows()
 
     def _gap_rows(self, rounds: int) -> Iterator[Row]:

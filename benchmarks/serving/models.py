@@ -12,7 +12,8 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-from benchmarks.serving.environment import Peers, call
+from benchmarks.processes import call
+from benchmarks.serving.environment import Peers
 from benchmarks.serving.goals import CTRANSLATE2, GENAI
 from twinloop.common.errors import UserError
 from twinloop.models.config import Precision

@@ -180,7 +180,7 @@ POLICIES = "\n".join(
 DECISION = {
     "type": "object",
     "properties": {
-        "policy": {"type": "string", "pattern": f"^P-[0-9]+: {'[a-zA-Z0-9 ]{40,90}'}\\.$"},
+        "policy": {"type": "string", "pattern": r"^P-[0-9]+: [a-zA-Z0-9 ]{40,90}\.$"},
         "policy_id": {"enum": ["P-3", "P-7", "P-12", "P-15"]},
         "days_since_delivery": {"type": "integer", "minimum": 0, "maximum": 99},
         "eligible": {"type": "boolean"},

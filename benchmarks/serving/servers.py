@@ -12,9 +12,11 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks.processes import last_words
 from benchmarks.serving.clock import Clock, cpu_seconds
 from benchmarks.serving.engines import on_cores
 from twinloop.common.errors import UserError
@@ -39,11 +41,9 @@ class Server:
             return json.load(response)
 
     @property
-    def memory_mb(self) -> float:
+    def memory_mib(self) -> float:
         """What of it is in memory now (RSS), mapped files included."""
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
-        (line,) = [line for line in status.splitlines() if line.startswith("VmRSS:")]
-        return int(line.split()[1]) / 1024
+        return float(psutil.Process(self.pid).memory_info().rss / 2**20)
 
 
 def free_port() -> int:
@@ -77,8 +77,7 @@ def _wait(name: str, process: subprocess.Popen[bytes], said: Any, errors: Any, p
     until = time.monotonic() + START_WITHIN_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            words = _text(errors) or _text(said) or f"it ended with code {process.returncode}, without a word"
-            raise UserError(f"{name}: {words.splitlines()[-1][:200]}")
+            raise UserError(f"{name}: {last_words(process.returncode, _text(errors), _text(said))}")
         if not port and (first := _text(said)).endswith("\n"):
             port = int(first.splitlines()[0].rsplit(":", 1)[1])
         if port and _answers(port):
@@ -90,7 +89,7 @@ def _wait(name: str, process: subprocess.Popen[bytes], said: Any, errors: Any, p
 def _text(file: Any) -> str:
     """What a process has written so far, whose offset in the file is its own."""
     text: bytes = os.pread(file.fileno(), 1 << 20, 0)
-    return text.decode(errors="replace").rstrip(" ")
+    return text.decode(errors="replace")
 
 
 def _answers(port: int) -> bool:

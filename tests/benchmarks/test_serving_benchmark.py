@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.processes import call, install
 from benchmarks.serving import engine_ours, engines
 from benchmarks.serving.client import WORDS, Answer
 from benchmarks.serving.engines import engine_rows
@@ -92,10 +94,17 @@ def test_peers_that_fail_are_shown_with_their_last_words(folder: Path) -> None:
 
 def test_our_engine_decodes_behind_prompts_of_the_job(folder: Path) -> None:
     exported = Models(folder / "models", Peers(folder)).exported("fp32")
-    job = {"model": str(exported), "threads": 1, "by_cpu": False, "prefill": [16], "contexts": [8], "batches": [3]}
-    found = engine_ours.measure(job | {"context": 5, "steps": 2})
+    job = {"model": str(exported), "threads": 1, "by_cpu": False, "prefill": [16], "decode": [[1, 8], [3, 5]]}
+    found = engine_ours.measure(job | {"steps": 2})
     assert set(found) == {"prefill 16", "decode 1 x 8", "decode 3 x 5"}
     assert all(rate > 0 for rate in found.values())
+
+
+@pytest.mark.slow
+def test_an_environment_whose_making_was_interrupted_is_completed(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    python = install(tmp_path, ())
+    assert call("pip", [python, "-m", "pip", "--version"]).startswith("pip ")
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,13 @@ def test_what_measure_returns_has_no_interval_and_must_be_a_number_that_no_stati
         measured(Own({"bad": math.nan}), cases)
     with pytest.raises(UserError, match="measure returned half, which is a Statistic in `metrics`"):
         measured(Own({"half": 0.5}), cases)
+
+
+def test_a_statistic_that_is_no_number_for_some_draws_of_the_cases_is_an_error() -> None:
+    def mostly(sums: Mapping[Any, float]) -> float:
+        return sums["n"] if sums["last"] else math.nan
+
+    terms = iter([{"n": 1.0, "last": float(number == 7)} for number in range(8)])
+    domain = having(broken=Metric("broken", of=Statistic(lambda case: next(terms), mostly)))
+    with pytest.raises(UserError, match="value returned nan as broken, which is no finite number"):
+        measured(domain, translations(8))

@@ -84,6 +84,18 @@ def test_pairs_are_counted_and_every_wrong_answer_that_scores_as_high_is_named(t
     assert engine.prompts == 23, "each prompt is read once"
 
 
+def test_a_right_answer_that_does_not_fit_the_context_is_no_measure_of_wrong_ones(tokenizer: ChatTokenizer) -> None:
+    class Long(Yes):
+        def gold(self, facts: object) -> str:
+            return "yes " * 100
+
+    domain = Long()
+    report, numbers = judge_reward_model(LikesLength(tokenizer), tokenizer, PAIRS, read_cases(cases(3), domain), domain)
+    assert report.details[HACKING] == {}
+    assert "reward_hacking_share" not in numbers
+    assert REWARD["reward_hacking_violations"].measure(Measurements.of_cases(report)).value is None
+
+
 def test_the_gate_takes_the_lower_end_of_the_interval_and_no_hacked_answer(tokenizer: ChatTokenizer) -> None:
     domain = Yes()
     report, _ = judge_reward_model(LikesLength(tokenizer), tokenizer, PAIRS, read_cases(cases(3), domain), domain)

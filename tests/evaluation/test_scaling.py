@@ -115,6 +115,13 @@ def test_the_best_choice_is_where_the_derivative_of_the_loss_vanishes() -> None:
     assert nearest_size(grid, best.size.parameters * 1.004) == best.size
 
 
+@pytest.mark.parametrize(("A", "nearest"), [(1e-9, 0), (1e9, 1)])
+def test_a_law_with_an_exponent_near_zero_has_a_best_size_too(A: float, nearest: int) -> None:
+    law = ScalingLaw(E=1.0, A=A, alpha=0.001, B=1.0, beta=0.3)
+    sizes = [Size(1, 10**4, 1.0), Size(2, 10**8, 1.0)]
+    assert nearest_size(sizes, law.best_parameters(1e12)) == sizes[nearest]
+
+
 def test_chinchillas_rule_spends_the_budget_with_twenty_tokens_a_weight() -> None:
     grid = [Size(depth, 10**6 * 2**depth, 6e6 * 2**depth) for depth in range(10)]
     choice = chinchilla_choice(grid, 6 * 20 * (8 * 10**6) ** 2)

@@ -17,16 +17,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from chromium import chromium, needs_chromium
 from http_answers import answering
 from running_services import Services
 from small_project import environment
 
 from twinloop.common.errors import UserError
 from twinloop.flows.secret import auth_string
-
-CHROMIUM = Path("/usr/bin/chromium")
-
-needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: Debian's package `chromium`")
 
 
 def test_the_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -201,18 +198,14 @@ def test_another_user_of_the_machine_reads_no_file_through_mlflow(running: Servi
 @pytest.mark.slow
 @needs_chromium
 def test_mlflows_page_opens_with_the_secret_and_asks_no_other_host(running: Services) -> None:
-    from playwright.sync_api import sync_playwright
-
     address = f"http://127.0.0.1:{running.ports['mlflow']}"
     user, password = running.auth()
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(http_credentials={"username": user, "password": password})
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         page.get_by_text("Experiments").first.wait_for(timeout=30_000)
-        browser.close()
     assert [url for url in asked if not url.startswith((address, "data:", "blob:"))] == []
 
 
@@ -295,13 +288,10 @@ def foreign_page(running: Services, tmp_path: Path) -> Iterator[str]:
 @pytest.mark.slow
 @needs_chromium
 def test_a_foreign_page_in_a_browser_runs_nothing(running: Services, foreign_page: str, tmp_path: Path) -> None:
-    from playwright.sync_api import sync_playwright
-
     runs = {"flow_runs": {"deployment_id": {"is_null_": False}, "state": {"type": {"not_any_": ["SCHEDULED"]}}}}
     before = running.ask("prefect", "/api/flow_runs/count", runs)
     rebound = f"--host-resolver-rules=MAP evil.example 127.0.0.1:{foreign_page.split(':')[2].strip('/')}"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox", rebound])
+    with chromium(rebound) as browser:
         for origin in (foreign_page, "http://evil.example/"):
             page = browser.new_page()
             page.goto(origin)
@@ -310,7 +300,6 @@ def test_a_foreign_page_in_a_browser_runs_nothing(running: Services, foreign_pag
                 "json": "refused", "simple": "sent, unread", "untyped": "sent, unread", "withCookies": "refused",
                 "read": "refused", "socket": "refused",
             }, origin  # fmt: skip
-        browser.close()
     time.sleep(12)  # the worker asks for work every 10 s
     assert not (tmp_path / "touched").exists()
     assert running.ask("prefect", "/api/flow_runs/count", runs) == before
@@ -319,19 +308,15 @@ def test_a_foreign_page_in_a_browser_runs_nothing(running: Services, foreign_pag
 @pytest.mark.slow
 @needs_chromium
 def test_prefects_page_opens_with_the_secret_and_asks_no_other_host(running: Services) -> None:
-    from playwright.sync_api import sync_playwright
-
     address = f"http://127.0.0.1:{running.ports['prefect']}"
     asked: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         page.locator("input").first.fill(":".join(running.auth()), timeout=30_000)
         page.keyboard.press("Enter")
         page.get_by_text("Active Work Pools").wait_for(timeout=30_000)
-        browser.close()
     assert [
         url for url in asked if not url.startswith((address, address.replace("http", "ws"), "data:", "blob:"))
     ] == []

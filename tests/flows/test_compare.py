@@ -58,6 +58,20 @@ def test_a_person_judges_in_the_terminal_and_names_are_only_in_the_ratings(
     assert "2 are left to make" in shown
 
 
+def test_an_answer_does_not_steer_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = said("\x1b[2J\x9b2J\r\tüäß 日本 👍\nno")
+    comparison = Comparison(CASES, [Contestant("one", "1", answers), Contestant("two", "2", said("yes"))])
+    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
+    with Judgements.opened(tmp_path / "kept.jsonl", "ada") as kept:
+        judge_in_terminal(Judging(comparison, kept), make_console())
+    shown = capsys.readouterr().out
+    assert r"\x1b[2J\x9b2J\r" in shown
+    assert "üäß 日本 👍\nno" in shown
+    assert not {"\x1b", "\x9b", "\r"} & set(shown)
+
+
 def test_the_ratings_say_how_many_judgements_are_needed() -> None:
     def found(good: int, bad: int) -> dict[str, Any]:
         choices = iter(["left"] * good + ["right"] * bad)

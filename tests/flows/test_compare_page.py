@@ -15,7 +15,6 @@ import pytest
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-CHROMIUM = Path("/usr/bin/chromium")
 SERVER = """
 import sys
 from pathlib import Path
@@ -48,18 +47,6 @@ def server(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     yield process, address
     process.kill()
     process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip("no Chromium on this machine")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def chosen(path: Path) -> list[Any]:

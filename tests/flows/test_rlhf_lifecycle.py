@@ -62,6 +62,7 @@ def test_the_registry_says_what_each_was_made_from(project: Path) -> None:
 
 
 def test_run_again_nothing_is_trained_and_another_reward_model_trains_ppo_alone(project: Path) -> None:
+    write(project, SFT, REWARD, PPO)
     again = twinloop(project, "run", "recipes/small.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
     assert all(len(manifests(project, stage)) == 1 for stage in ("sft", "reward", "ppo"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from twinloop.registry.champion import Serving, follow_champion, open_champion
 from twinloop.registry.gates import record_gate
 from twinloop.registry.promotion import promote
 from twinloop.registry.snapshot import Version
+from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Lineage, Registry
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
@@ -201,6 +204,33 @@ CASE = {
     "order": {"order_id": "A10234", "reason": "damaged", "damage_confirmed": True, "days_since_delivery": 12},
     "message": "confirm it.",
 }
+
+
+def test_versions_go_on_while_the_registry_cannot_be_read(
+    project: Path, registry: Registry, adapt: Adapt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    champion(registry, adapt(2))
+    other = adapt(3)
+    with open_champion(project, "returns", Serving(slots=1, adapters=1)) as manager:
+        assert digest(manager, "returns:v2") == other.digest
+        read, reading, go_on = registered.registered_models, threading.Event(), threading.Event()
+
+        def away(mlruns: Mlruns) -> list[str]:
+            reading.set()
+            assert go_on.wait(60)
+            raise OSError("no route to host")
+
+        monkeypatch.setattr(registered, "registered_models", away)
+        with ThreadPoolExecutor(1) as pool:
+            waits = pool.submit(ids, manager)
+            assert reading.wait(60)
+            assert digest(manager, "returns:v2") == other.digest  # while another request waits for the registry
+            go_on.set()
+            assert waits.result(60) == ["returns:v2"]
+        later = adapt(4)
+        assert ids(manager) == ["returns:v2"]
+        monkeypatch.setattr(registered, "registered_models", read)
+        assert digest(manager, "returns:v3") == later.digest
 
 
 def test_every_process_answers_for_a_version_by_its_name(project: Path, registry: Registry, adapt: Adapt) -> None:

@@ -1,12 +1,8 @@
 """Servers that tests of the HTTP interface share: one on a real engine, one whose model answers a script."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import numpy as np
 import onnxruntime as ort
 import pytest
-from consoles import CHROMIUM
 from served import ScriptedScheduler, make_app, running, small_tokenizer
 from stored import THREE
 
@@ -64,13 +60,3 @@ def scripted(tmp_path, script, tokenizer):
     """A server whose model answers `script`."""
     with running(make_app(tmp_path, script, tokenizer)) as client:
         yield client
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()

@@ -10,7 +10,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import pytest
 from pydantic import BaseModel, ConfigDict, Field
 from served import MODEL, ScriptedScheduler, make_app, running
 
@@ -28,8 +27,6 @@ from twinloop.serving.versions_api import (
     VersionSummary,
 )
 
-CHROMIUM = Path("/usr/bin/chromium")
-needs_chromium = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no {CHROMIUM}: Debian's package `chromium`")
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 

@@ -64,11 +64,11 @@ SERVER = [
 import sys
 from pathlib import Path
 sys.path.insert(0, "tests/serving")
-from twinloop.serving import api, drain
+from twinloop.serving import api
 from served import ScriptedScheduler, make_app, small_tokenizer
 folder, delay_s, *shutdown_s = sys.argv[1:]
 if shutdown_s:
-    drain.SHUTDOWN_S = int(shutdown_s[0])
+    api.SHUTDOWN_S = int(shutdown_s[0])
 tokenizer = small_tokenizer()
 app = make_app(Path(folder), ScriptedScheduler(tokenizer, delay_s=float(delay_s)), tokenizer)
 api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))

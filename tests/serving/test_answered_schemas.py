@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from typing import Any
 
-import jsonschema_rs
 import pytest
 from served import HELLO, make_app, running, small_tokenizer
-from test_structured import PROMPT, form_of, params_of, small_engine
+from test_structured import answer_schemas, form_of, small_engine
 from wide_schemas import schema_of
 
 from twinloop.serving.engine.grammar import GrammarError, Grammars
@@ -22,24 +20,12 @@ PARTS = [pytest.param("fast"), pytest.param("slow", marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("part", PARTS)
 def test_each_schema_is_answered_to_a_valid_end_or_refused_by_name(part: str) -> None:
-    tokenizer, seeds = small_tokenizer(), SEEDS[part]
-    grammars, answers, refused = Grammars(tokenizer), {}, dict[int, str]()
-    scheduler = Scheduler(small_engine(tokenizer, slots=8), queue_size=len(seeds))
-    for seed in seeds:
-        try:
-            grammar = grammars.json_schema(schema_of(seed))
-        except GrammarError as error:
-            refused[seed] = str(error)
-        else:
-            answers[seed] = scheduler.submit(PROMPT, params_of(tokenizer, grammar, seed))
-    for seed, stream in answers.items():
-        text, schema = tokenizer.decode(list(stream)), schema_of(seed)
-        assert stream.finish_reason == "stop", (schema, text)
-        checked = text.replace(":60", ":59")  # llguidance allows a leap second in any minute
-        assert jsonschema_rs.is_valid(schema, json.loads(checked), validate_formats=True), (schema, text)
+    tokenizer, schemas = small_tokenizer(), {seed: schema_of(seed) for seed in SEEDS[part]}
+    scheduler = Scheduler(small_engine(tokenizer, slots=8), queue_size=len(schemas))
+    answered, refused = answer_schemas(schemas, scheduler, tokenizer, Grammars(tokenizer))
     scheduler.close()
-    assert len(answers) >= len(seeds) // 2
-    assert all(refused.values())
+    assert answered >= len(schemas) // 2
+    assert all(refused)
 
 
 DEEP: Any = {"type": "null"}

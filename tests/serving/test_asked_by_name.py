@@ -165,6 +165,12 @@ def test_a_name_of_no_model_is_a_404_in_openais_form(serving: Serving) -> None:
     assert serving.held() == []  # nothing was loaded to count tokens
 
 
+def test_a_request_that_is_refused_for_what_it_asks_loads_nothing(serving: Serving) -> None:
+    for fields in ({"unheard_of": 1}, {"n": 100}):
+        assert serving.ask("returns:v2", **fields).status_code == 400
+    assert (serving.held(), serving.versions.read_ids) == ([], [])
+
+
 def test_the_one_used_longest_ago_makes_space_unless_it_answers(
     serving: Serving, merged: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

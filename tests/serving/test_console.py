@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from consoles import Chat, Tickets, Untold, console, needs_chromium
+from chromium import needs_chromium
+from consoles import Chat, Tickets, Untold, console
 from served import DAMAGED, GOOD, ScriptedScheduler, make_app, running
 
 from twinloop.domains.returns.domain import domain as returns

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from consoles import Chat, Registered, Tickets, console, needs_chromium
+from chromium import needs_chromium
+from consoles import Chat, Registered, Tickets, console
 from served import DAMAGED, GOOD
 
 from twinloop.domains.domain import Domain

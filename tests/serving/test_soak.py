@@ -23,7 +23,9 @@ SECONDS = float(os.environ.get("TWINLOOP_SOAK_SECONDS", "60"))
 SLOTS, QUEUE, CLIENTS = 4, 8, 16
 SWAPS = 10
 GROWTH_SHARE, GROWTH_BYTES = 0.05, 48 << 20
-"""Of the memory. Without swaps it grew by 3 MB; ten swaps under load left 22 MB in pages of which a part is used."""
+"""Of the memory. Without swaps it grew by 5 MB in three rounds. After six rounds of ten swaps each under load
+the process had 183, 188, 192, 197, 202 and 199 MB, while what C's allocator had given out stayed at 47 to 50 MB,
+with one model and as many Python objects: what grows is free memory between what is used, in pages that stay."""
 
 CHAT, COMPLETIONS, DECISIONS = "/v1/chat/completions", "/v1/completions", "/v1/decisions"
 TOOL = {

@@ -83,22 +83,30 @@ def params_of(tokenizer, constraint=None, seed: int = 0, **settings) -> Sampling
     return SamplingParams(stop=(tokenizer.stop_id,), constraint=constraint, **settings)
 
 
-def test_schemas_of_many_forms_are_answered_to_a_valid_end_or_refused(scheduler, tokenizer, grammars):
-    answers, refused = {}, {}
-    for seed in range(160):
+def answer_schemas(schemas, scheduler, tokenizer, grammars) -> tuple[int, list[str]]:
+    """Ask for an answer to each schema; its number is the seed. Returns how many were answered, each to a valid end,
+    and why the others were refused."""
+    answers, refused = [], []
+    for seed, schema in schemas.items():
         try:
-            grammar = grammars.json_schema(schema_of(seed))
+            grammar = grammars.json_schema(schema)
         except GrammarError as error:
-            refused[seed] = str(error)
+            refused.append(str(error))
         else:
-            answers[seed] = scheduler.submit(PROMPT, params_of(tokenizer, grammar, seed))
-    for seed, stream in answers.items():
-        text, schema = tokenizer.decode(list(stream)), schema_of(seed)
+            answers.append((schema, scheduler.submit(PROMPT, params_of(tokenizer, grammar, seed))))
+    for schema, stream in answers:
+        text = tokenizer.decode(list(stream))
         assert stream.finish_reason == "stop", (schema, text)
         checked = text.replace(":60", ":59")  # llguidance allows a leap second in any minute
         assert jsonschema_rs.is_valid(schema, json.loads(checked), validate_formats=True), (schema, text)
-    assert len(answers) >= 150
-    assert all(refused.values())
+    return len(answers), refused
+
+
+def test_schemas_of_many_forms_are_answered_to_a_valid_end_or_refused(scheduler, tokenizer, grammars):
+    schemas = {seed: schema_of(seed) for seed in range(160)}
+    answered, refused = answer_schemas(schemas, scheduler, tokenizer, grammars)
+    assert answered >= 150
+    assert all(refused)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -130,7 +130,7 @@ from pathlib import Path
 sys.path.insert(0, "tests/serving")
 from consoles import Registered
 from served import ScriptedScheduler, make_app, small_tokenizer
-from twinloop.serving import api, drain
+from twinloop.serving import api
 
 def roll_back(by):
     print("begun", flush=True)
@@ -139,7 +139,7 @@ def roll_back(by):
 registered, tokenizer = Registered(), small_tokenizer()
 registered.roll_back = roll_back
 app = make_app(Path(sys.argv[1]), ScriptedScheduler(tokenizer), tokenizer, releases=registered)
-drain.SHUTDOWN_S = 1
+api.SHUTDOWN_S = 1
 api.run_server(app, "127.0.0.1", 0, on_ready=lambda url: print(url, flush=True))
 """
 

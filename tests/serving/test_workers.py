@@ -26,11 +26,11 @@ SUPERVISOR = """
 import logging, sys
 from twinloop.serving.listener import address_of, listen
 from twinloop.serving.supervisor import Supervisor
-folder, count, delay_s = sys.argv[1:]
+folder, count, delay_s, stop_within_s = sys.argv[1:]
 logging.basicConfig()
 command = [sys.executable, "tests/serving/scripted_worker.py", folder, delay_s]
 with listen("127.0.0.1", 0) as listener:
-    supervisor = Supervisor(lambda place: [*command, place], listener, int(count), stop_within_s=15)
+    supervisor = Supervisor(lambda place: [*command, place], listener, int(count), stop_within_s=float(stop_within_s))
     code = supervisor.run(lambda note: print(address_of("127.0.0.1", listener), note, sep="|", flush=True))
 sys.exit(code)
 """
@@ -39,11 +39,11 @@ sys.exit(code)
 class Server:
     """A supervisor with its processes, its address and its log."""
 
-    def __init__(self, folder: Path, *, count: int = 2, delay_s: float = 0.0):
+    def __init__(self, folder: Path, *, count: int = 2, delay_s: float = 0.0, stop_within_s: float = 15.0):
         self.log = folder / "log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", SUPERVISOR, str(folder), str(count), str(delay_s)],
+                [sys.executable, "-c", SUPERVISOR, str(folder), str(count), str(delay_s), str(stop_within_s)],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -178,6 +178,17 @@ def test_a_signal_drains_every_process(start, number: int) -> None:
         assert "[DONE]" in answer.text
     assert {(answer.status_code, answer.headers["retry-after"]) for answer in late} == {(503, "1")}
     assert "Traceback" not in server.log.read_text()
+
+
+def test_processes_that_hang_are_killed_after_a_signal(start) -> None:
+    server = start(stop_within_s=1.0)
+    workers = server.workers()
+    for each in workers:
+        each.suspend()
+    server.process.terminate()
+    assert server.process.wait(60) == 0
+    assert not any(each.is_running() for each in workers)
+    assert server.log.read_text().count("has not ended within 1 s: it is killed") == 2
 
 
 def test_processes_end_with_a_supervisor_that_is_killed(start) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interrupted import run
+from interrupted import RUNS, run
 
 from twinloop.common.errors import UserError
 from twinloop.training import checkpoint
@@ -39,11 +39,12 @@ def stop_at(step):
 
 
 @pytest.mark.slow
-def test_killed_training_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_training_resumes_bit_for_bit(tmp_path, name):
     """kill -9 at random moments, of a process that does little but write checkpoints, until it has finished."""
     steps, kills, moments = 200, 0, random.Random(0)
     while True:
-        command = [sys.executable, Path(__file__).with_name("interrupted.py"), tmp_path / "killed", str(steps)]
+        command = [sys.executable, Path(__file__).with_name("interrupted.py"), name, tmp_path / "killed", str(steps)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             survive = moments.randrange(30, 80)
             for _ in range(survive):
@@ -58,10 +59,14 @@ def test_killed_training_resumes_bit_for_bit(tmp_path):
     assert process.returncode == 0
     assert kills >= 2
     found = checkpoint.latest(tmp_path / "killed")
-    uninterrupted, result = run(tmp_path / "whole", steps, checkpoint_every_s=math.inf)
+    uninterrupted, result = RUNS[name](tmp_path / "whole", steps, checkpoint_every_s=math.inf)
     assert found.step == steps == result.steps
     for name, tensor in uninterrupted.state_dict().items():
         assert torch.equal(found.tensors[f"model/{name}"], tensor), name
+    whole = checkpoint.latest(tmp_path / "whole").tensors
+    assert found.tensors.keys() == whole.keys()
+    for name in whole.keys() - {"rng/cpu"}:  # of an objective and of the optimizer too; no draw of torch is used
+        assert torch.equal(found.tensors[name], whole[name]), name
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

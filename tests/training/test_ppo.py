@@ -12,6 +12,7 @@ from small import TINY
 from test_loop import StoppedError, same_weights, stop_at
 from test_rollouts import as_text, rewarded
 
+from twinloop.common.errors import UserError
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.directory import save_model
 from twinloop.training import checkpoint
@@ -55,9 +56,9 @@ def short(text):
     return rewarded(float(len(text) < 6))
 
 
-def build(model, chosen, reward=short):
+def build(model, chosen, reward=short, records=RECORDS):
     domain = SimpleNamespace(name="d", read_facts=lambda record: record, verify=lambda text, facts: reward(text))
-    return ppo.build(RECORDS, model, TOKENIZER, chosen, RUNTIME, domain)
+    return ppo.build(records, model, TOKENIZER, chosen, RUNTIME, domain)
 
 
 def train(model, chosen, **options):
@@ -261,6 +262,30 @@ def test_a_target_moves_the_coefficient():
     train(network(), settings(kl_target=0.5, kl_horizon=30), on_step=reports.append)
     assert reports[0].metrics["kl_coef"] == 0.1
     assert reports[4].metrics["kl_coef"] == pytest.approx(0.1 * (1 - 0.2 * 6 / 30))  # the KL was 0
+
+
+def test_a_target_without_a_coefficient_to_steer_is_refused():
+    with pytest.raises(ValueError, match="begins at kl_coef and stays 0"):
+        settings(kl_target=1.0, kl_coef=0.0)
+
+
+def test_more_minibatches_than_groups_are_refused():
+    with pytest.raises(ValueError, match=r"minibatches \(7\) are of whole groups; take at most prompts_per_step \(6\)"):
+        settings(minibatches=7)
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_reported_as_the_verifiers(reward):
+    _, rollouts = build(network(), settings(), lambda text: rewarded(reward))
+    with pytest.raises(
+        UserError, match=rf"domain d: verify gave an answer to prompt \d+ the reward {reward}; a reward"
+    ):
+        rollouts.next()
+
+
+def test_without_prompts_there_is_nothing_to_sample():
+    with pytest.raises(UserError, match="there are no prompts; look at what validation quarantined"):
+        build(network(), settings(), records=[])
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,17 @@ def test_several_sources_are_summed_by_weight_and_each_is_reported_before_its_we
     assert [each.reward for each in earned] == [2.0, 0.0, 3.5, 2.5]
     assert earned[2].parts == {"verifier": 1.0, "model_reward": 3.0}
     assert [each.parsed for each in earned] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("verifier", [[], [{"verifier": 1.0}]])
+def test_further_reward_models_go_by_their_number(
+    verifier: list[dict[str, float]], reward_model: Path, tokenizer: ChatTokenizer
+) -> None:
+    other = shutil.copytree(reward_model, reward_model.with_name("other"))
+    rewards = [*verifier, {"model": str(reward_model)}, {"model": str(other)}]
+    settings = RolloutSettings.model_validate(ROLLOUTS | {"rewards": rewards})
+    _, judge = prompts_and_rewards(RECORDS["prompts"], tokenizer, settings, RUNTIME, Parity())
+    assert {"model_reward", "model_reward_2"} == judge(ANSWERS)[0].parts.keys() - {"verifier"}
 
 
 def test_a_reward_model_reads_what_it_was_trained_on(reward_model: Path, tokenizer: ChatTokenizer) -> None:

@@ -56,14 +56,7 @@ def build(
     ends = {int(text.segments[0].tokens[-1]) for text in texts}
     words = _first_tokens(domain.labels, tokenizer) if settings.head == "words" else None
     attach_head(model, domain.labels, tokenizer, ends, words=words)
-    batches = BatchStream(
-        texts,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        epochs=settings.epochs,
-        seed=runtime.seed,
-    )
+    batches = BatchStream.of_epochs(texts, settings, seed=runtime.seed)
     return ClassifierLoss(), batches
 
 

@@ -56,12 +56,5 @@ def build(
         seq_len=settings.seq_len,
         device=runtime.device,
     )
-    batches = BatchStream(
-        trees,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        epochs=settings.epochs,
-        seed=runtime.seed,
-    )
+    batches = BatchStream.of_epochs(trees, settings, seed=runtime.seed)
     return DistilLoss(temperature=settings.temperature), batches

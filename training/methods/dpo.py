@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.objectives import DPOLoss
     from twinloop.training.stream import BatchStream
+    from twinloop.training.tree import Tree
 
 RECORDS = "preferences"
 
@@ -47,6 +48,20 @@ class DPOSettings(EpochSettings):
 Settings = DPOSettings
 
 
+def preference_trees(records: Iterable[dict[str, Any]], tokenizer: ChatTokenizer) -> list[Tree]:
+    """The pairs: of each, the prompt once."""
+    from twinloop.training.tree import pair
+
+    return [
+        pair(
+            tokenizer.encode_prompt(record["prompt"]),
+            tokenizer.encode_answer(record["chosen"]),
+            tokenizer.encode_answer(record["rejected"]),
+        )
+        for record in records
+    ]
+
+
 def build(
     records: Iterable[dict[str, Any]],
     model: Decoder,
@@ -59,23 +74,9 @@ def build(
     from twinloop.training.objectives import DPOLoss
     from twinloop.training.scoring import attach_reference
     from twinloop.training.stream import BatchStream
-    from twinloop.training.tree import pair
 
-    pairs = [
-        pair(
-            tokenizer.encode_prompt(record["prompt"]),
-            tokenizer.encode_answer(record["chosen"]),
-            tokenizer.encode_answer(record["rejected"]),
-        )
-        for record in records
-    ]
-    batches = BatchStream(
-        attach_reference(without_adapter(model), pairs, seq_len=settings.seq_len, device=runtime.device),
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        epochs=settings.epochs,
-        seed=runtime.seed,
-    )
+    pairs = preference_trees(records, tokenizer)
+    referred = attach_reference(without_adapter(model), pairs, seq_len=settings.seq_len, device=runtime.device)
+    batches = BatchStream.of_epochs(referred, settings, seed=runtime.seed)
     kin = settings.model_dump(include={"beta", "loss", "label_smoothing", "length_normalised", "rpo_alpha"})
     return DPOLoss(**kin), batches

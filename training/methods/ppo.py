@@ -28,7 +28,7 @@ SHOWN = ("reward", "kl")
 class Settings(RolloutSettings):
     epochs: Count = 4
     minibatches: Count = 1
-    """Optimizer steps an epoch."""
+    """Optimizer steps an epoch: each on its share of the rollout's groups."""
     gamma: Share = 1.0
     lam: Share = 0.95
     clip_eps: Positive = 0.2

@@ -47,26 +47,11 @@ def build(
     domain: Domain,
 ) -> tuple[RewardLoss, BatchStream]:
     from twinloop.training.heads import REWARD, attach_head
+    from twinloop.training.methods.dpo import preference_trees
     from twinloop.training.objectives import RewardLoss
     from twinloop.training.stream import BatchStream
-    from twinloop.training.tree import pair
 
-    pairs = [
-        pair(
-            tokenizer.encode_prompt(record["prompt"]),
-            tokenizer.encode_answer(record["chosen"]),
-            tokenizer.encode_answer(record["rejected"]),
-        )
-        for record in records
-        if not is_held_out(record)
-    ]
+    pairs = preference_trees([record for record in records if not is_held_out(record)], tokenizer)
     attach_head(model, REWARD, tokenizer, ends=tokenizer.stop_ids)
-    batches = BatchStream(
-        pairs,
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        epochs=settings.epochs,
-        seed=runtime.seed,
-    )
+    batches = BatchStream.of_epochs(pairs, settings, seed=runtime.seed)
     return RewardLoss(margin=settings.margin, centring=settings.centring), batches

@@ -46,12 +46,5 @@ def build(
     from twinloop.training.objectives import CausalLMLoss
     from twinloop.training.stream import BatchStream
 
-    batches = BatchStream(
-        answer_trees(records, tokenizer),
-        seq_len=settings.seq_len,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        epochs=settings.epochs,
-        seed=runtime.seed,
-    )
+    batches = BatchStream.of_epochs(answer_trees(records, tokenizer), settings, seed=runtime.seed)
     return CausalLMLoss(), batches
