@@ -41,6 +41,7 @@ from twinloop.serving.middleware import (
     CountRequests,
     Deadline,
     LimitBody,
+    ReadRest,
     RefuseWhenFull,
 )
 from twinloop.serving.model_manager import ModelManager
@@ -213,7 +214,7 @@ def run_server(app: ASGIApp, host: str, port: int, *, on_ready: Callable[[str], 
 def serve(app: ASGIApp, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """`run_server` at a socket that listens already, which it closes."""
     draining = Draining(app)
-    server = DrainingServer(server_config(draining), draining)
+    server = DrainingServer(server_config(ReadRest(draining)), draining)
     # uvicorn takes signals only once it runs, and raises them again once it has shut down; a server that was asked to
     # stop, at whatever moment, stops and has not failed.
     in_main_thread = threading.current_thread() is threading.main_thread()

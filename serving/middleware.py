@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import suppress
 
 import anyio
 from fastapi.responses import JSONResponse
@@ -17,6 +18,12 @@ from twinloop.serving.metrics import ASKED, Metrics
 
 MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
 """The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
+
+
+REST_S = 5.0
+"""How long the rest of a body is read once it is answered."""
+REST_PIECE_S = 1.0
+"""How long its next piece is waited for."""
 
 
 class LimitBody:
@@ -139,6 +146,47 @@ class CountRequests:
             if not (gone or started):
                 self.metrics.requests.labels(route(), "500").inc()
             raise
+
+
+class ReadRest:
+    """Read what a client still sends of a body that was answered before it was there: closed with bytes unread, a
+    connection is reset, which takes the answer with it. The answer itself does not wait."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _body_follows(scope):
+            await self.app(scope, receive, send)
+            return
+        read = held = False
+
+        async def received() -> Message:
+            nonlocal read
+            message = await receive()
+            read = message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        async def sent(message: Message) -> None:
+            nonlocal held
+            held = message["type"] == "http.response.body" and not message.get("more_body", False) and not read
+            await send({**message, "more_body": True} if held else message)
+
+        await self.app(scope, received, sent)
+        if held:
+            until = anyio.current_time() + REST_S
+            # A server that ends cancels its requests, and this one is answered.
+            with suppress(asyncio.CancelledError), anyio.CancelScope() as limit:
+                while not read:
+                    limit.deadline = min(until, anyio.current_time() + REST_PIECE_S)
+                    await received()
+            await send({"type": "http.response.body"})
+
+
+def _body_follows(scope: Scope) -> bool:
+    """Whether a client sends one without being asked to: who expects a 100 is told by the answer not to."""
+    names = {name for name, value in scope["headers"] if value != b"0"}
+    return bool(names & {b"content-length", b"transfer-encoding"}) and b"expect" not in names
 
 
 class AnswerHead:

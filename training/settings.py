@@ -186,7 +186,7 @@ class RewardSource(StrictModel):
     def _is_one(self) -> Self:
         if (self.verifier is None) == (self.model is None):
             raise ValueError("a reward is {verifier: weight} or {model: stage or folder, weight: ...}")
-        if self.model is None and "weight" in self.model_fields_set:
+        if self.model is None and self.weight != 1:
             raise ValueError("weight is that of a model; the verifier's is {verifier: weight}")
         return self
 

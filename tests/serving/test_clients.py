@@ -188,6 +188,33 @@ def test_what_breaks_http_has_one_answer_and_one_line(server, first, then, statu
     assert not last or isinstance(json.loads(last), dict)
 
 
+@pytest.mark.parametrize(
+    ("path", "length", "status"), [(CHAT[0], TOO_LARGE, 413), ("/no/such/path", TOO_LARGE, 413), ("/no", 200_000, 404)]
+)
+def test_who_is_answered_in_the_middle_of_a_body_can_send_its_rest_and_is_not_reset(server, path, length, status):
+    with server.connect() as connection:
+        connection.sendall(request_of((path, b""), length=length) + b"x" * 1000)
+        received = connection.recv(65536)
+        head, _, body = received.partition(b"\r\n\r\n")
+        assert int(head.split(maxsplit=2)[1]) == status
+        assert json.loads(body)["error"]["message"]
+        for sent in range(1000, length, 1_000_000):
+            connection.sendall(b"x" * min(1_000_000, length - sent))
+        if b"connection: close" not in head.lower():
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        while connection.recv(65536):  # a reset would raise
+            pass
+
+
+def test_who_sends_no_more_of_a_body_is_let_go_of(server):
+    for headers, length in (((), 200_000), (("Expect: 100-continue",), 200_000), ((), TOO_LARGE)):
+        with server.connect() as connection:
+            connection.sendall(request_of(("/no", b""), *headers, length=length))
+            assert connection.recv(65536).startswith(b"HTTP/1.1 4")
+            assert read_all(connection) == b""
+
+
 def test_an_upgrade_is_answered_as_any_other_request(server):
     for method, path, status in (("GET", "/health", 200), ("GET", "/no", 404), ("POST", "/v1/decisions", 422)):
         headers = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}

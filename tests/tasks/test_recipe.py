@@ -41,7 +41,11 @@ def write(folder: Path, content: Any) -> Path:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipes_of_the_project_are_valid(path: Path) -> None:
-    assert load_recipe(path).name == path.stem
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    for stage in recipe.train:
+        written = stage.settings.model_dump(mode="json", exclude_computed_fields=True)
+        assert type(stage.settings).model_validate(written) == stage.settings
 
 
 @pytest.mark.parametrize(
