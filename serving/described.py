@@ -52,8 +52,9 @@ EVERYWHERE = (400, 403, 413, 500, 503, 504)
 """Of every route: a request may have a body too large, be for a foreign host, come too slowly, or while the server
 stops."""
 WITH_BODY = (415, 422)
-OPEN = "/health"
-"""The route that needs no API key."""
+HEALTH, LIVE, READY = "/health", "/health/live", "/health/ready"
+OPEN = {HEALTH, LIVE, READY}
+"""The routes that need no API key."""
 KEY = (401, 429)
 """Of every other route, where the server has API keys."""
 ASKING = (415, 429)
@@ -199,7 +200,7 @@ def describe(app: FastAPI, domain: Domain, *, keys: bool) -> None:
         for path, operations in described["paths"].items():
             for operation in operations.values():
                 _without_fastapis(operation["responses"])
-                if keys and path != OPEN:
+                if keys and path not in OPEN:
                     operation["responses"] = _with_errors(operation["responses"], KEY)
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from twinloop.domains.domain import Domain
 from twinloop.models.config import Kind
 from twinloop.serving.decisions import DecisionService, ModelInfo
-from twinloop.serving.described import errors
+from twinloop.serving.described import HEALTH, LIVE, READY, errors
 from twinloop.serving.errors import ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
 from twinloop.serving.metrics import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, Metrics
@@ -76,6 +76,13 @@ class Health(BaseModel):
     error: ErrorDetail | None
 
 
+class Probe(BaseModel):
+    """What an orchestrator asks again and again."""
+
+    status: Literal["ok", "failing"]
+    error: ErrorDetail | None
+
+
 class ModelObject(BaseModel):
     """OpenAI's model, with what is served, what it is for, and where it is asked. `id` is what a request's `model`
     says: the served model's name, or a version on the same base, such as `returns:v7`."""
@@ -122,23 +129,41 @@ def purpose_of(domain: Domain, kind: Kind) -> Purpose:
 
 
 def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
-    """`GET /health`, `GET /metrics` and `GET /v1/models`."""
+    """`GET /health` and its probes, `GET /metrics` and `GET /v1/models`."""
     router = APIRouter()
     created = int(time.time())
 
     failing = errors(words={503: "Requests are not answered: the body is `Health`, with `error` as everywhere"})
+    probed = {**errors(words={503: "No: the body is `Probe`, with `error` as everywhere"}), 200: {"model": Probe}}
 
-    @router.get("/health", response_model=None, responses={**failing, 200: {"model": Health}})
+    def stopped() -> str | None:
+        return None if manager.service.scheduler.running else "the engine has stopped"
+
+    @router.get(HEALTH, response_model=None, responses={**failing, 200: {"model": Health}})
     def health() -> Response:
         try:
             index, degraded, problem = _index(manager.service), manager.degraded(), None
         except DocumentStoreError as error:
             log.error("%s", error)
             index, degraded, problem = None, {}, error.reason
-        if not manager.service.scheduler.running:
-            problem = "the engine has stopped"
+        problem = stopped() or problem
         body = _health(manager, index, degraded, problem).model_dump()
         return JSONResponse(body, 503 if problem else 200)
+
+    @router.get(LIVE, response_model=None, responses=probed)
+    def live() -> Response:
+        """Whether to leave the server running: nothing but a new start helps one whose engine has stopped."""
+        return _probe(stopped())
+
+    @router.get(READY, response_model=None, responses=probed)
+    def ready() -> Response:
+        """Whether to send requests: `/health` without what it tells."""
+        try:
+            manager.service.documents.count()
+        except DocumentStoreError as error:
+            log.error("%s", error)
+            return _probe(error.reason)
+        return _probe(stopped())
 
     text = {"text/plain": {"schema": {"type": "string"}}}
 
@@ -187,6 +212,11 @@ def _health(
         index=index,
         error=ErrorDetail(**error_body(503, problem)["error"]) if problem else None,
     )
+
+
+def _probe(problem: str | None) -> Response:
+    error = ErrorDetail(**error_body(503, problem)["error"]) if problem else None
+    return JSONResponse(Probe(status="failing" if problem else "ok", error=error).model_dump(), 503 if problem else 200)
 
 
 def _index(service: DecisionService) -> Index:

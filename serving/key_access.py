@@ -40,7 +40,7 @@ class RequireKey:
         self._reported = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] != OPEN else None
+        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN else None
         await (refusal or self.app)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> JSONResponse | None:

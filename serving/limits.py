@@ -30,12 +30,12 @@ class _Bucket:
         self._per_minute, self.level, self.at = per_minute, level, at
 
     def wait_s(self, amount: float, now: float) -> float:
-        """Seconds until there is so much; 0 where there is."""
+        """Seconds until there is so much, to the microsecond: a rounding of the clock is no wait. 0 where there is."""
         if self._per_minute is None:
             return 0.0
         rate = self._per_minute / 60
         self.level, self.at = min(self._per_minute, self.level + (now - self.at) * rate), now
-        return max(0.0, (amount - self.level) / rate)
+        return max(0.0, round((amount - self.level) / rate, 6))
 
     def take(self, amount: float) -> None:
         self.level -= amount

@@ -216,7 +216,8 @@ def test_the_scheme_of_the_token_may_be_in_any_case_and_must_be_there(serve, giv
 
 def test_every_route_that_is_not_named_as_public_needs_the_token(serve):
     public = {
-        "/health": {"get"}, "/metrics": {"get"}, "/v1/documents": {"get"}, "/v1/documents/{document_id}": {"get"},
+        "/health": {"get"}, "/health/live": {"get"}, "/health/ready": {"get"}, "/metrics": {"get"},
+        "/v1/documents": {"get"}, "/v1/documents/{document_id}": {"get"},
         "/v1/decisions": {"post"}, "/v1/chat/completions": {"post"}, "/v1/completions": {"post"},
         "/v1/classify": {"post"}, "/tokenize": {"post"}, "/detokenize": {"post"},
         "/v1/models": {"get"}, "/v1/models/{name}": {"get"},

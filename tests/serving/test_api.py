@@ -177,11 +177,18 @@ def test_an_unknown_trace_or_path_is_404_in_the_one_form(scripted):
 
 
 def test_health_fails_when_the_documents_or_the_engine_has(scripted, script, tmp_path):
+    def statuses():
+        return [scripted.get(path).status_code for path in ("/health", "/health/ready", "/health/live")]
+
     assert scripted.get("/health").json()["status"] == "ok"
+    assert scripted.get("/health/ready").json() == {"status": "ok", "error": None}
+    assert statuses() == [200, 200, 200]
     script.running = False
-    assert scripted.get("/health").status_code == 503
+    assert statuses() == [503, 503, 503]
     script.running = True
     break_documents(tmp_path)
+    assert statuses() == [503, 503, 200]  # a new start would find the same documents
+    assert scripted.get("/health/ready").json()["error"] == scripted.get("/health").json()["error"]
     failing = scripted.get("/health")
     assert failing.status_code == 503
     assert failing.json()["error"]["message"] == "the documents: is corrupt (file is not a database)"
