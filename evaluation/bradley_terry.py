@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from twinloop.evaluation.metrics import Z_95
+
 PRIOR_SD = 3.0
 """Of a strength, as log-odds against the average item: 95% of the prior lies within odds of 1 to 360."""
-Z_95 = 1.959963985
 MOST_MORE = 1_000_000
 _STEPS = 100
 _PRECISE = 1e-10

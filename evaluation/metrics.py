@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Z_95 = 1.96
+Z_95 = 1.959963985
 """Standard normal quantile of a two-sided 95% interval."""
 
 
