@@ -19,10 +19,11 @@ from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from twinloop.serving.errors import ApiError
-from twinloop.serving.generation import ReportedToken, TextStream
+from twinloop.serving.generation import TextStream
 from twinloop.serving.metrics import COMPLETIONS
 from twinloop.serving.model_manager import ModelManager
 from twinloop.serving.sampling_fields import refused
+from twinloop.serving.text_logprobs import PlacedToken, TextLogprobs, prompt_tokens, text_logprobs
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -39,7 +40,7 @@ class CompletionRequest(Asked):
     """
 
     prompt: str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
-    max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=1)
+    max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=0, description="0, with `echo`: the prompt alone")
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="of so many of the likeliest tokens")
     echo: bool | None = False
     add_special_tokens: bool = Field(True, description="whether a text begins as the model's texts do, with BOS")
@@ -54,19 +55,16 @@ class CompletionRequest(Asked):
 
     @property
     def reported(self) -> int | None:
-        if self.echo and self.logprobs is not None:
-            raise refused("logprobs", "they are those of the answer; ask for them without echo")
         return self.logprobs
 
-
-class TextLogprobs(BaseModel):
-    """Of each token of the text. text_offset: where in the text it begins. A token that is a part of a character is
-    written as its bytes."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
+    @property
+    def prompt_alone(self) -> bool:
+        """Whether no answer is asked for. Raises ApiError where that leaves nothing to show."""
+        if self.max_tokens == 0 and not self.echo:
+            raise refused("max_tokens", "0 is for a prompt that is shown with echo; ask for at least 1")
+        if self.max_tokens == 0 and self.min_tokens:
+            raise refused("min_tokens", "the answer may have 0 tokens at most")
+        return self.max_tokens == 0
 
 
 class TextChoice(BaseModel):
@@ -103,26 +101,30 @@ FORM = Form("completions", "cmpl", TextCompletion, "text_completion", "text_comp
 class TextAnswer:
     """One of the choices, see `answers.Answer`."""
 
-    def __init__(self, index: int, text: TextStream, echoed: str, reports_of: ChatTokenizer | None):
-        """echoed: what is shown before the text. reports_of: as `ChatAnswer` has it."""
+    def __init__(self, index: int, text: TextStream, echoed: str | None, reports_of: ChatTokenizer | None):
+        """echoed: the prompt, where it is shown before the text. reports_of: as `ChatAnswer` has it."""
         self.text = text
         self._index = index
         self._echoed = echoed
         self._tokenizer = reports_of
+        self._prompt_is_due = echoed is not None
 
     def whole(self) -> TextChoice:
         """Wait for the text."""
-        text = self._echoed + "".join(self.text)
+        text = (self._echoed or "") + "".join(self.text)
         finish_reason = self.text.finish_reason
         return TextChoice(index=self._index, text=text, logprobs=self._logprobs(), finish_reason=finish_reason)
 
     def deltas(self) -> Iterator[dict[str, Any]]:
         """The same as the choices of chunks, each as soon as its text is there."""
-        if self._echoed:
-            yield self._delta(self._echoed)
+        shown = self._echoed or ""
+        if shown and self._tokenizer is None:  # else what is said of its tokens is known with the first of the answer
+            yield self._delta(shown)
+            shown = ""
         for piece in self.text:
-            yield self._delta(piece)
-        yield self._delta("", self.text.finish_reason)
+            yield self._delta(shown + piece)
+            shown = ""
+        yield self._delta(shown, self.text.finish_reason)
 
     def _delta(self, text: str, finish_reason: str | None = None) -> dict[str, Any]:
         logprobs = self._logprobs(always=False)
@@ -135,29 +137,14 @@ class TextAnswer:
 
     def _logprobs(self, *, always: bool = True) -> TextLogprobs | None:
         """Of the tokens read since the last call, where they are asked for. always: also where there are none."""
-        tokens = self.text.take_reported()
-        if self._tokenizer is None or not (tokens or always):
+        if self._tokenizer is None:
             return None
-        return TextLogprobs(
-            tokens=[_shown_token(token.id, self._tokenizer) for token in tokens],
-            token_logprobs=[token.report.logprob for token in tokens],
-            top_logprobs=[_top(token, self._tokenizer) for token in tokens],
-            text_offset=[token.begin for token in tokens],
-        )
-
-
-def _top(token: ReportedToken, tokenizer: ChatTokenizer) -> dict[str, float]:
-    """The likeliest tokens, and the one that was drawn."""
-    top = token.report.top | {token.id: token.report.logprob}
-    return {_shown_token(id, tokenizer): logprob for id, logprob in top.items()}
-
-
-def _shown_token(id: int, tokenizer: ChatTokenizer) -> str:
-    text = tokenizer.token_bytes[id]
-    try:
-        return text.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in text)
+        before = len(self._echoed or "")
+        tokens = [PlacedToken(each.id, before + each.begin, each.report) for each in self.text.take_reported()]
+        if self._prompt_is_due:
+            tokens = [*prompt_tokens(self.text.prompt, self._echoed or "", self._tokenizer), *tokens]
+            self._prompt_is_due = False
+        return text_logprobs(tokens, self._tokenizer) if tokens or always else None
 
 
 def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
@@ -186,10 +173,18 @@ def _submit(service: DecisionService, body: CompletionRequest, started: float) -
         prompts = [_encode(prompt, tokenizer, body.add_special_tokens) for prompt in body.prompts]
         params = [_params(prompt, body, service) for prompt in prompts]
         for asked, place, prompt, sampling in zip(body.prompts, places, prompts, params, strict=True):
-            echoed = _shown(asked, tokenizer) if body.echo else ""
-            for stream in place.submit(prompt, sampling, priority=body.priority):
+            echoed = _shown(asked, tokenizer) if body.echo else None
+            of_prompt = body.logprobs if body.echo else None
+            for stream in place.submit(prompt, sampling, priority=body.priority, prompt_logprobs=of_prompt):
                 stack.callback(stream.cancel)  # where a later prompt is not taken
-                text = TextStream(stream, tokenizer, started=started, stop=body.stop_texts)
+                text = TextStream(
+                    stream,
+                    tokenizer,
+                    started=started,
+                    stop=body.stop_texts,
+                    silent=body.prompt_alone,
+                    reports_end=True,
+                )
                 answers.append(TextAnswer(len(answers), text, echoed, reports_of))
         stack.pop_all()  # each place has its prompt
     return Completion(answers, service, FORM)
@@ -218,8 +213,12 @@ def _shown(prompt: str | list[int], tokenizer: ChatTokenizer) -> str:
 
 
 def _params(prompt: Sequence[int], body: CompletionRequest, service: DecisionService) -> SamplingParams:
-    wanted = body.max_tokens or DEFAULT_MAX_TOKENS
+    wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     refuse_too_long(len(prompt), wanted, service.scheduler.max_length, param="prompt")
+    # The engine draws a token wherever it has read a prompt, which costs no pass; the prompt alone is shown without it.
     return body.sampling_params(
-        max_tokens=wanted, stop=service.tokenizer.stop_ids, constraint=None, vocab_size=service.tokenizer.vocab_size
+        max_tokens=1 if body.prompt_alone else wanted,
+        stop=service.tokenizer.stop_ids,
+        constraint=None,
+        vocab_size=service.tokenizer.vocab_size,
     )

@@ -34,7 +34,9 @@ class TextStream:
     A piece is what all tokens that are ready make: a reader slower than the engine gets fewer and longer ones.
 
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
-    `calls` on, where the answer comes to it, they are a part like any other.
+    `calls` on, where the answer comes to it, they are a part like any other. silent: nothing of the answer is shown or
+    counted, since its prompt is all that is asked for. reports_end: the token with which the model ends it is reported
+    too.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
     is in the attributes afterwards, and `end` is "abort" until it is complete. Iterating raises GivenUpError for an
     answer that was cancelled.
@@ -48,6 +50,8 @@ class TextStream:
         started: float,
         stop: Sequence[str] = (),
         calls: str | None = None,
+        silent: bool = False,
+        reports_end: bool = False,
     ):
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
@@ -59,6 +63,7 @@ class TextStream:
         self._started = started
         self._stop = tuple(stop)
         self._calls = (calls,) if calls and stop else ()
+        self._silent, self._reports_end = silent, reports_end
         self._params = stream.params
         self._waiting: deque[ReportedToken] = deque()  # until the text is a piece in which they begin
         self._released: list[ReportedToken] = []
@@ -105,7 +110,7 @@ class TextStream:
         for tokens in self._stream.bursts():
             if self.ttft_s is None:
                 self.ttft_s = time.perf_counter() - self._started
-            for token in tokens:
+            for token in () if self._silent else tokens:
                 self.completion_tokens += 1
                 self._wait(token, given + len(held))
                 held += decoder.push(token)
@@ -133,7 +138,7 @@ class TextStream:
             yield held
 
     def _wait(self, token: int, begin: int) -> None:
-        if self._params.top_logprobs is not None and token not in self._params.stop:
+        if self._params.top_logprobs is not None and (self._reports_end or token not in self._params.stop):
             report = self._stream.reports[self.completion_tokens - 1]
             self._waiting.append(ReportedToken(token, begin, report))
 

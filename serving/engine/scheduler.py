@@ -80,15 +80,19 @@ class Place:
         self._adapter = adapter
         self._held = True
 
-    def submit(self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0) -> list[Stream]:
-        """Queue the prompt in these places, once; it is computed once for all of its answers.
+    def submit(
+        self, tokens: Sequence[int], params: SamplingParams, *, priority: int = 0, prompt_logprobs: int | None = None
+    ) -> list[Stream]:
+        """Queue a prompt in these places, once; it is computed once for all of its answers.
 
         Answer i is number i to the seed. Each ends at max_tokens or when its slot is full. priority: of those that
-        wait, the lowest is next. Raises UserError for a prompt that does not fit, SchedulerClosedError where the
-        scheduler was closed since.
+        wait, the lowest is next. prompt_logprobs: as `Prompt.top_logprobs`. Raises UserError for a prompt that does not
+        fit, SchedulerClosedError where the scheduler was closed since.
         """
         assert self._held, "a place is for one request"
-        streams = self._scheduler._fill_places(prompt, params, self._answers, self._adapter, priority)
+        prompt = Prompt(list(tokens), self._adapter, prompt_logprobs)
+        streams = [Stream(prompt, params, sequence, priority) for sequence in range(self._answers)]
+        self._scheduler._fill_places(streams)
         self._held = False
         return streams
 
@@ -191,18 +195,13 @@ class Scheduler:
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
-    def _fill_places(
-        self, tokens: Sequence[int], params: SamplingParams, answers: int, adapter: LoadedAdapter | None, priority: int
-    ) -> list[Stream]:
-        self._engine.check_prompt(tokens)
-        prompt = Prompt(list(tokens), adapter)
-        streams = [Stream(prompt, params, sequence, priority) for sequence in range(answers)]
+    def _fill_places(self, streams: Sequence[Stream]) -> None:
+        self._engine.check_prompt(streams[0].prompt.tokens)
         with self._lock:
             self._check_open()
-            self._reserved -= answers
+            self._reserved -= len(streams)
             self._waiting.add(streams)
             self._lock.notify()
-        return streams
 
     def _give_back_places(self, answers: int, adapter: LoadedAdapter | None) -> None:
         with self._lock:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,23 +24,36 @@ from twinloop.serving.engine.sampling import (
     SamplingParams,
     TokenReport,
     draw,
+    report_token,
     uniform_draws,
 )
 
 FinishReason = Literal["stop", "length"]
 
+_REPORTED_LOGITS = 2**22
+"""Logits of a prompt whose tokens are reported that exist at once: 16 MiB, those of 85 tokens in a vocabulary of 49k.
+They are computed for every token, where any other prompt has those of its last alone."""
+
 
 @dataclass(eq=False)
 class Prompt:
     """Token ids. Sequences that are admitted with the same object share its computation. adapter: what it is computed
-    and answered with; None: the model's own."""
+    and answered with; None: the model's own. top_logprobs: report its tokens too, as `SamplingParams` has it."""
 
     tokens: Sequence[int]
     adapter: LoadedAdapter | None = None
+    top_logprobs: int | None = None
     logits_V: np.ndarray | None = None
     """After the last token, once the prompt is computed."""
     cached_tokens: int | None = None
     """Those that a slot held already when the first sequences got theirs by `SlotBatch.admit_reusing`."""
+    reports: list[TokenReport] = field(default_factory=list)
+    """Of every token but the first, which nothing comes before, once the prompt is computed."""
+
+    @property
+    def unreported(self) -> bool:
+        """Whether logits of its tokens are still wanted."""
+        return self.top_logprobs is not None and len(self.reports) < len(self.tokens) - 1
 
 
 class Drawn(NamedTuple):
@@ -142,7 +155,8 @@ class SlotBatch:
         """`admit` for a prompt that goes on from the longest beginning that any slot holds of it.
 
         `read_prompt` need not compute that, nor anything for sequences that come once the prompt is computed. So
-        computed, logits differ by the rounding of a prompt that is read in other pieces.
+        computed, logits differ by the rounding of a prompt that is read in other pieces. One whose tokens are to be
+        reported is computed from its first token on: a slot holds keys and values, and no logits.
         """
         assert len(sequences) <= self.free, "more sequences than free slots"
         self._held = [None] * len(self._held)  # what slots hold may move
@@ -153,7 +167,8 @@ class SlotBatch:
         free_C = ~self._occupied_C
         slots: list[int] = []
         for number in range(len(sequences)):
-            slot, _ = self._prefixes.place(tokens, free_C, shortest, adapter=adapter, empty=number > 0)
+            empty = number > 0 or prompt.unreported
+            slot, _ = self._prefixes.place(tokens, free_C, shortest, adapter=adapter, empty=empty)
             free_C[slot] = False
             slots.append(slot)
         length = int(self._runner.lengths[slots[0]])
@@ -198,11 +213,8 @@ class SlotBatch:
         prompt, slots = self._reading[0]
         count = 0
         if prompt.logits_V is None:
-            done = int(self._runner.lengths[slots[0]])
-            part = prompt.tokens[done : None if max_tokens is None else done + max_tokens]
-            logits_V = self._runner.prefill(slots[0], part, start=done)
-            count = len(part)
-            if done + count < len(prompt.tokens):
+            count, logits_V = self._read(prompt, slots[0], max_tokens)
+            if self._runner.lengths[slots[0]] < len(prompt.tokens):
                 return count, None
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
@@ -212,6 +224,22 @@ class SlotBatch:
         self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
         return count, self._draw(slots_B, logits_BV, samplers)
+
+    def _read(self, prompt: Prompt, slot: int, max_tokens: int | None) -> tuple[int, np.ndarray]:
+        """Compute the next tokens of a prompt. Returns how many, and the logits after the last of them, a view."""
+        done = int(self._runner.lengths[slot])
+        part = prompt.tokens[done : None if max_tokens is None else done + max_tokens]
+        if not prompt.unreported:
+            return len(part), self._runner.prefill(slot, part, start=done)
+        assert prompt.top_logprobs is not None
+        part = part[: max(1, _REPORTED_LOGITS // self._runner.config.vocab_size)]
+        logits_LV = self._runner.extend(slot, part)
+        following = prompt.tokens[done + 1 : done + 1 + len(part)]
+        prompt.reports[done : done + len(part)] = [
+            report_token(logits_V[: self._runner.vocab_size], token, prompt.top_logprobs)
+            for logits_V, token in zip(logits_LV, following, strict=False)  # nothing follows the last one
+        ]
+        return len(part), logits_LV[-1]
 
     def step(self) -> Drawn:
         """One token for every sequence whose prompt is computed: a step of the narrowest range that holds them all.

@@ -119,7 +119,9 @@ class ScriptedPlace:
     def __init__(self, scheduler: Any, answers: int):
         self._scheduler, self._answers = scheduler, answers
 
-    def submit(self, prompt: list[int], params: SamplingParams, *, priority: int = 0) -> list[ScriptedStream]:
+    def submit(
+        self, prompt: list[int], params: SamplingParams, *, priority: int = 0, prompt_logprobs: int | None = None
+    ) -> list[ScriptedStream]:
         streams: list[ScriptedStream] = [self._scheduler.submit(prompt, params) for _ in range(self._answers)]
         for stream in streams:
             stream.prompt = streams[0].prompt

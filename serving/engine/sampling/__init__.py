@@ -15,7 +15,7 @@ A new parameter is a field of `Edits` or `Cuts` with its bounds, and its use the
 Shapes: letters as in `models.shapes`.
 """
 
-from twinloop.serving.engine.sampling.answer import AnswerSampler, TokenReport, draw
+from twinloop.serving.engine.sampling.answer import AnswerSampler, TokenReport, draw, report_token
 from twinloop.serving.engine.sampling.constraint import Constraint, ConstraintError, ConstraintState
 from twinloop.serving.engine.sampling.draws import choose, uniform_draws
 from twinloop.serving.engine.sampling.params import MAX_TOP_LOGPROBS, SamplingParams
@@ -30,5 +30,6 @@ __all__ = [
     "TokenReport",
     "choose",
     "draw",
+    "report_token",
     "uniform_draws",
 ]

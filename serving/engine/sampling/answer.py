@@ -12,6 +12,10 @@ from twinloop.serving.engine.sampling.cuts import draw_cut, largest
 from twinloop.serving.engine.sampling.draws import choose
 from twinloop.serving.engine.sampling.params import SamplingParams
 
+_RANKED = 64
+"""Tokens among which the likeliest are looked for: `largest` is slow for few. The first of 49k takes 2.5 ms by itself,
+and 0.024 ms so."""
+
 
 class TokenReport(NamedTuple):
     """Log-probabilities, the model's own. top: of the likeliest tokens by id, falling; those that a constraint does not
@@ -62,7 +66,7 @@ class AnswerSampler:
         if self._constraint is not None:
             self._constraint.accept(token)
         top = self._params.top_logprobs
-        return token, logprob, None if top is None else _report(own_V, token, top)
+        return token, logprob, None if top is None else report_token(own_V, token, top)
 
     def _choose(self, logits_V: np.ndarray, uniform: float) -> tuple[int, float]:
         temperature = self._params.temperature
@@ -95,10 +99,11 @@ def draw(
     return tokens_B, logprobs_B, reports
 
 
-def _report(logits_V: np.ndarray, token: int, count: int) -> TokenReport:
+def report_token(logits_V: np.ndarray, token: int, count: int) -> TokenReport:
+    """What its logits say of a token. count: of the likeliest ones."""
     best = logits_V.max()
     total = best + np.log(np.exp(logits_V - best).sum(dtype=np.float64))
-    ids_N = largest(logits_V, count)[0] if count else np.empty(0, np.int64)
+    ids_N = largest(logits_V, max(count, _RANKED))[0] if count else np.empty(0, np.int64)
     ids_N = ids_N[np.argsort(-logits_V[ids_N], kind="stable")[:count]]
     top = {int(id): float(logits_V[id] - total) for id in ids_N if logits_V[id] > -np.inf}
     return TokenReport(float(logits_V[token] - total), top)
