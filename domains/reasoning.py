@@ -4,7 +4,8 @@ The last line of an answer is `answer: 42`. Only this value is judged: how it wa
 is what RL needs to find ways of its own. `domain: reasoning` is ready to use; subclass `Reasoning` for another final
 line or another way of comparing values.
 
-The data are rows {"question", "steps", "answer"}: `reasoning` for training, `reasoning_heldout` for cases.
+The data are rows {"question", "steps", "answer"}: `reasoning` for training, `reasoning_heldout` for cases. For a
+`generate` of your own, `gym_problems` gives the problems of any task of reasoning-gym.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from twinloop.common.errors import UserError, one_line
 from twinloop.domains.domain import (
     Derived,
     Document,
     Domain,
+    Judged,
     Message,
     Metric,
     Predicate,
+    Statistic,
     Text,
     Verdict,
     explained,
@@ -35,6 +39,10 @@ if TYPE_CHECKING:
     from twinloop.domains.record_types import RecordType
 
 MAX_QUESTION_CHARACTERS = 4000
+MAX_GYM_DRAWS = 10
+"""Problems that are drawn for one that is wanted, where a task repeats itself."""
+GYM_SEEDS = 10**8
+"""How far seeds lie apart: its problem i of seed s is its problem i - 1 of seed s + 1."""
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
@@ -55,6 +63,18 @@ class Solution(BaseModel):
     answer: str = Field(description="the right value", examples=["5"])
 
 
+def thinking(kind: str | None = None) -> Metric:
+    """Mean words that an answer says before its last line, of cases of one kind or of all."""
+
+    def terms(case: Judged) -> Mapping[Any, float] | None:
+        if kind not in (None, case.kind):
+            return None
+        return {"words": len(case.greedy.rpartition("\n")[0].split()), "cases": 1}
+
+    title = "words of thinking" if kind is None else f"words of thinking, {kind}"
+    return Metric(title, "at most", of=Statistic(terms, lambda sums: sums["words"] / sums["cases"]))
+
+
 class Reasoning(Domain):
     """Worked answers whose last line holds the value."""
 
@@ -64,7 +84,7 @@ class Reasoning(Domain):
         "parsed": Predicate("one final value", FORMAT, meaning="the answer ends with one value in the wanted form"),
         "value": Predicate("right value", TRAINING, meaning="it is the expected value"),
     }
-    metrics: Mapping[str, Metric] = {f"pass_at_{k}": pass_at(k) for k in (1, 4)}
+    metrics: Mapping[str, Metric] = {**{f"pass_at_{k}": pass_at(k) for k in (1, 4)}, "thinking": thinking()}
     request = Question
     max_answer_tokens = 256
 
@@ -95,7 +115,15 @@ class Reasoning(Domain):
             },
             example={"question": "2 + 3 + 4 = ?", "steps": "2 + 3 = 5\n5 + 4 = 9", "answer": "9"},
         )
-        held_out = replace(own, name="reasoning_heldout", about="As reasoning, held out to measure on.")
+        held_out = replace(
+            own,
+            name="reasoning_heldout",
+            columns={**own.columns, "kind": pl.String()},
+            optional=own.optional | {"kind"},
+            about="As reasoning, held out to measure on.",
+            meanings={**own.meanings, "kind": "the kind of case, such as how hard it is; by default `held_out`"},
+            example={**own.example, "kind": "held_out"},
+        )
         return {**super().record_types(), own.name: own, held_out.name: held_out}
 
     def _examine(self, row: Mapping[str, Any]) -> str | None:
@@ -133,7 +161,7 @@ class Reasoning(Domain):
         return self.request(question=row["question"])
 
     def _case(self, row: Mapping[str, Any], line: int) -> dict[str, Any]:
-        case = {"case_id": f"held-out-{line}", "kind": "held_out", "pair_id": None}
+        case = {"case_id": f"held-out-{line}", "kind": row.get("kind") or "held_out", "pair_id": None}
         return {**case, **self._prompt(row, line)}
 
     def _messages(self, question: str) -> list[Message]:
@@ -216,6 +244,34 @@ class Reasoning(Domain):
     def answer_schema(self) -> Mapping[str, Any]:
         text = {"type": "string"}
         return {"type": "object", "properties": {"answer": text, "steps": text}, "required": ["answer", "steps"]}
+
+
+def gym_problems(task: str, seed: int, count: int, **settings: Any) -> list[Mapping[str, Any]]:
+    """So many problems of a task of reasoning-gym, no question twice: {"question", "answer", "metadata"}.
+
+    task: as its gallery names it, such as chain_sum. settings: of this task, such as max_terms=4. Raises UserError
+    where it is not installed, does not know the task or a setting, or has too few different problems.
+    """
+    try:
+        import reasoning_gym
+    except ImportError as error:
+        raise UserError(
+            f"reasoning-gym, which makes the problems: {one_line(error)}; run pip install 'twinloop[reasoning]'"
+        ) from None
+    drawn = count * MAX_GYM_DRAWS
+    try:
+        problems = reasoning_gym.create_dataset(task, seed=seed * GYM_SEEDS, size=drawn, **settings)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(f"reasoning-gym: {task}: {one_line(error)}") from None
+    found: dict[str, Mapping[str, Any]] = {}
+    for index in range(drawn):
+        if len(found) == count:
+            break
+        problem = problems[index]
+        found.setdefault(problem["question"], problem)
+    if len(found) < count:
+        raise UserError(f"reasoning-gym: {task}: {len(found)} different problems in {drawn}; {count} are wanted")
+    return list(found.values())
 
 
 def _number(text: str) -> Decimal | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from dataclasses import replace
 
 import pytest
 from judged_cases import judged
 
-from twinloop.domains.domain import Judged
+from twinloop.common.errors import UserError
+from twinloop.domains.domain import CaseKind, Judged
 from twinloop.domains.metrics import pass_at_k
-from twinloop.domains.reasoning import Solution, domain
+from twinloop.domains.reasoning import Reasoning, Solution, domain, gym_problems, thinking
 from twinloop.evaluation.estimates import measured
 
 PROBLEM = Solution(question="ann has 7 pens and buys 12 pens. how many pens?", answer="19")
@@ -62,6 +65,30 @@ def test_a_row_gives_demonstration_prompt_and_case() -> None:
     assert domain.verify(answer["content"], domain.read_facts(made["cases"])).passed
 
 
+def test_a_held_out_row_says_what_kind_of_case_it_is() -> None:
+    make = domain.derived()["cases"].make
+    row = {"question": "1 + 1 = ?", "steps": None, "answer": "2"}
+    assert [make({**row, "kind": kind}, 1)["kind"] for kind in ("hard", None)] == ["hard", "held_out"]
+
+
+def test_thinking_is_the_words_before_the_last_line_of_all_cases_and_of_a_kind() -> None:
+    class Levels(Reasoning):
+        case_kinds = {kind: CaseKind(kind) for kind in ("easy", "hard", "other")}  # noqa: RUF012
+        metrics = {"all": thinking(), **{kind: thinking(kind) for kind in case_kinds}}  # noqa: RUF012
+
+    levels = Levels()
+    answers = {"answer: 19": "easy", "7 + 12 = 19\nanswer: 19": "hard", "7 + 1 = 8\n8 + 2\nno value": "hard"}
+    cases = [replace(judged(levels, PROBLEM, answer), kind=kind) for answer, kind in answers.items()]
+    found = {name: estimate.value for name, estimate in measured(levels, cases).items()}
+    assert found == {"all": pytest.approx(13 / 3), "easy": 0, "hard": 6.5}
+
+
+def test_problems_of_a_package_that_is_not_there_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match=r"pip install 'twinloop\[reasoning\]'"):
+        gym_problems("chain_sum", seed=1, count=1)
+
+
 def test_pass_at_k_is_the_mean_over_all_choices_of_k_answers() -> None:
     for passed in range(6):
         answers = [True] * passed + [False] * (5 - passed)
@@ -75,6 +102,7 @@ def test_a_metric_that_was_sampled_too_rarely_is_left_out() -> None:
     def values(*cases: Judged) -> dict[str, float]:
         return {name: estimate.value for name, estimate in measured(domain, cases).items()}
 
-    assert values(judged(domain, PROBLEM, "answer: 19"), judged(domain, PROBLEM, "answer: 20")) == {"pass_at_1": 0.5}
+    few = values(judged(domain, PROBLEM, "answer: 19"), judged(domain, PROBLEM, "answer: 20"))
+    assert few == {"pass_at_1": 0.5, "thinking": 0}
     four = judged(domain, PROBLEM, "greedy", "answer: 19", "answer: 1", "answer: 2", "answer: 3")
-    assert values(four) == {"pass_at_1": 0.25, "pass_at_4": 1.0}
+    assert values(four) == {"pass_at_1": 0.25, "pass_at_4": 1.0, "thinking": 0}

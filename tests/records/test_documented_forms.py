@@ -50,7 +50,9 @@ class Tickets(Domain):
 
 DOMAINS = {"tickets": Tickets(), "classification": EMAILS, "chat": chat, "reasoning": reasoning, "returns": returns}
 FORMS = {f"{name}: {record}": (name, record) for name in DOMAINS for record in DOMAINS[name].record_types()}
-OF_READY_MADE = {"classification": EMAILS, "reasoning": reasoning, "chat_heldout": chat}
+OF_READY_MADE = {
+    "classification": EMAILS, "reasoning": reasoning, "reasoning_heldout": reasoning, "chat_heldout": chat,
+}  # fmt: skip
 STANDARD = Tickets().record_types()
 
 
