@@ -82,12 +82,13 @@ def main() -> None:
     arguments, project = Arguments(**vars(_parser().parse_args())), Path.cwd()
     try:
         domain, params = check(arguments, project)
+        out = project / arguments.out
+        out.mkdir(parents=True, exist_ok=True)
+        counts = domain.generate(params, out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    out = project / arguments.out
-    out.mkdir(parents=True, exist_ok=True)
-    for name, count in domain.generate(params, out).items():
+    for name, count in counts.items():
         print(f"{name}.jsonl: {count} records")
 
 
