@@ -106,6 +106,16 @@ def test_a_generator_that_fails_is_reported_in_one_line(project: Path) -> None:
     assert "Traceback" in (project / ".dvc/tmp/repro.log").read_text()
 
 
+def test_what_a_generator_says_itself_is_reported_as_it_is(project: Path) -> None:
+    path = project / "tickets.py"
+    said = "from twinloop.common.errors import UserError\n        raise UserError('the shop: closed')\n        rng = "
+    path.write_text(path.read_text().replace("rng = ", said))
+    with pytest.raises(UserError, match="error: the shop: closed ") as raised:
+        build_data(project)
+    assert "UserError" not in str(raised.value)
+    assert "Traceback" not in (project / ".dvc/tmp/repro.log").read_text()
+
+
 @pytest.mark.parametrize(
     "broken", ["raise RuntimeError('closed')", "domain = None", "def"], ids=["fails", "none", "syntax"]
 )
