@@ -78,7 +78,7 @@ def create_app(
     for a server that listens on loopback only, lets this machine in, as far as a request can show that it comes from
     here; and then no request for a foreign host is answered at all. A proxy can hide that a request comes from
     elsewhere, so behind one a token must be set.
-    `keys`: once it has had a key, nothing but `/health` is answered without one, to nobody; a key makes nobody an
+    `keys`: once it has had a key, nothing but `/health` and its probes is answered without one; a key makes nobody an
     administrator, and the administrator's token is a key (`key_access.py`). `deadline_s`: for a request as a whole.
     `cors_origins`: of whose pages a browser may ask (`access.origin`). `process`: this one, where it is one of several
     that serve at one address; then limits and metrics are those of all. The caller owns scheduler and traces and closes

@@ -21,8 +21,8 @@ DESCRIPTION = """\
 Every answer with a status of 400 or more has the body `ErrorResponse`. A method that a path does not have gets a 405,
 whose header `Allow` names those that it has; `HEAD` is answered wherever `GET` is. `OPTIONS` is answered only to pages
 of the origins that the server was started with (`twinloop serve --cors-origin`), and otherwise is such a 405. Whatever
-breaks HTTP itself gets a 400. Where `twinloop keys` has made API keys, every route but `/health` needs one, as
-`Authorization: Bearer <key>`, or the administrator's token.
+breaks HTTP itself gets a 400. Where `twinloop keys` has made API keys, every route but `/health` and its probes needs
+one, as `Authorization: Bearer <key>`, or the administrator's token.
 """
 
 DEFINITIONS = "#/$defs/"

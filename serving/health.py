@@ -157,13 +157,14 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
 
     @router.get(READY, response_model=None, responses=probed)
     def ready() -> Response:
-        """Whether to send requests: `/health` without what it tells."""
+        """Whether to send requests, as `/health` says it."""
+        problem = None
         try:
             manager.service.documents.count()
         except DocumentStoreError as error:
             log.error("%s", error)
-            return _probe(error.reason)
-        return _probe(stopped())
+            problem = error.reason
+        return _probe(stopped() or problem)
 
     text = {"text/plain": {"schema": {"type": "string"}}}
 

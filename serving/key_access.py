@@ -1,4 +1,4 @@
-"""API keys at the door of a server: once a project has one, whoever asks anything but `/health` needs one.
+"""API keys of a server: once a project has one, every route but `/health` and its probes needs one.
 
 Keys come on top of what else is asked (`serving/access.py`): a key makes nobody an administrator, and where this
 machine administers without a token, its requests need a key like all others. The administrator's token opens what a key

@@ -19,7 +19,6 @@ from twinloop.serving.metrics import ASKED, Metrics
 MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
 """The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
 
-
 REST_S = 5.0
 """How long the rest of a body is read once it is answered."""
 REST_PIECE_S = 1.0
@@ -184,9 +183,9 @@ class ReadRest:
 
 
 def _body_follows(scope: Scope) -> bool:
-    """Whether a client sends one without being asked to: who expects a 100 is told by the answer not to."""
+    """Whether a client may send one. Who expects a 100 may too: it has had one, or did not wait for it."""
     names = {name for name, value in scope["headers"] if value != b"0"}
-    return bool(names & {b"content-length", b"transfer-encoding"}) and b"expect" not in names
+    return bool(names & {b"content-length", b"transfer-encoding"})
 
 
 class AnswerHead:

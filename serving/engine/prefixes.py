@@ -42,7 +42,7 @@ class PrefixCache:
 
         The lowest, so that the range of a decode step stays narrow. What it held, if it was used later than what
         another free slot holds, goes on in that one. Returns the slot and its length: 0, or at least `shortest`.
-        empty: it is to hold nothing, and gets the tokens later from a slot that was made to begin with them.
+        empty: it is to hold nothing: it gets the tokens later from another slot, or computes all of them.
         """
         runner = self._runner
         self._prompts += 1

@@ -33,6 +33,9 @@ from twinloop.serving.engine.session import choose_device, open_bound, open_expo
 # A binding costs some 30 us a layer to make and keeps its buffers: decode ranges and usual lengths stay, others go.
 _BINDINGS_KEPT = 512
 _BINDING_BYTES_KEPT = 256 << 20
+_ROWS_KEPT = 16
+"""Of logits that one sequence's binding has, to be kept: as many as a draft needs, and more. Those of a prompt whose
+tokens are all scored are 16 MiB and more, of ever new lengths, and their pass takes far longer than to bind it."""
 
 
 class ModelRunner:
@@ -346,6 +349,8 @@ class ModelRunner:
                 outputs=self.config.num_outputs,
                 adapters=self._adapters,
             )
+            if count == 1 and rows > _ROWS_KEPT:
+                return step
             self._bindings[key] = step
             self._binding_bytes += step.logits.nbytes
             while len(self._bindings) > 1 and (

@@ -78,6 +78,20 @@ def request_of(asked, *headers, version="1.1", length=None):
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def read_answer(connection):
+    """The head and the body of an answer that says its length: they may come one after the other."""
+    received = b""
+    while not (found := re.match(rb"(.*?)\r\n\r\n(.*)", received, re.DOTALL)) or len(found[2]) < length_of(found[1]):
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
+    return found[1], found[2]
+
+
+def length_of(head):
+    return int(re.search(rb"(?i)content-length: (\d+)", head)[1])
+
+
 def read_all(connection):
     received = b""
     with suppress(ConnectionResetError):  # where there was more that the server did not read
@@ -158,6 +172,7 @@ def whole_answer(asked, answer):
 
 
 CHUNKED = "POST {} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+CLOSING_CHUNKED = CHUNKED.format(CHAT[0])[:-2].encode() + b"Connection: close\r\nExpect: 100-continue\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +209,7 @@ def test_what_breaks_http_has_one_answer_and_one_line(server, first, then, statu
 def test_who_is_answered_in_the_middle_of_a_body_can_send_its_rest_and_is_not_reset(server, path, length, status):
     with server.connect() as connection:
         connection.sendall(request_of((path, b""), length=length) + b"x" * 1000)
-        received = connection.recv(65536)
-        head, _, body = received.partition(b"\r\n\r\n")
+        head, body = read_answer(connection)
         assert int(head.split(maxsplit=2)[1]) == status
         assert json.loads(body)["error"]["message"]
         for sent in range(1000, length, 1_000_000):
@@ -207,11 +221,24 @@ def test_who_is_answered_in_the_middle_of_a_body_can_send_its_rest_and_is_not_re
             pass
 
 
-def test_who_sends_no_more_of_a_body_is_let_go_of(server):
+def test_who_waited_to_be_asked_for_a_body_is_not_reset_in_its_middle(server):
+    with server.connect() as connection:
+        connection.sendall(CLOSING_CHUNKED)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(b"%x\r\n" % (2 * TOO_LARGE) + b"x" * TOO_LARGE)
+        head, _ = read_answer(connection)
+        assert int(head.split(maxsplit=2)[1]) == 413
+        connection.sendall(b"x" * TOO_LARGE + b"\r\n0\r\n\r\n")
+        while connection.recv(65536):  # a reset would raise
+            pass
+
+
+def test_the_connection_of_a_client_that_sends_no_more_of_a_body_is_closed(server):
     for headers, length in (((), 200_000), (("Expect: 100-continue",), 200_000), ((), TOO_LARGE)):
         with server.connect() as connection:
             connection.sendall(request_of(("/no", b""), *headers, length=length))
-            assert connection.recv(65536).startswith(b"HTTP/1.1 4")
+            head, _ = read_answer(connection)
+            assert head.startswith(b"HTTP/1.1 4")
             assert read_all(connection) == b""
 
 

@@ -216,18 +216,20 @@ def test_a_prompt_that_is_given_up_and_read_again_has_them_once(network, tokeniz
     np.testing.assert_allclose([report.logprob for report in prompt.reports], expected, atol=CLOSE)
 
 
-def test_logits_of_a_long_prompt_are_not_held_at_once():
-    vocabulary, length = 50_000, 1500
-    scheduler = Scheduler(bind(a_network(vocabulary, hidden_size=16), max_length=2048))
-    ids = np.random.default_rng(0).integers(0, vocabulary, length).tolist()
+def test_logits_of_long_prompts_are_neither_held_at_once_nor_kept():
+    vocabulary, lengths, limit = 50_000, (500, 490, 480), 2**24
+    scheduler = Scheduler(bind(a_network(vocabulary, hidden_size=16), max_length=512), prefill_tokens=max(lengths))
     tracemalloc.start()
     try:
-        with scheduler.reserve() as place:
-            (stream,) = place.submit(ids, SamplingParams(max_tokens=1), prompt_logprobs=1)
-        list(stream)
-        _, peak = tracemalloc.get_traced_memory()
+        for length in lengths:
+            ids = np.random.default_rng(length).integers(0, vocabulary, length).tolist()
+            with scheduler.reserve() as place:
+                (stream,) = place.submit(ids, SamplingParams(max_tokens=1), prompt_logprobs=1)
+            list(stream)
+            assert len(stream.prompt.reports) == length - 1
+        held, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
         scheduler.close(drain=False, timeout_s=20)
-    assert len(stream.prompt.reports) == length - 1
-    assert peak < 4 * vocabulary * length / 2
+    assert peak < 3 * limit < 4 * vocabulary * min(lengths)
+    assert held < limit / 2
