@@ -256,7 +256,8 @@ def gym_problems(task: str, seed: int, count: int, **settings: Any) -> list[Mapp
         import reasoning_gym
     except ImportError as error:
         raise UserError(
-            f"reasoning-gym, which makes the problems: {one_line(error)}; run pip install 'twinloop[reasoning]'"
+            f"reasoning-gym, which makes the problems: {one_line(error)}; Twinloop's extra installs it: "
+            "pip install '.[reasoning]'"
         ) from None
     drawn = count * MAX_GYM_DRAWS
     try:
