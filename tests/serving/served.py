@@ -123,6 +123,8 @@ class ScriptedPlace:
         self, prompt: list[int], params: SamplingParams, *, priority: int = 0, prompt_logprobs: int | None = None
     ) -> list[ScriptedStream]:
         streams: list[ScriptedStream] = [self._scheduler.submit(prompt, params) for _ in range(self._answers)]
+        if prompt_logprobs is not None:
+            streams[0].prompt.reports += [TokenReport(-1.0, {token: -1.0}) for token in prompt[1:]]
         for stream in streams:
             stream.prompt = streams[0].prompt
         return streams
