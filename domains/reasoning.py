@@ -257,7 +257,7 @@ def gym_problems(task: str, seed: int, count: int, **settings: Any) -> list[Mapp
     except ImportError as error:
         raise UserError(
             f"reasoning-gym, which makes the problems: {one_line(error)}; Twinloop's extra installs it: "
-            "pip install '.[reasoning]'"
+            "`.venv/bin/pip install -e '.[reasoning]'`"
         ) from None
     drawn = count * MAX_GYM_DRAWS
     try:

@@ -139,32 +139,28 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
     def stopped() -> str | None:
         return None if manager.service.scheduler.running else "the engine has stopped"
 
-    @router.get(HEALTH, response_model=None, responses={**failing, 200: {"model": Health}})
-    def health() -> Response:
+    def looked() -> Health:
         try:
             index, degraded, problem = _index(manager.service), manager.degraded(), None
         except DocumentStoreError as error:
             log.error("%s", error)
             index, degraded, problem = None, {}, error.reason
-        problem = stopped() or problem
-        body = _health(manager, index, degraded, problem).model_dump()
-        return JSONResponse(body, 503 if problem else 200)
+        return _health(manager, index, degraded, stopped() or problem)
+
+    @router.get(HEALTH, response_model=None, responses={**failing, 200: {"model": Health}})
+    def health() -> Response:
+        found = looked()
+        return JSONResponse(found.model_dump(), 503 if found.error else 200)
 
     @router.get(LIVE, response_model=None, responses=probed)
     def live() -> Response:
         """Whether to leave the server running: nothing but a new start helps one whose engine has stopped."""
-        return _probe(stopped())
+        return _probe(_error(stopped()))
 
     @router.get(READY, response_model=None, responses=probed)
     def ready() -> Response:
         """Whether to send requests, as `/health` says it."""
-        problem = None
-        try:
-            manager.service.documents.count()
-        except DocumentStoreError as error:
-            log.error("%s", error)
-            problem = error.reason
-        return _probe(stopped() or problem)
+        return _probe(looked().error)
 
     text = {"text/plain": {"schema": {"type": "string"}}}
 
@@ -211,13 +207,16 @@ def _health(
         queue=Queue(queued=scheduler.queued, active=scheduler.active, capacity=scheduler.capacity),
         traces=Traces(dropped=traces.dropped) if traces is not None else None,
         index=index,
-        error=ErrorDetail(**error_body(503, problem)["error"]) if problem else None,
+        error=_error(problem),
     )
 
 
-def _probe(problem: str | None) -> Response:
-    error = ErrorDetail(**error_body(503, problem)["error"]) if problem else None
-    return JSONResponse(Probe(status="failing" if problem else "ok", error=error).model_dump(), 503 if problem else 200)
+def _error(problem: str | None) -> ErrorDetail | None:
+    return ErrorDetail(**error_body(503, problem)["error"]) if problem else None
+
+
+def _probe(error: ErrorDetail | None) -> Response:
+    return JSONResponse(Probe(status="failing" if error else "ok", error=error).model_dump(), 503 if error else 200)
 
 
 def _index(service: DecisionService) -> Index:

@@ -85,7 +85,7 @@ def test_thinking_is_the_words_before_the_last_line_of_all_cases_and_of_a_kind()
 
 def test_problems_of_a_package_that_is_not_there_say_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[reasoning\]'"):
+    with pytest.raises(UserError, match=r"`\.venv/bin/pip install -e '\.\[reasoning\]'`"):
         gym_problems("chain_sum", seed=1, count=1)
 
 

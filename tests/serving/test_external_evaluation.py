@@ -47,11 +47,16 @@ NO_NETWORK = {
 }
 """Nobody listens at that proxy, so that what is not on this machine cannot be had."""
 
-CHOICES_TASK = """
-task: choices
+DATASET = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: ITEMS}}
 test_split: test
+"""
+
+CHOICES_TASK = (
+    DATASET
+    + """
+task: choices
 output_type: multiple_choice
 doc_to_text: "<|bos|>{{question}}:"
 doc_to_target: "{{gold}}"
@@ -59,18 +64,19 @@ doc_to_choice: "{{choices}}"
 target_delimiter: ""
 metric_list: [{metric: acc}]
 """
+)
 
-TEXTS_TASK = """
+TEXTS_TASK = (
+    DATASET
+    + """
 task: texts
-dataset_path: json
-dataset_kwargs: {data_files: {test: ITEMS}}
-test_split: test
 output_type: generate_until
 doc_to_text: "BEGIN{{question}}"
 doc_to_target: "{{TARGET}}"
 generation_kwargs: {until: UNTIL, max_gen_toks: LIMIT, temperature: 0, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
+)
 
 INSPECT_TASK = """
 from inspect_ai import Task, task
