@@ -3,127 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pytest
-import torch
-from silent import Silent
+from labelling import ANSWERS, RUNTIME, SETTINGS, compared, edit, exported, stored
 
 from twinloop.common.errors import UserError
-from twinloop.domains.loader import load_domain
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.gate import GateReport, load_rules
-from twinloop.evaluation.parity_report import ParityReport
 from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import linear_layers
-from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
-from twinloop.models.gguf_form import GGUFLayout
-from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import MANIFEST, Artifact
-from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.context import Context
-from twinloop.tasks.export import export_stage
 from twinloop.tasks.gate import gate_stage, read_gate_report
-from twinloop.tasks.measure import Workload, write_cases
-from twinloop.tasks.parity import FormMaker, Release, compare_forms, parity_stage, read_parity
-from twinloop.tasks.recipe import EvaluateSettings
-from twinloop.training.runtime import Runtime
-from twinloop.training.weights import get_weights, new_decoder
-
-LABELS = Path(__file__).parents[1] / "evaluation" / "labels.py"
-SETTINGS = EvaluateSettings(max_new_tokens=8)
-RUNTIME = Runtime(seed=1, threads=1, device="cpu")
-ANSWERS = {"late": "delivery", "twice": "billing", "prize": "spam", "lost": "delivery", "refund": "billing"}
-LIMITS = {
-    "parity_logit_gap": 0.05, "parity_token_agreement": 0.99,
-    "parity": {
-        "network": {"stop_changes": 0, "stopped": 1},
-        "fp32": {"tokens": 0.99, "logit_gap": 0.05, "verdict_changes": 0, "prompt_changes": 0, "stop_changes": 0,
-                 "stopped": 1},
-    },
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
-    project = tmp_path_factory.mktemp("project")
-    (project / "labels.py").write_text(LABELS.read_text())
-    (project / "gate.yaml").write_text(json.dumps(LIMITS))
-    return Context(
-        project=project,
-        recipe="labels",
-        recipe_path=None,
-        loaded_domain=load_domain("./labels.py", project),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
-
-
-def prompt(text: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": "label it"}, {"role": "user", "content": text}]
-
-
-def stored(
-    context: Context, stage: str, settings: dict[str, str], fill: Callable[[Path], dict[str, Any] | None]
-) -> Artifact:
-    def build(out: Path, keep: Path) -> dict[str, Any]:
-        return fill(out) or {}
-
-    return context.store.run(stage, settings=settings, inputs={}, code="", build=build)
-
-
-@pytest.fixture(scope="module")
-def data(context: Context) -> Artifact:
-    rows = [
-        {"case_id": text, "kind": "held_out", "pair_id": None, "prompt": prompt(text), "facts": label,
-         "expected": {"answer": label}}
-        for text, label in ANSWERS.items()
-    ]  # fmt: skip
-    return stored(context, "data", {}, lambda out: pl.DataFrame(rows).write_parquet(out / "cases.parquet"))
-
-
-@pytest.fixture(scope="module")
-def model(context: Context) -> Artifact:
-    """A network that has learned the answers, and to stop after them."""
-
-    def write(out: Path) -> None:
-        tokenizer = train_tokenizer([*ANSWERS, *ANSWERS.values(), "label it"], 280)
-        config = DecoderConfig(
-            vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
-        )  # fmt: skip
-        network = new_decoder(config, seed=0)
-        rows, targets = torch.zeros(5, 32, dtype=torch.int64), torch.full((5, 32), -100)
-        for row, target, (text, label) in zip(rows, targets, ANSWERS.items(), strict=True):
-            asked, answer = tokenizer.encode_prompt(prompt(text)), tokenizer.encode_answer(label)
-            row[: len(asked) + len(answer)] = torch.tensor([*asked, *answer])
-            target[len(asked) - 1 : len(asked) + len(answer) - 1] = torch.tensor(answer)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.02)
-        for _ in range(25):
-            scored = network.logits(network.hidden(rows, torch.arange(32).expand(5, -1)))
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(scored.flatten(0, 1), targets.flatten()).backward()
-            optimizer.step()
-        save_model(out, config, get_weights(network), tokenizer)
-
-    return stored(context, "sft", {}, write)
-
-
-def exported(context: Context, model: Artifact, precision: str = "fp32") -> Artifact:
-    return export_stage(context, precision, 64, model=model)
+from twinloop.tasks.measure import write_cases
+from twinloop.tasks.parity import Release, parity_stage, read_parity
 
 
 def with_tensors(
@@ -152,10 +53,6 @@ def with_files(context: Context, model: Artifact, fault: str, change: Callable[[
     return stored(context, "faulty-export", {"fault": fault}, write)
 
 
-def edit(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, *others: Artifact) -> GateReport:
     """What the gate says of a release of these."""
     rules = load_rules(context.project / "gate.yaml", context.domain)
@@ -175,11 +72,6 @@ def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, 
             champion_version=None,
         )
     )  # fmt: skip
-
-
-def compared(context: Context, data: Artifact, release: Release, *forms: str) -> ParityReport:
-    with TemporaryDirectory() as folder:
-        return compare_forms(FormMaker(release, Path(folder), 1), Workload(context.domain, SETTINGS, data.path), forms)
 
 
 def blocked(report: GateReport) -> dict[str, str]:
@@ -372,66 +264,3 @@ def test_an_adapter_merged_at_twice_its_scale_blocks(context: Context, data: Art
     report = judged(context, data, trained, exported(context, twice))
     assert report.decision == "BLOCK"
     assert "at most 0.05" in blocked(report)["parity.fp32.logit_gap"]
-
-
-def llama_like(context: Context, model: Artifact) -> Artifact:
-    """The model with a tokenizer that splits text as GPT-2's does, which llama.cpp knows."""
-
-    def write(out: Path) -> None:
-        shutil.copytree(model.path, out, dirs_exist_ok=True)
-        splitting = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        edit(out / "tokenizer.json", pre_tokenizer=splitting)
-
-    return stored(context, "llama-like", {}, write)
-
-
-DYING = f"""#!{sys.executable}
-import os, sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-
-    def do_POST(self):
-        if self.path != "/completion":
-            os._exit(1)
-        self.do_GET()
-        self.wfile.write(b'{{"tokens": []}}')
-
-HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
-"""
-
-
-@pytest.mark.parametrize(
-    ("server", "said"),
-    [("#!/bin/sh\nexit 1\n", "llama-server does not start"), (DYING, "llama-server/apply-template:")],
-)
-def test_a_server_that_fails_is_no_measurement(
-    context: Context, data: Artifact, model: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    server: str, said: str,
-) -> None:  # fmt: skip
-    (tmp_path / "llama-server").write_text(server)
-    (tmp_path / "llama-server").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(UserError, match=f"^parity: {said}"):
-        compared(context, data, Release(llama_like(context, model), {}), "llama.cpp")
-
-
-def test_a_gguf_file_is_read_back_by_our_own_reader(
-    context: Context, data: Artifact, model: Artifact, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    like = llama_like(context, model)
-    release = Release(like, {"fp32": exported(context, like)})
-    found = compared(context, data, release, "gguf", "llama.cpp", "merged")
-    _, gguf = found.forms[:2]
-    assert (gguf.form, gguf.prompt_changes, gguf.stop_changes, gguf.verdict_changes) == ("gguf", 0, 0, 0), gguf.problems
-    assert gguf.logit_gap is not None
-    assert gguf.logit_gap < 0.1  # its matrices are float16
-    assert "no adapter to merge" in found.missing["merged"]
-    monkeypatch.setattr(GGUFLayout, "from_gguf", lambda self, values: values)
-    fault = compared(context, data, release, "gguf")
-    assert (fault.forms[1].logit_gap or 0) > 10 * gguf.logit_gap
-    refused = compared(context, data, Release(model, {}), "gguf")
-    assert "llama.cpp cannot split text as this tokenizer does" in refused.missing["gguf"]
