@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contexts import silent_context
 
-from twinloop.domains.loader import load_domain
 from twinloop.registry.artifact import Artifact
 from twinloop.registry.tracking import CodeVersion, Mlruns
 from twinloop.registry.versions import Registry
@@ -16,26 +16,9 @@ from twinloop.tasks.context import Context, Report, Work
 from twinloop.tasks.register import Made, register_stage
 
 
-class Silent:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
-
-
 @pytest.fixture
 def context(mlruns: Mlruns) -> Context:
-    return Context(
-        project=mlruns.root.parent,
-        recipe="returns",
-        recipe_path=Path("recipes/returns.yaml"),
-        loaded_domain=load_domain("returns", mlruns.root.parent),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    return silent_context(mlruns.root.parent, "returns", recipe_path=Path("recipes/returns.yaml"))
 
 
 def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:

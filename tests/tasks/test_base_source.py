@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from silent import Silent
+from contexts import silent_context
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import parse_yaml
-from twinloop.domains.loader import load_domain
 from twinloop.models.adapter import Adapter, save_adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
@@ -23,7 +22,6 @@ from twinloop.models.family import write_config
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.tracking import CodeVersion
 from twinloop.registry.versions import Registry
 from twinloop.tasks.base_source import DEFAULT_MAX_LENGTH, resolve_base, resolve_models
 from twinloop.tasks.context import Context, Report
@@ -97,16 +95,7 @@ def context(project: Path) -> Context:
 
 
 def context_of(project: Path) -> Context:
-    return Context(
-        project=project,
-        recipe="tiny",
-        recipe_path=Path("recipes/tiny.yaml"),
-        loaded_domain=load_domain("returns", project),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    return silent_context(project, "tiny", recipe_path=Path("recipes/tiny.yaml"))
 
 
 def recipe(folder: Path, base: Any) -> Recipe:

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contexts import silent_context
 from silent import Silent
 
 from twinloop.common.errors import UserError
-from twinloop.domains.loader import load_domain
-from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.recipe import load_recipe
 from twinloop.training.checkpoint import Checkpoint, save
@@ -36,16 +35,7 @@ def test_a_folder_of_data_that_is_not_there_is_refused_by_its_setting(tmp_path: 
 
 def test_a_stage_that_goes_on_from_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "mlruns").mkdir()
-    context = Context(
-        project=tmp_path,
-        recipe="small",
-        recipe_path=None,
-        loaded_domain=load_domain("returns", tmp_path),
-        dataset_digest=None,
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    context = silent_context(tmp_path, "small", dataset_digest=None)
 
     def stopped(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         save(keep / "checkpoints", Checkpoint(step=7, tensors={}, state={}))

@@ -8,11 +8,10 @@ from typing import Any
 
 import polars as pl
 import pytest
-from silent import Silent
+from contexts import silent_context
 
-from twinloop.domains.loader import load_domain
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.tracking import CodeVersion, Mlruns
+from twinloop.registry.tracking import Mlruns
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.evaluation_set import publish_cases
 
@@ -31,16 +30,7 @@ CASES = [
 @pytest.fixture
 def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return Context(
-        project=tmp_path,
-        recipe="returns",
-        recipe_path=Path("recipes/returns.yaml"),
-        loaded_domain=load_domain("returns", tmp_path),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    return silent_context(tmp_path, "returns", recipe_path=Path("recipes/returns.yaml"))
 
 
 def stage(context: Context, name: str) -> Artifact:

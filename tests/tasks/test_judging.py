@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from silent import Silent
+from contexts import silent_context
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
@@ -22,7 +22,6 @@ from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.audit import audit_stage
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_stage
@@ -47,16 +46,7 @@ def with_domain(context: Context, source: str, folder: Path) -> Context:
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     project = tmp_path_factory.mktemp("project")
-    context = Context(
-        project=project,
-        recipe="labels",
-        recipe_path=None,
-        loaded_domain=load_domain("returns", project),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    context = silent_context(project, "labels")
     return with_domain(context, LABELS.read_text(), project / "own")
 
 

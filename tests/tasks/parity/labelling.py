@@ -17,7 +17,7 @@ from twinloop.tasks.parity import FormMaker, Release, compare_forms
 from twinloop.tasks.recipe import EvaluateSettings
 from twinloop.training.runtime import Runtime
 
-LABELS = Path(__file__).parents[1] / "evaluation" / "labels.py"
+LABELS = Path(__file__).parents[2] / "evaluation" / "labels.py"
 SETTINGS = EvaluateSettings(max_new_tokens=8)
 RUNTIME = Runtime(seed=1, threads=1, device="cpu")
 ANSWERS = {"late": "delivery", "twice": "billing", "prize": "spam", "lost": "delivery", "refund": "billing"}

@@ -8,15 +8,13 @@ from pathlib import Path
 import polars as pl
 import pytest
 import torch
+from contexts import silent_context
 from labelling import ANSWERS, LABELS, LIMITS, prompt, stored
-from silent import Silent
 
-from twinloop.domains.loader import load_domain
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.tracking import CodeVersion
 from twinloop.tasks.context import Context
 from twinloop.training.weights import get_weights, new_decoder
 
@@ -26,16 +24,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     project = tmp_path_factory.mktemp("project")
     (project / "labels.py").write_text(LABELS.read_text())
     (project / "gate.yaml").write_text(json.dumps(LIMITS))
-    return Context(
-        project=project,
-        recipe="labels",
-        recipe_path=None,
-        loaded_domain=load_domain("./labels.py", project),
-        dataset_digest="d41d8.dir",
-        progress=Silent(),
-        code=CodeVersion("a" * 40),
-        checkpoint_every_s=1.0,
-    )
+    return silent_context(project, "labels", domain="./labels.py")
 
 
 @pytest.fixture(scope="module")
