@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from silent import Silent
 
 from twinloop.domains.returns import domain
 from twinloop.domains.returns.case_maker import GeneratorParams
@@ -27,15 +28,11 @@ from twinloop.training.weights import load_decoder
 PROJECT = Path(__file__).parents[2]
 
 
-class Watched:
+class Watched(Silent):
     """Notes which stages were finished."""
 
     def __init__(self) -> None:
         self.done: list[str] = []
-
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
 
     def finished(self, stage: str, *, seconds: float | None, name: str) -> None:
         self.done.append(stage)

@@ -6,19 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from silent import Silent
 
 from twinloop.records.dataset import DataVersion
 from twinloop.tasks.context import Context
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
-
-
-class Unwatched:
-    def started(self, stage: str) -> None: ...
-
-    def stepped(self, stage: str, done: float, total: float, metrics: object) -> None: ...
-
-    def finished(self, stage: str, *, seconds: float | None, name: str) -> None: ...
 
 
 @pytest.fixture
@@ -27,7 +20,7 @@ def context(tmp_path: Path) -> Context:
     stage = {"method": "sft", "batch_tokens": 512, "learning_rate": 0.01}
     path.write_text(json.dumps({"name": "talk", "domain": "chat", "base": {"depth": 2}, "train": [stage]}))
     recipe: Recipe = load_recipe(path, tmp_path)
-    return Context.of(tmp_path, path, recipe, Unwatched())
+    return Context.of(tmp_path, path, recipe, Silent())
 
 
 def test_files_that_nothing_reads_are_named_each_time(
