@@ -135,9 +135,8 @@ class ChatTemplate:
         if images != _IMAGE.findall(whole.contents[-1]):
             raise UserError("chat template: it leaves out or moves a part of the answer, which would not be trained")
         first = whole.shadow.index(images[0], begin) if images else begin
-        if self.render(messages[:-1], add_generation_prompt=False) == prompt and any(
-            self.specials(whole.shadow, begin, first)
-        ):
+        begins = any(self.specials(whole.shadow, begin, first))
+        if begins and self.render(messages[:-1], add_generation_prompt=False) == prompt:
             raise UserError(
                 f"chat template: it does not ask for an answer (add_generation_prompt), and begins one with "
                 f"{whole.text[begin:first]!r}, which the model would have to write itself; add to it what asks"
