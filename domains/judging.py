@@ -111,12 +111,14 @@ class Statistic:
     So its interval is found by drawing cases, without computing what a case adds a second time. terms(case): what the
     case adds to the sums, by name; None: the case does not count. value(sums): the number, of one case or more, where
     a name that no case has is missing; None where the sums give none. mean: whether it is the mean of one value from 0
-    to 1 a case (`domains.metrics.mean`): a share, whose interval is Wilson's.
+    to 1 a case (`domains.metrics.mean`): a share, whose interval is Wilson's. range: the least and the most that any
+    cases can have; with it, few cases that are all alike are no proof of the next one.
     """
 
     terms: Callable[[Judged], Mapping[Any, float] | None]
     value: Callable[[Mapping[Any, float]], float | None]
     mean: bool = False
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

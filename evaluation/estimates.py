@@ -38,7 +38,7 @@ def measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, Estimate]:
             )
         with domain_code(domain, f"metric {name}"):
             terms = [each for case in judged if (each := metric.of.terms(case)) is not None]
-            estimate = estimated(terms, metric.of.value, mean=metric.of.mean)
+            estimate = estimated(terms, metric.of.value, mean=metric.of.mean, bounds=metric.of.range)
         if estimate is not None:
             for number in (estimate.value, *(estimate.interval or ())):
                 _finite(domain, "value", name, number)
@@ -47,11 +47,15 @@ def measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, Estimate]:
 
 
 def estimated(
-    terms: Sequence[Mapping[Any, float]], value: Callable[[Mapping[Any, float]], float | None], *, mean: bool = False
+    terms: Sequence[Mapping[Any, float]],
+    value: Callable[[Mapping[Any, float]], float | None],
+    *,
+    mean: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> Estimate | None:
-    """The `value` of the sums of these cases' terms, all three as in domains.domain.Statistic.
+    """The `value` of the sums of these cases' terms; all as in domains.domain.Statistic, bounds its `range`.
 
-    None where they give no number. One case gives no interval, unless it is a mean.
+    None where they give no number. One case gives no interval, unless it is a mean or has bounds.
     """
     names = list(dict.fromkeys(name for each in terms for name in each))
     table_NT = np.array([[each.get(name, 0.0) for name in names] for each in terms], np.float64)
@@ -66,11 +70,18 @@ def estimated(
         return None
     if mean:
         return Estimate(value=found, interval=wilson_interval(min(found, 1.0) * len(terms), len(terms)))
-    if len(terms) < 2:
+    if len(terms) < 2 and bounds is None:
         return Estimate(value=found)
     drawn = [each for sums_T in _resampled(table_NT).tolist() if (each := of_sums(sums_T)) is not None]
     # The percentile interval (Efron, 1979). A statistic that is biased in small samples may lie outside of it.
     low, high = np.percentile([found, *drawn], [2.5, 97.5]).tolist()
+    if bounds is not None:
+        # Drawing from cases that are all alike gives no spread. Of cases like these there may be as many others as
+        # Wilson's interval leaves below a share of 1, and each of them may be the worst there can be.
+        least, most = bounds
+        unseen = 1 - wilson_interval(len(terms), len(terms))[0]
+        low = max(least, min(low, most - unseen * (most - least)))
+        high = min(most, max(high, least + unseen * (most - least)))
     return Estimate(value=found, interval=(min(low, found), max(high, found)))
 
 

@@ -89,6 +89,37 @@ def test_an_interval_is_the_same_every_time_and_many_cases_are_drawn_in_parts(mo
     assert estimated(terms, ratio) == once
 
 
+@pytest.mark.parametrize("count", [1, 3, 80])
+def test_few_cases_that_are_all_alike_are_no_proof_of_the_next(count: int) -> None:
+    domain = Classification(["billing", "delivery"])
+    facts = domain.read_facts({"facts": {"label": "billing"}})
+    cases = [judged(domain, facts, "billing", confidence=1.0) for _ in range(count)]
+    low = Rate(successes=count, total=count).interval[0]
+    same = [judged(chat, None, "a b c d e", reference="a b c d e") for _ in range(count)]
+    found = measured(domain, cases) | measured(having(bleu=bleu(), chrf=chrf()), same)
+    ends = {
+        "macro_f1": (1, (low, 1)),
+        "calibration_error": (0, (0, 1 - low)),
+        "bleu": (100, (100 * low, 100)),
+        "chrf": (100, (100 * low, 100)),
+    }
+    for name, (value, interval) in ends.items():
+        assert found[name].value == pytest.approx(value)
+        assert found[name].interval == pytest.approx(interval)
+
+
+def test_one_mistake_more_never_makes_an_interval_begin_higher() -> None:
+    domain = Classification(["billing", "delivery"])
+    facts = domain.read_facts({"facts": {"label": "billing"}})
+    lows = []
+    for wrong in range(4):
+        answers = ["billing"] * (40 - wrong) + ["delivery"] * wrong
+        interval = measured(domain, [judged(domain, facts, answer) for answer in answers])["macro_f1"].interval
+        assert interval is not None
+        lows.append(interval[0])
+    assert lows == sorted(lows, reverse=True)
+
+
 def test_the_interval_of_a_share_is_wilsons() -> None:
     cases = [judged(chat, None, answer, reference=" yes\n") for answer in ["yes"] * 37 + ["no"] * 3]
     found = measured(having(exact=exact_match()), cases)["exact"]
@@ -115,7 +146,7 @@ def test_the_calibration_error_is_the_weighted_gap_between_confidence_and_accura
     assert found.interval is not None
     assert 0 <= found.interval[0] <= found.value <= found.interval[1] <= 1
     certain = [judged(domain, right, "billing", confidence=1.0)] * 5
-    assert measured(domain, certain)["calibration_error"] == Estimate(value=0.0, interval=(0.0, 0.0))
+    assert measured(domain, certain)["calibration_error"].value == 0
     assert "calibration_error" not in measured(domain, [judged(domain, right, "billing")])
 
 
@@ -141,9 +172,10 @@ def test_classification_counts_every_sampled_answer_and_macro_f1_has_a_bootstrap
     assert low < found["macro_f1"].value < high
 
 
-def test_one_case_has_no_interval_unless_it_is_a_share() -> None:
-    found = measured(having(exact=exact_match(), chrf=chrf()), translations(1))
-    assert found["chrf"].interval is None
+def test_one_case_has_no_interval_unless_its_metric_has_a_range() -> None:
+    length = Metric("length", of=Statistic(lambda case: {"n": len(case.greedy)}, lambda sums: sums["n"]))
+    found = measured(having(exact=exact_match(), length=length), translations(1))
+    assert found["length"].interval is None
     assert found["exact"].interval == Rate(successes=round(found["exact"].value), total=1).interval
 
 
