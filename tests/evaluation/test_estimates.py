@@ -20,7 +20,9 @@ from twinloop.domains.metrics import bleu, calibration_error, chrf, exact_match,
 from twinloop.domains.reasoning import Solution
 from twinloop.domains.reasoning import domain as reasoning
 from twinloop.evaluation.estimates import estimated, measured
+from twinloop.evaluation.gate import GateRules, passes
 from twinloop.evaluation.metrics import Estimate, Rate
+from twinloop.evaluation.rules import Measurements
 
 WORDS = ["the", "museum", "opens", "at", "ten", "and", "closes", "late", "on", "friday", "while", "tours", "start"]
 
@@ -106,6 +108,15 @@ def test_few_cases_that_are_all_alike_are_no_proof_of_the_next(count: int) -> No
     for name, (value, interval) in ends.items():
         assert found[name].value == pytest.approx(value)
         assert found[name].interval == pytest.approx(interval)
+
+
+@pytest.mark.parametrize(("count", "ships"), [(3, False), (80, True)])
+def test_a_gate_does_not_pass_on_a_few_perfect_answers(count: int, ships: bool) -> None:
+    domain = Classification(["billing", "delivery"])
+    facts = domain.read_facts({"facts": {"label": "billing"}})
+    found = measured(domain, [judged(domain, facts, "billing", confidence=1.0)] * count)
+    for name, limit in {"macro_f1": 0.95, "calibration_error": 0.05}.items():
+        assert passes(GateRules({name: limit}, domain), name, Measurements(metrics=found)) is ships
 
 
 def test_one_mistake_more_never_makes_an_interval_begin_higher() -> None:

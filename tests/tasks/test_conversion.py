@@ -382,9 +382,7 @@ def test_a_version_whose_checkpoint_is_gone_is_refused(project: SimpleNamespace,
         convert(SimpleNamespace(folder=project.folder, registry=registry), "1", "huggingface", tmp_path / "out")
 
 
-def test_a_checkpoint_is_given_by_its_own_name_and_a_changed_one_is_not(
-    project: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_a_checkpoint_is_given_by_its_own_name_a_changed_one_is_not(project: SimpleNamespace, tmp_path: Path) -> None:
     checkpoints = SimpleNamespace(folder=project.folder, registry=project.registry.checkpoints)
     done = convert(checkpoints, "2", "gguf", tmp_path / "out", type="q8_0")
     assert list(done.files) == ["small-checkpoints-2-q8_0.gguf"]
