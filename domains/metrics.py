@@ -102,7 +102,7 @@ def calibration_error(confidence: Callable[[Any], float | None] | None = None) -
     def value(sums: Mapping[Any, float]) -> float:
         return math.fsum(abs(gap) for place, gap in sums.items() if place != "answers") / sums["answers"]
 
-    return Metric("calibration error", "at most", share=True, of=Statistic(terms, value, range=(0, 1)))
+    return Metric("calibration error", "at most", share=True, of=Statistic(terms, value))
 
 
 def macro_f1_of(pairs: Callable[[Judged], Sequence[tuple[str, str | None]]]) -> Statistic:
@@ -115,7 +115,7 @@ def macro_f1_of(pairs: Callable[[Judged], Sequence[tuple[str, str | None]]]) -> 
                 rows.setdefault(right, {})[said] = count
         return macro_f1(rows)
 
-    return Statistic(lambda case: Counter(pairs(case)), value, range=(0, 1))
+    return Statistic(lambda case: Counter(pairs(case)), value)
 
 
 def _from_0_to_1(value: float) -> float:

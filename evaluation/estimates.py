@@ -38,7 +38,8 @@ def measured(domain: Domain, judged: Sequence[Judged]) -> dict[str, Estimate]:
             )
         with domain_code(domain, f"metric {name}"):
             terms = [each for case in judged if (each := metric.of.terms(case)) is not None]
-            estimate = estimated(terms, metric.of.value, mean=metric.of.mean, bounds=metric.of.range)
+            bounds = (0.0, 1.0) if metric.share else metric.of.range
+            estimate = estimated(terms, metric.of.value, mean=metric.of.mean, bounds=bounds)
         if estimate is not None:
             for number in (estimate.value, *(estimate.interval or ())):
                 _finite(domain, "value", name, number)
@@ -53,7 +54,8 @@ def estimated(
     mean: bool = False,
     bounds: tuple[float, float] | None = None,
 ) -> Estimate | None:
-    """The `value` of the sums of these cases' terms; all as in domains.domain.Statistic, bounds its `range`.
+    """The `value` of the sums of these cases' terms; all as in domains.domain.Statistic, bounds its `range`,
+    which is 0 to 1 where a metric is a share.
 
     None where they give no number. One case gives no interval, unless it is a mean or has bounds.
     """

@@ -157,7 +157,8 @@ def test_the_calibration_error_is_the_weighted_gap_between_confidence_and_accura
     assert found.interval is not None
     assert 0 <= found.interval[0] <= found.value <= found.interval[1] <= 1
     certain = [judged(domain, right, "billing", confidence=1.0)] * 5
-    assert measured(domain, certain)["calibration_error"].value == 0
+    unseen = 1 - Rate(successes=5, total=5).interval[0]
+    assert measured(domain, certain)["calibration_error"] == Estimate(value=0.0, interval=(0.0, unseen))
     assert "calibration_error" not in measured(domain, [judged(domain, right, "billing")])
 
 
@@ -185,8 +186,12 @@ def test_classification_counts_every_sampled_answer_and_macro_f1_has_a_bootstrap
 
 def test_one_case_has_no_interval_unless_its_metric_has_a_range() -> None:
     length = Metric("length", of=Statistic(lambda case: {"n": len(case.greedy)}, lambda sums: sums["n"]))
-    found = measured(having(exact=exact_match(), length=length), translations(1))
+    found = measured(having(exact=exact_match(), length=length, chrf=chrf()), translations(1))
     assert found["length"].interval is None
+    assert found["chrf"].interval is not None
+    low, high = found["chrf"].interval
+    assert 0 < high - low < 100
+    assert low <= found["chrf"].value <= high
     assert found["exact"].interval == Rate(successes=round(found["exact"].value), total=1).interval
 
 
