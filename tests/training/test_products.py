@@ -1,6 +1,7 @@
 """However matrices are multiplied, the identities of training hold."""
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -15,7 +16,7 @@ from twinloop.models.products import Products, linear, products_in_use, use_prod
 from twinloop.training.loop import _accumulate, run_training
 from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
-from twinloop.training.runtime import Runtime, choose_products, fastest_products
+from twinloop.training.runtime import Runtime, choose_products, fastest_products, least_seconds
 from twinloop.training.scoring import attach_reference
 from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import Step, micro_batches
@@ -115,6 +116,21 @@ def test_a_checkpoint_is_not_gone_on_with_in_another_way(tmp_path):
 )
 def test_another_way_to_multiply_is_taken_where_it_is_much_faster_and_right(blas, onednn, bfloat16, error, chosen):
     assert choose_products({"blas": blas, "onednn": onednn, "bfloat16": bfloat16}, error) == chosen
+
+
+@pytest.mark.parametrize(("noisy_rounds", "rounds"), [(0, 20), (150, 151), (1000, 300)])
+def test_noise_in_one_way_to_multiply_is_waited_for(monkeypatch, noisy_rounds, rounds):
+    seconds = {"blas": 1.05, "onednn": 1.0, "bfloat16": 0.5}
+    now, done = [0.0], dict.fromkeys(seconds, 0)
+    monkeypatch.setattr("twinloop.training.runtime.time.thread_time", lambda: now[0])
+
+    def multiply(name: str) -> None:
+        done[name] += 1
+        now[0] += seconds[name] * (1.5 if name == "blas" and done[name] <= noisy_rounds else 1)
+
+    least = least_seconds({name: partial(multiply, name) for name in seconds})
+    assert set(done.values()) == {rounds}
+    assert (choose_products(least, 1e-6)[0] == "blas") == (noisy_rounds < rounds)
 
 
 def test_what_is_chosen_is_measured_here_and_a_runtime_uses_it():
