@@ -116,15 +116,25 @@ class Supervisor:
     def _ready(self) -> list[_Worker]:
         return [each for each in self._workers if each.ready]
 
+    @property
+    def _alone(self) -> bool:
+        """Whether no process has answered yet: the next one is the first."""
+        return not self._answered and not self._ready
+
+    @property
+    def _startable(self) -> list[int]:
+        """Numbers for which a process may be started, once it is time."""
+        if self._stop_by is not None or (self._alone and self._workers):
+            return []
+        return self._free[:1] if self._alone else list(self._free)
+
     def _start(self, limits: int) -> None:
-        if self._stop_by is not None or time.monotonic() < self._start_at:
+        if time.monotonic() < self._start_at:
             return
-        alone = not self._answered and not self._ready
-        if alone and self._workers:
-            return
-        for number in self._free[:1] if alone else list(self._free):
+        starting = self._count if self._alone else 1
+        for number in self._startable:
             self._free.remove(number)
-            self._start_one(number, limits, starting=self._count if alone else 1)
+            self._start_one(number, limits, starting=starting)
 
     def _start_one(self, number: int, limits: int, *, starting: int) -> None:
         ours, theirs = multiprocessing.Pipe()
@@ -145,7 +155,7 @@ class Supervisor:
         ends += [each.asked_at + REPORT_WITHIN_S for each in self._workers if each.silent and each.asked_at is not None]
         if self._stop_by is not None:
             ends.append(self._stop_by)
-        elif self._free:
+        if self._startable:
             ends.append(self._start_at)
         for pipe in wait([each.pipe for each in self._workers], max(0.0, min(ends) - time.monotonic())):
             worker = next(each for each in self._workers if each.pipe is pipe)

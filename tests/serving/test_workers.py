@@ -19,7 +19,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from served import CASE, GOOD, HELLO, wait_until
 
+from twinloop.serving import supervisor
 from twinloop.serving.keys import KeyStore
+from twinloop.serving.listener import listen
 from twinloop.serving.metric_sums import kept, sum_of
 
 SUPERVISOR = """
@@ -140,6 +142,16 @@ def test_what_speaks_against_serving_is_said_once(tmp_path: Path) -> None:
     server = Server(tmp_path, count=3)
     assert (server.process.wait(60), server.url) == (1, "")
     assert server.log.read_text().splitlines() == ["this cannot be served"]
+
+
+def test_a_supervisor_rests_while_its_first_process_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, wait = [], supervisor.wait
+    monkeypatch.setattr(supervisor, "wait", lambda pipes, timeout: (waits.append(timeout), wait(pipes, timeout))[1])
+    never_ready = [sys.executable, "-c", "import time; time.sleep(0.5)"]
+    with listen("127.0.0.1", 0) as listener:
+        code = supervisor.Supervisor(lambda _: never_ready, listener, 2, stop_within_s=3).run(print)
+    assert code == 1
+    assert len(waits) <= 5
 
 
 def test_a_process_that_is_stopped_holds_nobody_up(start) -> None:
