@@ -120,7 +120,7 @@ class TextStream:
                 end = len(held) if ended else self._stop_at(held, free - given)
                 if end is not None:
                     self.finish_reason = "stop"
-                    self.cancel()
+                    self._stream.finish()
                     self._release(None if ended else given + end)
                     if end:
                         yield held[:end]

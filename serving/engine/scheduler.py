@@ -274,7 +274,7 @@ class Scheduler:
     def _round(self) -> None:
         while self._errands:
             self._run_errand(*self._errands.popleft())
-        self._drop_cancelled()
+        self._end_for_readers()
         self._read_prompts()
         if slots := self._batch.decoding:
             try:
@@ -295,12 +295,12 @@ class Scheduler:
         except Exception as error:  # for who asked: the answers go on
             done.set_exception(error)
 
-    def _drop_cancelled(self) -> None:
+    def _end_for_readers(self) -> None:
         for slot, stream in enumerate(self._streams):
-            if stream is not None and stream.cancelled:
-                self._release(slot, "cancelled")
-        if cancelled := [stream for stream in self._waiting if stream.cancelled]:
-            self._drop(cancelled, "cancelled")
+            if stream is not None and stream.reader_end is not None:
+                self._release(slot, stream.reader_end)
+        if given_up := [stream for stream in self._waiting if stream.reader_end is not None]:
+            self._drop(given_up, "cancelled")
 
     def _drop(self, streams: Collection[Stream], reason: StreamEnd, error: BaseException | None = None) -> None:
         """End streams that wait."""

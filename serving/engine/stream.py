@@ -31,9 +31,9 @@ class Stream:
     """One answer as it comes: iterate over its token ids, or over `bursts` of them, once. Raises what went wrong with
     the request, if it did.
 
-    `cancel` may be called from any thread and frees the slot before the next step. `finish_reason` is set once the
-    iteration has ended, `timings` during it. `logprobs` and `reports` have an entry a token, `reports` where the
-    parameters ask for them.
+    `cancel` and `finish` may be called from any thread and free the slot before the next step; of both, the first call
+    counts. `finish_reason` is set once the iteration has ended, `timings` during it. `logprobs` and `reports` have an
+    entry a token, `reports` where the parameters ask for them.
     """
 
     def __init__(self, prompt: Prompt, params: SamplingParams, sequence: int, priority: int):
@@ -43,14 +43,19 @@ class Stream:
         self.logprobs: list[float] = []
         self.reports: list[TokenReport] = []
         self.finish_reason: StreamEnd | None = None
-        self.cancelled = False
+        self.reader_end: Literal["stop", "cancelled"] | None = None
+        """With which its reader ends it, before the engine does."""
         self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         self._submitted = self._latest = time.perf_counter()
         self._ended = False
 
     def cancel(self) -> None:
         """Give the answer up. Tokens that are computed already may still come."""
-        self.cancelled = True
+        self.reader_end = self.reader_end or "cancelled"
+
+    def finish(self) -> None:
+        """Take it as complete, such as at a stop string. Tokens that are computed already may still come."""
+        self.reader_end = self.reader_end or "stop"
 
     def __iter__(self) -> Iterator[int]:
         for tokens in self.bursts():

@@ -99,6 +99,8 @@ class ScriptedStream:
     def cancel(self) -> None:
         self.cancelled.set()
 
+    finish = cancel
+
     def bursts(self) -> Iterator[list[int]]:
         for token in self:
             yield [token]

@@ -98,6 +98,17 @@ def test_a_client_that_leaves_frees_its_slot_long_before_its_answer_would_end(cl
     assert after.completion_tokens - before.completion_tokens < 300
 
 
+def test_an_answer_that_a_stop_string_ends_is_counted_as_finished(client, engine_scheduler):
+    before = engine_scheduler.metrics().totals
+    body = {"prompt": "a", "stop": ["e", "a", "t", " "], "seed": 1} | LONG
+    choice = client.post("/v1/completions", json=body).json()["choices"][0]
+    wait_until(lambda: engine_scheduler.active == 0)
+    after = engine_scheduler.metrics().totals
+    assert choice["finish_reason"] == "stop"
+    assert after.completion_tokens - before.completion_tokens < 300
+    assert (after.finished - before.finished, after.cancelled - before.cancelled) == (1, 0)
+
+
 # --- the drain --------------------------------------------------------------------------------------------------------
 
 
