@@ -22,7 +22,7 @@ from twinloop.models.adapter import Adapter
 from twinloop.models.adapter_form import AdapterForm
 from twinloop.models.chunks import PREFILL_CHUNK
 from twinloop.models.config import DecoderConfig, Precision
-from twinloop.models.exported import WEIGHTS_FILE, read_exported, read_own_adapter
+from twinloop.models.exported import read_exported, read_own_adapter
 from twinloop.models.memory import check_fits, serving_memory
 from twinloop.models.onnx_graph import QUANTIZED, compute_type, slot_capacity
 from twinloop.models.vocabulary import read_vocab_size
@@ -57,7 +57,6 @@ class ModelRunner:
         device: Device,
         slots: int,
         max_length: int,
-        weight_bytes: int,
         vocab_size: int | None = None,
         takes_adapters: bool = False,
     ):
@@ -80,7 +79,6 @@ class ModelRunner:
             device=device,
         )
         self.tokens_CM = np.zeros((slots, self._arena.capacity), np.int64)
-        self._weight_bytes = weight_bytes
         self._bindings: OrderedDict[tuple[int, int, int, int], StepBinding] = OrderedDict()
         self._binding_bytes = 0
 
@@ -131,7 +129,6 @@ class ModelRunner:
             device=device,
             slots=slots,
             max_length=max_length,
-            weight_bytes=(exported_dir / WEIGHTS_FILE).stat().st_size,
             vocab_size=read_vocab_size(exported_dir),
             takes_adapters=exported.takes_adapters,
         )
@@ -182,20 +179,12 @@ class ModelRunner:
             device=device,
             slots=slots,
             max_length=max_length,
-            weight_bytes=sum(value.tensor_size_in_bytes() for value in initializers.values()),
             vocab_size=vocab_size,
         )
         runner._owned = dict(initializers)  # the session only borrows them
         return runner
 
     _owned: Mapping[str, ort.OrtValue] | None = None
-
-    @property
-    def memory_bytes(self) -> int:
-        """Weights, adapters and cache. ONNX Runtime's scratch memory, which grows with the longest chunk, comes on
-        top."""
-        adapters = 0 if self._adapters is None else self._adapters.nbytes
-        return self._weight_bytes + adapters + self._arena.nbytes
 
     # --- adapters -------------------------------------------------------------------------------------------------
 

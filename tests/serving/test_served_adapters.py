@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from adapted import ADAPTERS, CONFIG, MAX_LENGTH, Exports, random_adapter
+from engine_memory import held_bytes
 from test_scheduler import Gate, wait_for
 
 from twinloop.common.errors import UserError
@@ -86,7 +87,7 @@ def test_a_row_without_adapter_gets_the_very_logits_of_the_weights(exports: Expo
 
 def test_a_dropped_adapter_changes_no_other_and_its_memory_is_free(exports: Exports) -> None:
     engine, (_, own, nine, *_) = loaded_engine(exports, slots=2)
-    before, held = engine.score(TOKENS, adapter=nine), engine.memory_bytes
+    before, held = engine.score(TOKENS, adapter=nine), held_bytes(engine)
     kept = engine.score(TOKENS, adapter=own)
     extra = engine.load_adapter("extra", random_adapter(9, 5))
     engine.drop_adapter(nine)
@@ -94,7 +95,7 @@ def test_a_dropped_adapter_changes_no_other_and_its_memory_is_free(exports: Expo
     again = engine.load_adapter("nine", ADAPTERS["nine"])
     engine.drop_adapter(extra)
     np.testing.assert_array_equal(engine.score(TOKENS, adapter=again), before)
-    assert engine.memory_bytes == held
+    assert held_bytes(engine) == held
     assert again.number != nine.number
 
 
@@ -139,9 +140,9 @@ def test_the_own_adapter_of_every_process_must_fit_into_memory(
         for ranks in (0, 9)
     )
     engine = Engine.load(exported, slots=1)
-    held = engine.memory_bytes
+    held = held_bytes(engine)
     engine.load_adapter("another", ADAPTERS["nine"])
-    assert plan.total_bytes - plain.total_bytes == engine.memory_bytes - held > 0
+    assert plan.total_bytes - plain.total_bytes == held_bytes(engine) - held > 0
     available = copies * plan.total_bytes
     monkeypatch.setattr("twinloop.serving.engine.runner.available_bytes", lambda: available)
     Engine.load(exported, slots=1, copies=copies)
@@ -228,7 +229,7 @@ def test_requests_for_several_adapters_at_once_are_answered_as_each_alone(served
 def test_a_stream_of_an_adapter_that_is_dropped_goes_on_to_its_end(served, alone, monkeypatch) -> None:
     scheduler, adapters = served
     gate = Gate(monkeypatch)
-    held = scheduler._engine.memory_bytes
+    held = held_bytes(scheduler._engine)
     streams = [ask(scheduler, adapters["nine"], TOKENS[:30], 80) for _ in range(2)]
     scheduler.adapters.drop(adapters["nine"])
     with pytest.raises(AdapterDroppedError):
@@ -238,7 +239,7 @@ def test_a_stream_of_an_adapter_that_is_dropped_goes_on_to_its_end(served, alone
     gate.opened.set()
     assert [list(stream) for stream in streams] == [alone("nine", TOKENS[:30], 80)] * 2
     assert list(other) == alone("one", TOKENS[:30], 80)
-    wait_for(lambda: scheduler._engine.memory_bytes < held)
+    wait_for(lambda: held_bytes(scheduler._engine) < held)
     assert list(ask(scheduler, adapters["one"], TOKENS[:9], 20)) == alone("one", TOKENS[:9], 20)
     assert len([scheduler.reserve() for _ in range(scheduler.capacity)]) == scheduler.capacity
 
