@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from twinloop.serving.engine.scheduler import SchedulerMetrics
+from twinloop.serving.engine.counts import SchedulerMetrics
 from twinloop.serving.generation import TextStream
 from twinloop.serving.model_manager import ModelManager
 

@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Match
 
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.sampling import ConstraintError
-from twinloop.serving.engine.scheduler import QueueFullError, SchedulerClosedError
+from twinloop.serving.engine.scheduler import EngineDiedError, QueueFullError, SchedulerClosedError
 from twinloop.serving.generation import CallError, GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
 from twinloop.serving.worker_process import SupervisorSilentError
@@ -24,6 +24,8 @@ from twinloop.serving.worker_process import SupervisorSilentError
 log = logging.getLogger(__name__)
 
 SOON = {"Retry-After": "1"}
+
+ENGINE_DIED = "the model's engine has ended with an error, and this server process ends; ask again"
 
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 
@@ -263,6 +265,10 @@ def install(app: FastAPI, descriptions: Mapping[str, str]) -> None:
     @app.exception_handler(SchedulerClosedError)
     async def closed(request: Request, error: SchedulerClosedError) -> JSONResponse:
         return stopping()
+
+    @app.exception_handler(EngineDiedError)
+    async def dead(request: Request, error: EngineDiedError) -> JSONResponse:
+        return JSONResponse(error_body(503, ENGINE_DIED), 503, headers=SOON | {"Connection": "close"})
 
     @app.exception_handler(StarletteHTTPException)
     async def refused(request: Request, error: StarletteHTTPException) -> JSONResponse:

@@ -14,7 +14,7 @@ from twinloop.domains.domain import Domain
 from twinloop.models.config import Kind
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.described import HEALTH, LIVE, READY, errors
-from twinloop.serving.errors import ApiError, ErrorDetail, error_body
+from twinloop.serving.errors import ENGINE_DIED, ApiError, ErrorDetail, error_body
 from twinloop.serving.knowledge.documents import DocumentStoreError
 from twinloop.serving.metrics import CHAT, CLASSIFY, COMPLETIONS, DECISIONS, Metrics
 from twinloop.serving.model_manager import Degradation, ModelManager
@@ -137,7 +137,8 @@ def state_router(manager: ModelManager, metrics: Metrics) -> APIRouter:
     probed = {**errors(words={503: "No: the body is `Probe`, with `error` as everywhere"}), 200: {"model": Probe}}
 
     def stopped() -> str | None:
-        return None if manager.service.scheduler.running else "the engine has stopped"
+        scheduler = manager.service.scheduler
+        return ENGINE_DIED if scheduler.died else None if scheduler.running else "the engine has stopped"
 
     def looked() -> Health:
         try:

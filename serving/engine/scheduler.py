@@ -13,10 +13,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, Self
 
 from twinloop.serving.engine.adapters import LoadedAdapter
+from twinloop.serving.engine.counts import SchedulerMetrics, Totals
 from twinloop.serving.engine.drafts import DRAFT_TOKENS, Drafts
 from twinloop.serving.engine.engine import Engine
 from twinloop.serving.engine.held_adapters import HeldAdapters
@@ -38,47 +39,25 @@ class SchedulerClosedError(QueueFullError):
     """The scheduler takes no more requests: it is shutting down, or has (HTTP 503)."""
 
 
-@dataclass(frozen=True)
-class Totals:
-    """Counts since the start: tokens read and written, how answers ended, tokens of prompts that were looked up in the
-    slots, and those of them that were not computed again; tokens of answers that were guessed, and guessed rightly."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(**{each.name: getattr(self, each.name) + getattr(other, each.name) for each in fields(self)})
-
-
-@dataclass(frozen=True)
-class SchedulerMetrics:
-    """Answers waiting and in a slot; completion tokens a second over the last ten; the share of the key-value cache
-    that the sequences in the slots fill."""
-
-    queued: int
-    active: int
-    slots: int
-    tokens_per_s: float
-    totals: Totals
-    cache_used: float
+class EngineDiedError(SchedulerClosedError):
+    """The engine's thread has ended with an error: only a new process answers again (HTTP 503)."""
 
 
 class Place:
     """Places in the queue for the answers of one request; held until its prompt is submitted or the `with` block
     ends."""
 
-    def __init__(self, scheduler: Scheduler, answers: int, adapter: LoadedAdapter | None):
+    def __init__(self, scheduler: Scheduler, answers: int):
         self._scheduler = scheduler
         self._answers = answers
-        self._adapter = adapter
+        self._adapter: LoadedAdapter | None = None
         self._held = True
+
+    def use(self, adapter: LoadedAdapter | None) -> None:
+        """The adapter of the answers, once; None is the model's own. Raises AdapterDroppedError."""
+        assert self._adapter is None
+        self._scheduler.adapters.use(adapter, self._answers)
+        self._adapter = adapter
 
     def submit(
         self, tokens: Sequence[int], params: SamplingParams, *, priority: int = 0, prompt_logprobs: int | None = None
@@ -112,10 +91,17 @@ class Scheduler:
     """
 
     def __init__(
-        self, engine: Engine, *, queue_size: int = 64, prefill_tokens: int = 128, draft_tokens: int = DRAFT_TOKENS
+        self,
+        engine: Engine,
+        *,
+        queue_size: int = 64,
+        prefill_tokens: int = 128,
+        draft_tokens: int = DRAFT_TOKENS,
+        on_death: Callable[[], None] = lambda: None,
     ):
         """prefill_tokens: prompt tokens computed between two decode steps at most: a stream waits for as many. 128 are
-        computed as fast a token as 256 (SmolLM2-135M, int8), 64 are 7% slower. draft_tokens: as `Drafts.most`."""
+        computed as fast a token as 256 (SmolLM2-135M, int8), 64 are 7% slower. draft_tokens: as `Drafts.most`.
+        on_death: is called by the engine's thread where an error ends it while it takes requests."""
         self._engine = engine
         self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
         self._lock = threading.Condition()
@@ -124,6 +110,9 @@ class Scheduler:
         self._errands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.adapters = HeldAdapters(engine, self._between_rounds)
         self._closing = False
+        self.died = False
+        """Whether an error has ended the engine's thread."""
+        self._on_death = on_death
         self._batch = SlotBatch(engine)
         self._drafts = Drafts(self._batch, draft_tokens)
         self._streams: list[Stream | None] = [None] * engine.slots
@@ -181,9 +170,14 @@ class Scheduler:
             self._check_open()
             if self._places < answers:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
-            self.adapters.use(adapter, answers)
             self._reserved += answers
-        return Place(self, answers, adapter)
+        place = Place(self, answers)
+        try:
+            place.use(adapter)
+        except BaseException:
+            self._give_back_places(answers, None)
+            raise
+        return place
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         """Queue a prompt for one answer, as `Place.submit` does. Raises like `reserve` and that."""
@@ -192,6 +186,8 @@ class Scheduler:
         return stream
 
     def _check_open(self) -> None:
+        if self.died:
+            raise EngineDiedError("the model's engine has ended with an error and takes no more requests")
         if self._closing or not self._thread.is_alive():
             raise SchedulerClosedError("the model is shutting down and takes no more requests")
 
@@ -255,12 +251,15 @@ class Scheduler:
         except BaseException as error:  # nothing can be answered any more: end every stream with the reason
             log.exception("the engine's thread ends")
             with self._lock:
-                self._closing = True
-            for stream in self._waiting:
-                stream.end("error", error)
-            for _, done in self._errands:
-                done.set_exception(error)
-            self._fail(range(self._engine.slots), error)
+                was_serving, self._closing, self.died = not self._closing, True, True
+            try:
+                self._drop(list(self._waiting), "error", error)
+                for _, done in self._errands:
+                    done.set_exception(error)
+                self._fail(range(self._engine.slots), error)
+            finally:
+                if was_serving:
+                    self._on_death()
 
     def _work_comes(self) -> bool:
         """Wait for a request or an errand. False once the scheduler is closed and everything answered."""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import uvicorn
@@ -23,8 +23,9 @@ from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.api import create_app, server_config
 from twinloop.serving.decisions import DecisionService, ModelInfo
+from twinloop.serving.engine.counts import SchedulerMetrics, Totals
 from twinloop.serving.engine.sampling import SamplingParams, TokenReport
-from twinloop.serving.engine.scheduler import QueueFullError, SchedulerMetrics, Totals
+from twinloop.serving.engine.scheduler import QueueFullError
 from twinloop.serving.engine.slots import Prompt
 from twinloop.serving.engine.stream import Timings
 from twinloop.serving.knowledge.documents import DocumentStore
@@ -121,6 +122,13 @@ class ScriptedPlace:
     def __init__(self, scheduler: Any, answers: int):
         self._scheduler, self._answers = scheduler, answers
 
+    def use(self, adapter: object) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
     def submit(
         self, prompt: list[int], params: SamplingParams, *, priority: int = 0, prompt_logprobs: int | None = None
     ) -> list[ScriptedStream]:
@@ -138,6 +146,7 @@ class ScriptedScheduler:
     max_length = 1024
     capacity = 4
     running = True
+    died = False
 
     def __init__(self, tokenizer: ChatTokenizer, script: str | Exception = GOOD, *, delay_s: float = 0.0):
         self.script = script
@@ -151,11 +160,10 @@ class ScriptedScheduler:
     def metrics(self) -> SchedulerMetrics:
         return SchedulerMetrics(self.queued, self.active, slots=4, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
-    @contextmanager
-    def reserve(self, answers: int = 1, adapter: object = None) -> Iterator[ScriptedPlace]:
+    def reserve(self, answers: int = 1, adapter: object = None) -> ScriptedPlace:
         if self.full:
             raise QueueFullError("the queue holds 4 requests already")
-        yield ScriptedPlace(self, answers)
+        return ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         if isinstance(self.script, Exception):

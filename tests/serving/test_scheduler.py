@@ -16,7 +16,7 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.scheduler import QueueFullError, Scheduler, SchedulerClosedError
+from twinloop.serving.engine.scheduler import EngineDiedError, QueueFullError, Scheduler, SchedulerClosedError
 
 CONFIG = DecoderConfig(
     vocab_size=96,
@@ -237,6 +237,23 @@ def test_a_failed_step_ends_its_answers_and_nothing_else(scheduler, monkeypatch)
             list(scheduler.submit([1, 2], SamplingParams(max_tokens=9)))
     assert scheduler.running
     assert len(list(scheduler.submit([1, 2], SamplingParams(max_tokens=9)))) == 9
+
+
+def test_an_error_outside_of_any_answer_ends_all_and_is_said(monkeypatch):
+    deaths, gate = [], Gate(monkeypatch)
+    scheduler = Scheduler(small_engine(slots=1), on_death=lambda: deaths.append(scheduler.died))
+    streams = [scheduler.submit([1, 2], SamplingParams(max_tokens=9)) for _ in range(3)]
+    monkeypatch.setattr(scheduler, "_end_for_readers", lambda: (_ for _ in ()).throw(MemoryError))
+    gate.opened.set()
+    for stream in streams:
+        with pytest.raises(MemoryError):
+            list(stream)
+    wait_for(lambda: deaths == [True])
+    assert not scheduler.running
+    with pytest.raises(EngineDiedError):
+        scheduler.reserve()
+    assert not scheduler.full
+    scheduler.close()
 
 
 def test_closing_completes_what_was_accepted_and_takes_no_more():

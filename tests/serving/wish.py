@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,8 @@ from served import ScriptedPlace, ScriptedStream
 from tokenizers import Tokenizer
 
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.engine.counts import SchedulerMetrics, Totals
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.scheduler import SchedulerMetrics, Totals
 
 
 class Wish:
@@ -35,9 +33,8 @@ class Wish:
     def metrics(self) -> SchedulerMetrics:
         return SchedulerMetrics(0, 0, slots=1, tokens_per_s=0.0, totals=Totals(), cache_used=0.0)
 
-    @contextmanager
-    def reserve(self, answers: int = 1, adapter: object = None) -> Iterator[ScriptedPlace]:
-        yield ScriptedPlace(self, answers)
+    def reserve(self, answers: int = 1, adapter: object = None) -> ScriptedPlace:
+        return ScriptedPlace(self, answers)
 
     def submit(self, prompt: list[int], params: SamplingParams) -> ScriptedStream:
         self.prompts.append(list(prompt))
