@@ -107,15 +107,19 @@ def adapters_bytes(config: DecoderConfig, ranks: int) -> int:
     return 4 * ranks * sum(map(sum, linear_layers(config).values()))
 
 
+class NotEnoughMemoryError(UserError):
+    """An engine needs more memory than is available now."""
+
+
 def check_fits(plan: ServingMemory, available: int, *, what: str, copies: int = 1) -> None:
-    """Raises UserError, with the sizes, where so many engines need more than the available bytes. what: is to be
-    served."""
+    """Raises NotEnoughMemoryError, with the sizes, where so many engines need more than the available bytes.
+    what: is to be served."""
     needed = copies * plan.total_bytes
     if needed <= available:
         return
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 2**20:,.1f}" for name, size in plan.rows()[:-1])
     there, each, fewer = ("", "", "") if copies == 1 else (f" in {copies} processes", "in each: ", "fewer processes, ")
-    raise UserError(
+    raise NotEnoughMemoryError(
         f"engine: {what}{there} needs {needed / 2**20:,.1f} MiB of memory ({each}{parts}), and "
         f"{available / 2**20:,.1f} MiB are available; take {fewer}fewer slots, a smaller max_length or fewer bits"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.loader import LoadedDomain, load_domain
 from twinloop.models.exported import describe_exported
 from twinloop.models.label_tokenizer import load_answering
+from twinloop.models.memory import NotEnoughMemoryError
 from twinloop.registry.adapters import ASK_EVERY_S, LOOK_EVERY_S, RegisteredAdapters, measured_with_other_code
 from twinloop.registry.documents import open_documents
 from twinloop.registry.promotion import open_ledger
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 RETRY_EVERY_S = 5.0
 """A champion that was refused is read and hashed again at each try."""
+STOP_WITHIN_S = 1.0
+"""How long the end of a server waits for who follows the champion."""
+NO_MEMORY_YET = "there is no memory for it before the version that was replaced has completed its last answers"
 NOT_OURS = "it was not registered by Twinloop"
 OTHER_CODE = "%s was measured with other code of its domain than %s has now: its gate report is not about this code"
 
@@ -42,11 +46,12 @@ OTHER_CODE = "%s was measured with other code of its domain than %s has now: its
 class Serving:
     """How this process serves a champion. slots: answers at the same time. adapters: other versions on the champion's
     base that may be in memory beside it, where it was exported with its adapter. process: this one, where it is one of
-    several that serve at one address."""
+    several that serve at one address. on_death: as of a `Scheduler`."""
 
     slots: int = 8
     adapters: int = 0
     process: WorkerProcess | None = None
+    on_death: Callable[[], None] = lambda: None
 
     @property
     def count(self) -> int:
@@ -90,7 +95,7 @@ def open_champion(project: Path, name: str, serving: Serving) -> Iterator[ModelM
         try:
             yield manager
         finally:
-            manager.service.scheduler.close()
+            manager.close()
             manager.service.documents.close()
     finally:
         traces.close()
@@ -112,7 +117,7 @@ def following_champion(project: Path, registry: Registry, manager: ModelManager,
         yield
     finally:
         over.set()
-        thread.join()
+        thread.join(STOP_WITHIN_S)  # it may load a model, or wait for a registry that is away
 
 
 def follow_champion(project: Path, registry: Registry, manager: ModelManager, serving: Serving) -> None:
@@ -158,6 +163,8 @@ def follow_champion(project: Path, registry: Registry, manager: ModelManager, se
     except Exception as error:  # as above
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         public = error.public if isinstance(error, _RestartNeededError) else REFUSED
+        if isinstance(error, NotEnoughMemoryError) and manager.draining:
+            public = NO_MEMORY_YET
         _fail(manager, ServeFailure(version, " ".join(reason.split()), public))
 
 
@@ -205,9 +212,10 @@ def _load(
     tokenizer = load_answering(served.path)
     engine = Engine.load(served.path, slots=serving.slots, threads=serving.threads, copies=copies)
     smoke_test_engine(engine, tokenizer, loaded.domain, served.path)
+    scheduler = Scheduler(engine, on_death=serving.on_death)
     model = ModelInfo(name=served.name, version=str(served.version), digest=served.digest)
     measured = served.tags.get(DOCUMENTS_DIGEST) or None
-    service = DecisionService(Scheduler(engine), tokenizer, documents, model, loaded.domain, traces, measured)
+    service = DecisionService(scheduler, tokenizer, documents, model, loaded.domain, traces, measured)
     if not serving.adapters or not describe_exported(served.path).takes_adapters:
         return service, None
     return service, NamedModels(service, RegisteredAdapters(registry, served, loaded), most=serving.adapters)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
 from twinloop.serving.decisions import DecisionService
+from twinloop.serving.engine.counts import Totals
 from twinloop.serving.engine.held_adapters import AdapterDroppedError
-from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError, Totals
+from twinloop.serving.engine.scheduler import Scheduler, SchedulerClosedError
 from twinloop.serving.named import NamedModels, NamedVersion, find_named
 
 T = TypeVar("T")
@@ -86,15 +87,32 @@ class ModelManager:
                     raise
 
     def replace(self, service: DecisionService, others: NamedModels | None = None) -> None:
-        """Answer every later request with `service`; return when the last answer of the one before is complete."""
+        """Answer every later request with `service`; the one before completes what it has begun, beside it."""
         with self._lock:
             old, self._serving = self.service, (service, others)
             self.failure = self.unknown_champion = None
             self._working.append(service.scheduler)
-        old.scheduler.close()
+        old.scheduler.close(timeout_s=0.0)
+        # In a thread of its own: it may take as long as a request, and the next version may be wanted before.
+        threading.Thread(target=self._retire, args=(old.scheduler,), name="retired", daemon=True).start()
+
+    def _retire(self, scheduler: Scheduler) -> None:
+        scheduler.close()
         with self._lock:
-            self._working.remove(old.scheduler)
-            self._ended += old.scheduler.metrics().totals
+            self._working.remove(scheduler)
+            self._ended += scheduler.metrics().totals
+
+    @property
+    def draining(self) -> bool:
+        """Whether a replaced version, which needs memory too, still completes what it has begun."""
+        return len(self._working) > 1
+
+    def close(self) -> None:
+        """Take no more requests; return when the last answer of every version is complete."""
+        with self._lock:
+            working = list(self._working)
+        for scheduler in working:
+            scheduler.close()
 
     def totals(self) -> Totals:
         """What all models have done since the start."""

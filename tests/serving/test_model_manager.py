@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,21 +39,35 @@ def test_what_was_begun_ends_on_the_old_model_and_what_comes_goes_to_the_new(ser
     manager = ModelManager(old)
     manager.failure = ServeFailure("2", "it was corrupt")
     begun = [manager.submit(ask) for _ in range(4)]  # two of them wait for a slot
-    replacing = threading.Thread(target=manager.replace, args=(new,))
-    replacing.start()
-    wait_for(lambda: manager.service is new)
+    manager.replace(new)
+    assert manager.service is new
     later = manager.submit(ask)
     assert manager.failure is None
-    assert replacing.is_alive()
+    assert manager.draining
     gate.opened.set()
     assert [version for version, _ in begun] == ["1"] * 4
     assert [len(list(stream)) for _, stream in begun] == [50] * 4
     assert (later[0], len(list(later[1]))) == ("2", 50)
-    replacing.join(10)
+    wait_for(lambda: not manager.draining)
     assert not old.scheduler.running
     assert new.scheduler.running
     new.scheduler.close()
     assert (manager.totals().finished, manager.totals().completion_tokens) == (5, 250)
+
+
+def test_a_version_is_replaced_while_answers_of_two_before_it_go_on(service, monkeypatch):
+    gate = Gate(monkeypatch)
+    manager = ModelManager(service("1"))
+    streams = [manager.submit(ask)]
+    for version in ("2", "1"):  # promoted, and rolled back
+        manager.replace(service(version))
+        streams.append(manager.submit(ask))
+    assert [version for version, _ in streams] == ["1", "2", "1"]
+    assert manager.draining
+    gate.opened.set()
+    manager.close()
+    assert [len(list(stream)) for _, stream in streams] == [50] * 3
+    assert manager.totals().finished == 3
 
 
 def test_a_request_that_meets_the_change_is_asked_again_of_the_new_model(service):
