@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twinloop.common.errors import UserError
 from twinloop.flows.edge import run_command
 from twinloop.flows.environment import prepare_environment
 
@@ -78,7 +80,8 @@ def _serve(
     for name in ("twinloop.registry.champion", "twinloop.serving.named"):
         logging.getLogger(name).setLevel(logging.INFO)
     registry = Registry.of(project, settings.model)
-    serving = Serving(settings.slots, settings.adapters, process)
+    # As at a SIGTERM: what can be answered is, and who started this process starts another one.
+    serving = Serving(settings.slots, settings.adapters, process, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with open_champion(project, settings.model, serving) as manager:
         # An empty token is none: it would accept everybody who sends none.
         token = os.environ.get("TWINLOOP_ADMIN_TOKEN") or None
@@ -97,6 +100,8 @@ def _serve(
         note = ", with other documents than it was trained with (`twinloop status`)" if differs else ""
         with following_champion(project, registry, manager, serving):
             answer(app, f"{answers.name} version {answers.version}{note}")
+        if manager.service.scheduler.died:
+            raise UserError("serve: the model's engine has ended with an error, which the log has; start it again")
 
 
 def _show(address: str, note: str) -> None:
