@@ -112,7 +112,7 @@ class Answers:
 
     def __init__(self, metrics: Metrics, workers: Workers):
         self._metrics = metrics
-        self._workers = workers
+        self.workers = workers
 
     async def respond(self, request: Request, asked: Asked, completion: Completion, started: float) -> Response:
         """started: the `time.perf_counter()` at which the request arrived. The client that leaves frees the slots."""
@@ -126,7 +126,7 @@ class Answers:
             return _EventStream(self._events(completion, started, asked.include_usage), end)
         works = [answer.whole for answer in completion.answers]
         try:
-            choices = await self._workers.run_unless_gone(request, completion.cancel, *works)
+            choices = await self.workers.run_unless_gone(request, completion.cancel, *works)
         finally:
             end()
         self._observe(completion, started)
@@ -138,7 +138,7 @@ class Answers:
 
     async def _events(self, completion: Completion, started: float, include_usage: bool) -> AsyncIterator[str]:
         try:
-            async for chunk in self._workers.merge(completion.chunks(include_usage=include_usage)):
+            async for chunk in self.workers.merge(completion.chunks(include_usage=include_usage)):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
             if include_usage:
                 yield f"data: {json.dumps(completion.usage_chunk(), ensure_ascii=False)}\n\n"

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
-import anyio.to_thread
 import uvicorn
 from fastapi import APIRouter, Body, FastAPI, Query, Request, Response
 from fastapi.responses import HTMLResponse
@@ -167,7 +166,7 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
         model: Annotated[str | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
     ) -> Response:
         started = time.perf_counter()
-        pending = await anyio.to_thread.run_sync(manager.submit, lambda service: _begin(service, body), model)
+        pending = await workers.submit(manager, lambda service: _begin(service, body), model)
         try:
             (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:

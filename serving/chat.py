@@ -6,7 +6,6 @@ import time
 from functools import partial
 from typing import Annotated
 
-import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import Field
 
@@ -59,7 +58,7 @@ def chat_router(manager: ModelManager, answers: Answers) -> APIRouter:
     async def complete(request: Request, body: Annotated[ChatRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         work = partial(_submit, body=body, started=started)
-        completion = await anyio.to_thread.run_sync(manager.submit, work, body.model)
+        completion = await answers.workers.submit(manager, work, body.model)
         return await answers.respond(request, body, completion, started)
 
     return router

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -101,7 +100,7 @@ def classify_router(manager: ModelManager, metrics: Metrics, workers: Workers) -
     async def classify(request: Request, body: Annotated[ClassifyRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         work = partial(_Pending, body=body, started=started)
-        pending = await anyio.to_thread.run_sync(manager.submit, work, body.model)
+        pending = await workers.submit(manager, work, body.model)
         try:
             await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:

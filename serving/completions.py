@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, Literal
 
-import anyio.to_thread
 from fastapi import APIRouter, Body, Request, Response
 from pydantic import BaseModel, Field
 
@@ -155,7 +154,7 @@ def completions_router(manager: ModelManager, answers: Answers) -> APIRouter:
     async def complete(request: Request, body: Annotated[CompletionRequest, Body(examples=[EXAMPLE])]) -> Response:
         started = time.perf_counter()
         work = partial(_submit, body=body, started=started)
-        completion = await anyio.to_thread.run_sync(manager.submit, work, body.model)
+        completion = await answers.workers.submit(manager, work, body.model)
         return await answers.respond(request, body, completion, started)
 
     return router

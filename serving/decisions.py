@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -306,9 +307,13 @@ class DecisionService:
         return named
 
     def reserve(self, answers: int = 1) -> Place:
-        """Places in the queue, as `Scheduler.reserve`, for answers of this model. Raises as that and as what loads its
-        adapter."""
-        return self.scheduler.reserve(answers, self._load_adapter())
+        """Places in the queue, as `Scheduler.reserve`, for answers of this model; its adapter is loaded once they are
+        taken. Raises as that and as what loads it."""
+        with ExitStack() as stack:
+            place = stack.enter_context(self.scheduler.reserve(answers))
+            place.use(self._load_adapter())
+            stack.pop_all()
+        return place
 
     @property
     def documents_differ(self) -> bool:

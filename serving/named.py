@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +17,11 @@ from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.errors import SOON, ApiError
 
 log = logging.getLogger(__name__)
+
+READERS = 2
+"""Versions that are read and hashed at the same time."""
+AGAIN_AFTER_S = 5.0
+"""A version that could not be read is hashed again at each try."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,11 @@ class NamedModels:
     def __init__(self, service: DecisionService, source: AdapterSource, *, most: int):
         """most: adapters in memory, beside the model's own; at least 1."""
         self._service, self._source, self._most = service, source, most
-        self._loading = threading.Lock()
+        self._reading = threading.Semaphore(READERS)
+        self._holding = threading.Lock()
+        self._lock = threading.Lock()
+        self._loads: dict[NamedVersion, Future[LoadedAdapter]] = {}  # under way
+        self._failed: dict[NamedVersion, float] = {}  # could not be read, and until when it is not tried again
         self._loaded: dict[str, tuple[ModelInfo, LoadedAdapter]] = {}  # by the version's id
 
     def listed(self) -> list[NamedVersion]:
@@ -69,8 +80,20 @@ class NamedModels:
     def _adapter(self, version: NamedVersion) -> LoadedAdapter:
         if (held := self._held(version)) is not None:
             return held
-        with self._loading:
-            return self._held(version) or self._load(version)
+        with self._lock:
+            load = self._loads.get(version)
+            if mine := load is None:
+                load = self._loads[version] = Future()
+        assert load is not None
+        if mine:  # the others await what comes of it
+            try:
+                load.set_result(self._held(version) or self._load(version))
+            except BaseException as error:
+                load.set_exception(error)
+            finally:
+                with self._lock:
+                    del self._loads[version]
+        return load.result()
 
     def _held(self, version: NamedVersion) -> LoadedAdapter | None:
         model, adapter = self._loaded.get(version.id, (None, None))
@@ -78,12 +101,27 @@ class NamedModels:
         return adapter if model == version.model and adapter in self._service.scheduler.adapters.held else None
 
     def _load(self, version: NamedVersion) -> LoadedAdapter:
-        adapters = self._service.scheduler.adapters
+        adapter = self._read(version)
+        with self._holding:  # one after the other: each may make space for itself
+            return self._hold(version, adapter)
+
+    def _read(self, version: NamedVersion) -> Adapter:
+        words = f"model: {version.id} does not load; the server's log gives the reason"
+        if time.monotonic() < self._failed.get(version, 0.0):
+            raise ApiError(503, words, headers=SOON)
         try:
-            adapter = self._source.read(version)
+            with self._reading:
+                adapter = self._source.read(version)
         except UserError as error:
             log.error("%s is not loaded: %s", version.id, error)
-            raise ApiError(503, f"model: {version.id} does not load; the server's log gives the reason") from None
+            now = time.monotonic()
+            failed = {each: until for each, until in self._failed.items() if until > now}
+            self._failed = failed | {version: now + AGAIN_AFTER_S}
+            raise ApiError(503, words, headers=SOON) from None
+        return adapter
+
+    def _hold(self, version: NamedVersion, adapter: Adapter) -> LoadedAdapter:
+        adapters = self._service.scheduler.adapters
         if version.id in self._loaded:
             _, outdated = self._loaded.pop(version.id)
             adapters.drop(outdated)
@@ -106,6 +144,11 @@ class NamedModels:
         return loaded
 
 
+def is_served(model: ModelInfo, name: str | None) -> bool:
+    """Whether a request that says this name wants the served model."""
+    return name in (None, model.name, f"{model.name}:v{model.version}", f"{model.name}:{model.version}")
+
+
 def find_named(service: DecisionService, others: NamedModels | None, name: str | None) -> NamedVersion | None:
     """The version that a request names; None for the served model, which also has its version's name. Raises ApiError
     for any other name.
@@ -113,7 +156,7 @@ def find_named(service: DecisionService, others: NamedModels | None, name: str |
     others: of the served model, where it takes adapters.
     """
     model = service.model
-    if name in (None, model.name, f"{model.name}:v{model.version}", f"{model.name}:{model.version}"):
+    if is_served(model, name):
         return None
     assert name is not None
     try:

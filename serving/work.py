@@ -14,7 +14,10 @@ import anyio.to_thread
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from twinloop.serving.decisions import DecisionService
 from twinloop.serving.generation import GivenUpError
+from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.named import is_served
 
 T = TypeVar("T")
 
@@ -27,12 +30,24 @@ class Workers:
 
     def __init__(self) -> None:
         self._limiter: anyio.CapacityLimiter | None = None
+        self._loading: anyio.CapacityLimiter | None = None
 
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """Run `work` in a thread. A cancelled caller does not wait for it."""
         if self._limiter is None:  # made here since it belongs to the running event loop
             self._limiter = anyio.CapacityLimiter(MAX_THREADS)
         return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
+
+    async def submit(self, manager: ModelManager, work: Callable[[DecisionService], T], name: str | None) -> T:
+        """`ModelManager.submit` in a thread, which nobody abandons: what it has begun must be ended by its caller.
+
+        A version beside the served model may have to be read first. Who waits for that has a place in the queue, but
+        none of the threads that other requests and probes need.
+        """
+        if self._loading is None:
+            self._loading = anyio.CapacityLimiter(MAX_THREADS)
+        limiter = None if is_served(manager.service.model, name) else self._loading
+        return await anyio.to_thread.run_sync(manager.submit, work, name, limiter=limiter)
 
     async def merge(self, iterators: Sequence[Iterator[T]]) -> AsyncIterator[T]:
         """What all of them give, each item as soon as it is there. Raises what the first that fails raises."""

@@ -30,6 +30,7 @@ from twinloop.registry.promotion import promote
 from twinloop.registry.snapshot import Version
 from twinloop.registry.tracking import Mlruns
 from twinloop.registry.versions import Lineage, Registry
+from twinloop.serving import named
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.model_manager import ModelManager
@@ -175,7 +176,10 @@ def test_what_cannot_be_served_beside_the_champion_is_refused_by_name(
         assert "'returns' is, and" in refusal(manager, "returns-checkpoints:v1")
 
 
-def test_a_version_whose_bytes_changed_is_not_loaded(project: Path, registry: Registry, adapt: Adapt) -> None:
+def test_a_version_whose_bytes_changed_is_not_loaded(
+    project: Path, registry: Registry, adapt: Adapt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(named, "AGAIN_AFTER_S", 0.0)
     champion(registry, adapt(2))
     second = adapt(3)
     path = second.path / "adapter" / "adapter_model.safetensors"

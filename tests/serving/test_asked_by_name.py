@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.adapter import Adapter
 from twinloop.models.config import DecoderConfig
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving import named
 from twinloop.serving.api import create_app
 from twinloop.serving.decisions import DecisionService, ModelInfo
 from twinloop.serving.engine import Engine
@@ -34,6 +37,8 @@ class Versions:
         self.config = config
         self.read_ids: list[str] = []
         self.corrupt: set[str] = set()
+        self.readable = threading.Event()
+        self.readable.set()
 
     def adapter(self, number: int) -> Adapter:
         seed, rank = ADAPTERS[number]
@@ -57,6 +62,7 @@ class Versions:
     def read(self, version: NamedVersion) -> Adapter:
         self.read_ids.append(version.id)
         if version.id in self.corrupt:
+            self.readable.wait(10)
             raise UserError("/secret/place: corrupt weights")
         return self.adapter(int(version.model.version))
 
@@ -195,8 +201,9 @@ def test_the_one_used_longest_ago_makes_space_unless_it_answers(
 
 
 def test_a_version_that_does_not_load_says_nothing_of_the_servers_files_and_the_others_go_on(
-    serving: Serving, merged: Callable[[int], str]
+    serving: Serving, merged: Callable[[int], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(named, "AGAIN_AFTER_S", 0.0)
     serving.versions.corrupt.add("returns:v2")
     refused = serving.ask("returns:v2")
     assert refused.status_code == 503
@@ -204,6 +211,31 @@ def test_a_version_that_does_not_load_says_nothing_of_the_servers_files_and_the_
     assert text_of(serving.ask("returns:v1")) == merged(1)
     serving.versions.corrupt.clear()
     assert text_of(serving.ask("returns:v2")) == merged(2)
+
+
+def test_who_waits_for_a_version_holds_nobody_else_up_and_it_is_read_once(serving: Serving) -> None:
+    versions, scheduler = serving.versions, serving.manager.service.scheduler
+    versions.corrupt = {"returns:v1"}
+    versions.readable.clear()
+    waiting = 45  # more than the threads that probes share
+    with ThreadPoolExecutor(waiting) as clients:
+        asked = [clients.submit(serving.ask, "returns:v1") for _ in range(waiting)]
+        try:
+            wait_for(lambda: scheduler._reserved == waiting)
+            assert serving.client.get("/health/live").status_code == 200
+            assert serving.ask().status_code == 200
+        finally:
+            versions.readable.set()
+        assert {each.result().status_code for each in asked} == {503}
+    assert serving.ask("returns:v1").status_code == 503
+    assert versions.read_ids.count("returns:v1") == 1
+
+
+def test_a_version_is_not_read_for_a_request_that_has_no_place(serving: Serving) -> None:
+    scheduler = serving.manager.service.scheduler
+    with scheduler.reserve(scheduler.capacity - 1):
+        assert serving.ask("returns:v1", n=2).status_code == 429
+    assert "returns:v1" not in serving.versions.read_ids
 
 
 def test_without_memory_idle_ones_make_space_and_else_it_is_a_503(
