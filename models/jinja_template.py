@@ -42,7 +42,7 @@ class JinjaTemplate:
         Raises UserError where there is no template, or none that parses.
         """
         self.sources = _by_name(source)
-        self._environment, self._tokens = _environment(), dict(tokens)
+        self._environment, self._tokens = template_environment(), dict(tokens)
         try:
             self._templates = {name: self._environment.from_string(text) for name, text in self.sources.items()}
         except Exception as error:  # Jinja makes Python of it, whose compiler has limits of its own
@@ -126,7 +126,7 @@ class _Generation(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
     """As transformers has it: sandboxed, since a model directory may come from strangers."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]

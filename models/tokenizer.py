@@ -21,12 +21,14 @@ from twinloop.models.chat_template import ChatTemplate, Rendered, Token, Turn
 from twinloop.models.config import Kind, kind_of
 from twinloop.models.decoder_stream import DecoderStream
 from twinloop.models.jinja_template import JinjaTemplate, Message
+from twinloop.models.template_pins import TemplatePins
 from twinloop.models.tokenizer_files import (
     SETTINGS,
     extra_special_tokens,
     named_tokens,
     read_settings,
     read_stop_ids,
+    settings_template,
     token_text,
     without_unused_tokens,
 )
@@ -56,7 +58,7 @@ class ChatTokenizer:
         Raises UserError for a tokenizer that loses text or has no `eos_token`, and for settings without a template.
         """
         self._source = tokenizer if isinstance(tokenizer, str) else tokenizer.to_str(pretty=True)
-        self._settings = dict(settings)
+        self._settings, self._stop_ids, self._where = dict(settings), tuple(stop_ids), where
         data, tokens = parsed(self._source, where), named_tokens(settings)
         template = JinjaTemplate(settings.get("chat_template"), tokens=tokens)
         self._vocabulary = Vocabulary(
@@ -118,6 +120,14 @@ class ChatTokenizer:
     def chat_templates(self) -> Mapping[str, str]:
         """Jinja by name; `default` is always there."""
         return self._template.sources
+
+    def pinned(self, pins: TemplatePins) -> Self:
+        """The same with its templates pinned; itself where there is nothing to pin in them."""
+        sources = {name: pins.applied(text) for name, text in self.chat_templates.items()}
+        if sources == self.chat_templates:
+            return self
+        settings = self._settings | {"chat_template": settings_template(sources)}
+        return type(self)(self._source, settings, stop_ids=self._stop_ids, where=self._where)
 
     @property
     def token_bytes(self) -> Sequence[bytes]:

@@ -132,7 +132,11 @@ def _template_files(directory: Path) -> dict[str, Path]:
 def _templates(directory: Path) -> dict[str, Any]:
     """`chat_template` as files say it, which come before the settings."""
     sources = {name: read_source(path) for name, path in _template_files(directory).items()}
-    if not sources:
-        return {}
-    several = [{"name": name, "template": source} for name, source in sources.items()]
-    return {"chat_template": sources["default"] if sources.keys() == {"default"} else several}
+    return {"chat_template": settings_template(sources)} if sources else {}
+
+
+def settings_template(sources: Mapping[str, str]) -> str | list[dict[str, str]]:
+    """`chat_template` of tokenizer_config.json. sources: templates by name."""
+    if sources.keys() == {"default"}:
+        return sources["default"]
+    return [{"name": name, "template": source} for name, source in sources.items()]

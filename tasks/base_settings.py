@@ -4,6 +4,7 @@ besides, which earlier stages may make.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, Self, TypeVar
@@ -72,6 +73,10 @@ class PathBase(BaseSettings):
     adapter: Annotated[str, Field(min_length=1)] | None = None
     """A directory of an adapter of it, in PEFT's form, relative to the project; it is merged."""
     max_length: Length | None = None
+    thinking: bool = False
+    """Whether answers may begin with a thought. Without, the prompt has the empty one, where the chat template can."""
+    date: Annotated[datetime.date, Field(strict=False)] = datetime.date(2024, 7, 26)
+    """What the chat template writes as today's, in training and ever after: Llama's own where it has no clock."""
 
 
 class PackageBase(PathBase):

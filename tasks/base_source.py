@@ -20,6 +20,7 @@ from twinloop.training.settings import NamedModel
 
 if TYPE_CHECKING:
     from twinloop.models.source import Source
+    from twinloop.models.template_pins import TemplatePins
 
 DEFAULT_MAX_LENGTH = 1024
 """Where a model has more positions and the recipe does not say: each slot of the engine takes memory for all of it, and
@@ -34,13 +35,15 @@ LICENSE, DIGEST = "base_license", "base_digest"
 class Base:
     """config: with `max_length` positions; of a new network, with as many tokens as its tokenizer may find at most.
 
-    source: None for a new network. checkpoint: the registered version whose files the source is.
+    source: None for a new network. checkpoint: the registered version whose files the source is. pins: of its chat
+    template; None where that has them already.
     """
 
     config: DecoderConfig
     title: str
     source: Source | None = None
     checkpoint: Version | None = None
+    pins: TemplatePins | None = None
 
     @property
     def max_length(self) -> int:
@@ -147,6 +150,7 @@ def _resolve(
     """place: where the recipe names it. default_length: the most positions that it has where the recipe does not say;
     None: all of its own."""
     from twinloop.models.source import open_source
+    from twinloop.models.template_pins import TemplatePins
 
     try:
         found = _Found.by(settings, recipe, project)
@@ -158,7 +162,8 @@ def _resolve(
     except UserError as error:
         raise UserError(f"{place}: {error}") from None
     config = source.config.model_copy(update={"max_position_embeddings": max_length})
-    return Base(config, found.title, source, found.checkpoint)
+    pins = TemplatePins(thinking=settings.thinking, date=settings.date) if isinstance(settings, PathBase) else None
+    return Base(config, found.title, source, found.checkpoint, pins)
 
 
 @dataclass(frozen=True)

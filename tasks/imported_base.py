@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def import_stage(context: Context, base: Base, label: str | None = None) -> Artifact:
-    """A model directory with the source's weights, in its own float type or float32, its tokenizer and chat template.
-    An adapter is merged. label: what it is shown as, where it is not the base.
+    """A model directory with the source's weights, in its own float type or float32, its tokenizer and chat template,
+    pinned. An adapter is merged. label: what it is shown as, where it is not the base.
 
     Made again where a byte of the source has changed. Raises UserError where a registered version is not what it was,
     and for weights that are not finite.
@@ -39,13 +39,17 @@ def import_stage(context: Context, base: Base, label: str | None = None) -> Arti
                 raise UserError(
                     f"{label or 'base'}: {source.path}: {name} holds values that are not finite; fetch it again"
                 )
-        save_model(out, base.config, weights, read.load_tokenizer())
+        tokenizer = read.load_tokenizer()
+        save_model(out, base.config, weights, tokenizer.pinned(base.pins) if base.pins else tokenizer)
         return {"parameters": base.config.num_parameters}
 
     return context.run(
         "base",
         work,
-        settings={"network": base.config.model_dump(exclude_defaults=True)},
+        settings={
+            "network": base.config.model_dump(exclude_defaults=True),
+            "pins": base.pins and base.pins.model_dump(mode="json"),
+        },
         inputs={"source": base.digest(context.project)},
         modules=("twinloop.tasks.imported_base",),
         label=label,

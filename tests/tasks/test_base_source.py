@@ -123,6 +123,7 @@ def recipe(folder: Path, base: Any) -> Recipe:
             {"path": "m", "max_length": 64},
             "evaluate.max_new_tokens (96) leaves no tokens for a prompt in base.max_len",
         ),
+        ({"path": "m", "date": "26 July"}, "base.date: '26 July': input should be a valid date"),
         ({"package": "some_model"}, "base.path: missing, and it has no default"),
         ({"package": "a.b", "path": "m"}, "base.package: 'a.b': string should match pattern"),
         ({"version": "champion", "modle": "x"}, "base.modle: unknown key; did you mean model?"),
@@ -141,7 +142,8 @@ def test_a_mistake_names_the_key_and_what_is_allowed(tmp_path: Path, base: Any, 
 def test_a_recipe_is_read_where_its_base_is_not_here(tmp_path: Path) -> None:
     """So that a served model does not depend on the directory that it once started from."""
     plain = recipe(tmp_path, {"path": "models/gone"}).plain()["base"]
-    assert plain == {"path": "models/gone", "adapter": None, "max_length": None}
+    pins = {"thinking": False, "date": "2024-07-26"}
+    assert plain == {"path": "models/gone", "adapter": None, "max_length": None, **pins}
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,27 @@ def test_the_base_is_a_model_directory_and_made_again_where_a_byte_has_changed(c
     changed = imported(max_length=1000)
     assert not changed.reused
     assert changed.digest != first.digest
+
+
+@pytest.mark.parametrize(
+    ("chosen", "begins"),
+    [
+        ({}, "2024-07-26: the order\nassistant: <think></think>"),
+        ({"thinking": True, "date": "2025-01-02"}, "2025-01-02: the order\nassistant: "),
+    ],
+)
+def test_what_a_template_looks_up_is_stated_in_the_base(context: Context, chosen: dict[str, Any], begins: str) -> None:
+    place = context.project / "models" / "small" / "tokenizer_config.json"
+    settings = json.loads(place.read_text())
+    settings["chat_template"] = (
+        "{{ strftime_now('%Y-%m-%d') }}{% for message in messages %}: {{ message.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant: ' }}{% if enable_thinking is false %}<think></think>{% endif %}"
+        "{% endif %}"
+    )
+    place.write_text(json.dumps(settings))
+    base = resolve_base(recipe(context.project, {"path": "models/small", **chosen}), context.project)
+    tokenizer = ChatTokenizer.load(import_stage(context, base).path)
+    assert tokenizer.render([{"role": "user", "content": "the order"}]).replace("<|end|>", "") == begins
 
 
 def test_weights_that_are_not_finite_are_no_base(context: Context) -> None:
