@@ -200,6 +200,14 @@ class ChatTokenizer:
         """
         return self._answer(self._turn([*self._question, {"role": "assistant", "content": text}]))
 
+    def encode_sampled(self, text: str) -> list[int]:
+        """As `encode_answer`, for text that a model has written: the template may be unable to follow it, since some
+        split answers at words such as `</think>`. It is then the text itself and the stop token."""
+        try:
+            return self.encode_answer(text)
+        except UserError:
+            return [*self.encode_continuation(text), self.stop_id]
+
     def encode_conversation(self, messages: Sequence[Message]) -> list[int]:
         """The whole conversation. Begins with encode_prompt(messages[:-1]) + encode_answer(its last content) where the
         last is the assistant's. Raises UserError as these do."""

@@ -141,5 +141,5 @@ class RewardModel:
         return [Earned(float(score)) for score in np.concatenate(scores)[:, 0]]
 
     def _encode(self, answer: Answer) -> list[int]:
-        tokens = self._tokenizer.encode_answer(answer.text)
+        tokens = self._tokenizer.encode_sampled(answer.text)
         return tokens if answer.finished or len(tokens) == 1 else tokens[:-1]

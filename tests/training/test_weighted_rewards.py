@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,24 @@ def test_a_reward_model_reads_what_it_was_trained_on(reward_model: Path, tokeniz
     assert np.unique(expected).size == len(expected)
     found = [each.reward for each in RewardModel(reward_model, PROMPTS, RUNTIME)(ANSWERS)]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_an_answer_that_the_template_cannot_follow_is_scored_as_it_is(reward_model: Path) -> None:
+    """A sample may hold what the template splits at, such as `</think>`: one of them ended the whole run."""
+    place = reward_model / "tokenizer_config.json"
+    settings = json.loads(place.read_text())
+    split = settings["chat_template"].replace("message['content']", "message['content'].split('</think>')[-1]")
+    assert split != settings["chat_template"]
+    place.write_text(json.dumps(settings | {"chat_template": split}))
+    tokenizer = ChatTokenizer.load(reward_model)
+    with pytest.raises(UserError, match="chat template"):
+        tokenizer.encode_answer("it is</think> 0")
+    asked, text = tokenizer.encode_prompt(PROMPTS[0]), tokenizer.encode("it is</think> 0")
+    expected = reward_of(reward_model)([[*asked, *text, tokenizer.stop_id], [*asked, *text]])
+    sampled = [Answer(0, "it is</think> 0", finished) for finished in (True, False)]
+    assert [each.reward for each in RewardModel(reward_model, PROMPTS, RUNTIME)(sampled)] == pytest.approx(
+        expected.tolist(), abs=1e-5
+    )
 
 
 def test_answers_that_a_reward_model_cannot_read_are_reported(reward_model: Path) -> None:
