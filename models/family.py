@@ -120,6 +120,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
             "hidden_act": ACTIVATIONS[config.activation],
             "torch_dtype": "float32",
             "rope_parameters": write_rope(config.rope),
+            # All that transformers 4, and what reads its form, looks at; such a reader would scale nothing without it.
+            **({"rope_scaling": write_rope(config.rope)} if config.rope_scaling else {}),
             **{name: getattr(config, name) for name in _SHARED},
             **_write_head(config),
         },
