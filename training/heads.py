@@ -34,7 +34,7 @@ def attach_head(
     words: Sequence[int] | None = None,
 ) -> None:
     """Give the network a head for these labels in the place of its vocabulary's logits, which starts at 0. A network
-    that has a head for just these labels keeps it.
+    that has a head for just these labels keeps it. Either trains, also where an adapter has frozen all else.
 
     ends: the tokens with which texts end. None of them may be the padding, which `transformers` looks for to find a
     text's last token. words: a token for each label; the head then starts as the vocabulary's rows of these. Raises
@@ -49,6 +49,7 @@ def attach_head(
         model.score = nn.Linear(model.config.hidden_size, len(labels), bias=False, device=device)
         with torch.no_grad():
             model.score.weight.copy_(torch.zeros_like(model.score.weight) if rows is None else rows)
+    model.score.requires_grad_(True)
     padding = _padding(model.config.pad_token_id, tokenizer, {*ends, *tokenizer.stop_ids})
     changes = {"labels": tuple(labels), "tie_word_embeddings": True, "pad_token_id": padding}
     model.config = model.config.model_copy(update=changes)

@@ -269,18 +269,22 @@ def test_a_head_under_an_adapter_needs_it_merged(tmp_path):
         settings.model_validate(SETTINGS | {"lora": {"rank": 2}})
 
 
-def test_an_adapter_and_a_head_train_together(tmp_path, tokenizer):
+@pytest.mark.parametrize("of_base", [False, True], ids=["a new head", "the base's head"])
+def test_an_adapter_and_a_head_train_together(tmp_path, tokenizer, of_base):
     from twinloop.training.adapters import attach_adapter
 
     method = load_method("reward", tmp_path)
     settings = method.settings.model_validate(SETTINGS | {"lora": {"rank": 2, "merge": True}})
     model = new_decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **BASE), seed=0)
+    if of_base:
+        model = headed(tokenizer, ("reward",))
     before = model.model.embed_tokens.weight.detach().clone()
+    head = model.score.weight.detach().clone() if of_base else torch.zeros(1, BASE["hidden_size"])
     attach_adapter(model, settings.lora.form, seed=1)
     built = method.build(PREFERENCES, model, tokenizer, settings, Runtime(seed=1, threads=1), Domain())
     result = run_training(model, *built, settings, checkpoint_dir=None)
     assert result.loss < result.initial_loss
-    assert model.score.weight.abs().max() > 0
+    assert (model.score.weight != head).any()
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert "score.weight" in get_weights(model)
 
