@@ -202,6 +202,40 @@ def test_what_the_network_cannot_do_is_refused_in_one_line(change, message):
     assert "\n" not in str(error.value)
 
 
+HEAD = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_labels": "3"}, "num_labels: '3' is not a number from 1 to 10,000"),
+        ({"num_labels": 2.0}, "num_labels: 2.0 is not a number"),
+        ({"num_labels": [1]}, r"num_labels: \[1\] is not a number"),
+        ({"num_labels": True}, "num_labels: True is not a number"),
+        ({"num_labels": 0}, "num_labels: 0 is not a number"),
+        ({"num_labels": 10**10}, "num_labels: 10000000000 is not a number"),
+        ({"id2label": ["late"]}, "id2label does not name each label"),
+        ({"id2label": {"1": "late"}}, "id2label does not name each label"),
+    ],
+)
+def test_a_head_that_gives_something_else_than_a_label_or_a_score_is_refused_in_one_line(change, message):
+    with pytest.raises(UserError, match=rf"^config\.json: .*{message}") as error:
+        read_config(HEAD | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [
+        ({}, ("LABEL_0", "LABEL_1")),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        ({"num_labels": 1, "problem_type": "regression"}, ("LABEL_0",)),
+    ],
+)
+def test_a_head_of_labels_or_of_one_score_is_read(change, labels):
+    assert read_config(HEAD | change).labels == labels
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nonsense_in_any_field_is_refused_in_one_line_or_has_no_effect(family):
     fields = random_config(family, seed=3).to_dict()
