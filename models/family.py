@@ -156,6 +156,7 @@ def _read_head(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(named, dict) or set(map(str, range(len(named)))) != set(named):
         raise UserError("config.json: id2label does not name each label from 0 on")
     labels = tuple(str(named[str(index)]) for index in range(len(named)))
+    _refuse_another_problem(fields.get("problem_type"), len(labels))
     return {"labels": labels, "tie_word_embeddings": True}
 
 
@@ -165,6 +166,16 @@ def _num_labels(fields: dict[str, Any]) -> int:
     if not _is_size(number) or number > _MOST_LABELS:
         raise UserError(f"config.json: num_labels: {number!r} is not a number from 1 to {_MOST_LABELS:,}")
     return int(number)
+
+
+def _refuse_another_problem(problem: object, labels: int) -> None:
+    """A head's scores are one text's only label of several, or the one number that it gets."""
+    if problem == "multi_label_classification":
+        raise UserError(
+            f"config.json: problem_type {problem!r}: a text may have several labels there, and gets one of them here"
+        )
+    if problem == "regression" and labels > 1:
+        raise UserError(f"config.json: problem_type {problem!r} with {labels} numbers for a text is not supported")
 
 
 def _write_head(config: DecoderConfig) -> dict[str, Any]:

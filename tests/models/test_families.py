@@ -216,6 +216,12 @@ HEAD = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification
         ({"num_labels": 10**10}, "num_labels: 10000000000 is not a number"),
         ({"id2label": ["late"]}, "id2label does not name each label"),
         ({"id2label": {"1": "late"}}, "id2label does not name each label"),
+        ({"problem_type": "multi_label_classification"}, "a text may have several labels there"),
+        (
+            {"problem_type": "multi_label_classification", "id2label": {"0": "late", "1": "lost", "2": "torn"}},
+            "a text may have several labels there",
+        ),
+        ({"problem_type": "regression"}, "problem_type 'regression' with 2 numbers for a text is not supported"),
     ],
 )
 def test_a_head_that_gives_something_else_than_a_label_or_a_score_is_refused_in_one_line(change, message):
