@@ -79,13 +79,6 @@ class Estimate(BaseModel):
         return f"{self.value:.4g} [{self.interval[0]:.4g}, {self.interval[1]:.4g}]"
 
 
-def token_loss(probability: float) -> float:
-    """Cross-entropy of one token that was given this probability, in nats; infinite at 0."""
-    if not 0 <= probability <= 1:
-        raise ValueError(f"{probability} is not a probability")
-    return -math.log(probability) if probability else math.inf
-
-
 def bits_per_byte(nats: float, bytes: int) -> float:
     """Total loss in nats over text of so many UTF-8 bytes: comparable across tokenizers, as perplexity is not."""
     if bytes < 1:
@@ -101,11 +94,6 @@ def perplexity(nats: float, tokens: int) -> float:
         return math.exp(nats / tokens)
     except OverflowError:
         return math.inf
-
-
-def weight_memory_gib(parameters: int, bytes_per_parameter: float) -> float:
-    """Ideal packed size of the weights alone; scales, KV cache and runtime buffers come on top (models.memory)."""
-    return parameters * bytes_per_parameter / 2**30
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -33,7 +33,7 @@ from twinloop.models.directory import (
 )
 from twinloop.models.onnx_graph import PRECISIONS, WITH_ROW_ADAPTERS, build_graph, slot_capacity
 from twinloop.models.shapes import weight_shapes
-from twinloop.models.tokenizer_files import SETTINGS
+from twinloop.models.tokenizer_files import SETTINGS, limited
 from twinloop.models.vocabulary import TOKENIZER
 
 EXPORT_FILE = "bundle.json"
@@ -137,11 +137,8 @@ def export_model(
 
 
 def limit_tokenizer(source: Path, target: Path, max_length: int) -> None:
-    """Copy a tokenizer_config.json whose `model_max_length`, which clients cut their texts at, is what is served."""
-    settings = json.loads(source.read_text(encoding="utf-8"))
-    stated = settings.get("model_max_length")
-    smaller = isinstance(stated, (int, float)) and 0 < stated < max_length
-    settings["model_max_length"] = stated if smaller else max_length
+    """Copy a tokenizer_config.json, its `model_max_length` what is served."""
+    settings = limited(json.loads(source.read_text(encoding="utf-8")), max_length)
     target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -51,6 +51,9 @@ _SHARED = (
 _WRITES, _CLASSIFIES = "ForCausalLM", "ForSequenceClassification"
 """How the name of a class of `transformers` ends."""
 
+_MOST_LABELS = 10_000
+"""That have no names, so that a corrupt config.json must not make their list endless."""
+
 _NULL_COUNTS = ("sliding_window", "bos_token_id", "eos_token_id", "pad_token_id")
 """Where null says something else than a field that is not there."""
 
@@ -120,6 +123,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
             "hidden_act": ACTIVATIONS[config.activation],
             "torch_dtype": "float32",
             "rope_parameters": write_rope(config.rope),
+            # All that transformers 4, and what reads its form, looks at; such a reader would scale nothing without it.
+            **({"rope_scaling": write_rope(config.rope)} if config.rope_scaling else {}),
             **{name: getattr(config, name) for name in _SHARED},
             **_write_head(config),
         },
@@ -147,11 +152,30 @@ def _read_head(fields: dict[str, Any]) -> dict[str, Any]:
     architectures = named if isinstance(named, list) else []
     if not any(isinstance(name, str) and name.endswith(_CLASSIFIES) for name in architectures):
         return {}
-    named = fields.get("id2label") or {str(index): f"LABEL_{index}" for index in range(fields.get("num_labels", 2))}
+    named = fields.get("id2label") or {str(index): f"LABEL_{index}" for index in range(_num_labels(fields))}
     if not isinstance(named, dict) or set(map(str, range(len(named)))) != set(named):
         raise UserError("config.json: id2label does not name each label from 0 on")
     labels = tuple(str(named[str(index)]) for index in range(len(named)))
+    _refuse_another_problem(fields.get("problem_type"), len(labels))
     return {"labels": labels, "tie_word_embeddings": True}
+
+
+def _num_labels(fields: dict[str, Any]) -> int:
+    """Where nothing names them. Raises UserError for what is no number of labels."""
+    number = fields.get("num_labels", 2)
+    if not _is_size(number) or number > _MOST_LABELS:
+        raise UserError(f"config.json: num_labels: {number!r} is not a number from 1 to {_MOST_LABELS:,}")
+    return int(number)
+
+
+def _refuse_another_problem(problem: object, labels: int) -> None:
+    """A head's scores are one text's only label of several, or the one number that it gets."""
+    if problem == "multi_label_classification":
+        raise UserError(
+            f"config.json: problem_type {problem!r}: a text may have several labels there, and gets one of them here"
+        )
+    if problem == "regression" and labels > 1:
+        raise UserError(f"config.json: problem_type {problem!r} with {labels} numbers for a text is not supported")
 
 
 def _write_head(config: DecoderConfig) -> dict[str, Any]:

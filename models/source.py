@@ -10,7 +10,7 @@ import json
 import re
 import struct
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -203,15 +203,23 @@ def read_safetensors_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]
                 raise ValueError("its header is longer than the file")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-        tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
+        entries = {name: _tensor_entry(entry) for name, entry in header.items()}
     except OSError as error:
         raise UserError(f"{path}: no weights to read here ({error.strerror})") from None
-    except (struct.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a safetensors file, or cut off ({error}); fetch it again") from None
+    end = max((end for *_, end in entries.values()), default=0)
     if 8 + length + end > size:
         raise UserError(f"{path}: cut off: {8 + length + end - size:,} bytes are missing; fetch it again")
-    return tensors
+    return {name: (dtype, shape) for name, (dtype, shape, _) in entries.items()}
+
+
+def _tensor_entry(entry: Any) -> tuple[str, tuple[int, ...], int]:
+    """dtype, shape and where the bytes end. Raises ValueError, or what indexing raises, for what is no entry."""
+    dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not all(type(size) is int and size >= 0 for size in (*shape, start, end - start)):
+        raise ValueError(f"{dtype!r}, {shape!r} and bytes {start!r} to {end!r} describe no tensor")
+    return dtype, tuple(shape), end
 
 
 def _refuse_directory(path: Path) -> None:

@@ -25,6 +25,7 @@ from twinloop.models.template_pins import TemplatePins
 from twinloop.models.tokenizer_files import (
     SETTINGS,
     extra_special_tokens,
+    limited,
     named_tokens,
     read_settings,
     read_stop_ids,
@@ -95,15 +96,15 @@ class ChatTokenizer:
     def save(self, directory: Path | str, *, max_length: int | None = None, pad_id: int | None = None) -> None:
         """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them.
 
-        max_length: of the model beside it, in tokens, where the settings do not say so already. pad_id: of the token
+        max_length: of the model beside it, in tokens; the settings' own stays where it is smaller. pad_id: of the token
         that fills a batch, where it is not the settings'.
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TOKENIZER).write_bytes(self._source.encode())
-        limit = {} if max_length is None else {"model_max_length": max_length}
+        settings = self._settings if max_length is None else limited(self._settings, max_length)
         padding = {} if pad_id in (None, self.pad_id) else {"pad_token": self.token_bytes[pad_id].decode()}
-        text = json.dumps(limit | self._settings | padding, indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(settings | padding, indent=2, ensure_ascii=False) + "\n"
         (directory / SETTINGS).write_text(text, encoding="utf-8")
 
     @property

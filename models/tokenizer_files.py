@@ -27,6 +27,14 @@ def read_settings(directory: Path) -> dict[str, Any]:
     return settings | _templates(directory)
 
 
+def limited(settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
+    """Settings whose `model_max_length`, which clients cut their texts at, is no more than the model takes."""
+    stated = settings.get("model_max_length")
+    smaller = type(stated) in (int, float) and 0 < stated < max_length
+    limit = {"model_max_length": stated if smaller else max_length}
+    return limit | dict(settings) | limit
+
+
 def settings_files(directory: Path) -> list[Path]:
     """The files that `read_settings` reads there. Raises UserError where tokenizer_config.json is missing or broken."""
     settings = _read_json(directory / SETTINGS)

@@ -109,9 +109,10 @@ def _open(project: Path, registry: Registry, version: Version, checkpoint: Versi
     network = load_decoder(checkpoint.path)
     reference = NetworkForm("network", checkpoint.path, checkpoint.digest, network, threads=1)
     domain = load_served_domain(version, project).domain
-    longest = network.config.max_position_embeddings - COMPARED_TOKENS
     prompts = _prompts(project, registry.lineage(version), domain)
-    prompts = [prompt for prompt in prompts if len(reference.tokenizer.encode_prompt(prompt)) <= longest]
+    # The answers are cut where the positions end; a prompt that leaves one of them has a token to compare.
+    positions = network.config.max_position_embeddings
+    prompts = [prompt for prompt in prompts if len(reference.tokenizer.encode_prompt(prompt)) < positions]
     if not prompts:
         raise UserError(f"{version}: the example of its domain has more tokens than it reads: nothing can be compared")
 

@@ -5,7 +5,7 @@ What `transformers` calls sequence classification: the same tensors by the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from twinloop.models.decoder import Decoder
 from twinloop.models.directory import load_config
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.training.scoring import tree_values
-from twinloop.training.tree import Tree, TreeBatch, labelled, sequence_scores
+from twinloop.training.tree import Tree, TreeBatch, sequence_scores
 from twinloop.training.weights import load_decoder
 
 REWARD = ("reward",)
@@ -34,7 +34,7 @@ def attach_head(
     words: Sequence[int] | None = None,
 ) -> None:
     """Give the network a head for these labels in the place of its vocabulary's logits, which starts at 0. A network
-    that has a head for just these labels keeps it.
+    that has a head for just these labels keeps it. Either trains, also where an adapter has frozen all else.
 
     ends: the tokens with which texts end. None of them may be the padding, which `transformers` looks for to find a
     text's last token. words: a token for each label; the head then starts as the vocabulary's rows of these. Raises
@@ -49,6 +49,7 @@ def attach_head(
         model.score = nn.Linear(model.config.hidden_size, len(labels), bias=False, device=device)
         with torch.no_grad():
             model.score.weight.copy_(torch.zeros_like(model.score.weight) if rows is None else rows)
+    model.score.requires_grad_(True)
     padding = _padding(model.config.pad_token_id, tokenizer, {*ends, *tokenizer.stop_ids})
     changes = {"labels": tuple(labels), "tie_word_embeddings": True, "pad_token_id": padding}
     model.config = model.config.model_copy(update=changes)
@@ -91,20 +92,3 @@ def load_reward_model(directory: Path) -> Decoder:
         gives = {"text": "writes text", "labels": "gives labels"}[kind]
         raise UserError(f"{directory}: it {gives} and is no reward model; train one with `method: reward`")
     return load_decoder(directory)
-
-
-def reward_of(directory: Path, *, device: str = "cpu") -> Callable[[Sequence[Sequence[int]]], np.ndarray]:
-    """The reward model of a directory, as a function of texts: token ids of prompt and answer, the answer's stop token
-    included, to scores float32 [texts]. Any scale: only differences between answers to one prompt mean something.
-
-    Raises UserError where the directory holds no reward model.
-    """
-    model = load_reward_model(directory)
-
-    def scores(texts: Sequence[Sequence[int]]) -> np.ndarray:
-        trees = [labelled(tokens) for tokens in texts]
-        longest = max((tree.length for tree in trees), default=1)
-        found = tree_scores(model, trees, seq_len=longest, device=device)
-        return np.array([score[0, 0] for score in found], dtype=np.float32)
-
-    return scores

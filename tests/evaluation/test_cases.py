@@ -18,7 +18,7 @@ from twinloop.domains.returns.mutations import good_answer
 from twinloop.domains.returns.verifier import PREDICATES
 from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
-from twinloop.evaluation.metrics import Rate, token_loss
+from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.rules import Measurements
 from twinloop.evaluation.texts import answer_losses, score_answers, score_texts
 from twinloop.models.new_tokenizer import train_tokenizer
@@ -332,7 +332,7 @@ def test_bits_per_byte_of_a_known_distribution(tokenizer: ChatTokenizer) -> None
     texts = ["damaged items within 30 days", "é🙂", "", "x" * 100]
     targets = [id for text in texts for id in [*tokenizer.encode(text), tokenizer.stop_id]]
     score = score_texts(UnigramEngine(logits), tokenizer, texts)
-    nats = sum(token_loss(probabilities[target]) for target in targets)
+    nats = -sum(math.log(probabilities[target]) for target in targets)
     assert score.tokens == len(targets)
     assert score.bytes == sum(len(text.encode()) for text in texts)
     assert score.nats == pytest.approx(nats, rel=1e-5)
@@ -351,7 +351,7 @@ def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokeniz
     prompt = [{"role": "user", "content": "what?"}]
     scores = score_answers(Engine(logits), tokenizer, [(prompt, "within 30 days"), (prompt, "")])
     targets = [*tokenizer.encode("within 30 days"), tokenizer.stop_id, tokenizer.stop_id]
-    nats = sum(token_loss(probabilities[target]) for target in targets)
+    nats = -sum(math.log(probabilities[target]) for target in targets)
     assert [score.tokens for score in scores] == [len(targets) - 1, 1]
     losses = answer_losses(scores)
     assert losses["answer_perplexity"].value == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)

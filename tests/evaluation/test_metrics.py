@@ -10,7 +10,6 @@ from twinloop.evaluation.metrics import (
     percentile,
     perplexity,
     sign_test,
-    token_loss,
     wilson_interval,
 )
 
@@ -49,13 +48,9 @@ def test_nothing_tried_is_neither_success_nor_failure() -> None:
 
 
 def test_losses() -> None:
-    assert token_loss(1.0) == 0.0
-    assert token_loss(0.0) == math.inf
     assert bits_per_byte(8 * math.log(2), 4) == pytest.approx(2.0)
     assert perplexity(10 * math.log(50), 10) == pytest.approx(50)
     assert perplexity(1e6, 1) == math.inf
-    with pytest.raises(ValueError, match="probability"):
-        token_loss(1.01)
     with pytest.raises(ValueError, match="no text"):
         bits_per_byte(1.0, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 
@@ -143,6 +144,18 @@ SIZES = {
 }
 
 
+SCALINGS = (
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -187,6 +200,46 @@ def test_what_the_network_cannot_do_is_refused_in_one_line(change, message):
     with pytest.raises(UserError, match=rf"^config\.json: .*{message}") as error:
         read_config({"model_type": "llama", **SIZES, **change})
     assert "\n" not in str(error.value)
+
+
+HEAD = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"], **SIZES}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_labels": "3"}, "num_labels: '3' is not a number from 1 to 10,000"),
+        ({"num_labels": 2.0}, "num_labels: 2.0 is not a number"),
+        ({"num_labels": [1]}, r"num_labels: \[1\] is not a number"),
+        ({"num_labels": True}, "num_labels: True is not a number"),
+        ({"num_labels": 0}, "num_labels: 0 is not a number"),
+        ({"num_labels": 10**10}, "num_labels: 10000000000 is not a number"),
+        ({"id2label": ["late"]}, "id2label does not name each label"),
+        ({"id2label": {"1": "late"}}, "id2label does not name each label"),
+        ({"problem_type": "multi_label_classification"}, "a text may have several labels there"),
+        (
+            {"problem_type": "multi_label_classification", "id2label": {"0": "late", "1": "lost", "2": "torn"}},
+            "a text may have several labels there",
+        ),
+        ({"problem_type": "regression"}, "problem_type 'regression' with 2 numbers for a text is not supported"),
+    ],
+)
+def test_a_head_that_gives_something_else_than_a_label_or_a_score_is_refused_in_one_line(change, message):
+    with pytest.raises(UserError, match=rf"^config\.json: .*{message}") as error:
+        read_config(HEAD | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "labels"),
+    [
+        ({}, ("LABEL_0", "LABEL_1")),
+        ({"num_labels": 3, "problem_type": "single_label_classification"}, ("LABEL_0", "LABEL_1", "LABEL_2")),
+        ({"num_labels": 1, "problem_type": "regression"}, ("LABEL_0",)),
+    ],
+)
+def test_a_head_of_labels_or_of_one_score_is_read(change, labels):
+    assert read_config(HEAD | change).labels == labels
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -248,6 +301,37 @@ def test_gemma_3_of_before_transformers_5_reads_alike():
     }
     shared = {"model_type": "gemma3_text", **SIZES, "sliding_window": 512}
     assert read_config({**shared, **old}) == read_config({**shared, **new})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling["rope_type"])
+def test_a_scaling_is_written_for_readers_of_before_and_after_transformers_5(family, scaling, tmp_path):
+    """Those of before have no rope_parameters: they take rope_scaling, rope_theta and rope_local_base_freq."""
+    rope = {"rope_theta": 500.0, **scaling}
+    local = {"rope_type": "default", "rope_theta": 100.0}
+    config = random_config(family, seed=0)
+    config.rope_parameters = {"full_attention": rope, "sliding_attention": local} if family == "gemma3_text" else rope
+    build(config, seed=0).save_pretrained(tmp_path / "theirs")
+    ours = load_decoder(tmp_path / "theirs")
+    save_model(tmp_path / "both", ours.config, get_weights(ours))
+    both = json.loads((tmp_path / "both" / "config.json").read_text())
+    tokens = torch.arange(3, POSITIONS)[None]
+    with torch.no_grad():
+        expected = ours.logits(ours.hidden(tokens, torch.arange(tokens.shape[1])[None]))
+    for left_out in (None, "rope_parameters", "rope_scaling"):
+        fields = {name: value for name, value in both.items() if name != left_out}
+        (tmp_path / "both" / "config.json").write_text(json.dumps(fields))
+        assert load_config(tmp_path / "both") == ours.config
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "both", dtype=torch.float32, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(tokens).logits, expected, atol=1e-4, rtol=0, msg=left_out)
+
+
+def test_where_nothing_is_scaled_there_is_no_scaling_to_read():
+    config = read_config({"model_type": "llama", **SIZES})
+    assert "rope_scaling" not in write_config(config)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,16 @@ def adapter(folder: Path) -> None:
     save_file({"a": np.ones(2, np.float32)}, folder / "adapter_model.safetensors")
 
 
+def write_header(header: str, folder: Path) -> None:
+    """A file of weights of nothing but its header."""
+    content = header.encode()
+    (folder / "model-00001-of-00004.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+
+
+def entry(dtype: str = '"F32"', shape: str = "[1]", data_offsets: str = "[0, 4]") -> str:
+    return f'{{"a": {{"dtype": {dtype}, "shape": {shape}, "data_offsets": {data_offsets}}}}}'
+
+
 BROKEN = {
     "a shard cut off": (cut, "model-00002-of-00004.safetensors: cut off: 10 bytes are missing; fetch it again"),
     "a shard of nothing": (
@@ -272,6 +284,19 @@ BROKEN = {
             b"\x3a" + bytes(7) + b'{"a": {"dtype": [], "shape": 3, "data_offsets": [0, "x"]}}'
         ), "not a safetensors file, or cut off",
     ),
+    **{
+        f"a shard with {what}": (partial(write_header, header), f"not a safetensors file, or cut off ({said}")
+        for what, header, said in [
+            ("a header nested deep", "[" * 100_000, "maximum recursion depth exceeded"),
+            ("a tensor that ends at infinity", entry(data_offsets="[0, 1e999]"), "'F32', [1] and bytes 0 to inf"),
+            ("a tensor that ends before its start", entry(data_offsets="[0, -4]"), "'F32', [1] and bytes 0 to -4"),
+            ("a tensor that starts before the file", entry(data_offsets="[-4, 0]"), "'F32', [1] and bytes -4 to 0"),
+            ("a tensor of half a byte", entry(data_offsets="[0, 0.5]"), "'F32', [1] and bytes 0 to 0.5"),
+            ("a shape of half a row", entry(shape="[0.5]"), "'F32', [0.5] and"),
+            ("a shape below nothing", entry(shape="[-1]"), "'F32', [-1] and"),
+            ("a type that is no text", entry(dtype="[]"), "[], [1] and"),
+        ]
+    },
     "a shard missing": (lambda at: (at / "model-00003-of-00004.safetensors").unlink(), "no weights to read here"),
     "a tensor missing": (
         lambda at: change_tensors(at, lambda t: t.pop(max(t))), "has shape none, config.json wants (",

@@ -48,9 +48,11 @@ def test_an_exported_model_names_what_a_slot_holds(checkpoint: Path, tmp_path: P
     assert served.encode_prompt(messages) == trained.encode_prompt(messages)
 
 
-@pytest.mark.parametrize(("own", "limit"), [(64, 64), (10**30, 96), (None, 96)])
-def test_a_smaller_limit_of_an_imported_tokenizer_is_kept(
-    checkpoint: Path, tmp_path: Path, own: int | None, limit: int
+@pytest.mark.parametrize(
+    ("own", "saved", "limit"), [(64, 64, 64), (10**30, 128, 96), (131072, 128, 96), (None, 128, 96)]
+)
+def test_a_limit_of_an_imported_tokenizer_is_kept_where_it_is_smaller(
+    checkpoint: Path, tmp_path: Path, own: int | None, saved: int, limit: int
 ) -> None:
     source = tmp_path / "imported"
     source.mkdir()
@@ -59,6 +61,6 @@ def test_a_smaller_limit_of_an_imported_tokenizer_is_kept(
     settings = json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": own}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
     ChatTokenizer.load(source).save(source, max_length=128)
-    assert json.loads((source / "tokenizer_config.json").read_text())["model_max_length"] == own
+    assert json.loads((source / "tokenizer_config.json").read_text())["model_max_length"] == saved
     export_model(source, tmp_path / "exported", precision="fp32", max_length=96)
     assert limit_of(tmp_path / "exported") == limit

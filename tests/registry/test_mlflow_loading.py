@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from reward_scores import reward_scores
 
 from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
@@ -278,7 +279,7 @@ def test_a_checkpoint_is_loaded_by_mlflows_transformers_flavour_with_our_logits(
 
 
 def test_a_reward_model_scores_conversations(champion: Make, checkpoint: Path) -> None:
-    from twinloop.training.heads import attach_head, reward_of
+    from twinloop.training.heads import attach_head
     from twinloop.training.weights import get_weights
 
     model, tokenizer = load_decoder(checkpoint), ChatTokenizer.load(checkpoint)
@@ -290,7 +291,7 @@ def test_a_reward_model_scores_conversations(champion: Make, checkpoint: Path) -
     loaded = _load_pyfunc(str(version.path.parent))
     question = {"role": "user", "content": "order: A10234"}
     chats = [[question, {"role": "assistant", "content": text}] for text in (POLICY, "no", "maybe")]
-    expected = reward_of(checkpoint)([tokenizer.encode_answered(chat) for chat in chats])
+    expected = reward_scores(checkpoint, [tokenizer.encode_answered(chat) for chat in chats])
     assert loaded.predict([{"messages": chat} for chat in chats]) == pytest.approx(expected.tolist(), abs=1e-4)
     with pytest.raises(UserError, match="row 0: messages: the last one must be the assistant's answer"):
         loaded.predict([{"messages": [question]}])

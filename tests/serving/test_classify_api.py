@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from reward_scores import reward_scores
 from served import CASE, DOMAIN, HELLO, MODEL, make_app, running, small_tokenizer
 
 from twinloop.models.config import DecoderConfig
@@ -11,7 +12,7 @@ from twinloop.models.exported import export_model
 from twinloop.models.label_tokenizer import load_answering
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.scheduler import Scheduler
-from twinloop.training.heads import attach_head, reward_of
+from twinloop.training.heads import attach_head
 from twinloop.training.weights import get_weights, new_decoder
 
 CLASSIFY = "/v1/classify"
@@ -119,7 +120,7 @@ def test_a_reward_model_scores_conversations_as_in_training(scoring, reward_mode
         tokenizer.encode_prompt(HELLO) + tokenizer.encode_answer(each[-1]["content"]) for each in [ANSWERED, *others]
     ]
     found = [each["score"] for each in answer["data"]]
-    np.testing.assert_allclose(found, reward_of(reward_model / "model")(texts), atol=1e-4)
+    np.testing.assert_allclose(found, reward_scores(reward_model / "model", texts), atol=1e-4)
     assert len(set(found)) == 3
     (alone,) = scoring.post(CLASSIFY, json={"input": ANSWERED}).json()["data"]
     assert alone["score"] == pytest.approx(found[0], abs=1e-4)

@@ -21,6 +21,7 @@ from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import folder_beside
+from twinloop.domains.examples import GREETING
 from twinloop.models import directory, gguf_form
 from twinloop.models.adapter import read_adapter
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
@@ -41,7 +42,11 @@ OWN, KNOWN = "1", "candidate"
 
 
 def register(
-    project: Path, registry: Registry, make: Callable[[Path], object], cases: Sequence[list[dict[str, str]]] = ()
+    project: Path,
+    registry: Registry,
+    make: Callable[[Path], object],
+    cases: Sequence[list[dict[str, str]]] = (),
+    max_length: int = 200,
 ) -> None:
     """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder.
     cases: prompts of the data that it was trained with."""
@@ -62,7 +67,7 @@ def register(
     checkpoint = store.run("sft", settings={"number": number}, inputs=inputs, code="c", build=train)
 
     def export(out: Path, work: Path) -> dict[str, Any]:
-        export_model(checkpoint.path, out, precision="fp32", max_length=200)
+        export_model(checkpoint.path, out, precision="fp32", max_length=max_length)
         return {}
 
     exported = store.run("export", settings={}, inputs={"model": checkpoint}, code="c", build=export)
@@ -152,6 +157,25 @@ def test_cases_of_the_data_that_it_was_trained_with_are_compared_too(project: Si
     cases.write_bytes(cases.read_bytes()[:-8])  # what was changed is not read
     done = convert(cased, "1", "gguf", tmp_path / "again", type="f32")
     assert greedy_tokens(done.notes) == greedy_tokens(example.notes)
+
+
+@pytest.mark.parametrize("labels", [(), ("late", "lost")], ids=["writes text", "classifies"])
+@pytest.mark.parametrize(("room", "compared"), [(1, 1), (0, None)])
+def test_prompts_that_leave_a_position_are_compared(
+    project: SimpleNamespace, tmp_path: Path, labels: tuple[str, ...], room: int, compared: int | None
+) -> None:
+    tokenizer = known_tokenizer()
+    length = len(tokenizer.encode_prompt(GREETING))
+    head = {"labels": labels, "tie_word_embeddings": True} if labels else {}
+    registry = Registry(project.registry.mlruns, f"short-{len(labels)}-{room}")
+    sizes = head | {"max_position_embeddings": length + room}
+    register(project.folder, registry, lambda out: make_model(out, tokenizer, **sizes), max_length=length + room)
+    short = SimpleNamespace(folder=project.folder, registry=registry)
+    if compared is None:
+        with pytest.raises(UserError, match="the example of its domain has more tokens than it reads"):
+            convert(short, "1", "huggingface", tmp_path / "out")
+    else:
+        assert greedy_tokens(convert(short, "1", "huggingface", tmp_path / "out").notes) == compared
 
 
 def test_a_tokenizer_that_transformers_reads_as_another_one_is_not_handed_over(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reward_scores import reward_scores
 
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain
@@ -14,7 +15,7 @@ from twinloop.models.directory import load_config, save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.rope import Rope
 from twinloop.training.forms import is_held_out
-from twinloop.training.heads import attach_head, reward_of, tree_scores
+from twinloop.training.heads import attach_head, load_reward_model, tree_scores
 from twinloop.training.loop import _accumulate, run_training
 from twinloop.training.method import load_method
 from twinloop.training.objectives import ClassifierLoss, RewardLoss
@@ -118,14 +119,14 @@ def test_a_reward_model_that_transformers_saved_gives_its_scores(tmp_path, token
     texts = sequences(tokenizer)
     with torch.no_grad():
         expected = [theirs(torch.tensor([tokens])).logits.item() for tokens in texts]
-    np.testing.assert_allclose(reward_of(tmp_path / "theirs")(texts), expected, atol=1e-4)
+    np.testing.assert_allclose(reward_scores(tmp_path / "theirs", texts), expected, atol=1e-4)
 
 
 def test_only_a_reward_model_gives_rewards(tmp_path, tokenizer):
     model = headed(tokenizer, ("red", "green"))
     save_model(tmp_path, model.config, get_weights(model), tokenizer)
     with pytest.raises(UserError, match="gives labels and is no reward model"):
-        reward_of(tmp_path)
+        load_reward_model(tmp_path)
 
 
 def test_padding_is_none_of_the_tokens_that_end_a_text(tokenizer):
@@ -256,10 +257,10 @@ def test_reward_training_prefers_what_people_chose_also_of_prompts_that_it_never
     assert 0 < len(held_out) < 20
     assert sum(len(row) for row in batches.packing.rows) == len(PREFERENCES) - len(held_out)
     save_model(tmp_path, model.config, get_weights(model), tokenizer)
-    score = reward_of(tmp_path)
     for row in held_out:
         prompt = tokenizer.encode_prompt(row["prompt"])
-        chosen, rejected = score([prompt + tokenizer.encode_answer(row[side]) for side in ("chosen", "rejected")])
+        texts = [prompt + tokenizer.encode_answer(row[side]) for side in ("chosen", "rejected")]
+        chosen, rejected = reward_scores(tmp_path, texts)
         assert chosen > rejected
 
 
@@ -269,18 +270,22 @@ def test_a_head_under_an_adapter_needs_it_merged(tmp_path):
         settings.model_validate(SETTINGS | {"lora": {"rank": 2}})
 
 
-def test_an_adapter_and_a_head_train_together(tmp_path, tokenizer):
+@pytest.mark.parametrize("of_base", [False, True], ids=["a new head", "the base's head"])
+def test_an_adapter_and_a_head_train_together(tmp_path, tokenizer, of_base):
     from twinloop.training.adapters import attach_adapter
 
     method = load_method("reward", tmp_path)
     settings = method.settings.model_validate(SETTINGS | {"lora": {"rank": 2, "merge": True}})
     model = new_decoder(DecoderConfig(vocab_size=tokenizer.vocab_size, **BASE), seed=0)
+    if of_base:
+        model = headed(tokenizer, ("reward",))
     before = model.model.embed_tokens.weight.detach().clone()
+    head = model.score.weight.detach().clone() if of_base else torch.zeros(1, BASE["hidden_size"])
     attach_adapter(model, settings.lora.form, seed=1)
     built = method.build(PREFERENCES, model, tokenizer, settings, Runtime(seed=1, threads=1), Domain())
     result = run_training(model, *built, settings, checkpoint_dir=None)
     assert result.loss < result.initial_loss
-    assert model.score.weight.abs().max() > 0
+    assert (model.score.weight != head).any()
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert "score.weight" in get_weights(model)
 

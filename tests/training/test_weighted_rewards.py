@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from reward_scores import reward_scores
 from test_methods import RECORDS, Parity
 from test_rollouts import rewarded
 
@@ -16,7 +17,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.directory import save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.training.heads import REWARD, attach_head, reward_of
+from twinloop.training.heads import REWARD, attach_head
 from twinloop.training.loop import run_training
 from twinloop.training.method import load_method
 from twinloop.training.rewards import Answer, Earned, RewardModel, Verifier, WeightedSum, prompts_and_rewards
@@ -83,7 +84,7 @@ def test_a_reward_model_reads_what_it_was_trained_on(reward_model: Path, tokeniz
     for answer in ANSWERS:
         tokens = tokenizer.encode_answer(answer.text)
         texts.append(tokenizer.encode_prompt(PROMPTS[answer.prompt]) + (tokens if answer.finished else tokens[:-1]))
-    expected = reward_of(reward_model)(texts)
+    expected = reward_scores(reward_model, texts)
     assert np.unique(expected).size == len(expected)
     found = [each.reward for each in RewardModel(reward_model, PROMPTS, RUNTIME)(ANSWERS)]
     assert found == pytest.approx(expected.tolist(), abs=1e-5)
