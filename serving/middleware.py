@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from twinloop.domains.documents import MAX_TEXT_CHARACTERS
 from twinloop.serving.errors import ApiError, error_body, queue_full, stopping
 from twinloop.serving.metrics import ASKED, Metrics
+from twinloop.serving.protocol import ABORT_AFTER
 
 MAX_BODY_BYTES = 12 * MAX_TEXT_CHARACTERS + 64 * 1024
 """The longest document that data may bring must fit, however JSON writes it: an escaped pair of surrogates has 12."""
@@ -76,9 +77,14 @@ class RefuseWhenFull:
         await self.app(scope, receive, send)
 
 
+LAST_S = REST_S + REST_PIECE_S
+"""How long the end of a request that is given up may take: a client has to read why, and may still send its body."""
+
+
 class Deadline:
-    """Give up requests that take longer, from their first byte to their answer's last: a body that comes too slowly, a
-    place in the queue, an answer. What the model still wrote for them is cancelled."""
+    """Give up requests that take longer, from their head to their answer's last byte: a body that comes too slowly, a
+    place in the queue, an answer. What the model still wrote for them is cancelled. A client that does not read loses
+    its connection LAST_S later."""
 
     def __init__(self, app: ASGIApp, seconds: float):
         self.app = app
@@ -92,6 +98,8 @@ class Deadline:
             started = started or message
             await send(message)
 
+        if (abort_after := scope.get("extensions", {}).get(ABORT_AFTER)) is not None:
+            abort_after(self.seconds + LAST_S)
         with anyio.move_on_after(self.seconds) as limit:
             await self.app(scope, receive, sent)
         if not limit.cancelled_caught:
