@@ -30,6 +30,9 @@ Size = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, le=10_000)]
 """Every list by layer is of this length, so that a corrupt config.json must not make it endless."""
 
+HEAD_DIM_UNIT = 16
+"""ONNX Runtime's GroupQueryAttention with rotary positions asks for it (1.31): what is trained must be served."""
+
 
 @dataclass(frozen=True)
 class LayerKind:
@@ -97,8 +100,10 @@ class DecoderConfig(BaseModel):
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
-        if self.head_dim % 8:
-            raise ValueError(f"head_dim ({self.head_dim}) must be a multiple of 8: the attention kernels need it")
+        if self.head_dim % HEAD_DIM_UNIT:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) must be a multiple of {HEAD_DIM_UNIT}: the attention needs it"
+            )
         for name in ("windows", "rotary_layers"):
             given = len(getattr(self, name))
             if given not in (0, self.num_hidden_layers):

@@ -30,7 +30,6 @@ import ml_dtypes
 import numpy as np
 from onnx import ModelProto, TensorProto, helper
 
-from twinloop.common.errors import UserError
 from twinloop.models.adapter_form import LORA_A, LORA_B, AdapterForm, linear_layers
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.onnx_nodes import GraphNodes
@@ -96,11 +95,8 @@ def build_graph(
     lora: an adapter beside the bound weights, whose A and B are bound too; that of a model directory is merged.
     row_adapters: adapters are inputs, and each row of the batch has its own.
 
-    Without tensors, every weight is external data (`onnx_nodes.unbound_bytes`). Raises UserError for a
-    head width that the attention operator does not take.
+    Without tensors, every weight is external data (`onnx_nodes.unbound_bytes`).
     """
-    if config.head_dim % 16:  # GroupQueryAttention with rotary positions asks for it (1.31)
-        raise UserError(f"model: head_dim {config.head_dim} cannot be served; the attention needs a multiple of 16")
     assert tensors is not None or precision not in QUANTIZED, "bound weights cannot be quantised"
     assert tensors is None or lora is None, "an adapter is merged into weights that are not bound"
     graph = _Graph(config, tensors, precision, capacity, weights_type, lora, row_adapters)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from twinloop.models.config import DecoderConfig
+from twinloop.models.config import HEAD_DIM_UNIT, DecoderConfig
 from twinloop.training.settings import Count, StrictModel
 
 Length = Annotated[int, Field(ge=32)]
@@ -38,8 +38,8 @@ class NewBase(BaseSettings):
     """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
 
     def decoder_config(self, vocab_size: int) -> DecoderConfig:
-        """The shape of the network: width 32 a layer up to 1024, then 64; two query heads share a key-value head."""
-        width = self.hidden_size or self.depth * (32 if self.depth <= 16 else 64)
+        """The shape of the network: two query heads share a key-value head."""
+        width = self.width
         head_dim = 32 if width < 512 else 64 if width < 2048 else 128
         heads = self.num_attention_heads or max(1, width // head_dim)
         if self.num_attention_heads:
@@ -62,8 +62,24 @@ class NewBase(BaseSettings):
         try:
             self.decoder_config(512)
         except ValidationError as error:
-            raise ValueError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+            raise ValueError(self._in_own_words(error)) from None
         return self
+
+    def _in_own_words(self, error: ValidationError) -> str:
+        """What the network cannot be, by the settings that a recipe has: `head_dim` is none of them."""
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        width, heads = self.width, self.num_attention_heads
+        if heads and (width < heads or width // heads % HEAD_DIM_UNIT):
+            return (
+                f"num_attention_heads ({heads}) gives each head {width // heads} values of hidden_size ({width}), and "
+                f"it must be a multiple of {HEAD_DIM_UNIT}"
+            )
+        return said
+
+    @property
+    def width(self) -> int:
+        """hidden_size; where the recipe does not say, 32 a layer, and 64 beyond 16 layers."""
+        return self.hidden_size or self.depth * (32 if self.depth <= 16 else 64)
 
 
 class PathBase(BaseSettings):

@@ -11,12 +11,12 @@ from twinloop.models.family import read_config, write_config
 
 TINY = {
     "vocab_size": 40,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 16,
 }
 
 
@@ -59,6 +59,7 @@ def test_only_distances_between_positions_matter():
         ({"num_attention_heads": 4.5, "head_dim": None}, "num_attention_heads: Input should be a valid integer"),
         ({"num_key_value_heads": 0}, "num_key_value_heads: Input should be greater than 0"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple of num_key_value_heads \(3\)"),
+        ({"hidden_size": 96, "head_dim": 24}, r"head_dim \(24\) must be a multiple of 16"),
         ({"hidden_size": None}, "hidden_size: Field required"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: Input should be greater than 0"),
         ({"rope_parameters": {"rope_theta": "1e4"}, "rope_theta": None}, "rope_theta: Input should be a valid number"),

@@ -60,7 +60,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["late", "lost"], 270)
     config = DecoderConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=16, max_position_embeddings=32,
     )  # fmt: skip
     save_model(directory, config, {}, tokenizer)
     return directory

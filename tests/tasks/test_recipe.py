@@ -147,6 +147,14 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"name": "returns-checkpoints"}, "name: returns-checkpoints: -checkpoints is for the registered model"),
         ({"evaluate": {"max_new_tokens": 512}}, "evaluate.max_new_tokens (512) leaves no tokens for a prompt"),
         ({"base": {"num_attention_heads": 4, "num_key_value_heads": 3}}, "must be a multiple of"),
+        (
+            {"base": {"depth": 4, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": None}},
+            "num_attention_heads (4) gives each head 24 values of hidden_size (96), and it must be a multiple of 16",
+        ),
+        (
+            {"base": {"depth": 1, "hidden_size": 32, "num_attention_heads": 64, "num_key_value_heads": None}},
+            "num_attention_heads (64) gives each head 0 values of hidden_size (32), and it must be a multiple of 16",
+        ),
         ({"base": {"dept": 4}}, "base.dept: unknown key; did you mean depth?"),
         ({"export": {"adapters": True}}, "export.adapters: the last stage makes no adapter; give it `lora`"),
         (
