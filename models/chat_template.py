@@ -42,20 +42,6 @@ class Rendered:
     half_shadow: str
     contents: tuple[str, ...] = ()
 
-    @classmethod
-    def from_marks(cls, rendered: str, texts: Sequence[str], answers: Collection[int]) -> Rendered:
-        """Of a text with marks, in which `mark(i)` is the place of texts[i]. answers: which are the assistant's."""
-        text, shadow, half_shadow = [], [], []
-        pieces = MARK.split(rendered)
-        for template, index, in_json in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], ""], strict=True):
-            content = "" if index is None else texts[int(index)]
-            content = json.dumps(content, ensure_ascii=False)[1:-1] if in_json else content
-            images = chr(_IMAGES[0][0]) * len(content)
-            text += [template, content]
-            shadow += [template, images]
-            half_shadow += [template, content if index is not None and int(index) in answers else images]
-        return cls("".join(text), "".join(shadow), "".join(half_shadow))
-
 
 @dataclass(frozen=True)
 class Token:
@@ -119,6 +105,23 @@ class ChatTemplate:
             if (shadow if signs is None else _SIGN.sub("", shadow)).translate(back[0] | back[1]) == text:
                 shadow = shadow if signs is None else self._without_signed(shadow)
                 return Rendered(text, shadow, shadow.translate(back[True]), tuple(contents))
+        raise UserError("chat template: it changes what messages say in a way that cannot be followed")
+
+    def trace_marked(self, messages: Sequence[Message], texts: Sequence[str], tools: Any = None) -> Rendered:
+        """As `trace`, of a prompt whose messages and tools are in the template's own form: the assistant's content is
+        as it is, and `mark(i)` is the place of each other text, texts[i]."""
+        spoken = [each for each in messages if _is_answer(each)]
+        image_of = _images(spoken)[True]
+        back = {ord(image): chr(character) for character, image in image_of.items()}
+        text = self.render(messages, add_generation_prompt=True, tools=tools)
+        for signs in (None, _AFTER):
+            shadowed = [
+                {**each, "content": self._shadow(each, image_of, signs)} if _is_answer(each) else each
+                for each in messages
+            ]
+            shadow = self.render(shadowed, add_generation_prompt=True, tools=tools)
+            if shadow.translate(back) == text:
+                return _with_texts(shadow, texts, back)
         raise UserError("chat template: it changes what messages say in a way that cannot be followed")
 
     def turn(self, messages: Sequence[Message], stops: Collection[str]) -> Turn:
@@ -234,6 +237,20 @@ class _Finder:
         for match in self._pattern.finditer(text, start, len(text) if end is None else end):
             if match[0] in self._tokens:
                 yield Token(*match.span(), match[0])
+
+
+def _with_texts(marked: str, texts: Sequence[str], back: Mapping[int, str]) -> Rendered:
+    """A shadow in which `mark(i)` is the place of texts[i]. back: the assistant's characters, by their images."""
+    text, shadow, half_shadow = [], [], []
+    pieces = MARK.split(marked)
+    for piece, index, in_json in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], ""], strict=True):
+        content = "" if index is None else texts[int(index)]
+        content = json.dumps(content, ensure_ascii=False)[1:-1] if in_json else content
+        images = chr(_IMAGES[0][0]) * len(content)
+        text += [piece.translate(back), content]
+        shadow += [piece, images]
+        half_shadow += [piece.translate(back), images]
+    return Rendered("".join(text), "".join(shadow), "".join(half_shadow))
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -8,7 +8,7 @@ another token that the template writes. A conversation is encoded as one text, a
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -277,15 +277,11 @@ class ChatTokenizer:
         messages: Sequence[Mapping[str, Any]],
         texts: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        *,
-        answers: Collection[int] = (),
     ) -> list[int]:
-        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i].
-
-        answers: which of the texts are what the assistant said.
-        """
+        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i]. What the assistant said
+        stands as it is."""
         clean = [valid_unicode(text) for text in texts]
-        return self._encode(Rendered.from_marks(self.render_marked(messages, tools), clean, answers))
+        return self._encode(self._template.trace_marked(messages, clean, tools))
 
     @cached_property
     def _question(self) -> list[dict[str, str]]:

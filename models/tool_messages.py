@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from twinloop.common.errors import UserError
 from twinloop.models.jinja_template import mark
-from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.models.tokenizer import ChatTokenizer, valid_unicode
 
 CALL_ID_LENGTH = 9
 """Of every call's id while a template is rendered: Mistral's templates refuse any other length."""
@@ -106,20 +106,16 @@ def encode_tool_prompt(
     as_text = any("tool_calls" in message for message in messages) and call_arguments(tokenizer) == "text"
     marked = [_marked_message(message, texts, as_text) for message in _named_results(messages)]
     marked_tools = [_marked_tool(tool, texts.mark) for tool in tools] or None
-    return tokenizer.encode_marked(marked, texts.texts, marked_tools, answers=texts.answers)
+    return tokenizer.encode_marked(marked, texts.texts, marked_tools)
 
 
 class _Texts:
-    """The texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare.
-
-    answers: the indices of what the assistant said.
-    """
+    """The texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
         self._marks: dict[str, str] = {}
         self._id_marks: dict[str, str] = {}
-        self.answers: set[int] = set()
 
     def mark(self, text: str) -> str:
         """Nothing for nothing: templates ask whether there is any content."""
@@ -127,14 +123,6 @@ class _Texts:
             self._marks[text] = mark(len(self.texts))
             self.texts.append(text)
         return self._marks[text] if text else ""
-
-    def mark_answer(self, text: str) -> str:
-        """As `mark`, for what the assistant said, which may hold tokens that others' texts may not."""
-        if not text:
-            return ""
-        self.answers.add(len(self.texts))
-        self.texts.append(text)
-        return mark(len(self.texts) - 1)
 
     def mark_id(self, text: str) -> str:
         """A mark as long as the ids that templates expect."""
@@ -156,9 +144,10 @@ def _named_results(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def _marked_message(message: Mapping[str, Any], texts: _Texts, arguments_as_text: bool) -> dict[str, Any]:
-    """The message with a mark for each text in it that a person, a model or a tool wrote."""
-    marked = texts.mark_answer if message["role"] == "assistant" else texts.mark
-    fields: dict[str, Any] = {"role": message["role"], "content": marked(message["content"])}
+    """The message with a mark for each text in it, but what the assistant said: templates look into that."""
+    content = message["content"]
+    said = valid_unicode(content) if message["role"] == "assistant" else texts.mark(content)
+    fields: dict[str, Any] = {"role": message["role"], "content": said}
     if "tool_call_id" in message:
         fields["tool_call_id"] = texts.mark_id(message["tool_call_id"])
     if "name" in message:
