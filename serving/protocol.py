@@ -47,7 +47,7 @@ class Protocol(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ):
         super().__init__(config, server_state, app_state, _loop)
-        self.app = self._with_abort_after(self.app)  # type: ignore[assignment,arg-type]
+        self.app = self._with_abort_after(self.app)
         self._head_limit: asyncio.TimerHandle | None = None
         self._answer_limit: asyncio.TimerHandle | None = None
 
