@@ -15,6 +15,8 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 """Parameters that do not concern the answer."""
 
 
+ModelName = Annotated[str, Field(max_length=256)]
+
 Priority = Annotated[int, Field(description="in the queue: lower is earlier, and of equal ones the first to come")]
 
 
@@ -35,7 +37,7 @@ class Asked(SamplingFields):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
 
-    model: str | None = None
+    model: ModelName | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     priority: Priority = 0
