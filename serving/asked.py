@@ -70,6 +70,8 @@ def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1)
     for name, value in (asked.model_extra or {}).items():
         if name not in IGNORED and value is not None:
             raise refused(name, "is not a known parameter")
+    if asked.stream_options is not None and not asked.stream:
+        raise refused("stream_options", "is for an answer with stream: true")
     capacity = service.scheduler.capacity
     if prompts > capacity:
         problem = f"prompt: this server works on {capacity} answers at once, at most"

@@ -50,6 +50,7 @@ def test_a_body_that_is_not_said_to_be_json_gets_one_clear_line(scripted, path, 
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"stop": [5]}, "stop.0"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"model": "returns:v" + "1" * 5000}, "model"),
     ],
 )
