@@ -118,6 +118,8 @@ class TextStream:
                 if self.completion_tokens <= self._params.min_tokens:
                     free = given + len(held)
                 ended = token in self._params.stop
+                if ended:
+                    held += decoder.finish()
                 end = len(held) if ended else self._stop_at(held, free - given)
                 if end is not None:
                     self.finish_reason = "stop"
