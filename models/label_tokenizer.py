@@ -31,7 +31,7 @@ class LabelTokenizer(ChatTokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.labels[id] for id in ids)
 
-    def decoder_stream(self) -> DecoderStream:
+    def decoder_stream(self, *, continues: bool = False) -> DecoderStream:
         return DecoderStream([label.encode() for label in self.labels], ())
 
 

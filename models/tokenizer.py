@@ -181,10 +181,13 @@ class ChatTokenizer:
         """Ids to text. A stop token at the end is not shown; any other special token is, by its name."""
         return self.decode_all(ids[:-1] if len(ids) and ids[-1] in self._stops.values() else ids)
 
-    def decoder_stream(self) -> DecoderStream:
-        """A decoder that takes one id at a time and gives text as soon as its characters are whole."""
-        stops = frozenset(self._stops.values())
-        return DecoderStream(self.token_bytes, stops, drops_first_space=self._vocabulary.drops_first_space)
+    def decoder_stream(self, *, continues: bool = False) -> DecoderStream:
+        """A decoder that takes one id at a time and gives text as soon as its characters are whole.
+
+        continues: after other text, as `encode_continuation` encodes it: a space at the beginning is the text's own.
+        """
+        stops, drops = frozenset(self._stops.values()), self._vocabulary.drops_first_space and not continues
+        return DecoderStream(self.token_bytes, stops, drops_first_space=drops)
 
     def encode_document(self, text: str) -> list[int]:
         """A pretraining document: BOS, text, the token that ends it."""

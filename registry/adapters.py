@@ -83,8 +83,8 @@ class RegisteredAdapters:
         snapshot = self._now().get(model)
         if snapshot is None:
             raise NotServedError(f"{self._served.name!r} is, and `{self._served.name}:v7` names a version on its base")
-        number = which.removeprefix("v")
-        version = snapshot.versions.get(int(number)) if number.isdecimal() else snapshot.alias(which)
+        by_number = {str(version.version): version for version in snapshot.versions.values()}
+        version = by_number.get(which.removeprefix("v")) or snapshot.alias(which)
         if version is None:
             raise NotServedError(f"{model} has no version {which}")
         return version

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.answers import Answers, charge
+from twinloop.serving.asked import ModelName
 from twinloop.serving.chat import chat_router
 from twinloop.serving.classify import classify_router
 from twinloop.serving.completions import completions_router
@@ -163,7 +164,7 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
     async def decide(
         request: Request,
         body: Annotated[body_model, described],  # type: ignore[valid-type]
-        model: Annotated[str | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
+        model: Annotated[ModelName | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
     ) -> Response:
         started = time.perf_counter()
         pending = await workers.submit(manager, lambda service: _begin(service, body), model)

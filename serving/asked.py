@@ -15,6 +15,8 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 """Parameters that do not concern the answer."""
 
 
+ModelName = Annotated[str, Field(max_length=256)]
+
 Priority = Annotated[int, Field(description="in the queue: lower is earlier, and of equal ones the first to come")]
 
 
@@ -35,7 +37,7 @@ class Asked(SamplingFields):
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, json_schema_extra=_describe_others)
 
-    model: str | None = None
+    model: ModelName | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     priority: Priority = 0
@@ -68,6 +70,8 @@ def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1)
     for name, value in (asked.model_extra or {}).items():
         if name not in IGNORED and value is not None:
             raise refused(name, "is not a known parameter")
+    if asked.stream_options is not None and not asked.stream:
+        raise refused("stream_options", "is for an answer with stream: true")
     capacity = service.scheduler.capacity
     if prompts > capacity:
         problem = f"prompt: this server works on {capacity} answers at once, at most"

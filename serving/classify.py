@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES, explained
 from twinloop.serving.answers import charge, usage_of
-from twinloop.serving.asked import Priority, refuse_too_long
+from twinloop.serving.asked import ModelName, Priority, refuse_too_long
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
 from twinloop.serving.engine.sampling import SamplingParams
@@ -40,7 +40,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    model: str | None = None
+    model: ModelName | None = None
     input: (
         str
         | Annotated[list[str], Field(min_length=1)]

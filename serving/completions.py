@@ -183,6 +183,7 @@ def _submit(service: DecisionService, body: CompletionRequest, started: float) -
                     stop=body.stop_texts,
                     silent=body.prompt_alone,
                     reports_end=True,
+                    continues=bool(asked),
                 )
                 answers.append(TextAnswer(len(answers), text, echoed, reports_of))
         stack.pop_all()  # each place has its prompt

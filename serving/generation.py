@@ -36,7 +36,7 @@ class TextStream:
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
     `calls` on, where the answer comes to it, they are a part like any other. silent: nothing of the answer is shown or
     counted, since its prompt is all that is asked for. reports_end: the token with which the model ends it is reported
-    too.
+    too. continues: the text goes on after that of its prompt, so that a space at its beginning is shown.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
     is in the attributes afterwards, and `end` is "abort" until it is complete. Iterating raises GivenUpError for an
     answer that was cancelled.
@@ -52,6 +52,7 @@ class TextStream:
         calls: str | None = None,
         silent: bool = False,
         reports_end: bool = False,
+        continues: bool = False,
     ):
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
@@ -63,7 +64,7 @@ class TextStream:
         self._started = started
         self._stop = tuple(stop)
         self._calls = (calls,) if calls and stop else ()
-        self._silent, self._reports_end = silent, reports_end
+        self._silent, self._reports_end, self._continues = silent, reports_end, continues
         self._params = stream.params
         self._waiting: deque[ReportedToken] = deque()  # until the text is a piece in which they begin
         self._released: list[ReportedToken] = []
@@ -104,7 +105,7 @@ class TextStream:
         self.total_s = time.perf_counter() - self._started
 
     def _pieces(self) -> Iterator[str]:
-        decoder = self._tokenizer.decoder_stream()
+        decoder = self._tokenizer.decoder_stream(continues=self._continues)
         held, given = "", 0  # text that is decoded and not yet a piece; the length of all pieces
         free = 0  # so much of the text may hold stop strings: the tokens before min_tokens
         for tokens in self._stream.bursts():
@@ -117,6 +118,8 @@ class TextStream:
                 if self.completion_tokens <= self._params.min_tokens:
                     free = given + len(held)
                 ended = token in self._params.stop
+                if ended:
+                    held += decoder.finish()
                 end = len(held) if ended else self._stop_at(held, free - given)
                 if end is not None:
                     self.finish_reason = "stop"

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.models.tool_messages import call_arguments, encode_tool_prompt
 from twinloop.serving.errors import ApiError
+from twinloop.serving.response_format import TOO_DEEP, check_depth
 
 
 class _Fields(BaseModel):
@@ -41,9 +42,20 @@ class UserMessage(_Message):
     content: Content
 
 
+def _check_arguments(text: str) -> str:
+    try:
+        check_depth(_arguments(text))
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    return text
+
+
+Arguments = Annotated[str, AfterValidator(_check_arguments)]
+
+
 class FunctionCall(_Fields):
     name: str = Field(min_length=1)
-    arguments: str = Field(description="a JSON object, as the model wrote it")
+    arguments: Arguments = Field(description="a JSON object, as the model wrote it")
 
 
 class ToolCall(_Fields):
@@ -158,6 +170,6 @@ def _with_tools(message: ChatMessage) -> dict[str, Any]:
 def _arguments(text: str) -> Any:
     try:
         arguments = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return text
     return arguments if isinstance(arguments, dict) else text

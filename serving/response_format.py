@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from twinloop.serving.engine.grammar import ANY_OBJECT, Grammars
 from twinloop.serving.engine.sampling import Constraint
+
+MAX_DEPTH = 100
+"""Objects and arrays within each other in JSON of clients that is gone through level by level."""
+TOO_DEEP = f"is nested more than {MAX_DEPTH} levels deep"
+
+
+def check_depth(data: Any) -> Any:
+    """The data itself. Raises ValueError where it is nested deeper than MAX_DEPTH."""
+    level = _nested([data])
+    for _ in range(MAX_DEPTH):
+        level = [each for holder in level for each in _nested(holder.values() if isinstance(holder, dict) else holder)]
+    if level:
+        raise ValueError(TOO_DEEP)
+    return data
+
+
+def _nested(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, (dict, list))]
+
+
+JsonSchemaData = Annotated[dict[str, Any], AfterValidator(check_depth)]
 
 
 class _Form(BaseModel):
@@ -32,7 +53,7 @@ class JsonSchema(_Form):
 
     name: str = Field(pattern="^[A-Za-z0-9_-]{1,64}$")
     description: str | None = None
-    definition: dict[str, Any] = Field(dict(ANY_OBJECT), alias="schema", description="JSON Schema, draft 2020-12")
+    definition: JsonSchemaData = Field(dict(ANY_OBJECT), alias="schema", description="JSON Schema, draft 2020-12")
     strict: bool | None = None
 
 

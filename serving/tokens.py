@@ -11,6 +11,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import MAX_MESSAGES
 from twinloop.domains.examples import GREETING
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.asked import ModelName
 from twinloop.serving.completions import refuse_unknown_ids
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, errors
@@ -26,7 +27,7 @@ EXAMPLES: list[Any] = [{"prompt": "hello"}, {"messages": GREETING}]
 class _Fields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    model: str | None = None
+    model: ModelName | None = None
 
 
 class TokenizeText(_Fields):

@@ -17,7 +17,7 @@ from twinloop.models.tool_messages import CALL_ID_LENGTH
 from twinloop.serving.engine.grammar import GrammarError, Grammars, json_rule
 from twinloop.serving.engine.sampling import Constraint
 from twinloop.serving.errors import ApiError
-from twinloop.serving.response_format import ResponseFormat, schema_of
+from twinloop.serving.response_format import JsonSchemaData, ResponseFormat, schema_of
 
 MAX_TOOLS = 128
 
@@ -33,7 +33,7 @@ class FunctionDefinition(_Fields):
 
     name: Name
     description: str | None = None
-    parameters: dict[str, Any] | None = Field(None, description="JSON Schema of an object; without it, an empty one")
+    parameters: JsonSchemaData | None = Field(None, description="JSON Schema of an object; without it, an empty one")
     strict: bool | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import heapq
 import json
 import os
@@ -28,7 +29,8 @@ RECENT_TRACES = 256
 
 FILE_BYTES = 16 * 2**20
 FILES = 8
-"""A folder keeps this many files of about this size, the newest ones."""
+"""A folder keeps this many files of about this size, the newest ones, of each process that writes, and as many of all
+that have ended."""
 BLOCK_BYTES = 64 * 2**10
 
 
@@ -150,12 +152,38 @@ class TraceStore:
         return length + more > self._file_bytes or status.st_size != length or status.st_nlink == 0
 
     def _next_file(self) -> int:
-        """Open a new file and delete the oldest ones beyond the limit."""
-        for old in self._all_files()[: -(self._files - 1) or None]:
+        """Open a new file and delete those that are too old."""
+        for old in self._too_old():
             old.unlink(missing_ok=True)
         name = f"traces-{time.time_ns():020d}-{os.getpid()}.jsonl"
         # Customers' words are in a trace: only the server's own user may read it.
-        return os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        descriptor = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with suppress(OSError):  # a disk without locks: then only the number of files protects this one
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return descriptor
+
+    def _too_old(self) -> list[Path]:
+        """This process's files beyond the limit, and those of processes that have ended beyond theirs. A file that is
+        being written is never one: the number of a process may also be that of another, in another container."""
+        by_process: dict[str, list[Path]] = {}
+        for file in self._all_files():
+            by_process.setdefault(file.stem.rpartition("-")[2], []).append(file)
+        own = by_process.pop(str(os.getpid()), [])
+        ended = sorted(file for files in by_process.values() if not _is_written(files[-1]) for file in files)
+        too_old = own[: -(self._files - 1) or None] + ended[: -self._files]
+        return [file for file in too_old if not _is_written(file)]
+
+
+def _is_written(file: Path) -> bool:
+    """Whether a store has it open, in any process; the system frees the lock of one that dies."""
+    try:
+        with open(file, "rb") as lines:
+            fcntl.flock(lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # deleted meanwhile, or on a disk without locks
+        return False
+    return False
 
 
 def _parsed(line: str | bytes) -> dict[str, Any] | None:

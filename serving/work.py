@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,12 +22,10 @@ from twinloop.serving.named import is_served
 
 T = TypeVar("T")
 
-MAX_THREADS = 512
-"""More than the scheduler's queue and slots together: a request that was accepted never waits for a thread."""
-
 
 class Workers:
-    """Threads that wait for tokens. Short calls, such as /health, keep the framework's own."""
+    """Threads that wait for tokens, as many as there are accepted answers: each of these has a place at a scheduler,
+    which limits them. Short calls, such as /health, keep the framework's own."""
 
     def __init__(self) -> None:
         self._limiter: anyio.CapacityLimiter | None = None
@@ -35,7 +34,7 @@ class Workers:
     async def run(self, work: Callable[..., T], *args: object) -> T:
         """Run `work` in a thread. A cancelled caller does not wait for it."""
         if self._limiter is None:  # made here since it belongs to the running event loop
-            self._limiter = anyio.CapacityLimiter(MAX_THREADS)
+            self._limiter = anyio.CapacityLimiter(math.inf)
         return await anyio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
 
     async def submit(self, manager: ModelManager, work: Callable[[DecisionService], T], name: str | None) -> T:

@@ -58,7 +58,7 @@ class Engine(ModelRunner):
                 if free := batch.free:
                     batch.admit(prompt, params, members[:free])
                     members = members[free:]
-                    answers.add(batch.read_prompt()[1])
+                    answers.add(batch.read_prompt().drawn)
                 else:
                     answers.add(batch.step())
         while batch.free < self.slots:

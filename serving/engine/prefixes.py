@@ -18,6 +18,8 @@ from twinloop.serving.engine.runner import ModelRunner
 
 SHORTEST = 16
 """Tokens that are worth a copy. Fewer, such as those with which a chat template begins, are computed as fast."""
+COPIED_AS_COMPUTED = 32
+"""Tokens that are copied in the time in which one is computed, or more."""
 
 
 class PrefixCache:

@@ -337,16 +337,17 @@ class Scheduler:
         return True
 
     def _read_prompts(self) -> None:
-        """Compute prompts in order of arrival, up to the token budget of a round."""
+        """Compute prompts in order of arrival, up to the token budget of a round. What is taken over from other slots
+        counts too: else any number of prompts of which little is left would come between two decode steps."""
         budget = self._prefill_tokens
         while budget > 0 and (self._batch.reading or self._admit()):
             slots = self._batch.reading
             try:
-                count, drawn = self._batch.read_prompt(budget)
-                budget -= count
-                self._counts["prompt_tokens"] += count
-                if drawn is not None:
-                    self._deliver(drawn)
+                read = self._batch.read_prompt(budget)
+                budget -= read.cost
+                self._counts["prompt_tokens"] += read.computed
+                if read.drawn is not None:
+                    self._deliver(read.drawn)
             except SlotConstraintError as error:
                 log.warning("an answer cannot keep its form: %s", error)
                 self._fail([error.slot], error)

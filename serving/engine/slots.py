@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from twinloop.serving.engine.adapters import LoadedAdapter
-from twinloop.serving.engine.prefixes import SHORTEST, PrefixCache
+from twinloop.serving.engine.prefixes import COPIED_AS_COMPUTED, SHORTEST, PrefixCache
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import (
     AnswerSampler,
@@ -72,6 +72,15 @@ class Drawn(NamedTuple):
     stopped: np.ndarray
     ended: np.ndarray
     reports: Mapping[int, TokenReport]
+
+
+class PromptRead(NamedTuple):
+    """A step of a prompt. computed: tokens; drawn: the first tokens of its sequences, once it is whole; cost: as many
+    tokens are computed in the time that it took."""
+
+    computed: int
+    drawn: Drawn | None
+    cost: int
 
 
 class GreedyAlone(NamedTuple):
@@ -204,18 +213,15 @@ class SlotBatch:
                 return
         self._reading.append((prompt, slots.copy()))
 
-    def read_prompt(self, max_tokens: int | None = None) -> tuple[int, Drawn | None]:
-        """Compute the next tokens of the prompt that was admitted first, all or `max_tokens` of them.
-
-        Returns how many it computed, and the first tokens of its sequences once it is whole. Raises
-        SlotConstraintError, see there.
-        """
+    def read_prompt(self, max_tokens: int | None = None) -> PromptRead:
+        """Compute the next tokens of the prompt that was admitted first, all or `max_tokens` of them. Raises
+        SlotConstraintError, see there."""
         prompt, slots = self._reading[0]
         count = 0
         if prompt.logits_V is None:
             count, logits_V = self._read(prompt, slots[0], max_tokens)
             if self._runner.lengths[slots[0]] < len(prompt.tokens):
-                return count, None
+                return PromptRead(count, None, max(count, SHORTEST))
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
         slots_B = np.array(slots)
@@ -223,7 +229,9 @@ class SlotBatch:
         self._reading.popleft()
         self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
-        return count, self._draw(slots_B, logits_BV, samplers)
+        copied = (prompt.cached_tokens or 0) + (len(slots) - 1) * len(prompt.tokens)
+        cost = max(count, SHORTEST) + copied // COPIED_AS_COMPUTED
+        return PromptRead(count, self._draw(slots_B, logits_BV, samplers), cost)
 
     def _read(self, prompt: Prompt, slot: int, max_tokens: int | None) -> tuple[int, np.ndarray]:
         """Compute the next tokens of a prompt. Returns how many, and the logits after the last of them, a view."""

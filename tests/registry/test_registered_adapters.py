@@ -144,6 +144,8 @@ def test_versions_on_the_champions_base_are_asked_by_number_and_alias(
         }.items():
             assert digest(manager, name) == version.digest
         assert manager.loaded == 3
+        for unknown in ("9", "v" + "9" * 5000, "\N{ARABIC-INDIC DIGIT ONE}", ""):
+            assert refusal(manager, f"returns:{unknown}").endswith(f"returns has no version {unknown}")
         later = adapt(6)
         assert digest(manager, "returns:v4") == later.digest
         champion(registry, third)

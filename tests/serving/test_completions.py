@@ -6,8 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from served import GOOD, HELLO, MODEL, wait_until
+from served import GOOD, HELLO, MODEL, ScriptedScheduler, ScriptedStream, make_app, running, wait_until
+from tiny_tokenizers import published
 from tool_templates import FAMILIES, save_tokenizer
+
+from twinloop.models.tokenizer import ChatTokenizer
 
 TEXT = "damaged items reported"
 
@@ -243,3 +246,41 @@ def test_what_comes_before_a_text_is_what_the_tokenizers_own_file_says(family, t
         path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": step}))
         ours, theirs = type(tokenizer).load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
         assert ours.encode_text("an order") == theirs("an order")["input_ids"]
+
+
+class Continues(ScriptedScheduler):
+    """Answers with these ids."""
+
+    def __init__(self, tokenizer, ids):
+        super().__init__(tokenizer)
+        self.ids = ids
+
+    def submit(self, prompt, params):
+        return ScriptedStream(prompt, params, self.ids, 0.0, "length")
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("name", ["llama2", "mistral"])
+def test_a_completion_begins_with_the_space_that_its_first_token_has(tmp_path, name, as_ids, echo):
+    """Tokenizers of SentencePiece put a space before a text, which decoding a whole text leaves out."""
+    tokenizer = ChatTokenizer.load(published(name, tmp_path / "model"))
+    prompt, whole = (tokenizer.encode_text(text) for text in ("The order was", "The order was damaged"))
+    assert whole[: len(prompt)] == prompt
+    request = {"prompt": prompt if as_ids else "The order was", "max_tokens": 20, "logprobs": 1, "echo": echo}
+    with running(make_app(tmp_path, Continues(tokenizer, whole[len(prompt) :]), tokenizer)) as client:
+        choice = client.post("/v1/completions", json=request).json()["choices"][0]
+        lines = client.post("/v1/completions", json=request | {"stream": True}).text.splitlines()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    before = (tokenizer.decode_all(prompt) if as_ids else "The order was") if echo else ""
+    assert choice["text"] == before + " damaged" == "".join(chunk["choices"][0]["text"] for chunk in chunks)
+    logprobs, skipped = choice["logprobs"], len(prompt) if echo else 0
+    assert "".join(logprobs["tokens"][skipped:]) == " damaged"
+    assert logprobs["text_offset"][skipped] == len(before)
+
+
+def test_a_completion_of_nothing_is_a_whole_text(tmp_path):
+    tokenizer = ChatTokenizer.load(published("llama2", tmp_path / "model"))
+    with running(make_app(tmp_path, Continues(tokenizer, tokenizer.encode("damaged")), tokenizer)) as client:
+        choice = client.post("/v1/completions", json={"prompt": ""}).json()["choices"][0]
+    assert choice["text"] == "damaged"

@@ -299,3 +299,23 @@ def test_the_next_model_begins_with_nothing(tmp_path):
     assert [cached(), cached()] == [0, 99]
     assert manager.totals().prefix_cache_hits == 2 * 99
     manager.service.scheduler.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_prompts_that_are_cached_do_not_hold_up_a_running_answer(monkeypatch, shared):
+    """As those that are computed do not: so many passes at most come between two of its tokens."""
+    calls: list[str] = []
+    for name in ("prefill", "decode"):
+        work = getattr(Engine, name)
+        monkeypatch.setattr(Engine, name, lambda *a, name=name, work=work, **k: (calls.append(name), work(*a, **k))[1])
+    scheduler = Scheduler(varied_engine(slots=4), queue_size=60, prefill_tokens=2 * SHORTEST, draft_tokens=0)
+    list(scheduler.submit(SYSTEM, ONE))
+    running = scheduler.submit([1, 2, 3], SamplingParams(max_tokens=200))
+    next(iter(running))
+    calls.clear()
+    others = [scheduler.submit([*(SYSTEM if shared else prompt_of(seed, 3)), seed], ONE) for seed in range(50)]
+    for stream in others:
+        list(stream)
+    scheduler.close(drain=False, timeout_s=10)
+    between = "".join(name[0] for name in calls).split("d")
+    assert max(map(len, between)) <= 2

@@ -7,6 +7,7 @@ from served import CASE, HELLO, ScriptedScheduler, make_app, running
 
 from twinloop.common.errors import UserError
 from twinloop.serving.access import origin
+from twinloop.serving.response_format import MAX_DEPTH
 
 CHAT, DECISIONS = "/v1/chat/completions", "/v1/decisions"
 BODIES = {CHAT: {"messages": HELLO}, DECISIONS: CASE}
@@ -49,6 +50,8 @@ def test_a_body_that_is_not_said_to_be_json_gets_one_clear_line(scripted, path, 
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"stop": [5]}, "stop.0"),
         ({"stream_options": {"include_usages": True}}, "stream_options.include_usages"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"model": "returns:v" + "1" * 5000}, "model"),
     ],
 )
 def test_the_field_that_is_wrong_is_named_by_its_path(scripted, change, param):
@@ -56,6 +59,44 @@ def test_the_field_that_is_wrong_is_named_by_its_path(scripted, change, param):
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, param)
     assert error["message"].startswith(f"{param}: ")
+
+
+def nested(levels):
+    """Objects and arrays within each other."""
+    data = {}
+    for level in range(levels - 2):
+        data = [data] if level % 2 else {"default": data}
+    return {"default": data}
+
+
+def in_a_schema(data):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": data}}
+    return {"response_format": form}, "response_format.json_schema.schema"
+
+
+def in_a_tool(data):
+    tool = {"type": "function", "function": {"name": "f", "parameters": data}}
+    return {"tools": [tool], "tool_choice": "none"}, "tools.0.function.parameters"
+
+
+def in_a_call(data):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps(data)}}
+    asked = [*HELLO, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "1", "content": ""}]
+    return {"messages": asked}, "messages.1.tool_calls.0.function.arguments"
+
+
+@pytest.mark.parametrize("levels", [MAX_DEPTH + 1, 600, 900])
+@pytest.mark.parametrize("place", [in_a_schema, in_a_tool, in_a_call])
+def test_what_is_nested_too_deeply_is_refused_by_its_path(scripted, place, levels):
+    change, param = place(nested(levels))
+    answer = scripted.post(CHAT, json={"messages": HELLO} | change)
+    said = f"{param}: is nested more than {MAX_DEPTH} levels deep"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, said)
+
+
+@pytest.mark.parametrize("path", [f"{DECISIONS}?model={'1' * 5000}", "/v1/versions/" + "1" * 5000])
+def test_a_number_of_many_digits_is_a_mistake_of_the_request(scripted, path):
+    assert scripted.request("POST" if "decisions" in path else "GET", path, json=CASE).status_code == 422
 
 
 @pytest.mark.parametrize("choice", ["auto", "none", None])

@@ -162,8 +162,8 @@ def test_a_long_prompt_is_read_between_the_steps_of_others(scheduler, monkeypatc
 
 def test_a_cancelled_answer_frees_its_slot(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
-    with scheduler._lock:  # else the first step may begin, and wait at the gate, before three have come
-        streams = [scheduler.submit(prompt_of(seed, 3), SamplingParams(max_tokens=200)) for seed in range(5)]
+    with scheduler.reserve(5) as place:  # of one prompt: three get their slots at once, before the first step
+        streams = place.submit(prompt_of(0, 3), SamplingParams(max_tokens=200))
     wait_for(lambda: scheduler.active == 3 and scheduler.queued == 2)
     streams[0].cancel()
     streams[3].cancel()

@@ -38,7 +38,7 @@ def test_a_group_continues_when_the_slot_that_reads_its_prompt_is_released(engin
     answers = expected(engine, prompt, 3)
     batch = SlotBatch(engine)
     slots = batch.admit(Prompt(prompt), PARAMS, [0, 1, 2])
-    assert batch.read_prompt(8) == (8, None)
+    assert batch.read_prompt(8)[:2] == (8, None)
     batch.release(slots[0])
     assert batch.free == 1
     del answers[0]
@@ -64,13 +64,13 @@ def test_a_prompt_is_copied_while_a_slot_begins_with_it_and_computed_again_other
     batch.admit(prompt, PARAMS, [0, 1])
     assert run(batch) == {sequence: answers[sequence] for sequence in (0, 1)}
     batch.admit(prompt, PARAMS, [2])
-    count, drawn = batch.read_prompt(8)
+    count, drawn, _ = batch.read_prompt(8)
     assert (count, drawn is None) == (0, False)
     assert [drawn.tokens[0], *run(batch)[2]] == answers[2]
     batch.admit(Prompt(prompt_of(5, 9)), PARAMS, [3, 4, 5])  # takes all slots
     run(batch)
     batch.admit(prompt, PARAMS, [4, 5])
-    assert batch.read_prompt(8) == (8, None)
+    assert batch.read_prompt(8)[:2] == (8, None)
     assert run(batch) == {sequence: answers[sequence] for sequence in (4, 5)}
 
 
@@ -98,10 +98,10 @@ def test_sequences_that_come_while_their_prompt_is_read_wait_for_it(engine):
     answers = expected(engine, tokens, 3)
     batch, prompt = SlotBatch(engine), Prompt(tokens)
     batch.admit(prompt, PARAMS, [0])
-    assert batch.read_prompt(8) == (8, None)
+    assert batch.read_prompt(8)[:2] == (8, None)
     batch.admit(prompt, PARAMS, [1, 2])
     assert [batch.read_prompt(8)[0] for _ in range(2)] == [8, 8]
-    count, drawn = batch.read_prompt(8)
+    count, drawn, _ = batch.read_prompt(8)
     assert (count, drawn.sequences.tolist()) == (6, [0, 1, 2])
     later = run(batch)
     assert {at: [token, *later[at]] for at, token in enumerate(drawn.tokens.tolist())} == answers

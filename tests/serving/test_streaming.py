@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from dataclasses import replace
 
 import pytest
-from served import HELLO, make_app, wait_until
+from served import HELLO, ScriptedStream, make_app, wait_until
 from test_scheduler import Gate, small_engine
 
 from twinloop.models.decoder_stream import DecoderStream
@@ -16,6 +17,7 @@ from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.generation import TextStream
+from twinloop.serving.work import Workers
 
 GREEDY = SamplingParams(max_tokens=60)
 
@@ -150,3 +152,22 @@ def test_a_client_that_leaves_before_the_first_chunk_frees_its_slot(tmp_path, sc
     body = {"messages": HELLO, "stream": True}
     call(make_app(tmp_path, script, tokenizer), body, send, {"type": "http.disconnect"})
     assert script.streams[0].cancelled.is_set()
+
+
+@pytest.mark.parametrize("end", ["stop token", "length"])
+def test_a_character_that_an_answer_leaves_unfinished_is_shown_as_decoding_shows_it(tokenizer, end):
+    ids = [tokenizer.token_bytes.index(b"\xc3"), *([tokenizer.stop_id] if end == "stop token" else [])]
+    stream = ScriptedStream([1], SamplingParams(stop=tokenizer.stop_ids), ids, 0.0)
+    assert "".join(text_of(stream, tokenizer)) == tokenizer.decode(ids) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_no_answer_that_is_waited_for_waits_for_a_thread():
+    """A scheduler may hold more of them than a limit of threads would let wait."""
+    answers = 1200
+    all_wait = threading.Barrier(answers)
+
+    async def wait():
+        workers = Workers()
+        await asyncio.gather(*(workers.run(all_wait.wait, 60) for _ in range(answers)))
+
+    asyncio.run(wait())

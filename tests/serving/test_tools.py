@@ -19,6 +19,7 @@ from wish import Wish
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.grammar import Grammar
 from twinloop.serving.engine.scheduler import Scheduler
+from twinloop.serving.response_format import MAX_DEPTH
 
 CHAT = "/v1/chat/completions"
 CALLING = [name for name in FAMILIES if name != "thinking"]
@@ -359,6 +360,19 @@ def test_what_cannot_be_kept_to_is_refused_by_its_path_before_anything_is_genera
     assert error["message"].startswith(f"{param}: ")
     assert said in error["message"]
     assert served.model.metrics().totals == before
+
+
+def test_data_that_is_as_deep_as_is_read_is_written_into_the_prompt(wishing):
+    data = {}
+    for _ in range(MAX_DEPTH - 1):
+        data = {"default": data}
+    call = {"id": "callnr001", "type": "function", "function": {"name": "find_order", "arguments": json.dumps(data)}}
+    messages = [*HELLO, {"role": "assistant", "tool_calls": [call]}]
+    messages.append({"role": "tool", "tool_call_id": "callnr001", "content": "sent"})
+    wishing.model.wish = "yes"
+    asked = {"messages": messages, "tools": [tool(parameters=data)], "tool_choice": "none"}
+    answer = wishing.client.post(CHAT, json=asked)  # Llama's template indents, which needs more tokens than there are
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -9,7 +9,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent / "models" / "templates"
 
 CORPUS = [
     f"P-{n % 7}: damaged items reported within {n % 30} days are eligible.\nThe order was damaged, {n} days old.\n\n"
