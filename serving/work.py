@@ -22,6 +22,9 @@ from twinloop.serving.named import is_served
 
 T = TypeVar("T")
 
+MAX_NAMED = 512
+"""Requests for versions beside the served model that are submitted at once: others wait without a thread."""
+
 
 class Workers:
     """Threads that wait for tokens, as many as there are accepted answers: each of these has a place at a scheduler,
@@ -44,7 +47,7 @@ class Workers:
         none of the threads that other requests and probes need.
         """
         if self._loading is None:
-            self._loading = anyio.CapacityLimiter(MAX_THREADS)
+            self._loading = anyio.CapacityLimiter(MAX_NAMED)
         limiter = None if is_served(manager.service.model, name) else self._loading
         return await anyio.to_thread.run_sync(manager.submit, work, name, limiter=limiter)
 
