@@ -73,6 +73,10 @@ class Estimate(BaseModel):
     value: float
     interval: tuple[float, float] | None = None
 
+    @property
+    def is_finite(self) -> bool:
+        return all(map(math.isfinite, (self.value, *(self.interval or ()))))
+
     def __str__(self) -> str:
         if self.interval is None:
             return f"{self.value:.4g}"

@@ -91,7 +91,7 @@ def _try_wrong_answers(scorer: _Scorer, case: Case, domain: Domain, tried: Count
     right, *scores = scorer.scores(case.prompt, [gold, *(output for _, output in wrong)])
     for (name, _), score in zip(wrong, scores, strict=True):
         tried[name] += 1
-        hacked[name] += int(score >= right)
+        hacked[name] += int(not score < right)  # a score that is no number too
 
 
 class _Scorer:
@@ -148,8 +148,16 @@ def _failure(pair: Mapping[str, Any], result: CaseResult, margin: float) -> Case
         output=pair["rejected"],
         finish_reason="stop",
         failed=(PAIR,),
-        reasons=(f"the rejected answer scores {-margin:.3g} higher than the chosen one",),
+        reasons=(_why(margin),),
         expected={"chosen": pair["chosen"]},
         owner=TRAINING.name,
         next_action=TRAINING.next_action,
     )
+
+
+def _why(margin: float) -> str:
+    if margin == 0:
+        return "the rejected answer scores as high as the chosen one"
+    if margin < 0:
+        return f"the rejected answer scores {-margin:.3g} higher than the chosen one"
+    return "one of the answers has a score that is no number"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -85,7 +86,10 @@ def score_answers(
 
 
 def answer_losses(scores: Sequence[TextScore]) -> dict[str, Estimate]:
-    """Perplexity and bits per byte of reference answers, with their intervals. Empty answers have no bits per byte."""
+    """Perplexity and bits per byte of reference answers, with their intervals. What is no finite number is no
+    measurement and left out. Empty answers have no bits per byte."""
+    if not all(math.isfinite(score.nats) for score in scores):
+        return {}
     terms = [{"nats": score.nats, "tokens": score.tokens, "bytes": score.bytes} for score in scores]
 
     def bits(sums: Mapping[str, float]) -> float | None:
@@ -95,7 +99,7 @@ def answer_losses(scores: Sequence[TextScore]) -> dict[str, Estimate]:
         "answer_perplexity": estimated(terms, lambda sums: metrics.perplexity(sums["nats"], round(sums["tokens"]))),
         "answer_bits_per_byte": estimated(terms, bits),
     }
-    return {name: estimate for name, estimate in found.items() if estimate is not None}
+    return {name: each for name, each in found.items() if each is not None and each.is_finite}
 
 
 def _loss(logits_LV: np.ndarray, targets: list[int]) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from twinloop.domains.metrics import CALIBRATION_BINS
 from twinloop.evaluation.metrics import Rate, percentile
 from twinloop.report.drawing import COLOURS, HEIGHT, MARKERS, Panel
 from twinloop.report.lineage import lineage_panel
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Formatter
 
-BINS = 10
-"""Of confidence."""
 MOST_OPAQUE = 0.6
 """A cell's colour, so that dark text and light text are read on it."""
 
@@ -214,7 +213,7 @@ def _confusion(axes: Axes, outcomes: Mapping[str, Mapping[str, int]]) -> None:
 def _reliability(axes: Axes, confidences: Sequence[tuple[float, bool]]) -> None:
     bins: dict[int, list[tuple[float, bool]]] = {}
     for confidence, passed in confidences:
-        bins.setdefault(min(BINS - 1, int(confidence * BINS)), []).append((confidence, passed))
+        bins.setdefault(min(CALIBRATION_BINS - 1, int(confidence * CALIBRATION_BINS)), []).append((confidence, passed))
     axes.plot([0, 1], [0, 1], "--", color=COLOURS[-1], linewidth=1, label="calibrated")
     gap = 0.0
     for cases in bins.values():

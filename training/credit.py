@@ -106,14 +106,14 @@ class KLController:
     from it (Ziegler et al., 2019)."""
 
     def __init__(self, coef: float, *, target: float | None = None, horizon: int = 10_000):
-        """target: nats an answer. horizon: answers in which the whole correction is made."""
+        """target: nats an answer. horizon: answers in which the whole correction is made, or fewer."""
         self.coef, self.target, self.horizon = coef, target, horizon
 
     def update(self, kl: float, answers: int) -> None:
         """kl: nats an answer, the mean of so many answers."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -MOST_CORRECTION), MOST_CORRECTION)
-            self.coef *= 1 + error * answers / self.horizon
+            self.coef *= 1 + error * min(1, answers / self.horizon)
 
 
 class TokenCredit:

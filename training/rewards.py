@@ -117,7 +117,8 @@ class RewardModel:
     """The score of each answer by a model directory that the method `reward` made.
 
     It reads prompt and answer as it was trained: by its own tokenizer, and with the stop token behind an answer that
-    ended by itself. One that was cut off has none, and scores as what is not finished.
+    ended by itself. One that was cut off has none, and scores as what is not finished. So does one that is too long to
+    be read: text may have more tokens than were sampled for it.
     """
 
     def __init__(self, directory: Path, prompts: Sequence[Sequence[Message]], runtime: Runtime):
@@ -126,16 +127,16 @@ class RewardModel:
         self._directory, self._prompts, self._device = directory, prompts, runtime.device
 
     def __call__(self, answers: Sequence[Answer]) -> list[Earned]:
-        trees = [
-            group(self._tokenizer.encode_prompt(self._prompts[prompt]), [self._encode(each) for each in members])
-            for prompt, members in groupby(answers, key=lambda answer: answer.prompt)
-        ]
-        longest = max(len(tree.segments[0].tokens) + len(s.tokens) for tree in trees for s in tree.segments[1:])
-        if longest > (positions := self._network.config.max_position_embeddings):
-            raise UserError(
-                f"rewards: {self._directory} takes {positions} tokens, and a prompt with its answer has {longest}; "
-                "lower max_new_tokens, or train the reward model on a longer base"
-            )
+        trees = []
+        for prompt, members in groupby(answers, key=lambda answer: answer.prompt):
+            asked = self._tokenizer.encode_prompt(self._prompts[prompt])
+            left = self._network.config.max_position_embeddings - len(asked)
+            if left < 1:
+                raise UserError(
+                    f"rewards: {self._directory} takes {left + len(asked)} tokens, and a prompt has {len(asked)}; "
+                    "train the reward model on a longer base"
+                )
+            trees.append(group(asked, [self._encode(each)[:left] for each in members]))
         seq_len = row_length(max(tree.length for tree in trees), self._device)
         scores = tree_scores(self._network, trees, seq_len=seq_len, device=self._device)
         return [Earned(float(score)) for score in np.concatenate(scores)[:, 0]]

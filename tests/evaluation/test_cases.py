@@ -20,7 +20,7 @@ from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.rules import Measurements
-from twinloop.evaluation.texts import answer_losses, score_answers, score_texts
+from twinloop.evaluation.texts import TextScore, answer_losses, score_answers, score_texts
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import SamplingParams
@@ -359,6 +359,10 @@ def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokeniz
     alone = [score.perplexity for score in scores]
     assert losses["answer_perplexity"].interval == pytest.approx((min(alone), max(alone)))
     assert "answer_bits_per_byte" not in answer_losses(scores[1:]), "an empty answer has no bytes"
+    for broken in (math.nan, math.inf, 1e6):  # of the last the perplexity alone is too large for a number
+        found = answer_losses([*scores, TextScore(broken, 3, 4)])
+        assert all(map(math.isfinite, [n for each in found.values() for n in (each.value, *(each.interval or ()))]))
+        assert "answer_perplexity" not in found
     with pytest.raises(UserError, match="reference answers: there are none"):
         score_answers(Engine(logits), tokenizer, [])
     [cut] = score_answers(UnigramEngine(logits), tokenizer, [(prompt, "within 30 days " * 50)])

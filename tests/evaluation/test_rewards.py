@@ -84,6 +84,24 @@ def test_pairs_are_counted_and_every_wrong_answer_that_scores_as_high_is_named(t
     assert engine.prompts == 23, "each prompt is read once"
 
 
+def test_a_score_that_is_no_number_passes_nothing(tokenizer: ChatTokenizer) -> None:
+    class Broken(LikesLength):
+        def prefill(self, slot: int, tokens: list[int], *, start: int = 0) -> np.ndarray:
+            return super().prefill(slot, tokens, start=start) * np.float32("nan")
+
+    domain = Yes()
+    report, _ = judge_reward_model(Broken(tokenizer), tokenizer, PAIRS, read_cases(cases(3), domain), domain)
+    assert report.overall.successes == 0
+    assert report.violations == {HACKING: 6}
+    assert {failure.reasons for failure in report.failures} == {("one of the answers has a score that is no number",)}
+
+
+def test_a_pair_that_scores_alike_is_said_to(tokenizer: ChatTokenizer) -> None:
+    pair = {"prompt": asked("is it"), "chosen": "no", "rejected": "so"}
+    report, _ = judge_reward_model(LikesLength(tokenizer), tokenizer, [pair], [], Domain())
+    assert report.failures[0].reasons == ("the rejected answer scores as high as the chosen one",)
+
+
 def test_a_right_answer_that_does_not_fit_the_context_is_no_measure_of_wrong_ones(tokenizer: ChatTokenizer) -> None:
     class Long(Yes):
         def gold(self, facts: object) -> str:

@@ -109,6 +109,10 @@ def test_the_kl_controller_corrects_by_at_most_a_fifth_a_horizon():
         before = controller.coef
         controller.update(kl, 100)
         assert controller.coef == pytest.approx(before * factor)
+    short = KLController(0.1, target=4.0, horizon=25)
+    for _ in range(3):
+        short.update(0.0, 128)
+    assert short.coef == pytest.approx(0.1 * 0.8**3), "more answers than the horizon: the whole correction, and no more"
     fixed = KLController(0.1)
     fixed.update(60.0, 100)
     assert fixed.coef == 0.1

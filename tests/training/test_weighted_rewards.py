@@ -14,7 +14,7 @@ from test_methods import RECORDS, Parity
 from test_rollouts import rewarded
 
 from twinloop.common.errors import UserError
-from twinloop.models.directory import save_model
+from twinloop.models.directory import load_config, save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.training.heads import REWARD, attach_head
@@ -108,10 +108,18 @@ def test_an_answer_that_the_template_cannot_follow_is_scored_as_it_is(reward_mod
     )
 
 
-def test_answers_that_a_reward_model_cannot_read_are_reported(reward_model: Path) -> None:
-    long = Answer(0, "it is " * 2000, True)
-    with pytest.raises(UserError, match=r"takes \d+ tokens, and a prompt with its answer has \d+; lower max_new"):
-        RewardModel(reward_model, PROMPTS, RUNTIME)([long])
+def test_an_answer_longer_than_a_reward_model_reads_scores_as_one_that_was_cut_off(reward_model: Path) -> None:
+    """Its text may have more tokens than were sampled, such as the name of one special token."""
+    tokenizer, positions = ChatTokenizer.load(reward_model), load_config(reward_model).max_position_embeddings
+    read = [*tokenizer.encode_prompt(PROMPTS[0]), *tokenizer.encode("it is " * 2000)][:positions]
+    (found,) = RewardModel(reward_model, PROMPTS, RUNTIME)([Answer(0, "it is " * 2000, True)])
+    assert found.reward == pytest.approx(reward_scores(reward_model, [read])[0], abs=1e-5)
+
+
+def test_a_prompt_longer_than_a_reward_model_reads_is_reported(reward_model: Path) -> None:
+    prompts = [[{"role": "user", "content": "it is " * 2000}]]
+    with pytest.raises(UserError, match=r"takes \d+ tokens, and a prompt has \d+; train the reward model on a longer"):
+        RewardModel(reward_model, prompts, RUNTIME)([Answer(0, "no", True)])
 
 
 def test_a_model_that_writes_text_is_no_reward_model(tmp_path: Path, network, tokenizer: ChatTokenizer) -> None:
