@@ -281,10 +281,11 @@ class ChatTokenizer:
         texts: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i]. What the assistant said
-        stands as it is."""
-        clean = [valid_unicode(text) for text in texts]
-        return self._encode(self._template.trace_marked(messages, clean, tools))
+        """A prompt, as `render_marked` takes it: the messages' content is text, and in all else `mark(i)` is the place
+        of texts[i]. Raises UserError, see `render`."""
+        clean = [{**message, "content": valid_unicode(message["content"])} for message in messages]
+        rendered = self._template.trace(clean, add_generation_prompt=True, tools=tools)
+        return self._encode(rendered.with_texts([valid_unicode(text) for text in texts]))
 
     @cached_property
     def _question(self) -> list[dict[str, str]]:
