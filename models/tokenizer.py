@@ -223,13 +223,14 @@ class ChatTokenizer:
         return [*self._encode(turn.whole, 0, turn.begin), *self._answer(turn), *after]
 
     def encode_answered(self, messages: Sequence[Message]) -> list[int]:
-        """A prompt with its answer, the last message, up to the stop token: what a reward model scores.
+        """A prompt with its answer, the last message, up to the stop token: what a reward model scores, so the answer
+        is encoded as `encode_sampled` does it.
 
-        Raises UserError as `encode_prompt` and `encode_answer` do, and where the last message is not the assistant's.
+        Raises UserError as `encode_prompt`, and where the last message is not the assistant's.
         """
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise UserError("messages: the last one must be the assistant's answer that is scored")
-        return [*self.encode_prompt(messages[:-1]), *self.encode_answer(messages[-1]["content"])]
+        return [*self.encode_prompt(messages[:-1]), *self.encode_sampled(messages[-1]["content"])]
 
     def encode_turns(self, messages: Sequence[Message]) -> list[TrainedTurns]:
         """The assistant's answers with what each was asked with: in one sequence where the template leaves a
