@@ -32,9 +32,10 @@ CLOCK = """
 
 
 def write(name: str, folder: Path) -> Path:
-    if name != "clock":
+    if name in PUBLISHED:
         return published(name, folder)
-    return write_model(folder, "qwen", CLOCK, ("<|im_end|>",), eos_token="<|im_end|>")
+    template = CLOCK if name == "clock" else CALLERS
+    return write_model(folder, "qwen", template, ("<|im_end|>",), eos_token="<|im_end|>")
 
 
 def pinned(name: str, folder: Path, pins: TemplatePins = PINS) -> ChatTokenizer:
@@ -62,6 +63,28 @@ def test_transformers_writes_the_same_with_the_pinned_template(name: str, tmp_pa
         asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False)
         assert ours.encode_prompt(messages[:-1]) == asked
         assert ours.encode_conversation(messages) == theirs.apply_chat_template(messages, return_dict=False)
+
+
+# What llama-server gives to every template, and to those of Llama 3.
+LLAMA_CPP = {"enable_thinking": True, "date_string": "02 Jan 2030"}
+# In the manner of Llama 3.1, which has no clock.
+CALLERS = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "clock", "caller's"])
+def test_what_a_caller_says_of_it_changes_nothing(name: str, tmp_path: Path) -> None:
+    ours, theirs = pinned(name, tmp_path), AutoTokenizer.from_pretrained(tmp_path / "pinned")
+    for messages in (CHAT, LONGER):
+        asked = theirs.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False, **LLAMA_CPP)
+        assert ours.encode_prompt(messages[:-1]) == asked
+    came = ChatTokenizer.load(tmp_path / "came")
+    if name in ("llama3", "caller's"):
+        with_date = came.pinned(TemplatePins(thinking=False, date=datetime.date(2020, 1, 2)))
+        assert "02 Jan 2020" in with_date.render(CHAT)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
