@@ -178,9 +178,11 @@ class ChatTemplate:
         """Why a conversation does not begin with the prompt of its answer."""
         before = self.render(messages[:-1], add_generation_prompt=False)
         if prompt.startswith(before) and whole.startswith(before):
+            asked = prompt[len(before) :]
+            thinks = "; a base with `thinking: true` is asked for answers that think" if "</think>" in asked else ""
             return (
-                f"it asks for an answer with {prompt[len(before) :]!r}, but the answer in a conversation does not "
-                f"follow that: {whole[len(before) :][:40]!r}; it would be trained otherwise than it is asked for"
+                f"it asks for an answer with {asked!r}, but the answer in a conversation does not follow that: "
+                f"{whole[len(before) :][:40]!r}; it would be trained otherwise than it is asked for{thinks}"
             )
         return "it writes earlier messages otherwise once an answer follows them, so the prompt is not its beginning"
 

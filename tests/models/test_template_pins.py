@@ -10,6 +10,7 @@ import pytest
 from tiny_tokenizers import PUBLISHED, published, write_model
 from transformers import AutoTokenizer
 
+from twinloop.common.errors import UserError
 from twinloop.models.template_pins import TemplatePins
 from twinloop.models.tokenizer import ChatTokenizer
 
@@ -93,6 +94,15 @@ def test_a_template_that_looks_up_nothing_of_it_is_left_as_it_came(name: str, tm
     assert (came.pinned(PINS) is came) == (name not in ("qwen3", "llama3"))
     if name == "qwen3":
         assert came.pinned(TemplatePins(thinking=True, date=PINS.date)) is came
+
+
+def test_an_answer_that_thinks_is_refused_without_thinking_and_the_setting_is_named(tmp_path: Path) -> None:
+    thinks = [CHAT[0], {"role": "assistant", "content": f"<think>\nhm\n</think>\n\n{ANSWER}"}]
+    with pytest.raises(UserError, match="otherwise than it is asked for; a base with `thinking: true`"):
+        pinned("qwen3", tmp_path / "without").encode_turns(thinks)
+    with_thoughts = pinned("qwen3", tmp_path / "with", TemplatePins(thinking=True, date=PINS.date))
+    (turns,) = with_thoughts.encode_turns(thinks)
+    assert with_thoughts.decode(turns.ids[turns.answers[0].start :][: len(turns.answers[0])]) == thinks[1]["content"]
 
 
 def test_the_date_is_the_one_that_was_chosen_in_each_of_its_forms(tmp_path: Path) -> None:
