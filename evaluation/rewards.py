@@ -102,11 +102,11 @@ class _Scorer:
         """Of each answer to the prompt, which is read once."""
         tokens = self._tokenizer.encode_prompt(prompt)
         self._engine.prefill(0, tokens)
-        encoded = [self._tokenizer.encode_answer(answer) for answer in answers]
+        encoded = [self._tokenizer.encode_sampled(answer) for answer in answers]
         return [float(self._engine.prefill(0, answer, start=len(tokens))[0]) for answer in encoded]
 
     def fits(self, prompt: Sequence[Message], answer: str) -> bool:
-        tokens = len(self._tokenizer.encode_prompt(prompt)) + len(self._tokenizer.encode_answer(answer))
+        tokens = len(self._tokenizer.encode_prompt(prompt)) + len(self._tokenizer.encode_sampled(answer))
         return tokens <= self._engine.max_length
 
 

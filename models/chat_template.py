@@ -42,6 +42,25 @@ class Rendered:
     half_shadow: str
     contents: tuple[str, ...] = ()
 
+    def with_texts(self, texts: Sequence[str]) -> Rendered:
+        """With texts[i], as content that is not the assistant's, in the place of each `mark(i)`."""
+        text, shadow, half_shadow = [], [], []
+        last = 0
+        for found in MARK.finditer(self.shadow):  # content has images there, so no mark in it is taken for one
+            start, end = found.span()
+            content = texts[int(found[1])]
+            content = json.dumps(content, ensure_ascii=False)[1:-1] if found[2] else content
+            images = chr(_IMAGES[0][0]) * len(content)
+            text += [self.text[last:start], content]
+            shadow += [self.shadow[last:start], images]
+            half_shadow += [self.half_shadow[last:start], images]
+            last = end
+        return Rendered(
+            "".join([*text, self.text[last:]]),
+            "".join([*shadow, self.shadow[last:]]),
+            "".join([*half_shadow, self.half_shadow[last:]]),
+        )
+
 
 @dataclass(frozen=True)
 class Token:
@@ -89,39 +108,22 @@ class ChatTemplate:
         """The conversation as `transformers` renders it. Raises UserError where the template refuses it."""
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
 
-    def trace(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
-        """As `render`, for messages of role and content, and where their content is.
+    def trace(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Any = None) -> Rendered:
+        """As `render`, and where the messages' content is, which is text. What else they and tools hold has marks.
 
         Raises UserError for a template that changes content in a way that cannot be followed.
         """
         images = _images(messages)
         back = [{ord(image): chr(character) for character, image in each.items()} for each in images]
         for signs in (None, _AFTER, _BEFORE):
-            text = self.render(messages, add_generation_prompt=add_generation_prompt)
+            text = self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
             self._check_roles(messages)
             contents = [self._shadow(message, images[_is_answer(message)], signs) for message in messages]
             shadowed = [{**message, "content": each} for message, each in zip(messages, contents, strict=True)]
-            shadow = self.render(shadowed, add_generation_prompt=add_generation_prompt)
+            shadow = self.render(shadowed, add_generation_prompt=add_generation_prompt, tools=tools)
             if (shadow if signs is None else _SIGN.sub("", shadow)).translate(back[0] | back[1]) == text:
                 shadow = shadow if signs is None else self._without_signed(shadow)
                 return Rendered(text, shadow, shadow.translate(back[True]), tuple(contents))
-        raise UserError("chat template: it changes what messages say in a way that cannot be followed")
-
-    def trace_marked(self, messages: Sequence[Message], texts: Sequence[str], tools: Any = None) -> Rendered:
-        """As `trace`, of a prompt whose messages and tools are in the template's own form: the assistant's content is
-        as it is, and `mark(i)` is the place of each other text, texts[i]."""
-        spoken = [each for each in messages if _is_answer(each)]
-        image_of = _images(spoken)[True]
-        back = {ord(image): chr(character) for character, image in image_of.items()}
-        text = self.render(messages, add_generation_prompt=True, tools=tools)
-        for signs in (None, _AFTER):
-            shadowed = [
-                {**each, "content": self._shadow(each, image_of, signs)} if _is_answer(each) else each
-                for each in messages
-            ]
-            shadow = self.render(shadowed, add_generation_prompt=True, tools=tools)
-            if shadow.translate(back) == text:
-                return _with_texts(shadow, texts, back)
         raise UserError("chat template: it changes what messages say in a way that cannot be followed")
 
     def turn(self, messages: Sequence[Message], stops: Collection[str]) -> Turn:
@@ -176,9 +178,11 @@ class ChatTemplate:
         """Why a conversation does not begin with the prompt of its answer."""
         before = self.render(messages[:-1], add_generation_prompt=False)
         if prompt.startswith(before) and whole.startswith(before):
+            asked = prompt[len(before) :]
+            thinks = "; a base with `thinking: true` is asked for answers that think" if "</think>" in asked else ""
             return (
-                f"it asks for an answer with {prompt[len(before) :]!r}, but the answer in a conversation does not "
-                f"follow that: {whole[len(before) :][:40]!r}; it would be trained otherwise than it is asked for"
+                f"it asks for an answer with {asked!r}, but the answer in a conversation does not follow that: "
+                f"{whole[len(before) :][:40]!r}; it would be trained otherwise than it is asked for{thinks}"
             )
         return "it writes earlier messages otherwise once an answer follows them, so the prompt is not its beginning"
 
@@ -237,20 +241,6 @@ class _Finder:
         for match in self._pattern.finditer(text, start, len(text) if end is None else end):
             if match[0] in self._tokens:
                 yield Token(*match.span(), match[0])
-
-
-def _with_texts(marked: str, texts: Sequence[str], back: Mapping[int, str]) -> Rendered:
-    """A shadow in which `mark(i)` is the place of texts[i]. back: the assistant's characters, by their images."""
-    text, shadow, half_shadow = [], [], []
-    pieces = MARK.split(marked)
-    for piece, index, in_json in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], ""], strict=True):
-        content = "" if index is None else texts[int(index)]
-        content = json.dumps(content, ensure_ascii=False)[1:-1] if in_json else content
-        images = chr(_IMAGES[0][0]) * len(content)
-        text += [piece.translate(back), content]
-        shadow += [piece, images]
-        half_shadow += [piece.translate(back), images]
-    return Rendered("".join(text), "".join(shadow), "".join(half_shadow))
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -223,13 +223,14 @@ class ChatTokenizer:
         return [*self._encode(turn.whole, 0, turn.begin), *self._answer(turn), *after]
 
     def encode_answered(self, messages: Sequence[Message]) -> list[int]:
-        """A prompt with its answer, the last message, up to the stop token: what a reward model scores.
+        """A prompt with its answer, the last message, up to the stop token: what a reward model scores, so the answer
+        is encoded as `encode_sampled` does it.
 
-        Raises UserError as `encode_prompt` and `encode_answer` do, and where the last message is not the assistant's.
+        Raises UserError as `encode_prompt`, and where the last message is not the assistant's.
         """
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise UserError("messages: the last one must be the assistant's answer that is scored")
-        return [*self.encode_prompt(messages[:-1]), *self.encode_answer(messages[-1]["content"])]
+        return [*self.encode_prompt(messages[:-1]), *self.encode_sampled(messages[-1]["content"])]
 
     def encode_turns(self, messages: Sequence[Message]) -> list[TrainedTurns]:
         """The assistant's answers with what each was asked with: in one sequence where the template leaves a
@@ -281,10 +282,11 @@ class ChatTokenizer:
         texts: Sequence[str],
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
-        """A prompt, as `render_marked` takes it, in which `mark(i)` is the place of texts[i]. What the assistant said
-        stands as it is."""
-        clean = [valid_unicode(text) for text in texts]
-        return self._encode(self._template.trace_marked(messages, clean, tools))
+        """A prompt, as `render_marked` takes it: the messages' content is text, and in all else `mark(i)` is the place
+        of texts[i]. Raises UserError, see `render`."""
+        clean = [{**message, "content": valid_unicode(message["content"])} for message in messages]
+        rendered = self._template.trace(clean, add_generation_prompt=True, tools=tools)
+        return self._encode(rendered.with_texts([valid_unicode(text) for text in texts]))
 
     @cached_property
     def _question(self) -> list[dict[str, str]]:

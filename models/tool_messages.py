@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from twinloop.common.errors import UserError
 from twinloop.models.jinja_template import mark
-from twinloop.models.tokenizer import ChatTokenizer, valid_unicode
+from twinloop.models.tokenizer import ChatTokenizer
 
 CALL_ID_LENGTH = 9
 """Of every call's id while a template is rendered: Mistral's templates refuse any other length."""
@@ -110,7 +110,7 @@ def encode_tool_prompt(
 
 
 class _Texts:
-    """The texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare."""
+    """Texts of a prompt, each with its mark. The same text has the same mark, so that templates may compare."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -144,10 +144,9 @@ def _named_results(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, A
 
 
 def _marked_message(message: Mapping[str, Any], texts: _Texts, arguments_as_text: bool) -> dict[str, Any]:
-    """The message with a mark for each text in it, but what the assistant said: templates look into that."""
-    content = message["content"]
-    said = valid_unicode(content) if message["role"] == "assistant" else texts.mark(content)
-    fields: dict[str, Any] = {"role": message["role"], "content": said}
+    """The message with a mark for each text in it that a person, a model or a tool wrote, but its content: templates
+    trim that and look into it, for thoughts to drop."""
+    fields: dict[str, Any] = {"role": message["role"], "content": message["content"]}
     if "tool_call_id" in message:
         fields["tool_call_id"] = texts.mark_id(message["tool_call_id"])
     if "name" in message:

@@ -125,7 +125,7 @@ def encode_answered(messages: Sequence[ChatMessage], tokenizer: ChatTokenizer) -
     *asked, answer = messages
     if not isinstance(answer, AssistantMessage) or answer.content is None or not asked:
         raise ApiError(400, "input: the last message must be the assistant's answer that is scored", param="input")
-    return encode_messages(asked, tokenizer) + tokenizer.encode_answer(_text(answer))
+    return encode_messages(asked, tokenizer) + tokenizer.encode_sampled(_text(answer))
 
 
 def _plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:

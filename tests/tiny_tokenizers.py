@@ -24,6 +24,7 @@ LLAMA3 = (
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 HEADERS = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+QWEN = tuple(f"<{slash}{name}>" for name in ("tool_call", "tool_response", "think") for slash in ("", "/"))
 PHI = ("<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>")
 SENTENCEPIECE = ("<unk>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>")
 
@@ -31,7 +32,7 @@ SENTENCEPIECE = ("<unk>", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>")
 BYTE_LEVEL: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "gpt2": ((GPT2,), CHATML, ()),
     "smollm2": ((r"\p{N}", GPT2), CHATML, ()),
-    "qwen": ((LLAMA3.replace("{1,3}", ""),), CHATML, ("<think>", "</think>", "<tool_response>", "</tool_response>")),
+    "qwen": ((LLAMA3.replace("{1,3}", ""),), CHATML, QWEN),
     "llama3": ((LLAMA3,), HEADERS, ()),
     "deepseek": ((LLAMA3,), DEEPSEEK, ("<think>", "</think>")),
     "phi": ((GPT2,), PHI, ()),

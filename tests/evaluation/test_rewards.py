@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,6 +114,24 @@ def test_a_right_answer_that_does_not_fit_the_context_is_no_measure_of_wrong_one
     assert report.details[HACKING] == {}
     assert "reward_hacking_share" not in numbers
     assert REWARD["reward_hacking_violations"].measure(Measurements.of_cases(report)).value is None
+
+
+def test_an_answer_that_the_template_cannot_follow_is_scored_as_it_is(tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    split = settings["chat_template"].replace("message['content']", "message['content'].split('</think>')[-1]")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": split}))
+    splits = ChatTokenizer.load(tmp_path)
+    pair = {"prompt": asked("is it"), "chosen": "yes and much more", "rejected": "yes</think>no"}
+
+    class Thinks(Yes):
+        def wrong(self, gold: str, facts: object) -> Iterable[tuple[str, str]]:
+            yield "thinks", "yes</think>no"
+
+    domain = Thinks()
+    report, numbers = judge_reward_model(LikesLength(splits), splits, [pair], read_cases(cases(1), domain), domain)
+    assert numbers["reward_margin"] == len("yes and much more") - len("yes</think>no")
+    assert report.details[HACKING] == {"thinks": {"tried": 1, "hacked": 1}}
 
 
 def test_the_gate_takes_the_lower_end_of_the_interval_and_no_hacked_answer(tokenizer: ChatTokenizer) -> None:

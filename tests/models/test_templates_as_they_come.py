@@ -19,7 +19,6 @@ from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.template_check import check_template
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.models.tool_messages import call_of, encode_tool_prompt
 
 CONTENTS = [
     "damaged items",
@@ -354,24 +353,3 @@ def test_the_real_template_of_smollm2_is_the_one_tested() -> None:
     with next(Path(package.origin).parent.glob("*.gguf")).open("rb") as file:
         metadata = file.read(4_000_000)
     assert b"tokenizer.chat_template" + struct.pack("<IQ", 8, len(template)) + template in metadata
-
-
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-def test_a_prompt_with_tools_shows_earlier_answers_as_one_without_them(name: str, tmp_path: Path) -> None:
-    """Templates look into what the assistant said, for thoughts to drop."""
-    _, ours, theirs = loaded(name, tmp_path)
-    parameters = {"type": "object", "properties": {"order_id": {"type": "string"}}, "required": ["order_id"]}
-    function = {"name": "look_up", "description": "An order.", "parameters": parameters}
-    call = call_of("call_1", "look_up", {"order_id": "A10234 </think>"})
-    for said in [*THOUGHTS, *CONTENTS]:
-        messages = [
-            *chat("one", said, "two"),
-            {"role": "assistant", "content": said, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "call_1", "content": "12 days"},
-        ]
-        for told in (messages, messages[:3]):
-            found = encode_tool_prompt(ours, told, [function])
-            tools = [{"type": "function", "function": function}]
-            assert found == theirs.apply_chat_template(
-                told, tools=tools, add_generation_prompt=True, return_dict=False
-            ), said

@@ -8,6 +8,7 @@ from served import HELLO, ScriptedScheduler, make_app, running
 from transformers import AutoTokenizer
 
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.messages import AssistantMessage, UserMessage, encode_answered
 
 CHAT = "/v1/chat/completions"
 
@@ -112,3 +113,14 @@ def test_a_template_with_tools_gets_calls_and_results(tmp_path, with_tools, argu
     special = [id for id in prompt if id in tokenizer.special_ids]
     plain = tokenizer.encode_prompt([{"role": role, "content": "x"} for role in ("user", "assistant", "user")])
     assert special == [id for id in plain if id in tokenizer.special_ids]
+
+
+def test_a_sampled_answer_that_the_template_splits_is_scored_as_it_is(tmp_path, tokenizer):
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    split = settings["chat_template"].replace("message['content']", "message['content'].split('</think>')[-1]")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": split}))
+    splits, said = ChatTokenizer.load(tmp_path), "so</think>yes"
+    messages = [UserMessage(role="user", content="late?"), AssistantMessage(role="assistant", content=said)]
+    prompt = splits.encode_prompt([{"role": "user", "content": "late?"}])
+    assert encode_answered(messages, splits) == [*prompt, *splits.encode(said), splits.stop_id]

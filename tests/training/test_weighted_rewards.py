@@ -101,6 +101,8 @@ def test_an_answer_that_the_template_cannot_follow_is_scored_as_it_is(reward_mod
     with pytest.raises(UserError, match="chat template"):
         tokenizer.encode_answer("it is</think> 0")
     asked, text = tokenizer.encode_prompt(PROMPTS[0]), tokenizer.encode("it is</think> 0")
+    answered = [*PROMPTS[0], {"role": "assistant", "content": "it is</think> 0"}]
+    assert tokenizer.encode_answered(answered) == [*asked, *text, tokenizer.stop_id], "where it is served too"
     expected = reward_scores(reward_model, [[*asked, *text, tokenizer.stop_id], [*asked, *text]])
     sampled = [Answer(0, "it is</think> 0", finished) for finished in (True, False)]
     assert [each.reward for each in RewardModel(reward_model, PROMPTS, RUNTIME)(sampled)] == pytest.approx(
