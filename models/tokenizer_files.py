@@ -29,11 +29,11 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 def limited(settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
     """Settings whose `model_max_length`, which clients cut their texts at, is no more than the model takes."""
-    stated, limit = settings.get("model_max_length"), float(max_length)
+    stated = settings.get("model_max_length")
     if isinstance(stated, (int, float)) and not isinstance(stated, bool) and 0 < stated < max_length:
-        limit = stated
-    field = {"model_max_length": int(limit)}
-    return field | dict(settings) | field
+        max_length = int(stated)
+    limit = {"model_max_length": max_length}
+    return limit | dict(settings) | limit
 
 
 def settings_files(directory: Path) -> list[Path]:

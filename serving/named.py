@@ -115,8 +115,9 @@ class NamedModels:
         except UserError as error:
             log.error("%s is not loaded: %s", version.id, error)
             now = time.monotonic()
-            failed = {each: until for each, until in self._failed.items() if until > now}
-            self._failed = failed | {version: now + AGAIN_AFTER_S}
+            with self._lock:
+                failed = {each: until for each, until in self._failed.items() if until > now}
+                self._failed = failed | {version: now + AGAIN_AFTER_S}
             raise ApiError(503, words, headers=SOON) from None
         return adapter
 

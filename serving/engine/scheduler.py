@@ -54,7 +54,8 @@ class Place:
         self._held = True
 
     def use(self, adapter: LoadedAdapter | None) -> None:
-        """The adapter of the answers, once; None is the model's own. Raises AdapterDroppedError."""
+        """The adapter of the answers, one of `Scheduler.adapters`, once; None, as without, is the model's own. Raises
+        AdapterDroppedError."""
         assert self._adapter is None
         self._scheduler.adapters.use(adapter, self._answers)
         self._adapter = adapter
@@ -159,25 +160,18 @@ class Scheduler:
         """Whether the engine's thread lives and takes requests."""
         return self._thread.is_alive() and not self._closing
 
-    def reserve(self, answers: int = 1, adapter: LoadedAdapter | None = None) -> Place:
+    def reserve(self, answers: int = 1) -> Place:
         """Places for the answers of a request whose prompt is still to be made, so that one that must be refused costs
         no more.
 
-        adapter: of `adapters`; None for the model's own. Use it as a context manager: it gives back a place that
-        nothing was submitted to. Raises QueueFullError, and AdapterDroppedError.
+        Use it as a context manager: it gives back a place that nothing was submitted to. Raises QueueFullError.
         """
         with self._lock:
             self._check_open()
             if self._places < answers:
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; try again in a moment")
             self._reserved += answers
-        place = Place(self, answers)
-        try:
-            place.use(adapter)
-        except BaseException:
-            self._give_back_places(answers, None)
-            raise
-        return place
+        return Place(self, answers)
 
     def submit(self, prompt: Sequence[int], params: SamplingParams) -> Stream:
         """Queue a prompt for one answer, as `Place.submit` does. Raises like `reserve` and that."""

@@ -208,7 +208,8 @@ def alone(exports: Exports) -> Callable[[str, list[int], int], list[int]]:
 
 
 def ask(scheduler: Scheduler, adapter: LoadedAdapter | None, prompt: list[int], most: int) -> Stream:
-    with scheduler.reserve(adapter=adapter) as place:
+    with scheduler.reserve() as place:
+        place.use(adapter)
         (stream,) = place.submit(prompt, SamplingParams(max_tokens=most))
     return stream
 
@@ -232,8 +233,8 @@ def test_a_stream_of_an_adapter_that_is_dropped_goes_on_to_its_end(served, alone
     held = held_bytes(scheduler._engine)
     streams = [ask(scheduler, adapters["nine"], TOKENS[:30], 80) for _ in range(2)]
     scheduler.adapters.drop(adapters["nine"])
-    with pytest.raises(AdapterDroppedError):
-        scheduler.reserve(adapter=adapters["nine"])
+    with scheduler.reserve() as place, pytest.raises(AdapterDroppedError):
+        place.use(adapters["nine"])
     assert adapters["nine"] not in scheduler.adapters.held
     other = ask(scheduler, adapters["one"], TOKENS[:30], 80)
     gate.opened.set()
@@ -252,7 +253,8 @@ def test_the_idle_adapter_whose_last_use_is_longest_ago_is_dropped_first(served,
     gate = Gate(monkeypatch)
     running = ask(scheduler, adapters["two targets"], TOKENS[:5], 40)
     assert scheduler.adapters.drop_idle() is adapters["nine"]
-    with scheduler.reserve(adapter=adapters["one"]):  # a request whose prompt is still made
+    with scheduler.reserve() as place:  # a request whose prompt is still made
+        place.use(adapters["one"])
         assert scheduler.adapters.drop_idle() is None
     assert scheduler.adapters.drop_idle() is adapters["one"]
     assert scheduler.adapters.held == (adapters["two targets"],)
