@@ -5,98 +5,34 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
-import polars as pl
 import pytest
 import torch
+from conversions import convert, greedy_tokens, make_adapted, register
 from known_tokenizer import CONVERSATION, TEXTS, known_tokenizer, make_model
 
 from twinloop.common.errors import UserError
 from twinloop.common.files import folder_beside
 from twinloop.domains.examples import GREETING
 from twinloop.models import directory, gguf_form
-from twinloop.models.adapter import read_adapter
-from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
-from twinloop.models.exported import export_model
+from twinloop.models.directory import load_config, load_tensors, save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.registry.artifact import MANIFEST, ArtifactStore
-from twinloop.registry.snapshot import VersionName
-from twinloop.registry.tracking import CodeVersion, Mlruns
-from twinloop.registry.versions import Lineage, Registry
+from twinloop.registry.tracking import Mlruns
+from twinloop.registry.versions import Registry
 from twinloop.tasks import conversion_forms
-from twinloop.tasks.conversion import COMPARED_CASES, convert_version
+from twinloop.tasks.conversion import COMPARED_CASES
 from twinloop.training.weights import load_decoder
 
 EOS = "tokenizer.ggml.eos_token_id"
 OWN, KNOWN = "1", "candidate"
 """Version 1 has a tokenizer of our own, version 2 one that llama.cpp knows."""
-
-
-def register(
-    project: Path,
-    registry: Registry,
-    make: Callable[[Path], object],
-    cases: Sequence[list[dict[str, str]]] = (),
-    max_length: int = 200,
-) -> None:
-    """A checkpoint and its exported model, as two stages of a run make them. make: fills the checkpoint's folder.
-    cases: prompts of the data that it was trained with."""
-
-    def train(out: Path, work: Path) -> dict[str, Any]:
-        make(out)
-        return {}
-
-    store = ArtifactStore(project / "artifacts")
-    number = f"{registry.name} {len(registry.snapshot().versions)}"
-
-    def validate(out: Path, work: Path) -> dict[str, Any]:
-        pl.DataFrame({"prompt": list(cases)}).write_parquet(out / "cases.parquet")
-        return {}
-
-    data = store.run("validate", settings={"number": number}, inputs={}, code="c", build=validate) if cases else None
-    inputs = {"data": data} if data else {}
-    checkpoint = store.run("sft", settings={"number": number}, inputs=inputs, code="c", build=train)
-
-    def export(out: Path, work: Path) -> dict[str, Any]:
-        export_model(checkpoint.path, out, precision="fp32", max_length=max_length)
-        return {}
-
-    exported = store.run("export", settings={}, inputs={"model": checkpoint}, code="c", build=export)
-    lineage = Lineage("/home/ada/recipes/small.yaml", "chat", None, CodeVersion("c0ffee"))
-    made = registry.checkpoints.register(checkpoint.path, lineage)
-
-    registry.register(exported.path, replace(lineage, parent=VersionName(made.name, made.version)), servable=True)
-
-
-def greedy_tokens(notes: Sequence[str]) -> int:
-    return int(notes[0].split()[0])
-
-
-def make_adapted(out: Path) -> None:
-    """A checkpoint of a stage with `lora`, its adapter trained in `peft`."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        whole, adapter = Path(folder) / "whole", Path(folder) / "adapter"
-        make_model(whole, known_tokenizer())
-        base = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
-        adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
-        with torch.no_grad():
-            for name, parameter in adapted.named_parameters():
-                if "lora_B" in name:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-        adapted.save_pretrained(adapter)
-        save_adapted(out, whole, read_adapter(adapter, load_config(whole)), skip=MANIFEST)
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +45,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         register(folder, registry, lambda out: make_model(out, known_tokenizer()))
         registry.tag(registry.version(1), {"base_license": "mit"})
         yield SimpleNamespace(folder=folder, registry=registry)
-
-
-def convert(project: SimpleNamespace, name: str, form: str, out: Path, **options: str) -> Any:
-    return convert_version(project.folder, project.registry, name, form, out, **options)
 
 
 @pytest.mark.parametrize("name", [OWN, KNOWN])
