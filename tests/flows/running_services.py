@@ -58,20 +58,14 @@ class Services:
         return httpx.request(method, url, json=body, timeout=30, trust_env=False, **options)
 
     def ask(self, service: str, path: str, body: object = None) -> Any:
-        """What the service answers to its operator. Prefect says 503 while its database is busy; as its own client
-        does, it is asked again."""
-        for _ in range(BUSY_TRIES):
-            response = self.request(service, path, body, auth=self.auth() if service != "api" else None)
-            if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                break
-            time.sleep(1)
-        response.raise_for_status()
-        return response.json()
+        """What the service answers to its operator."""
+        auth = self.auth() if service != "api" else None
+        return _once_not_busy(lambda: self.request(service, path, body, auth=auth)).json()
 
     def patch(self, path: str, body: object) -> None:
         """Change something on Prefect's server, as its pages do."""
         url = f"http://127.0.0.1:{self.ports['prefect']}{path}"
-        httpx.patch(url, json=body, timeout=30, trust_env=False, auth=self.auth()).raise_for_status()
+        _once_not_busy(lambda: httpx.patch(url, json=body, timeout=30, trust_env=False, auth=self.auth()))
 
     def deployments(self) -> dict[str, dict[str, Any]]:
         return {found["name"]: found for found in self.ask("prefect", "/api/deployments/filter", {})}
@@ -119,3 +113,13 @@ def wait_for(holds: Callable[[], bool], seconds: float = 240) -> None:
     while not holds():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.5)
+
+
+def _once_not_busy(send: Callable[[], httpx.Response]) -> httpx.Response:
+    """Prefect says 503 while its database is busy; as its own client does, it is asked again."""
+    for _ in range(BUSY_TRIES):
+        response = send()
+        if response.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
+    return response.raise_for_status()
