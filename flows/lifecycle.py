@@ -31,12 +31,13 @@ from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base, resolve_models
+from twinloop.tasks.baseline import check_champion_kind, version_to_beat
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
 from twinloop.tasks.evaluation_set import publish_cases
 from twinloop.tasks.export import export
-from twinloop.tasks.gate import gate, read_gate_report, version_to_beat
+from twinloop.tasks.gate import gate, read_gate_report
 from twinloop.tasks.imported_base import import_base, import_models
 from twinloop.tasks.measure import measure
 from twinloop.tasks.outlook import foresee_forms, foresee_gate
@@ -71,7 +72,9 @@ def lifecycle(recipe: str | None = None) -> Outcome:
         context = Context.of(project, path, settings, display)
         if any(stage.needs_verifier for stage in settings.train):
             check_auditable(context.loaded_domain)
-        finish_interrupted(Registry(context.mlruns, context.recipe), who())
+        registry = Registry(context.mlruns, context.recipe)
+        finish_interrupted(registry, who())
+        check_champion_kind(registry, settings.kind, f"what {path} makes")
         with tracked_lifecycle(context, settings) as tracked:
             outcome = _release(tracked, job, display.console)
     show_outcome(outcome, display.console)
@@ -232,7 +235,8 @@ def _judge(
     publish_cases(context, data=data, evaluation=found)
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
-    baseline = version_to_beat(Registry(context.mlruns, context.recipe), exported.digest)
+    registry, what = Registry(context.mlruns, context.recipe), f"what {context.recipe_path} makes"
+    baseline = version_to_beat(registry, exported.digest, job.recipe.kind, what)
     baseline_evaluation = (
         evaluate(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
         if baseline

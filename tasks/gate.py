@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +13,12 @@ from twinloop.evaluation.cases import compare
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.evaluation.rules import Measurements
 from twinloop.registry.artifact import Artifact
-from twinloop.registry.snapshot import Version
-from twinloop.registry.version_files import version_error
-from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
 from twinloop.tasks.parity import read_parity
 
 if TYPE_CHECKING:
     from twinloop.evaluation.parity_report import ParityReport
-
-log = logging.getLogger(__name__)
 
 GATE_REPORT = "gate.json"
 
@@ -89,23 +83,6 @@ def measurements(
         memory_gib=metrics["memory_gib"],
         **{name: metrics[name] for name in ("bits_per_byte", "perplexity") if name in metrics},
     )
-
-
-def version_to_beat(registry: Registry, digest: str) -> Version | None:
-    """The champion; where the candidate is the champion already, or the champion is gone or cannot be loaded, the one
-    before it. None where there is none of both."""
-    snapshot = registry.snapshot()
-    for alias in (CHAMPION, PREVIOUS):
-        version = snapshot.alias(alias)
-        if version is None or version.digest == digest:
-            continue
-        if not version.servable:
-            log.warning("%s, the %s in MLflow, cannot be served: nothing is compared with it", version, alias)
-        elif problem := version_error(version.path, version.digest):
-            log.warning("%s, the %s: %s in %s: nothing is compared with it", version, alias, problem, version.path)
-        else:
-            return version
-    return None
 
 
 def read_gate_report(artifact: Artifact) -> GateReport:

@@ -16,7 +16,7 @@ from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError, model_v
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
-from twinloop.models.config import Precision
+from twinloop.models.config import Kind, Precision
 from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.tasks.base_settings import (
@@ -32,7 +32,7 @@ from twinloop.tasks.base_settings import (
     kind_of_model,
 )
 from twinloop.tasks.mistakes import explain_all
-from twinloop.training.method import Method, load_method
+from twinloop.training.method import KIND_NAMES, Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
 from twinloop.training.settings import Count, NamedModel, Positive, Share, StrictModel, TrainSettings
 
@@ -172,6 +172,11 @@ class Recipe(StrictModel):
         """The most tokens of an answer that is measured; of a network with a head it is one."""
         headed = any(stage.method.has_head for stage in self.train[-1:])
         return 1 if headed else self.evaluate.max_new_tokens
+
+    @property
+    def kind(self) -> Kind:
+        """What the network gives that it releases: that of the last stage."""
+        return self.train[-1].method.kind
 
     @property
     def dataset(self) -> str:
@@ -332,9 +337,8 @@ def _not_made(name: str, asked: NamedModel, earlier: Sequence[TrainStage]) -> st
     makers = [stage.name for stage in earlier if stage.method.kind == asked.kind]
     if name in makers:
         return None
-    made = {"reward": "a reward model", "text": "a model that writes text"}[asked.kind]
     known = f"those that do: {', '.join(makers)}" if makers else f"a folder is named as ./{name}"
-    return f"no stage {name} makes {made} before it; {known}"
+    return f"no stage {name} makes {KIND_NAMES[asked.kind]} before it; {known}"
 
 
 def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[TrainStage] | None:

@@ -9,6 +9,7 @@ from prefect import task
 from twinloop.common.errors import UserError
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.models.config import Precision
+from twinloop.models.directory import load_config
 from twinloop.registry.artifact import MANIFEST, Artifact, Manifest
 from twinloop.registry.cards import describe
 from twinloop.registry.fingerprint import module_fingerprint
@@ -16,9 +17,10 @@ from twinloop.registry.gates import record_gate
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.snapshot import DOMAIN_FINGERPRINT, Version
 from twinloop.registry.versions import Registry
+from twinloop.tasks.baseline import version_to_beat
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
-from twinloop.tasks.gate import measurements, version_to_beat
+from twinloop.tasks.gate import measurements
 from twinloop.tasks.measure import Workload
 from twinloop.tasks.parity import Release, parity_stage, read_parity
 from twinloop.tasks.recipe import EvaluateSettings
@@ -67,10 +69,14 @@ def judge_version(
     version: int,
     data: Artifact,
 ) -> GateReport:
-    """Judge that version now, and keep the report with it. Raises UserError where it is missing or changed."""
+    """Judge that version now, and keep the report with it.
+
+    Raises UserError where it is missing or changed, and for one that cannot be compared with the champion.
+    """
     registry = Registry(context.mlruns, context.recipe)
     judged = registry.version(version)
     registry.verify(judged)
+    baseline = version_to_beat(registry, judged.digest, load_config(judged.path).kind, str(judged))
 
     def progress(done: float, total: float) -> None:
         context.progress.stepped("evaluate", done, total, {})
@@ -78,7 +84,6 @@ def judge_version(
     context.progress.started("evaluate")
     workload = Workload(context.domain, settings, data.path)
     cases, metrics = evaluate_exported(judged.path, workload, runtime, progress)
-    baseline = version_to_beat(registry, judged.digest)
     evaluated = (
         evaluate_stage(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
         if baseline

@@ -83,6 +83,20 @@ def test_a_stage_that_writes_text_does_not_start_from_a_head(rewarded: tuple[Pat
     assert "has a head for reward; start from another base" in refused.stderr
 
 
+def test_a_model_that_writes_text_does_not_follow_a_reward_model_as_champion(rewarded: tuple[Path, str]) -> None:
+    project, _ = rewarded
+    fields = recipe_fields() | {"train": [{"method": "sft", "learning_rate": 0.001, **PACKED}]}
+    (project / "recipes" / "text.yaml").write_text(json.dumps(fields))
+    refused = twinloop(project, "run", "recipes/text.yaml")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert (
+        "small version 1, the champion, is a reward model and what recipes/text.yaml makes is a model that writes text"
+        in refused.stderr
+    )
+    assert "Traceback" not in refused.stdout + refused.stderr
+    assert "✓" not in refused.stdout, "no stage was begun"
+
+
 def test_a_project_of_a_classifier_ends_with_a_champion_that_labels(tmp_path: Path) -> None:
     project = tmp_path / "mails"
     init_project(project, "classification")

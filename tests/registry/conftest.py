@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from twinloop.evaluation.gate import GateReport
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
+from twinloop.models.family import write_config
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact, ArtifactStore
 from twinloop.registry.promotion import promote
@@ -55,27 +57,32 @@ def lineage() -> Lineage:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Artifact]:
-    """Makes a real artifact of a stage, with these weights."""
+    """Makes a real artifact of a stage, with these weights. labels: of the network's head."""
 
-    def build(stage: str = "export", weights: str = "w1") -> Artifact:
+    def build(stage: str = "export", weights: str = "w1", labels: tuple[str, ...] = ()) -> Artifact:
         def write(out: Path, work: Path) -> dict[str, float]:
+            config = DecoderConfig(
+                vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, head_dim=32, labels=labels,
+            )  # fmt: skip
+            (out / "config.json").write_text(json.dumps(write_config(config)))
             (out / "model.onnx").write_text(weights)
             (out / "onnx").mkdir()
             (out / "onnx" / "data.bin").write_bytes(weights.encode() * 100)
             return {"bits_per_byte": 1.5}
 
         store = ArtifactStore(tmp_path / "artifacts")
-        return store.run(stage, settings={"weights": weights}, inputs={}, code="code", build=write)
+        return store.run(stage, settings={"weights": weights, "labels": labels}, inputs={}, code="code", build=write)
 
     return build
 
 
 @pytest.fixture
-def exported(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) -> Callable[[str], Version]:
-    """Registers an exported model with these weights."""
+def exported(registry: Registry, make: Callable[..., Artifact], lineage: Lineage) -> Callable[..., Version]:
+    """Registers an exported model with these weights, and a head of these labels."""
 
-    def register(weights: str) -> Version:
-        return registry.register(make("export", weights).path, lineage, servable=True)
+    def register(weights: str, labels: tuple[str, ...] = ()) -> Version:
+        return registry.register(make("export", weights, labels).path, lineage, servable=True)
 
     return register
 

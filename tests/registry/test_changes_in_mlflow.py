@@ -14,7 +14,6 @@ from twinloop.registry.promotion import finish_interrupted, open_ledger, promote
 from twinloop.registry.snapshot import Version, VersionName
 from twinloop.registry.status import status
 from twinloop.registry.versions import Lineage, Registry
-from twinloop.tasks.gate import version_to_beat
 
 NAME = "returns"
 
@@ -273,15 +272,3 @@ def test_a_run_an_experiment_and_a_logged_model_that_were_deleted_stop_nothing(
     assert registry.register(make("export", "w1").path, lineage, run_id=run, servable=True) == registry.version(1)
     assert rollback(registry, "ada", loads).to_version == 1
     consistent(registry)
-
-
-def test_a_candidate_is_compared_with_the_champion_or_the_one_before_that_can_be_loaded(
-    registry: Registry, three: list[Version], caplog: pytest.LogCaptureFixture
-) -> None:
-    assert version_to_beat(registry, "a candidate's") == registry.version(3)
-    assert version_to_beat(registry, three[2].digest) == registry.version(2)
-    shutil.rmtree(three[2].path)
-    assert version_to_beat(registry, "a candidate's") == registry.version(2)
-    assert "returns version 3, the champion: manifest.json is missing" in caplog.text
-    registry.mlruns.client.delete_registered_model(NAME)
-    assert version_to_beat(registry, "a candidate's") is None
