@@ -33,7 +33,9 @@ class Measurements(BaseModel):
     metrics: Mapping[str, Estimate] = {}
     """The domain's own by name, and those of the reference answers."""
     champion: Comparison | Literal["none"] | None = None
-    """Case by case against the champion; "none" where nothing was ever promoted."""
+    """Case by case against the champion; "none" where there is none."""
+    champion_note: str = ""
+    """Why it is not the champion that was compared with."""
     parity: Mapping[str, FormParity] = {}
     """By form, against the trained network."""
     missing_forms: Mapping[str, str] = {}
@@ -96,15 +98,17 @@ def _number(value: float | None) -> Measured:
     return Measured(value if value is not None and math.isfinite(value) else None)
 
 
-def _net_loss(champion: Comparison | Literal["none"] | None) -> Measured:
+def _net_loss(measurements: Measurements) -> Measured:
+    champion, note = measurements.champion, measurements.champion_note
     if champion == "none":
-        return Measured(None, "no other champion: nothing to regress from", skipped=True)
+        return Measured(None, note or "no other champion: nothing to regress from", skipped=True)
     if champion is None or not champion.total:
-        return Measured(None)
+        return Measured(None, note)
     p_value = sign_test(champion.lost, champion.won)
     detail = f"lost {champion.lost}, won {champion.won} of {champion.total} against version {champion.champion}"
     value = max(0.0, (champion.lost - champion.won) / champion.total)
-    return Measured(value, f"{detail} (p = {p_value:.3f})", worse=p_value < SIGNIFICANCE)
+    detail = "; ".join(filter(None, (f"{detail} (p = {p_value:.3f})", note)))
+    return Measured(value, detail, worse=p_value < SIGNIFICANCE)
 
 
 def _lower_bound(measurements: Measurements, kind: str) -> Measured:
@@ -123,9 +127,7 @@ _ANSWERS_WORSE = "reference answers predicted worse than allowed"
 _TEXT_WORSE = "held-out text predicted worse than allowed"
 
 COMPARED: Mapping[str, Rule] = {
-    "champion_net_loss": Rule(
-        "at most", "share", "regression against the champion", RELEASE, lambda m: _net_loss(m.champion)
-    )
+    "champion_net_loss": Rule("at most", "share", "regression against the champion", RELEASE, _net_loss)
 }
 """Of domains whose cases are judged."""
 REWARD: Mapping[str, Rule] = {

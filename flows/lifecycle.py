@@ -31,7 +31,7 @@ from twinloop.tasks.audit import audit, check_auditable
 from twinloop.tasks.base import new_base
 from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import Base, resolve_models
-from twinloop.tasks.baseline import check_champion_kind, version_to_beat
+from twinloop.tasks.baseline import check_champion_kind, find_baseline
 from twinloop.tasks.check import check_records
 from twinloop.tasks.context import Context, find_project
 from twinloop.tasks.evaluate import evaluate
@@ -236,10 +236,10 @@ def _judge(
     numbers = found.metrics
     note = f"{numbers['cases']} cases, p95 first token {numbers['p95_ttft_ms']:.0f} ms, {numbers['memory_gib']:.2f} GiB"
     registry, what = Registry(context.mlruns, context.recipe), f"what {context.recipe_path} makes"
-    baseline = version_to_beat(registry, exported.digest, job.recipe.kind, what)
+    baseline = find_baseline(registry, exported.digest, job.recipe.kind, what)
     baseline_evaluation = (
-        evaluate(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
-        if baseline
+        evaluate(context, settings, runtime, data=data, exported=beaten.path, digest=beaten.digest)
+        if (beaten := baseline.version)
         else None
     )
     judged = gate(
@@ -248,8 +248,8 @@ def _judge(
         exported=exported,
         evaluation=found,
         parity=compared,
+        baseline=baseline,
         champion=baseline_evaluation,
-        champion_version=baseline.version if baseline else None,
     )
     decision = read_gate_report(judged).decision
     return judged, [StageRow.of(found, measured=found, note=note), StageRow.of(judged, note=decision)]

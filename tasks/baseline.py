@@ -1,4 +1,7 @@
-"""Which version a candidate is to beat at the gate, case by case.
+"""Which version a candidate is to beat at the gate, case by case, or why there is none.
+
+A champion that is damaged is still what users were given: without one before it that stands in for it, the comparison
+is not measured, and blocks. One that cannot be served at all was moved there in MLflow, past the gate, and is none.
 
 A reward model is measured on pairs of answers, and every other model on cases: two of them can only be compared where
 both are reward models, or neither is. So the champion of a model is never replaced by one of the other sort.
@@ -7,16 +10,29 @@ both are reward models, or neither is. So the champion of a model is never repla
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from twinloop.common.errors import UserError
 from twinloop.models.config import Kind
 from twinloop.models.directory import load_config
+from twinloop.registry.reconcile import what_it_is
 from twinloop.registry.snapshot import Version
 from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
 from twinloop.training.method import KIND_NAMES
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a candidate is compared with. version: None where there is nothing. note: why it is not compared with the
+    champion, or with the one before where it is the champion itself. damaged: whether there is a champion to compare
+    with that cannot be read, and none before it that stands in for it."""
+
+    version: Version | None = None
+    note: str = ""
+    damaged: bool = False
 
 
 def check_champion_kind(registry: Registry, kind: Kind, what: str) -> None:
@@ -37,9 +53,9 @@ def check_champion_kind(registry: Registry, kind: Kind, what: str) -> None:
         )
 
 
-def version_to_beat(registry: Registry, digest: str, kind: Kind, what: str) -> Version | None:
-    """The champion; where the candidate is the champion already, or the champion is gone or cannot be loaded, the one
-    before it. None where there is none of both. digest, kind: of the candidate; what: the candidate, for messages.
+def find_baseline(registry: Registry, digest: str, kind: Kind, what: str) -> Baseline:
+    """The champion; where the candidate is the champion already, or the champion is gone or cannot be read, the one
+    before it. digest, kind: of the candidate; what: the candidate, for messages.
 
     Raises UserError where the candidate cannot be compared with the champion, since that is of another kind.
     """
@@ -47,19 +63,28 @@ def version_to_beat(registry: Registry, digest: str, kind: Kind, what: str) -> V
     champion = snapshot.alias(CHAMPION)
     if champion is None or champion.digest != digest:
         check_champion_kind(registry, kind, what)
-    for alias in (CHAMPION, PREVIOUS):
+    notes: list[str] = []
+    damaged = False
+    for alias, named in ((CHAMPION, "the champion"), (PREVIOUS, "the champion before")):
         version = snapshot.alias(alias)
         if version is None or version.digest == digest:
             continue
         if not version.servable:
-            log.warning("%s, the %s in MLflow, cannot be served: nothing is compared with it", version, alias)
+            notes.append(f"{version}, {named} in MLflow, is {what_it_is(version)}")
         elif problem := version_error(version.path, version.digest):
-            log.warning("%s, the %s: %s in %s: nothing is compared with it", version, alias, problem, version.path)
+            notes.append(f"{version}, {named}, is damaged ({problem}); its recipe, run again, repairs it")
+            damaged |= version == champion
         elif not _alike(kind, other := load_config(version.path).kind):
-            log.warning("%s, the %s, is %s: nothing is compared with it", version, alias, KIND_NAMES[other])
+            notes.append(f"{version}, {named}, is {KIND_NAMES[other]}")
         else:
-            return version
-    return None
+            return _noted(Baseline(version, "; ".join(notes)))
+    return _noted(Baseline(None, "; ".join(notes), damaged))
+
+
+def _noted(baseline: Baseline) -> Baseline:
+    if baseline.note:
+        log.warning("nothing is compared with %s", baseline.note)
+    return baseline
 
 
 def _alike(kind: Kind, other: Kind) -> bool:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from prefect import task
 
-from twinloop.evaluation.case_report import CaseReport
+from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.cases import compare
 from twinloop.evaluation.gate import GateReport, GateRules, judge
 from twinloop.evaluation.rules import Measurements
 from twinloop.registry.artifact import Artifact
+from twinloop.tasks.baseline import Baseline
 from twinloop.tasks.context import Context, Report
 from twinloop.tasks.measure import read_case_report
 from twinloop.tasks.parity import read_parity
@@ -30,10 +31,10 @@ def gate_stage(
     exported: Artifact,
     evaluation: Artifact,
     parity: Artifact,
+    baseline: Baseline,
     champion: Artifact | None,
-    champion_version: int | None,
 ) -> Artifact:
-    """gate.json. `champion` is the evaluation of the version to beat; None where nothing was ever promoted."""
+    """gate.json. champion: the evaluation of the baseline's version, where there is one."""
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         verdict = judge(
@@ -43,8 +44,8 @@ def gate_stage(
                 evaluation.metrics,
                 read_parity(parity),
                 exported.metrics["precision"],
+                baseline,
                 champion,
-                champion_version,
             ),
             candidate=exported.digest,
         )
@@ -53,7 +54,9 @@ def gate_stage(
 
     inputs = {"exported": exported, "evaluation": evaluation, "parity": parity}
     inputs |= {"champion": champion} if champion else {}
-    settings = {"rules": dict(rules.limits), "champion_version": champion_version}
+    version = baseline.version
+    settings: dict[str, Any] = {"rules": dict(rules.limits), "champion_version": version.version if version else None}
+    settings |= {"champion_note": baseline.note, "champion_damaged": baseline.damaged} if baseline.note else {}
     modules = ("twinloop.tasks.gate",)
     return context.run("gate", work, settings=settings, inputs=inputs, modules=modules, uses_domain=True)
 
@@ -66,15 +69,19 @@ def measurements(
     metrics: Mapping[str, Any],
     parity: ParityReport | None,
     served: str,
+    baseline: Baseline,
     champion: Artifact | None,
-    champion_version: int | None,
 ) -> Measurements:
     """What the rules look at. metrics: of the evaluation. parity: None where there is no network any more to compare
-    with. served: the precision of the exported model."""
+    with. served: the precision of the exported model. champion: the evaluation of the baseline's version."""
+    compared: Comparison | Literal["none"] | None = None if baseline.damaged else "none"
+    if champion and baseline.version:
+        compared = compare(cases, read_case_report(champion), version=str(baseline.version.version))
     candidate = parity.of(served) if parity else None
     return Measurements.of_cases(
         cases,
-        champion=compare(cases, read_case_report(champion), version=str(champion_version)) if champion else "none",
+        champion=compared,
+        champion_note=baseline.note,
         parity={form.form: form for form in parity.forms} if parity else {},
         missing_forms=parity.missing if parity else {},
         parity_logit_gap=candidate.logit_gap if candidate else None,

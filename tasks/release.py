@@ -17,7 +17,7 @@ from twinloop.registry.gates import record_gate
 from twinloop.registry.promotion import open_ledger
 from twinloop.registry.snapshot import DOMAIN_FINGERPRINT, Version
 from twinloop.registry.versions import Registry
-from twinloop.tasks.baseline import version_to_beat
+from twinloop.tasks.baseline import find_baseline
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_exported, evaluate_stage
 from twinloop.tasks.gate import measurements
@@ -76,7 +76,7 @@ def judge_version(
     registry = Registry(context.mlruns, context.recipe)
     judged = registry.version(version)
     registry.verify(judged)
-    baseline = version_to_beat(registry, judged.digest, load_config(judged.path).kind, str(judged))
+    baseline = find_baseline(registry, judged.digest, load_config(judged.path).kind, str(judged))
 
     def progress(done: float, total: float) -> None:
         context.progress.stepped("evaluate", done, total, {})
@@ -85,8 +85,8 @@ def judge_version(
     workload = Workload(context.domain, settings, data.path)
     cases, metrics = evaluate_exported(judged.path, workload, runtime, progress)
     evaluated = (
-        evaluate_stage(context, settings, runtime, data=data, exported=baseline.path, digest=baseline.digest)
-        if baseline
+        evaluate_stage(context, settings, runtime, data=data, exported=beaten.path, digest=beaten.digest)
+        if (beaten := baseline.version)
         else None
     )
     release = release_of(registry, judged)
@@ -96,9 +96,7 @@ def judge_version(
     else:
         forms = release.forms(rules.forms)
         parity = read_parity(parity_stage(context, settings, runtime, data=data, release=release, forms=forms))
-    measured = measurements(
-        cases, metrics, parity, precision_of(judged), evaluated, baseline.version if baseline else None
-    )
+    measured = measurements(cases, metrics, parity, precision_of(judged), baseline, evaluated)
     report = judge(rules, measured, candidate=judged.digest)
     registry.tag(judged, {DOMAIN_FINGERPRINT: module_fingerprint(context.loaded_domain.found)})
     record_gate(registry, judged, report)

@@ -23,6 +23,7 @@ from twinloop.models.directory import save_model
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.audit import audit_stage
+from twinloop.tasks.baseline import Baseline
 from twinloop.tasks.context import Context
 from twinloop.tasks.evaluate import evaluate_stage
 from twinloop.tasks.export import export_stage
@@ -109,7 +110,7 @@ class Stages:
         rules = GateRules({"keeps_customers_violations": 0, "accuracy": 0.5, "answer_perplexity": 1000}, context.domain)
         judged = gate_stage(
             context, rules, exported=exported, evaluation=evaluation, parity=compared, champion=None,
-            champion_version=None,
+            baseline=Baseline(),
         )  # fmt: skip
         return cls(audit_stage(context, data=data), measured, exported, compared, evaluation, judged)
 

@@ -21,6 +21,7 @@ from twinloop.models.adapter_form import linear_layers
 from twinloop.models.directory import load_config, load_tensors, save_adapted, save_model
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import MANIFEST, Artifact
+from twinloop.tasks.baseline import Baseline
 from twinloop.tasks.context import Context
 from twinloop.tasks.gate import gate_stage, read_gate_report
 from twinloop.tasks.measure import write_cases
@@ -69,7 +70,7 @@ def judged(context: Context, data: Artifact, model: Artifact, served: Artifact, 
     return read_gate_report(
         gate_stage(
             context, rules, exported=served, evaluation=evaluation, parity=parity, champion=None,
-            champion_version=None,
+            baseline=Baseline(),
         )
     )  # fmt: skip
 
