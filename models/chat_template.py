@@ -25,8 +25,12 @@ from typing import Any
 from twinloop.common.errors import UserError
 from twinloop.models.jinja_template import MARK, ROLES, JinjaTemplate, Message
 
-_IMAGES = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE)
+_IMAGES = range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFD)
+_ANY_IMAGE = "\U0010fffd"
+"""Of content that is not the assistant's, whatever character it is."""
 _IMAGE = re.compile("[\U000f0000-\U0010ffff]")
+_ESCAPED = frozenset({*map(chr, range(0x20)), '"', "\\"})
+"""What JSON does not write as it is."""
 _AFTER, _BEFORE = range(0xE100, 0xEC00), range(0xEC00, 0xF700)
 """Signs, after or before a text that stays as it is in a shadow: each such text has its own."""
 _SIGN = re.compile("[\ue100-\uf6ff]")
@@ -35,31 +39,31 @@ _SIGN = re.compile("[\ue100-\uf6ff]")
 @dataclass(frozen=True)
 class Rendered:
     """A rendered conversation. shadow: the same text, with an image in the place of each visible character of content.
-    half_shadow: the same, with the assistant's content as it is. contents: the messages', as they are in the shadow."""
+    answered: the assistant's characters by their images. contents: the messages', as they are in the shadow."""
 
     text: str
     shadow: str
-    half_shadow: str
+    answered: _Table
     contents: tuple[str, ...] = ()
+
+    @cached_property
+    def half_shadow(self) -> str:
+        """The shadow, with the assistant's content as it is."""
+        return self.answered.replaced(self.shadow)
 
     def with_texts(self, texts: Sequence[str]) -> Rendered:
         """With texts[i], as content that is not the assistant's, in the place of each `mark(i)`."""
-        text, shadow, half_shadow = [], [], []
+        text, shadow = [], []
         last = 0
         for found in MARK.finditer(self.shadow):  # content has images there, so no mark in it is taken for one
             start, end = found.span()
             content = texts[int(found[1])]
             content = json.dumps(content, ensure_ascii=False)[1:-1] if found[2] else content
-            images = chr(_IMAGES[0][0]) * len(content)
+            images = _ANY_IMAGE * len(content)
             text += [self.text[last:start], content]
             shadow += [self.shadow[last:start], images]
-            half_shadow += [self.half_shadow[last:start], images]
             last = end
-        return Rendered(
-            "".join([*text, self.text[last:]]),
-            "".join([*shadow, self.shadow[last:]]),
-            "".join([*half_shadow, self.half_shadow[last:]]),
-        )
+        return Rendered("".join([*text, self.text[last:]]), "".join([*shadow, self.shadow[last:]]), self.answered)
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,17 @@ class ChatTemplate:
         Raises UserError for a template that changes content in a way that cannot be followed.
         """
         images = _images(messages)
-        back = [{ord(image): chr(character) for character, image in each.items()} for each in images]
+        back = [_Table((image, character) for character, image in each.items()) for each in images]
+        both = _Table(back[False] | back[True])
         for signs in (None, _AFTER, _BEFORE):
             text = self.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
             self._check_roles(messages)
             contents = [self._shadow(message, images[_is_answer(message)], signs) for message in messages]
             shadowed = [{**message, "content": each} for message, each in zip(messages, contents, strict=True)]
             shadow = self.render(shadowed, add_generation_prompt=add_generation_prompt, tools=tools)
-            if (shadow if signs is None else _SIGN.sub("", shadow)).translate(back[0] | back[1]) == text:
+            if both.replaced(shadow if signs is None else _SIGN.sub("", shadow)) == text:
                 shadow = shadow if signs is None else self._without_signed(shadow)
-                return Rendered(text, shadow, shadow.translate(back[True]), tuple(contents))
+                return Rendered(text, shadow, back[True], tuple(contents))
         raise UserError("chat template: it changes what messages say in a way that cannot be followed")
 
     def turn(self, messages: Sequence[Message], stops: Collection[str]) -> Turn:
@@ -164,7 +169,9 @@ class ChatTemplate:
 
     def tokens(self, rendered: Rendered, start: int = 0, end: int | None = None) -> Iterator[Token]:
         """What is meant as a token in a rendered text: the template's own, and what an answer may hold."""
-        own, said = self._own.find(rendered.shadow, start, end), self._said.find(rendered.half_shadow, start, end)
+        own = self._own.find(rendered.shadow, start, end)
+        # What the assistant says is in the text too: where that has none of these tokens, nothing is looked for.
+        said = self._said.find(rendered.half_shadow, start, end) if self._said.may_find(rendered.text) else ()
         for token in sorted({*own, *said}, key=lambda token: (token.start, -token.end)):
             if token.start >= start:
                 yield token
@@ -192,7 +199,7 @@ class ChatTemplate:
             if role not in ROLES and (not re.fullmatch(r"[\w-]+", role) or any(role in each for each in self._added)):
                 raise UserError(f"messages[{index}]: role {role!r} is not one of {', '.join(ROLES)}")
 
-    def _shadow(self, message: Message, image_of: Mapping[int, str], signs: range | None) -> str:
+    def _shadow(self, message: Message, image_of: _Table, signs: range | None) -> str:
         """A message's content in images. signs: where texts that the template may look for stay as they are: those of
         the assistant without a sign, others with one after them, or before them. The sign is on the other side of a
         text with which content ends, or begins: templates look there."""
@@ -202,14 +209,13 @@ class ChatTemplate:
             start, end = match.span()
             after = bool(content[end:].strip()) if signs is _AFTER else not content[:start].strip()
             sign = "" if _is_answer(message) else chr((_AFTER if after else _BEFORE)[self._kept.index(match[0])])
-            pieces += [content[last:start].translate(image_of), match[0] + sign if after else sign + match[0]]
+            pieces += [image_of.replaced(content[last:start]), match[0] + sign if after else sign + match[0]]
             last = end
-        return "".join([*pieces, content[last:].translate(image_of)])
+        return "".join([*pieces, image_of.replaced(content[last:])])
 
     def _without_signed(self, shadow: str) -> str:
         """A shadow with images in the place of texts that have a sign, and without signs."""
-        image = chr(_IMAGES[0][0])
-        return _SIGN.sub("", self._signed.sub(lambda match: image * (len(match[0]) - 1), shadow))
+        return _SIGN.sub("", self._signed.sub(lambda match: _ANY_IMAGE * (len(match[0]) - 1), shadow))
 
     @cached_property
     def _kept(self) -> list[str]:
@@ -235,8 +241,12 @@ class _Finder:
         self._tokens = frozenset(tokens)
         self._pattern = _any_of({*tokens, *(token for token in added if within.search(token))})
 
+    def may_find(self, text: str) -> bool:
+        """Much faster than the pattern, for a corpus."""
+        return any(token in text for token in self._tokens)
+
     def find(self, text: str, start: int = 0, end: int | None = None) -> Iterator[Token]:
-        if not any(token in text for token in self._tokens):  # much faster than the pattern, for a corpus
+        if not self.may_find(text):
             return
         for match in self._pattern.finditer(text, start, len(text) if end is None else end):
             if match[0] in self._tokens:
@@ -257,18 +267,30 @@ def _counterparts(token: str) -> set[str]:
     return {f"</{token[1:]}", token.replace("</", "<", 1)} - {token} if token.startswith("<") else set()
 
 
-def _images(messages: Sequence[Message]) -> list[dict[int, str]]:
+def _images(messages: Sequence[Message]) -> list[_Table]:
     """An image for each character that is visible, and that JSON writes as it is: for all content but the assistant's,
     and other ones for the assistant's."""
-    free = chain(*_IMAGES)
+    free = map(chr, chain(*_IMAGES))
     images = []
     for answers in (False, True):
-        characters = set("".join(each["content"] for each in messages if _is_answer(each) is answers))
-        visible = [ord(each) for each in characters if not (each.isspace() or each < " " or each in '"\\')]
-        images.append(dict(zip(visible, map(chr, free), strict=False)))
+        content = [each["content"] for each in messages if _is_answer(each) is answers]
+        visible = set("".join(" ".join(content).split())) - _ESCAPED
+        images.append(_Table(zip(visible, free, strict=False)))
         if len(images[-1]) < len(visible):
             raise UserError("messages: they hold more different characters than can be distinguished")
     return images
+
+
+class _Table(dict[str, str]):
+    """What stands for a character; one that it does not have stands for itself."""
+
+    def replaced(self, text: str) -> str:
+        """As `str.translate`, which takes several times as long where images are in the text or come of it."""
+        return "".join(map(self.__getitem__, text)) if self else text
+
+    def __missing__(self, character: str) -> str:
+        self[character] = character
+        return character
 
 
 def _may_join(text: str, tokens: Collection[str]) -> bool:

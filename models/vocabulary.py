@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,17 @@ class Vocabulary:
 
     def encode(self, text: str) -> list[int]:
         """text: valid Unicode, with private names for special tokens and markers."""
-        return self._tokenizer.encode(self._spelled_where_missed(text), add_special_tokens=False).ids
+        return list(self._lately_encoded(text))
+
+    @cached_property
+    def _lately_encoded(self) -> Callable[[str], tuple[int, ...]]:
+        """Remembers a few texts: what looks at a conversation in several ways encodes the same prompt and header."""
+
+        @lru_cache(maxsize=16)
+        def encoded(text: str) -> tuple[int, ...]:
+            return tuple(self._tokenizer.encode(self._spelled_where_missed(text), add_special_tokens=False).ids)
+
+        return encoded
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         texts = [self._spelled_where_missed(text) for text in texts]

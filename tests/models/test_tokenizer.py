@@ -240,3 +240,11 @@ def test_template_check_finds_a_template_that_never_trains_the_stop_token(
     path.write_text(json.dumps(config))
     report = check_template(ChatTokenizer.load(tmp_path), [[*PROMPT, {"role": "assistant", "content": ANSWER}]])
     assert "stop token" in report.problems[0].problem
+
+
+def test_ids_belong_to_the_caller_who_may_change_them(tokenizer: ChatTokenizer) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    first = tokenizer.encode_prompt(messages)
+    kept = list(first)
+    first.clear()
+    assert tokenizer.encode_prompt(messages) == kept
