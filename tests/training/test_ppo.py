@@ -30,10 +30,11 @@ from twinloop.training.weights import get_weights, load_decoder, new_decoder
 STOP = 5
 CPU = torch.device("cpu")
 RUNTIME = Runtime(seed=3, threads=1)
-TOKENIZER = SimpleNamespace(
-    encode_prompt=lambda tokens: list(tokens), decode=as_text, stop_ids=(STOP,), vocab_size=TINY.vocab_size
-)
 RECORDS = [{"prompt": [1, 10 + i, 20 + i, 30 + i][: 2 + i % 3]} for i in range(11)]
+
+
+def tokenizer(ids=TINY.vocab_size):
+    return SimpleNamespace(encode_prompt=list, decode=as_text, stop_ids=(STOP,), vocab_size=ids)
 
 
 def settings(**changes):
@@ -56,9 +57,9 @@ def short(text):
     return rewarded(float(len(text) < 6))
 
 
-def build(model, chosen, reward=short, records=RECORDS):
+def build(model, chosen, reward=short, records=RECORDS, ids=TINY.vocab_size):
     domain = SimpleNamespace(name="d", read_facts=lambda record: record, verify=lambda text, facts: reward(text))
-    return ppo.build(records, model, TOKENIZER, chosen, RUNTIME, domain)
+    return ppo.build(records, model, tokenizer(ids), chosen, RUNTIME, domain)
 
 
 def train(model, chosen, **options):
@@ -211,6 +212,17 @@ def test_the_first_ratio_of_each_rollout_is_one_and_the_critic_starts_at_zero(lo
     assert reports[4].metrics["value"] != 0
     assert reports[0].metrics["kl"] == pytest.approx(0, abs=1e-4)
     assert reports[4].metrics["kl"] > 1e-3
+
+
+def test_where_rows_of_the_network_are_no_token_the_first_ratio_is_one_and_the_reference_is_as_far_as_the_policy():
+    model = network()
+    objective, rollouts = build(model, settings(), ids=TINY.vocab_size - 4)
+    step = rollouts.next()
+    assert step.metrics["kl"] == pytest.approx(0, abs=1e-4)
+    for batch in step.micro_batches:
+        _, metrics = objective.loss(model, batch)
+        assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
+        assert metrics["logprob_gap_max"].item() < 1e-4
 
 
 def test_an_answer_earns_its_reward_with_its_last_token_less_what_its_tokens_cost():

@@ -88,7 +88,7 @@ def build(
             gamma=settings.gamma,
             lam=settings.lam,
             reference=frozen_reference(model) if settings.has_reference() else None,
-            rows=Rows.of(prompts, settings, runtime),
+            rows=Rows.of(prompts, settings, runtime, tokenizer.vocab_size),
         ),
     )
     return loss, rollouts
