@@ -285,6 +285,13 @@ def test_a_target_without_a_coefficient_to_steer_is_refused():
         settings(kl_target=1.0, kl_coef=0.0)
 
 
+@pytest.mark.parametrize("target", [{}, {"kl_target": None}])
+def test_a_horizon_of_a_coefficient_that_is_fixed_is_refused(target):
+    with pytest.raises(ValueError, match="kl_horizon: without kl_target the coefficient is fixed; set kl_target too"):
+        settings(kl_horizon=100, **target)
+    assert settings(**target).kl_horizon == 10_000, "its default is no request"
+
+
 def test_more_minibatches_than_groups_are_refused():
     with pytest.raises(ValueError, match=r"minibatches \(7\) are of whole groups; take at most prompts_per_step \(6\)"):
         settings(minibatches=7)
