@@ -104,7 +104,7 @@ def measure_engine(
         losses = losses_of_texts(engine, tokenizer, workload.data)
         of_answers = _losses_of_answers(engine, tokenizer, domain, cases)
     if kind == "reward":
-        pairs = _held_out_pairs(workload)
+        pairs = held_out_pairs(workload.data, workload.limit)
         report, losses = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
     else:
         samples = settings.samples if kind == "text" else 1
@@ -123,19 +123,19 @@ def _interval(report: CaseReport) -> tuple[float, float]:
     return accuracy.interval if accuracy and accuracy.interval else report.overall.interval
 
 
-def _held_out_pairs(workload: Workload) -> list[dict[str, Any]]:
-    """The preferences that `method: reward` left out, at most about `limit` of them: prompts with all their pairs, in an
-    order that no file's order decides."""
+def held_out_pairs(data: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The preferences that `method: reward` left out, at most about `limit` of them: prompts with all their pairs,
+    in an order that no file's order decides."""
     from twinloop.records.validated import read_records
     from twinloop.training.forms import is_held_out, prompt_digest
 
     groups: dict[bytes, list[dict[str, Any]]] = {}
-    for record in read_records(workload.data, "preferences"):
+    for record in read_records(data, "preferences"):
         if is_held_out(record):
             groups.setdefault(prompt_digest(record), []).append(record)
     chosen: list[dict[str, Any]] = []
     for _, members in sorted(groups.items()):
-        if chosen and workload.limit is not None and len(chosen) + len(members) > workload.limit:
+        if chosen and limit is not None and len(chosen) + len(members) > limit:
             break
         chosen += members
     return chosen

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from twinloop.domains.domain import Domain
-from twinloop.tasks.measure import Workload, _held_out_pairs
-from twinloop.tasks.recipe import EvaluateSettings
+from twinloop.tasks.measure import held_out_pairs
 from twinloop.training.forms import is_held_out
 
 
@@ -19,11 +17,10 @@ def pair(prompt: int, answer: int) -> dict[str, Any]:
 
 def test_they_are_whole_prompts_in_an_order_that_no_files_order_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [pair(prompt, answer) for prompt in range(600) for answer in range(3)]
-    workload = Workload(Domain(), EvaluateSettings(), Path("data"), limit=40)
 
     def chosen(some: list[dict[str, Any]]) -> list[int]:
         monkeypatch.setattr("twinloop.records.validated.read_records", lambda *_: some)
-        return [int(each["prompt"][0]["content"]) for each in _held_out_pairs(workload)]
+        return [int(each["prompt"][0]["content"]) for each in held_out_pairs(Path("data"), 40)]
 
     found = chosen(records)
     assert len(found) == 39
