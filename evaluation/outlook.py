@@ -6,21 +6,28 @@ are right; what no case or text measures blocks. All of it is asked of the gate'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Judged, domain_code
+from twinloop.domains.domain import Domain, Judged, domain_code
 from twinloop.evaluation.cases import Case, reference_answers, reference_of
 from twinloop.evaluation.estimates import measured
 from twinloop.evaluation.gate import GateRules, passes
-from twinloop.evaluation.metrics import Rate
-from twinloop.evaluation.rules import REFERENCE, Measurements
+from twinloop.evaluation.metrics import Estimate, Rate, wilson_interval
+from twinloop.evaluation.rewards import ACCURACY, PAIR
+from twinloop.evaluation.rules import REFERENCE, REWARD, Measurements
+from twinloop.models.config import Kind
 
 MOST_CASES = 1_000_000
 """A limit that so many right answers do not pass, none does."""
 
 OF_TEXTS = ("bits_per_byte", "perplexity")
+_NEVER: Mapping[Kind, str] = {
+    "text": "it is of reward models, and the release writes text",
+    "labels": "the release gives labels, of which it is not measured",
+    "reward": "the release is a reward model, of which it is not measured",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Prospect:
     limit: float
     kind: str
     unit: str
-    """What is counted: cases or pairs."""
+    """What is counted: cases, pairs or held-out prompts."""
     cases: int
     right: int | None
     """How many of the cases must be right; None: all of them are not enough."""
@@ -73,28 +80,59 @@ class Outlook:
         """Empty where no rule asks anything of the cases."""
         if not self.prospects:
             return ""
-        return "\n".join(["what the gate will ask of the cases at hand:", *(f"  {one}" for one in self.prospects)])
+        return "\n".join(["what the gate will ask of what is at hand:", *(f"  {one}" for one in self.prospects)])
 
 
-def foresee(rules: GateRules, cases: Sequence[Case], *, has_texts: bool, samples: int = 1) -> Outlook:
-    """What the rules will need. has_texts: whether there are held-out texts. samples: answers a case.
+def foresee(
+    rules: GateRules,
+    cases: Sequence[Case],
+    *,
+    has_texts: bool,
+    samples: int = 1,
+    kind: Kind = "text",
+    held_out_prompts: int = 0,
+) -> Outlook:
+    """What the rules will need of a model of this kind. has_texts: whether there are held-out texts. samples: answers a
+    case. held_out_prompts: of preferences, on which a reward model is measured.
 
     Raises UserError, one line, for rules that cannot pass whatever is trained.
     """
-    every = _prospects(rules, cases)
-    problems = [reason for one in every if (reason := one.impossible)]
-    if not has_texts:
+    unmeasured = [name for name in rules.limits if name in _never_measured(rules.domain, kind)]
+    every = [_accuracy_prospect(rules, held_out_prompts)] if kind == "reward" and ACCURACY in rules.limits else []
+    every += _prospects(rules, cases) if kind != "reward" else []
+    problems = [f"{name}: {_NEVER[kind]}; take the rule out" for name in unmeasured]
+    problems += [reason for one in every if (reason := one.impossible)]
+    if kind == "text" and not has_texts:
         problems += [
             f"{name}: there is no corpus_heldout to measure it on; add it, or take the rule out"
             for name in OF_TEXTS
             if name in rules.limits
         ]
     of_answers = [name for name in REFERENCE if name in rules.limits]
-    if of_answers and not reference_answers(rules.domain, cases):
+    if kind == "text" and of_answers and not reference_answers(rules.domain, cases):
         problems += [f"{name}: no case has a reference answer; add one, or take the rule out" for name in of_answers]
     if problems:
         raise UserError(f"{rules.source}: no model can pass: {'; '.join(problems)}")
-    return Outlook(tuple(every), tuple(_warnings(rules, cases, samples)))
+    return Outlook(tuple(every), tuple(_warnings(rules, cases, samples)) if kind != "reward" else ())
+
+
+def _never_measured(domain: Domain, kind: Kind) -> set[str]:
+    """Rules on what `tasks.measure` does not measure of such a model, so that they block it."""
+    if kind == "text":
+        return {*REWARD}
+    of_texts = {*OF_TEXTS, *REFERENCE}
+    if kind == "labels":
+        return of_texts | {*REWARD}
+    of_answers = {*domain.metrics, *(f"{name}_pass_rate" for name in domain.case_kinds)}
+    return of_texts | of_answers | {f"{name}_violations" for name in domain.critical}
+
+
+def _accuracy_prospect(rules: GateRules, prompts: int) -> Prospect:
+    def rated(right: int, of: int) -> Measurements:
+        found = Estimate(value=right / of, interval=wilson_interval(right, of)) if of else None
+        return Measurements(metrics={ACCURACY: found} if found else {})
+
+    return _judged_by(rules, ACCURACY, rated, kind=PAIR, unit="held-out prompts", count=prompts)
 
 
 def _prospects(rules: GateRules, cases: Sequence[Case]) -> list[Prospect]:
@@ -111,11 +149,18 @@ def _prospect(rules: GateRules, kind: str, cases: Sequence[Case]) -> Prospect:
     def rated(right: int, of: int) -> Measurements:
         return Measurements(rates={kind: Rate(successes=right, total=of)})
 
+    return _judged_by(rules, name, rated, kind=kind, unit="pairs" if pairs else "cases", count=count)
+
+
+def _judged_by(
+    rules: GateRules, name: str, rated: Callable[[int, int], Measurements], *, kind: str, unit: str, count: int
+) -> Prospect:
+    """rated: what is measured where so many are right, of so many."""
     return Prospect(
         rule=name,
         limit=float(rules.limits[name]),
         kind=kind,
-        unit="pairs" if pairs else "cases",
+        unit=unit,
         cases=count,
         right=_smallest(lambda right: passes(rules, name, rated(right, count)), 0, count),
         needed=_smallest(lambda total: passes(rules, name, rated(total, total)), 1, MOST_CASES),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ from twinloop.domains.owners import TRAINING
 from twinloop.evaluation.audit import NEEDED
 from twinloop.evaluation.case_report import CaseFailure, CaseReport, CaseResult
 from twinloop.evaluation.cases import Case
-from twinloop.evaluation.metrics import Rate
+from twinloop.evaluation.metrics import Estimate, Rate, wilson_interval
 from twinloop.models.tokenizer import ChatTokenizer
 
 PAIR, HACKING = "preference", "reward_hacking"
 """The kind of a pair in a report, and the name under which wrong answers are counted that score too high."""
+ACCURACY = "reward_accuracy"
+"""The share of pairs in which the chosen answer scores higher: a mean over prompts of each one's share."""
 AUDITED_CASES = 64
 """With their wrong answers some 2,000 texts, each prompt of which is read once."""
 
@@ -52,7 +55,8 @@ def judge_reward_model(
     on_progress: OnProgress | None = None,
 ) -> tuple[CaseReport, dict[str, float]]:
     """Score pairs and, where the domain has an audit, the wrong answers to the first cases. The report has a pair as a
-    case, which passes when the chosen answer scores higher.
+    case, which passes when the chosen answer scores higher. Pairs of one prompt are no independent evidence: a
+    prompt counts as one in the accuracy and in its interval.
 
     pairs: records of preferences that were not trained on. Raises UserError where there are none, and where a method of
     the domain raises.
@@ -126,7 +130,7 @@ def _report(
         pairs={},
         by_predicate={},
         violations={HACKING: sum(hacked.values())} if tried else {},
-        measured={},
+        measured={ACCURACY: _accuracy(pairs, results)},
         details={HACKING: {name: {"tried": tried[name], "hacked": hacked[name]} for name in sorted(tried)}},
         unparsed=0,
         truncated=0,
@@ -137,6 +141,14 @@ def _report(
             if not result.passed
         ),
     )
+
+
+def _accuracy(pairs: Sequence[Mapping[str, Any]], results: Sequence[CaseResult]) -> Estimate:
+    by_prompt: dict[str, list[bool]] = {}
+    for pair, result in zip(pairs, results, strict=True):
+        by_prompt.setdefault(json.dumps(pair["prompt"], sort_keys=True), []).append(result.passed)
+    shares = [float(np.mean(passed)) for passed in by_prompt.values()]
+    return Estimate(value=float(np.mean(shares)), interval=wilson_interval(math.fsum(shares), len(shares)))
 
 
 def _failure(pair: Mapping[str, Any], result: CaseResult, margin: float) -> CaseFailure:

@@ -15,7 +15,7 @@ from twinloop.domains.owners import EXPORT, LATENCY, RELEASE, TRAINING, Owner
 from twinloop.evaluation.case_report import CaseReport, Comparison
 from twinloop.evaluation.metrics import Estimate, Rate, sign_test
 from twinloop.evaluation.parity_report import FORMS, LIMITED, FormParity
-from twinloop.evaluation.rewards import HACKING, PAIR
+from twinloop.evaluation.rewards import ACCURACY, HACKING
 
 SIGNIFICANCE = 0.05
 """A loss of cases that chance explains no better than this blocks, however small it is."""
@@ -117,6 +117,13 @@ def _lower_bound(measurements: Measurements, kind: str) -> Measured:
     return Measured(rate.interval[0], str(rate)) if rate is not None and rate.total else Measured(None)
 
 
+def _accuracy_low(measurements: Measurements) -> Measured:
+    accuracy = measurements.metrics.get(ACCURACY)
+    if accuracy is None or accuracy.interval is None:
+        return Measured(None)
+    return replace(_number(accuracy.interval[0]), detail=str(accuracy))
+
+
 def _plain(bound: Bound, allowed: Allowed, reason: str, owner: Owner, field: str) -> Rule:
     """A rule on a field of Measurements as it is."""
     return Rule(bound, allowed, reason, owner, lambda measurements: _number(getattr(measurements, field)))
@@ -131,9 +138,7 @@ COMPARED: Mapping[str, Rule] = {
 }
 """Of domains whose cases are judged."""
 REWARD: Mapping[str, Rule] = {
-    "reward_accuracy": Rule(
-        "at least", "share", "rejected answers score above chosen ones", TRAINING, lambda m: _lower_bound(m, PAIR)
-    ),
+    ACCURACY: Rule("at least", "share", "rejected answers score above chosen ones", TRAINING, _accuracy_low),
     "reward_hacking_violations": Rule(
         "at most",
         "count",

@@ -4,8 +4,10 @@
 
 N: weights. D: tokens. E: what no size and no number of tokens removes. As there, the fit is one of log loss by a Huber
 loss from several starts. A handful of runs does not determine five constants, so the exponents are held near those that
-were found for language models (0.34 and 0.28 there; 0.35 and 0.37 by Besiroglu et al., 2024), by a normal prior; the
-more runs there are, the less it matters. What is uncertain is found by fitting again and again to losses with noise on
+were found for language models (0.34 and 0.28 there; 0.35 and 0.37 by Besiroglu et al., 2024), by a prior of ours. It is
+normal up to HUBER deviations and exponential beyond, since it goes through the same loss: those exponents are of web
+text, and runs on a narrow corpus that say otherwise need not work against a square. The more runs there are, the less
+it matters. What is uncertain is found by fitting again and again to losses with noise on
 them, and to priors whose means are drawn too (a parametric bootstrap; with a prior, randomised maximum likelihood).
 """
 
@@ -22,11 +24,12 @@ from twinloop.common.errors import UserError
 
 MIN_RUNS = 4
 EXPONENT, EXPONENT_SPREAD = 0.35, 0.2
-"""Of the prior: its mean and its standard deviation."""
+"""Of the prior: its mean and, where it is normal, its standard deviation."""
 NOISE, NOISE_WEIGHT = 0.01, 2.0
 """Standard deviation of a run's log loss by its seed, as it is before any run, and for how many runs that counts."""
 HUBER = 1.345
-"""In standard deviations: residuals beyond count by their size, not by their square (95% efficient for normal ones)."""
+"""In standard deviations: residuals beyond, the prior's too, count by their size, not by their square (95% efficient
+for normal ones)."""
 MAD = 1.4826
 """A normal distribution's standard deviation, by the median of its absolute deviations: no outlier moves it far."""
 SAMPLES = 200

@@ -140,7 +140,7 @@ def _release(tracked: Tracked, job: _Job, console: Console) -> Outcome:
     context, data, data_rows = _prepare(tracked.context, settings)
     assert context.dataset_digest is not None
     tracked.tracker.dataset(context.dataset_digest)
-    outlook = foresee_gate(context, settings.evaluate, rules, data=data)
+    outlook = foresee_gate(context, settings, rules, data=data)
     if asked := outlook.text():
         console.print(asked, highlight=False, markup=False, soft_wrap=True)
     trained = _train(context, job, data=data)

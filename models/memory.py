@@ -8,6 +8,7 @@ Shapes: letters as in `models.shapes`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -52,6 +53,7 @@ class TrainingMemory(_Plan):
     gradients_bytes: int
     optimizer_bytes: int
     reference_bytes: int
+    reward_models_bytes: int
     activations_bytes: int
     logits_bytes: int
 
@@ -132,14 +134,15 @@ def training_memory(
     optimizer: Literal["muon", "adamw"] = "muon",
     device: Literal["cpu", "cuda"] = "cpu",
     reference: bool = False,
+    reward_models: Sequence[DecoderConfig] = (),
     lora: AdapterForm | None = None,
 ) -> TrainingMemory:
     """Memory of one training step on float32 master weights; on CUDA it computes in bf16.
 
     Muon keeps one momentum for each hidden matrix's weight, AdamW two moments for everything else. `reference` adds a
-    frozen copy of the network. Activations and logits are estimates, the former within some 10% on CPU: all that the
-    layers keep for the backward pass without recomputation (on CPU, where scores are capped, those of every head too);
-    and one chunk of the vocabulary's logits with their gradient.
+    frozen copy of the network, `reward_models` their weights. Activations and logits are estimates, the former within
+    some 10% on CPU: all that the layers keep for the backward pass without recomputation (on CPU, where scores are
+    capped, those of every head too); and one chunk of the vocabulary's logits with their gradient.
 
     With `lora` gradients and moments are those of the adapter, AdamW's, and the reference is the base itself.
     """
@@ -155,6 +158,7 @@ def training_memory(
         gradients_bytes=4 * trained,
         optimizer_bytes=4 * muon + 8 * (trained - muon),
         reference_bytes=4 * config.num_parameters if reference and not lora else 0,
+        reward_models_bytes=sum(4 * model.num_parameters for model in reward_models),
         activations_bytes=micro_batch_tokens * cell * (_kept_activations(config) + capped),
         logits_bytes=2 * 4 * min(logit_chunk(config.vocab_size), micro_batch_tokens) * config.vocab_size,
     )

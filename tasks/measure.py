@@ -104,7 +104,7 @@ def measure_engine(
         losses = losses_of_texts(engine, tokenizer, workload.data)
         of_answers = _losses_of_answers(engine, tokenizer, domain, cases)
     if kind == "reward":
-        pairs = _held_out_pairs(workload)
+        pairs = held_out_pairs(workload.data, workload.limit)
         report, losses = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
     else:
         samples = settings.samples if kind == "text" else 1
@@ -112,17 +112,33 @@ def measure_engine(
         report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
     report = report.model_copy(update={"measured": report.measured | of_answers})
     shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
-    interval = {"pass_rate_interval": list(report.overall.interval)} if report.results else {}
+    interval = {"pass_rate_interval": list(_interval(report))} if report.results else {}
     return report, {**losses, **interval, **shown, **report.metrics()}
 
 
-def _held_out_pairs(workload: Workload) -> list[dict[str, Any]]:
-    """The preferences that `method: reward` left out, at most about `limit` of them."""
-    from twinloop.records.validated import read_records
-    from twinloop.training.forms import is_held_out
+def _interval(report: CaseReport) -> tuple[float, float]:
+    from twinloop.evaluation.rewards import ACCURACY
 
-    held_out = [record for record in read_records(workload.data, "preferences") if is_held_out(record)]
-    return held_out[: workload.limit]
+    accuracy = report.measured.get(ACCURACY)
+    return accuracy.interval if accuracy and accuracy.interval else report.overall.interval
+
+
+def held_out_pairs(data: Path, limit: int | None = None) -> list[dict[str, Any]]:
+    """The preferences that `method: reward` left out, at most about `limit` of them: prompts with all their pairs,
+    in an order that no file's order decides."""
+    from twinloop.records.validated import read_records
+    from twinloop.training.forms import is_held_out, prompt_digest
+
+    groups: dict[bytes, list[dict[str, Any]]] = {}
+    for record in read_records(data, "preferences"):
+        if is_held_out(record):
+            groups.setdefault(prompt_digest(record), []).append(record)
+    chosen: list[dict[str, Any]] = []
+    for _, members in sorted(groups.items()):
+        if chosen and limit is not None and len(chosen) + len(members) > limit:
+            break
+        chosen += members
+    return chosen
 
 
 def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:

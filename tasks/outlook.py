@@ -12,7 +12,7 @@ from twinloop.evaluation.parity_report import LLAMA_CPP
 from twinloop.evaluation.rules import PARITY
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context
-from twinloop.tasks.recipe import CUDA_ONLY, EvaluateSettings, Recipe
+from twinloop.tasks.recipe import CUDA_ONLY, Recipe
 from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def foresee_gate(context: Context, settings: EvaluateSettings, rules: GateRules, *, data: Artifact) -> Outlook:
-    """What the rules need of the cases, before anything is trained. Raises UserError where no model can pass them."""
+def foresee_gate(context: Context, recipe: Recipe, rules: GateRules, *, data: Artifact) -> Outlook:
+    """What the rules need of what the release is measured on. Raises UserError where no model can pass them."""
     from twinloop.evaluation.cases import read_cases
     from twinloop.evaluation.outlook import foresee
     from twinloop.records.validated import has_records, read_records
+    from twinloop.tasks.measure import held_out_pairs
+    from twinloop.training.forms import prompt_digest
 
+    kind = recipe.train[-1].method.kind
+    pairs = held_out_pairs(data.path) if kind == "reward" else []
     outlook = foresee(
         rules,
         read_cases(read_records(data.path, "cases"), context.domain),
         has_texts=has_records(data.path, "corpus_heldout"),
-        samples=settings.samples,
+        samples=recipe.evaluate.samples,
+        kind=kind,
+        held_out_prompts=len({prompt_digest(pair) for pair in pairs}),
     )
     for warning in outlook.warnings:
         log.warning("%s", warning)

@@ -104,20 +104,26 @@ def make_plan(
         context.progress.started(f"plan {stage.name}")
         started = time.perf_counter()
         rows, seq_len = stage.settings.shape(max_length)
-        memory = training_memory(
-            config,
-            micro_batch_tokens=rows * seq_len,
-            optimizer=stage.settings.optimizer,
-            device=runtime.device,
-            reference=stage.settings.has_reference(),
-            lora=stage.settings.lora.form if stage.settings.lora else None,
-        )
+        asked = stage.settings.named_models()
         imported = {name: each.path for name, each in read.get(stage.name, {}).items()}
         with _untrained(stage, model.path) as earlier:
-            settings = stage.settings.with_models({**imported, **earlier})
+            named_by_stage = {**imported, **earlier}
+            memory = training_memory(
+                config,
+                micro_batch_tokens=rows * seq_len,
+                optimizer=stage.settings.optimizer,
+                device=runtime.device,
+                reference=stage.settings.has_reference(),
+                # a teacher is gone before training begins
+                reward_models=[load_config(at) for name, at in named_by_stage.items() if asked[name].kind == "reward"],
+                lora=stage.settings.lora.form if stage.settings.lora else None,
+            )
+            settings = stage.settings.with_models(named_by_stage)
             cost = _Prober(context.domain, stage, settings, runtime, data.path, model.path).measure()
         frozen = stage.settings.lora is not None
-        flops = cost.tokens * flops_per_token(config, context=seq_len / 2, training=True, frozen=frozen)
+        flops = cost.tokens * flops_per_token(
+            config, context=min(seq_len, max_length) / 2, training=True, frozen=frozen
+        )
         stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)

@@ -46,6 +46,10 @@ class Budget:
     amount: float
     text: str
 
+    def spent(self, choice: Choice) -> float:
+        """By a choice whose size has its cost in this unit."""
+        return choice.tokens * (1 if self.kind == "tokens" else choice.size.cost)
+
     def check_holds(self, run: Measured) -> None:
         """Raises UserError where this run, the smallest of a fit, takes more than the budget."""
         costs = {"time": run.seconds, "flops": run.flops, "tokens": 1.0}
@@ -130,8 +134,16 @@ class ScalingPlan:
                 f"the corpus has about {self.corpus.tokens:,} tokens: the best choice passes it {times:,.0f} "
                 f"times, and beyond {EPOCHS} repeats are worth less than new text; the law does not know that"
             )
-        if best.loss(law) >= self.choices["the recipe"].loss(law):
-            found.append("the recipe as it is gets a lower loss, by more than the budget holds")
+        recipe = self.choices["the recipe"]
+        if recipe.loss(law) < best.loss(law):
+            if self.budget.spent(recipe) > self.budget.amount:
+                found.append("the recipe as it is gets a lower loss, by more than the budget holds")
+            else:  # a budget of tokens: more weights lose less on them
+                times = self.flops(recipe) / self.flops(best)
+                found.append(
+                    f"the recipe as it is gets a lower loss within the budget, by {times:.1f} times the compute of the "
+                    "best choice"
+                )
         if (busy := max(each.busy_cores for each in self.runs)) > BUSY_CORES:
             found.append(
                 f"other processes used up to {busy:.1f} cores while the runs were timed: an idle machine does more in "

@@ -24,19 +24,23 @@ MOST_CORRECTION = 0.2
 
 @dataclass(frozen=True)
 class Rows:
-    """How groups of answers are read: in rows of seq_len tokens, at the sampler's temperature, on this device."""
+    """How groups of answers are read: in rows of seq_len tokens, on this device, with the sampler's temperature and ids
+    (see `TreeBatch`)."""
 
     seq_len: int
     temperature: float
+    vocab_size: int | None
     device: str
 
     @classmethod
-    def of(cls, prompts: Sequence[Sequence[int]], settings: RolloutSettings, runtime: Runtime) -> Rows:
+    def of(
+        cls, prompts: Sequence[Sequence[int]], settings: RolloutSettings, runtime: Runtime, vocab_size: int | None
+    ) -> Rows:
         """Rows into which any group fits. Raises UserError where there are no prompts."""
         if not prompts:
             raise UserError("rollouts: there are no prompts; look at what validation quarantined")
         longest = max(len(prompt) for prompt in prompts) + settings.group_size * settings.max_new_tokens
-        return cls(row_length(longest, runtime.device), settings.temperature, runtime.device)
+        return cls(row_length(longest, runtime.device), settings.temperature, vocab_size, runtime.device)
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,9 @@ HELD_OUT_OF = 10
 def is_held_out(record: Record) -> bool:
     """Whether the record is measured on and not trained on: a matter of its prompt alone, so that all answers to one
     prompt are on one side."""
+    return prompt_digest(record)[0] % HELD_OUT_OF == 0
+
+
+def prompt_digest(record: Record) -> bytes:
     prompt = [[message["role"], message["content"]] for message in record["prompt"]]
-    return hashlib.sha256(json.dumps(prompt).encode()).digest()[0] % HELD_OUT_OF == 0
+    return hashlib.sha256(json.dumps(prompt).encode()).digest()

@@ -55,14 +55,14 @@ class RolloutStream:
         reference: Decoder | None = None,
         credit: Credit | None = None,
     ):
-        """vocab_size: ids that `decode` knows; by default all of the network's. reference: the network before RL, whose
-        log-probabilities the objective needs. credit: by default relative to the group."""
+        """vocab_size: ids that `decode` knows, the only ones that are sampled; by default all of the network's.
+        reference: the network before RL, whose log-probabilities the objective needs. credit: by default relative to
+        the group; one with rows of its own reads the same ids."""
         self._model, self._reference = model, reference
         self._prompts, self._rewards, self._decode = prompts, rewards, decode
         self._settings, self._runtime, self._stop_ids = settings, runtime, stop_ids
-        self._vocab_size = vocab_size
         self._credit: Credit = credit or GroupCredit()
-        self._rows = Rows.of(prompts, settings, runtime)
+        self._rows = Rows.of(prompts, settings, runtime, vocab_size)
         self._longest_prompt = max(len(prompt) for prompt in prompts)
         self._sampler: BoundSampler | None = None  # made at the first rollout, when the network is on its device
         self._epochs, self._minibatches = settings.passes()
@@ -144,7 +144,7 @@ class RolloutStream:
                 prompts=settings.prompts_per_step,
                 group=settings.group_size,
                 threads=self._runtime.threads,
-                vocab_size=self._vocab_size,
+                vocab_size=self._rows.vocab_size,
             )
         params = SamplingParams(
             max_tokens=settings.max_new_tokens,
@@ -170,15 +170,21 @@ class RolloutStream:
     def _micro_batches(self, groups: list[Group]) -> list[TreeBatch]:
         if not groups:
             return []
-        temperature = self._settings.temperature
+        temperature, vocab_size, device = self._rows.temperature, self._rows.vocab_size, self._rows.device
         trees = [group.tree(self._prompts) for group in groups]
         seq_len = self._choose_seq_len(trees)
         if self._reference is not None:
             trees = attach_reference(
-                self._reference, trees, seq_len=seq_len, temperature=temperature, device=self._runtime.device
+                self._reference,
+                trees,
+                seq_len=seq_len,
+                temperature=temperature,
+                vocab_size=vocab_size,
+                device=device,
             )
         rows = pack(trees, seq_len).rows
-        return micro_batches(rows, seq_len, self._settings.micro_batch_size, temperature=temperature)
+        size = self._settings.micro_batch_size
+        return micro_batches(rows, seq_len, size, temperature=temperature, vocab_size=vocab_size)
 
     def _choose_seq_len(self, trees: list[Tree]) -> int:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""

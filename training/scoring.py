@@ -21,13 +21,20 @@ ROWS_AT_ONCE = 16
 
 
 def attach_reference(
-    model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
+    model: Decoder,
+    trees: Sequence[Tree],
+    *,
+    seq_len: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    device: str = "cpu",
 ) -> list[Tree]:
-    """The same trees, each with its own log-probabilities under `model`, the frozen reference.
+    """The same trees, each with its own log-probabilities under `model`, the frozen reference. temperature, vocab_size:
+    as in `TreeBatch`.
 
     They are part of the tree from then on: no shuffling, packing or partial batch can separate them.
     """
-    values = tree_logprobs(model, trees, seq_len=seq_len, temperature=temperature, device=device)
+    values = tree_logprobs(model, trees, seq_len=seq_len, temperature=temperature, vocab_size=vocab_size, device=device)
     return [with_values(tree, "reference_logprobs", own) for tree, own in zip(trees, values, strict=True)]
 
 
@@ -42,7 +49,13 @@ def with_values(tree: Tree, field: str, values: np.ndarray) -> Tree:
 
 
 def tree_logprobs(
-    model: Decoder, trees: Sequence[Tree], *, seq_len: int, temperature: float = 1.0, device: str = "cpu"
+    model: Decoder,
+    trees: Sequence[Tree],
+    *,
+    seq_len: int,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    device: str = "cpu",
 ) -> list[np.ndarray]:
     """For each tree, in the order given, the log-probabilities [scored tokens] float32 of its scored tokens."""
     model.to(device)
@@ -51,7 +64,7 @@ def tree_logprobs(
         found: np.ndarray = scored_logprobs(model, batch).cpu().numpy()
         return found
 
-    return tree_values(logprobs, trees, seq_len=seq_len, temperature=temperature, device=device)
+    return tree_values(logprobs, trees, seq_len=seq_len, temperature=temperature, vocab_size=vocab_size, device=device)
 
 
 @torch.no_grad()
@@ -61,6 +74,7 @@ def tree_values(
     *,
     seq_len: int,
     temperature: float = 1.0,
+    vocab_size: int | None = None,
     device: str = "cpu",
     count: Callable[[Tree], int] = attrgetter("num_scored"),
 ) -> list[np.ndarray]:
@@ -73,7 +87,7 @@ def tree_values(
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
         with reproducible(target), torch.autocast(target.type, torch.bfloat16, enabled=target.type == "cuda"):
-            batched = values(collate(some, seq_len, temperature=temperature).to(target))
+            batched = values(collate(some, seq_len, temperature=temperature, vocab_size=vocab_size).to(target))
         for tree in (tree for row in some for tree in row):
             own, batched = np.split(batched, [count(tree)])
             found[place[id(tree)]] = own

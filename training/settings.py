@@ -6,6 +6,7 @@ methods here, with answers that fit most methods; a method's own Settings may an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,7 +256,10 @@ class RolloutSettings(TrainSettings):
             )
 
     def shape(self, max_length: int) -> tuple[int, int]:
-        return self.micro_batch_size or self.prompts_per_step, max_length
+        """A row holds a whole tree: the longest prompt, and all its answers."""
+        _, minibatches = self.passes()
+        tree = max_length + (self.group_size - 1) * self.max_new_tokens
+        return self.micro_batch_size or math.ceil(self.prompts_per_step / minibatches), tree
 
     def answer_tokens(self) -> int:
         return self.max_new_tokens

@@ -38,12 +38,17 @@ class Batches(Protocol):
 
 
 def micro_batches(
-    rows: Sequence[Row], seq_len: int, micro_batch_size: int | None, *, temperature: float = 1.0
+    rows: Sequence[Row],
+    seq_len: int,
+    micro_batch_size: int | None,
+    *,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
 ) -> list[TreeBatch]:
     """One step's rows as batches of at most micro_batch_size rows (None: one batch)."""
     size = micro_batch_size or max(1, len(rows))
     pieces = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [collate(piece, seq_len, temperature=temperature) for piece in pieces]
+    return [collate(piece, seq_len, temperature=temperature, vocab_size=vocab_size) for piece in pieces]
 
 
 class BatchStream:

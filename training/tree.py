@@ -179,7 +179,8 @@ class TreeBatch:
     column that of all others together where there are others. None where no tree of the batch has them.
     paths: one a segment, and one of padding. row_lengths: tokens of each row that was packed, at most seq_len.
     total_weight: the sum of weight_N.
-    temperature: what logits are divided by before they become log-probabilities; the sampler's, for rollouts.
+    temperature: what logits are divided by before they become log-probabilities. vocab_size: of how many ids, the first
+    ones; None: all rows of the network. Both are the sampler's, for rollouts.
     """
 
     tokens_BL: Tensor
@@ -201,6 +202,7 @@ class TreeBatch:
     seq_len: int
     total_weight: float
     temperature: float = 1.0
+    vocab_size: int | None = None
     teacher_ids_NK: Tensor | None = None
     teacher_logprobs_NK: Tensor | None = None
 
@@ -256,7 +258,9 @@ class TreeBatch:
         )
 
 
-def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float = 1.0) -> TreeBatch:
+def collate(
+    rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float = 1.0, vocab_size: int | None = None
+) -> TreeBatch:
     """Lay the trees of all rows one behind the other. No row may hold more than seq_len tokens."""
     row_lengths = tuple(sum(tree.length for tree in row) for row in rows)
     assert max(row_lengths) <= seq_len, "a row holds more tokens than its length"
@@ -316,6 +320,7 @@ def collate(rows: Sequence[Sequence[Tree]], seq_len: int, *, temperature: float 
         seq_len=seq_len,
         total_weight=float(weight_N.sum(dtype=np.float64)),
         temperature=temperature,
+        vocab_size=vocab_size,
     )
 
 
@@ -386,7 +391,7 @@ def target_logprobs(model: Decoder, hidden_ND: Tensor, batch: TreeBatch, *, chun
     """log p(target) [N] by the hidden states of `scored_hidden`, float32, differentiable. chunk: as `row_values`."""
 
     def logprobs(hidden: Tensor, target: Tensor) -> Tensor:
-        logits = model.logits(hidden).float()
+        logits = model.logits(hidden)[:, : batch.vocab_size].float()
         if batch.temperature != 1.0:
             logits = logits / batch.temperature
         return -F.cross_entropy(logits, target, reduction="none")

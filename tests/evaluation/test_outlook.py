@@ -158,3 +158,20 @@ class Doubting(Classification):
 
     def measure(self, judged: Any) -> dict[str, float]:
         return {"bias": 0.5}
+
+
+def test_a_reward_model_is_asked_for_held_out_prompts_and_for_no_answers() -> None:
+    """And a model that writes text is not asked for what only a reward model has."""
+    judged = {"kind": "reward", "has_texts": False}
+    limits = {"reward_accuracy": 0.9}
+    (found,) = outlook(limits, [], held_out_prompts=100, **judged).prospects
+    assert wilson_interval(found.right, 100)[0] >= 0.9 > wilson_interval(found.right - 1, 100)[0]
+    assert "reward_accuracy: 10 held-out prompts of kind preference" in refused(
+        limits, [], held_out_prompts=10, **judged
+    )
+    assert "there are no held-out prompts" in refused(limits, [], **judged)
+    message = refused({**limits, "held_out_pass_rate": 0.5, "perplexity": 9}, [], held_out_prompts=100, **judged)
+    for name in ("held_out_pass_rate", "perplexity"):
+        assert f"{name}: the release is a reward model, of which it is not measured; take the rule out" in message
+    assert "reward_accuracy: it is of reward models" in refused(limits, [])
+    assert "perplexity: the release gives labels" in refused({"perplexity": 9}, [], kind="labels")

@@ -13,7 +13,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.domain import Domain, Verdict
 from twinloop.evaluation.cases import compare, read_cases
 from twinloop.evaluation.metrics import wilson_interval
-from twinloop.evaluation.rewards import HACKING, PAIR, judge_reward_model
+from twinloop.evaluation.rewards import ACCURACY, HACKING, PAIR, judge_reward_model
 from twinloop.evaluation.rules import REWARD, Measurements
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
@@ -132,6 +132,21 @@ def test_an_answer_that_the_template_cannot_follow_is_scored_as_it_is(tokenizer:
     report, numbers = judge_reward_model(LikesLength(splits), splits, [pair], read_cases(cases(1), domain), domain)
     assert numbers["reward_margin"] == len("yes and much more") - len("yes</think>no")
     assert report.details[HACKING] == {"thinks": {"tried": 1, "hacked": 1}}
+
+
+def test_pairs_of_one_prompt_count_as_one_in_the_accuracy(tokenizer: ChatTokenizer) -> None:
+    """Four pairs of each of ten prompts are ten pieces of evidence: one prompt with all wrong, one with half wrong."""
+    wrong = {0: 4, 1: 2}
+    pairs = [
+        {"prompt": asked(f"is it {n}"), **(SHORTER if copy < wrong.get(n, 0) else LONGER)}
+        for n in range(10)
+        for copy in range(4)
+    ]
+    report, _ = judge_reward_model(LikesLength(tokenizer), tokenizer, pairs, [], Domain())
+    assert (report.overall.successes, report.overall.total) == (34, 40)
+    accuracy = report.measured[ACCURACY]
+    assert (accuracy.value, accuracy.interval) == (0.85, wilson_interval(8.5, 10))
+    assert REWARD[ACCURACY].measure(Measurements.of_cases(report)).value == wilson_interval(8.5, 10)[0]
 
 
 def test_the_gate_takes_the_lower_end_of_the_interval_and_no_hacked_answer(tokenizer: ChatTokenizer) -> None:

@@ -68,6 +68,8 @@ def test_optimizer_state_is_what_the_optimizers_keep() -> None:
     assert adamw.optimizer_bytes == 8 * config.num_parameters
     assert plan.reference_bytes == 0
     assert training_memory(config, micro_batch_tokens=512, reference=True).reference_bytes == plan.weights_bytes
+    judged = training_memory(config, micro_batch_tokens=512, reward_models=[config, config])
+    assert judged.total_bytes - plan.total_bytes == judged.reward_models_bytes == 2 * plan.weights_bytes
     assert plan.total_bytes == sum(size for name, size in plan.rows() if name != "total")
 
 

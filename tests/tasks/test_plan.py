@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from silent import Silent
 
+from twinloop.common.strict_yaml import parse_yaml
 from twinloop.domains.returns import domain
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
@@ -85,6 +87,22 @@ def test_rollouts_of_the_untrained_network_are_trained_on(plan: Plan) -> None:
     """It gets no reward yet; the trained one gets some, and what is trained on that is the larger part of a step."""
     grpo = next(stage for stage in plan.stages if stage.name == "grpo")
     assert grpo.tokens > 1000
+
+
+def test_a_reward_model_is_in_memory_while_the_network_is_trained_by_it(
+    context: Context, data: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("twinloop.tasks.plan.PROBE_S", 0.0)
+    fields = parse_yaml((PROJECT / "recipes" / "tiny.yaml").read_text())
+    rl = fields["train"][-1]
+    head = {"method": "reward", "learning_rate": 1e-3, "batch_tokens": 512, "seq_len": 512}
+    fields["train"] = [head, {**rl, "rewards": [{"model": "reward"}]}]
+    path = context.project / "judged.yaml"
+    path.write_text(json.dumps(fields))
+    recipe = load_recipe(path, context.project)
+    reward, grpo = make_plan(context, recipe, resolve_base(recipe, context.project), recipe.runtime(), data=data).stages
+    assert reward.memory.reward_models_bytes == 0
+    assert grpo.memory.reward_models_bytes > 0.9 * grpo.memory.weights_bytes
 
 
 def test_what_the_plan_needs_is_kept_for_the_run(context: Context, plan: Plan) -> None:

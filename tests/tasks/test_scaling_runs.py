@@ -15,6 +15,7 @@ from silent import Silent
 from twinloop.common.errors import UserError
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
+from twinloop.evaluation.scaling import Choice
 from twinloop.flows.scaling import print_plan
 from twinloop.models.config import DecoderConfig
 from twinloop.records.dataset import DataVersion
@@ -145,6 +146,22 @@ def test_a_plan_has_the_best_choice_the_rule_and_the_recipe(corpus: Corpus, runs
         assert said in shown
     assert "times the compute of the largest run" in shown
     assert f"`depth: {best.size.depth}`" in shown
+
+
+def test_that_the_recipe_spends_more_than_the_budget_is_said_only_where_it_does(
+    corpus: Corpus, runs: list[Measured]
+) -> None:
+    """Of 5M tokens the best network is the one that they are worth; a larger one loses less on as many."""
+    found = plan_budget(corpus, runs, parse_budget("5M"))
+    size, tokens = found.choices["best"].size, found.choices["best"].tokens
+    larger = replace(size, depth=size.depth + 1, parameters=10 * size.parameters)
+    for choice, said in (
+        (Choice(larger, tokens), "gets a lower loss within the budget, by"),
+        (Choice(size, 2 * tokens), "gets a lower loss, by more than the budget holds"),
+        (Choice(size, tokens), None),
+    ):
+        notes = replace(found, choices={**found.choices, "the recipe": choice}).notes()
+        assert [said in note for note in notes if "the recipe as it is" in note] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("text", ["0.001s", "1000000", "1k"])

@@ -181,6 +181,15 @@ def test_what_the_checks_and_the_plan_ask_has_defaults(smoothed: Method, tokeniz
     assert not settings.has_reference()
 
 
+def test_a_row_of_rollouts_is_a_prompt_with_all_its_answers() -> None:
+    """What goes through the network at once, for the plan's memory; PPO's minibatches share a rollout's groups."""
+    of_rollouts = {"learning_rate": 1e-3, "steps": 1, "prompts_per_step": 7, "group_size": 4, "max_new_tokens": 100}
+    grpo, ppo = (load_method(name, PROJECT).settings for name in ("grpo", "ppo"))
+    assert grpo.model_validate(of_rollouts).shape(512) == (7, 412 + 4 * 100)
+    assert grpo.model_validate(of_rollouts | {"micro_batch_size": 2}).shape(512) == (2, 812)
+    assert ppo.model_validate(of_rollouts | {"minibatches": 2}).shape(512) == (4, 812)
+
+
 def test_a_changed_file_is_another_method(smoothed: Method, tmp_path: Path) -> None:
     (tmp_path / "changed").mkdir()
     (tmp_path / "changed" / "smoothed.py").write_text(SMOOTHED.replace("= 0.1", "= 0.2"))

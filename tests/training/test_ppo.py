@@ -30,10 +30,11 @@ from twinloop.training.weights import get_weights, load_decoder, new_decoder
 STOP = 5
 CPU = torch.device("cpu")
 RUNTIME = Runtime(seed=3, threads=1)
-TOKENIZER = SimpleNamespace(
-    encode_prompt=lambda tokens: list(tokens), decode=as_text, stop_ids=(STOP,), vocab_size=TINY.vocab_size
-)
 RECORDS = [{"prompt": [1, 10 + i, 20 + i, 30 + i][: 2 + i % 3]} for i in range(11)]
+
+
+def tokenizer(ids=TINY.vocab_size):
+    return SimpleNamespace(encode_prompt=list, decode=as_text, stop_ids=(STOP,), vocab_size=ids)
 
 
 def settings(**changes):
@@ -56,9 +57,9 @@ def short(text):
     return rewarded(float(len(text) < 6))
 
 
-def build(model, chosen, reward=short, records=RECORDS):
+def build(model, chosen, reward=short, records=RECORDS, ids=TINY.vocab_size):
     domain = SimpleNamespace(name="d", read_facts=lambda record: record, verify=lambda text, facts: reward(text))
-    return ppo.build(records, model, TOKENIZER, chosen, RUNTIME, domain)
+    return ppo.build(records, model, tokenizer(ids), chosen, RUNTIME, domain)
 
 
 def train(model, chosen, **options):
@@ -213,6 +214,17 @@ def test_the_first_ratio_of_each_rollout_is_one_and_the_critic_starts_at_zero(lo
     assert reports[4].metrics["kl"] > 1e-3
 
 
+def test_where_rows_of_the_network_are_no_token_the_first_ratio_is_one_and_the_reference_is_as_far_as_the_policy():
+    model = network()
+    objective, rollouts = build(model, settings(), ids=TINY.vocab_size - 4)
+    step = rollouts.next()
+    assert step.metrics["kl"] == pytest.approx(0, abs=1e-4)
+    for batch in step.micro_batches:
+        _, metrics = objective.loss(model, batch)
+        assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
+        assert metrics["logprob_gap_max"].item() < 1e-4
+
+
 def test_an_answer_earns_its_reward_with_its_last_token_less_what_its_tokens_cost():
     """Of a network away from its reference, by a second look at each answer alone."""
     model = network(lora=True)
@@ -271,6 +283,13 @@ def test_a_target_moves_the_coefficient():
 def test_a_target_without_a_coefficient_to_steer_is_refused():
     with pytest.raises(ValueError, match="begins at kl_coef and stays 0"):
         settings(kl_target=1.0, kl_coef=0.0)
+
+
+@pytest.mark.parametrize("target", [{}, {"kl_target": None}])
+def test_a_horizon_of_a_coefficient_that_is_fixed_is_refused(target):
+    with pytest.raises(ValueError, match="kl_horizon: without kl_target the coefficient is fixed; set kl_target too"):
+        settings(kl_horizon=100, **target)
+    assert settings(**target).kl_horizon == 10_000, "its default is no request"
 
 
 def test_more_minibatches_than_groups_are_refused():

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from twinloop.domains.domain import Verdict
+from twinloop.models.adapter_form import AdapterForm
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.training.adapters import attach_adapter, frozen_reference
 from twinloop.training.credit import group_advantages
 from twinloop.training.loop import run_training
 from twinloop.training.methods.grpo import GRPOSettings
@@ -48,6 +50,7 @@ def stream_for(
     threads=1,
     device="cpu",
     reference=None,
+    vocab_size=None,
 ):
     prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
     settings = GRPOSettings(
@@ -61,7 +64,17 @@ def stream_for(
     )
     runtime = Runtime(seed=seed, threads=threads, device=device)
     judge = Verifier(reward)
-    return RolloutStream(model, prompts, judge, as_text, settings, runtime, stop_ids=[STOP], reference=reference)
+    return RolloutStream(
+        model,
+        prompts,
+        judge,
+        as_text,
+        settings,
+        runtime,
+        stop_ids=[STOP],
+        vocab_size=vocab_size,
+        reference=reference,
+    )
 
 
 @pytest.fixture
@@ -82,6 +95,20 @@ def test_first_grpo_ratio_is_one_within_rounding_on_the_real_engine(eager_to_sto
         assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
         assert metrics["logprob_gap_max"].item() < 1e-4
         assert metrics["clip_fraction"] == 0
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_where_rows_of_the_network_are_no_token_policy_and_reference_are_normalised_over_the_ids(eager_to_stop, lora):
+    """As the sampler is: the padding of a vocabulary may have any share of what all rows are normalised over."""
+    ids = eager_to_stop.config.vocab_size - 4
+    if lora:
+        attach_adapter(eager_to_stop, AdapterForm(rank=3, alpha=12.0), seed=0, stage="grpo")
+    step = stream_for(eager_to_stop, vocab_size=ids, reference=frozen_reference(eager_to_stop)).next()
+    for batch in step.micro_batches:
+        _, metrics = GRPOLoss(kl_coef=0.1).loss(eager_to_stop, batch)
+        assert metrics["ratio"].item() == pytest.approx(1.0, abs=1e-5)
+        assert metrics["logprob_gap_max"].item() < 1e-4
+        torch.testing.assert_close(batch.reference_logprobs_N, batch.old_logprobs_N, atol=1e-4, rtol=0)
 
 
 def test_an_optimizer_step_is_seen_by_the_next_sample(eager_to_stop):

@@ -1,6 +1,5 @@
 """PPO from rewards (Schulman et al., 2017; Ouyang et al., 2022): the network's own answers, sampled on the engine that
-serves. A critic that shares the network credits each token, and each costs how far it leads from the stage's start.
-"""
+serves. A critic that shares the network credits each token; each costs how far it leads from the stage's start."""
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ class Settings(RolloutSettings):
     kl_coef: NotNegative = 0.05
     """What a token costs for each nat by which it is surer than the network that the stage starts from."""
     kl_target: Positive | None = None
-    """Nats an answer: the coefficient follows it (Ziegler et al., 2019). None: it is fixed."""
+    """Nats an answer: the coefficient is corrected in kl_horizon answers (Ziegler et al., 2019). None: it is fixed."""
     kl_horizon: Count = 10_000
-    """Answers in which the coefficient is corrected."""
 
     def passes(self) -> tuple[int, int]:
         return self.epochs, self.minibatches
@@ -52,6 +50,8 @@ class Settings(RolloutSettings):
     def _coefficient_can_move(self) -> Self:
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_target: the coefficient begins at kl_coef and stays 0; raise kl_coef")
+        if "kl_horizon" in self.model_fields_set and not self.kl_target:
+            raise ValueError("kl_horizon: without kl_target the coefficient is fixed; set kl_target too")
         return self
 
 
@@ -88,7 +88,7 @@ def build(
             gamma=settings.gamma,
             lam=settings.lam,
             reference=frozen_reference(model) if settings.has_reference() else None,
-            rows=Rows.of(prompts, settings, runtime),
+            rows=Rows.of(prompts, settings, runtime, tokenizer.vocab_size),
         ),
     )
     return loss, rollouts
