@@ -50,7 +50,7 @@ class Settings(RolloutSettings):
     def _coefficient_can_move(self) -> Self:
         if self.kl_target and not self.kl_coef:
             raise ValueError("kl_target: the coefficient begins at kl_coef and stays 0; raise kl_coef")
-        if "kl_horizon" in self.model_fields_set and not self.kl_target:
+        if self.kl_horizon != type(self).model_fields["kl_horizon"].default and not self.kl_target:
             raise ValueError("kl_horizon: without kl_target the coefficient is fixed; set kl_target too")
         return self
 
