@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
@@ -17,6 +17,12 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 
 Kind = Literal["text", "labels", "reward"]
 """What a network gives: the next token of a text, one label of several, or a score."""
+KIND_NAMES: Mapping[Kind, str] = {
+    "text": "a model that writes text",
+    "labels": "a classifier",
+    "reward": "a reward model",
+}
+"""A network that gives this, in words."""
 
 
 def kind_of(labels: Sequence[str]) -> Kind:

@@ -13,13 +13,12 @@ import logging
 from dataclasses import dataclass
 
 from twinloop.common.errors import UserError
-from twinloop.models.config import Kind
+from twinloop.models.config import KIND_NAMES, Kind
 from twinloop.models.directory import load_config
 from twinloop.registry.reconcile import what_it_is
 from twinloop.registry.snapshot import Version
 from twinloop.registry.version_files import version_error
 from twinloop.registry.versions import CHAMPION, PREVIOUS, Registry
-from twinloop.training.method import KIND_NAMES
 
 log = logging.getLogger(__name__)
 

@@ -29,14 +29,13 @@ def foresee_gate(context: Context, recipe: Recipe, rules: GateRules, *, data: Ar
     from twinloop.tasks.measure import held_out_pairs
     from twinloop.training.forms import prompt_digest
 
-    kind = recipe.train[-1].method.kind
-    pairs = held_out_pairs(data.path) if kind == "reward" else []
+    pairs = held_out_pairs(data.path) if recipe.kind == "reward" else []
     outlook = foresee(
         rules,
         read_cases(read_records(data.path, "cases"), context.domain),
         has_texts=has_records(data.path, "corpus_heldout"),
         samples=recipe.evaluate.samples,
-        kind=kind,
+        kind=recipe.kind,
         held_out_prompts=len({prompt_digest(pair) for pair in pairs}),
     )
     for warning in outlook.warnings:

@@ -16,7 +16,7 @@ from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError, model_v
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
-from twinloop.models.config import Kind, Precision
+from twinloop.models.config import KIND_NAMES, Kind, Precision
 from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
 from twinloop.tasks.base_settings import (
@@ -32,7 +32,7 @@ from twinloop.tasks.base_settings import (
     kind_of_model,
 )
 from twinloop.tasks.mistakes import explain_all
-from twinloop.training.method import KIND_NAMES, Method, load_method
+from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
 from twinloop.training.settings import Count, NamedModel, Positive, Share, StrictModel, TrainSettings
 

@@ -23,7 +23,7 @@ recipe is checked without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +44,6 @@ if TYPE_CHECKING:
     from twinloop.training.stream import Batches
 
 PARTS = ("Settings", "RECORDS", "build")
-KIND_NAMES: Mapping[Kind, str] = {
-    "text": "a model that writes text",
-    "labels": "a classifier",
-    "reward": "a reward model",
-}
-"""What a network is that gives this, in words."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,21 +171,17 @@ class RolloutStream:
     def _micro_batches(self, groups: list[Group]) -> list[TreeBatch]:
         if not groups:
             return []
-        temperature, vocab_size, device = self._rows.temperature, self._rows.vocab_size, self._rows.device
         trees = [group.tree(self._prompts) for group in groups]
-        seq_len = self._choose_seq_len(trees)
+        rows = replace(self._rows, seq_len=self._choose_seq_len(trees))
         if self._reference is not None:
-            trees = attach_reference(
-                self._reference,
-                trees,
-                seq_len=seq_len,
-                temperature=temperature,
-                vocab_size=vocab_size,
-                device=device,
-            )
-        rows = pack(trees, seq_len).rows
-        size = self._settings.micro_batch_size
-        return micro_batches(rows, seq_len, size, temperature=temperature, vocab_size=vocab_size)
+            trees = attach_reference(self._reference, trees, **vars(rows))
+        return micro_batches(
+            pack(trees, rows.seq_len).rows,
+            rows.seq_len,
+            self._settings.micro_batch_size,
+            temperature=rows.temperature,
+            vocab_size=rows.vocab_size,
+        )
 
     def _choose_seq_len(self, trees: list[Tree]) -> int:
         """As short as the step allows on CPU; always the same on CUDA, where each length compiles a kernel."""
