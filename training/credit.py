@@ -10,37 +10,12 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
-from twinloop.training.packing import row_length
-from twinloop.training.runtime import Runtime
-from twinloop.training.scoring import tree_logprobs, tree_values
-from twinloop.training.settings import RolloutSettings
+from twinloop.training.scoring import Rows, tree_logprobs, tree_values
 from twinloop.training.tree import Tree, TreeBatch, group
 
 MOST_CORRECTION = 0.2
 """Share of the target by which the KL may seem to be off, when its coefficient is corrected (Ziegler et al., 2019)."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How groups of answers are read: in rows of seq_len tokens, on this device, with the sampler's temperature and ids
-    (see `TreeBatch`)."""
-
-    seq_len: int
-    temperature: float
-    vocab_size: int | None
-    device: str
-
-    @classmethod
-    def of(
-        cls, prompts: Sequence[Sequence[int]], settings: RolloutSettings, runtime: Runtime, vocab_size: int | None
-    ) -> Rows:
-        """Rows into which any group fits. Raises UserError where there are no prompts."""
-        if not prompts:
-            raise UserError("rollouts: there are no prompts; look at what validation quarantined")
-        longest = max(len(prompt) for prompt in prompts) + settings.group_size * settings.max_new_tokens
-        return cls(row_length(longest, runtime.device), settings.temperature, vocab_size, runtime.device)
 
 
 @dataclass(frozen=True)
@@ -151,7 +126,7 @@ class TokenCredit:
         trees = [group.tree(self._prompts) for group in groups]
         lengths_S = [len(tokens) for group in groups for tokens in group.completions]
         ends_S = np.cumsum(lengths_S)
-        value_N = np.concatenate(tree_values(self._expected, trees, **vars(self._rows))).astype(np.float64)
+        value_N = np.concatenate(tree_values(self._expected, trees, self._rows)).astype(np.float64)
         reward_N, metrics = self._penalties(groups, trees)
         reward_N[ends_S - 1] += [reward for group in groups for reward in group.rewards]
         answers = zip(np.split(reward_N, ends_S[:-1]), np.split(value_N, ends_S[:-1]), strict=True)
@@ -181,7 +156,7 @@ class TokenCredit:
         sampled_N = np.concatenate(sampled)
         if self._reference is None:
             return np.zeros(len(sampled_N)), {}
-        reference_N = np.concatenate(tree_logprobs(self._reference, trees, **vars(self._rows)))
+        reference_N = np.concatenate(tree_logprobs(self._reference, trees, self._rows))
         coef, surer_N = self._controller.coef, sampled_N - reference_N
         kl = float(surer_N.sum()) / len(sampled)
         self._controller.update(kl, len(sampled))

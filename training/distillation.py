@@ -17,7 +17,7 @@ from twinloop.models.chunks import logit_chunk
 from twinloop.models.decoder import Decoder
 from twinloop.training.objectives import Metrics
 from twinloop.training.row_values import row_values
-from twinloop.training.scoring import tree_values, with_values
+from twinloop.training.scoring import Rows, tree_values, with_values
 from twinloop.training.tree import Tree, TreeBatch, scored_hidden
 
 
@@ -52,7 +52,7 @@ def attach_teacher(
         return found
 
     model.to(device)
-    values = tree_values(likeliest, trees, seq_len=seq_len, device=device)
+    values = tree_values(likeliest, trees, Rows(seq_len, device=device))
     return [with_values(tree, "teacher", own) for tree, own in zip(trees, values, strict=True)]
 
 

@@ -17,7 +17,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import load_config
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.training.scoring import tree_values
+from twinloop.training.scoring import Rows, tree_values
 from twinloop.training.tree import Tree, TreeBatch, sequence_scores
 from twinloop.training.weights import load_decoder
 
@@ -82,7 +82,7 @@ def tree_scores(model: Decoder, trees: Sequence[Tree], *, seq_len: int, device: 
         found: np.ndarray = sequence_scores(model, batch).cpu().numpy()
         return found
 
-    return tree_values(scores, trees, seq_len=seq_len, device=device, count=attrgetter("num_sequences"))
+    return tree_values(scores, trees, Rows(seq_len, device=device), count=attrgetter("num_sequences"))
 
 
 def load_reward_model(directory: Path) -> Decoder:

@@ -23,12 +23,12 @@ import numpy as np
 from twinloop.models.decoder import Decoder
 from twinloop.serving.engine import Completion
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.training.credit import Credit, Group, GroupCredit, Rows
+from twinloop.training.credit import Credit, Group, GroupCredit
 from twinloop.training.packing import pack, row_length
 from twinloop.training.rewards import Answer, Earned
 from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
-from twinloop.training.scoring import attach_reference
+from twinloop.training.scoring import Rows, attach_reference
 from twinloop.training.settings import RolloutSettings
 from twinloop.training.stream import Step, micro_batches
 from twinloop.training.tree import Tree, TreeBatch
@@ -174,7 +174,7 @@ class RolloutStream:
         trees = [group.tree(self._prompts) for group in groups]
         rows = replace(self._rows, seq_len=self._choose_seq_len(trees))
         if self._reference is not None:
-            trees = attach_reference(self._reference, trees, **vars(rows))
+            trees = attach_reference(self._reference, trees, rows)
         return micro_batches(
             pack(trees, rows.seq_len).rows,
             rows.seq_len,

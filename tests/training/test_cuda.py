@@ -9,7 +9,7 @@ from test_rollouts import stream_for
 from twinloop.training.loop import run_training
 from twinloop.training.objectives import GRPOLoss
 from twinloop.training.packing import pack
-from twinloop.training.scoring import tree_logprobs
+from twinloop.training.scoring import Rows, tree_logprobs
 from twinloop.training.settings import TrainSettings
 from twinloop.training.tree import collate, scored_logprobs
 from twinloop.training.weights import new_decoder
@@ -39,8 +39,8 @@ def test_windows_and_capped_scores_are_the_same_in_a_block_mask(tiny, texts):
 
 def test_bf16_scores_are_near_float32s(tiny, texts):
     trees = texts.pairs(9)
-    on_cpu = tree_logprobs(tiny, trees, seq_len=128)
-    on_cuda = tree_logprobs(new_decoder(tiny.config, seed=0), trees, seq_len=128, device="cuda")
+    on_cpu = tree_logprobs(tiny, trees, Rows(128))
+    on_cuda = tree_logprobs(new_decoder(tiny.config, seed=0), trees, Rows(128, device="cuda"))
     for one, other in zip(on_cpu, on_cuda, strict=True):
         assert abs(one - other).max() < 0.05
 

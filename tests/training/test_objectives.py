@@ -11,7 +11,7 @@ import torch
 from twinloop.training.loop import _accumulate
 from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
-from twinloop.training.scoring import attach_reference
+from twinloop.training.scoring import Rows, attach_reference
 from twinloop.training.stream import BatchStream, Step, micro_batches
 from twinloop.training.tree import Tree, collate, document, example, group, pair, scored_logprobs
 
@@ -38,7 +38,7 @@ def test_first_loss_of_an_untrained_network_is_about_the_uniform_guess(tiny, tex
 
 
 def test_first_dpo_loss_is_ln_2(tiny, texts):
-    trees = attach_reference(tiny, texts.pairs(9), seq_len=64)
+    trees = attach_reference(tiny, texts.pairs(9), Rows(64))
     batch = one_batch(trees)
     loss, metrics = DPOLoss(beta=0.1).loss(tiny, batch)
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
@@ -46,7 +46,7 @@ def test_first_dpo_loss_is_ln_2(tiny, texts):
 
 
 def test_dpo_step_raises_the_chosen_over_the_rejected(tiny, texts):
-    batch = one_batch(attach_reference(tiny, texts.pairs(6), seq_len=64))
+    batch = one_batch(attach_reference(tiny, texts.pairs(6), Rows(64)))
     loss, _ = DPOLoss(beta=0.1).loss(tiny, batch)
     loss.backward()
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_the_sft_term_is_the_mean_loss_of_the_chosen_answers_tokens():
 
 
 def test_first_losses_of_dpos_kin(tiny, texts):
-    batch = one_batch(attach_reference(tiny, texts.pairs(9), seq_len=64))
+    batch = one_batch(attach_reference(tiny, texts.pairs(9), Rows(64)))
     for beta in (0.1, 0.5):
         for normalised in (False, True):
             ipo, _ = DPOLoss(beta=beta, loss="ipo", length_normalised=normalised).loss(tiny, batch)
@@ -122,7 +122,7 @@ def test_ipo_ends_at_its_margin_and_smoothed_dpo_at_the_smoothed_odds():
 
 
 def test_reference_stays_with_its_pair_under_shuffling_and_partial_batches(tiny, texts):
-    trees = attach_reference(tiny, texts.pairs(23), seq_len=64)
+    trees = attach_reference(tiny, texts.pairs(23), Rows(64))
     random.Random(0).shuffle(trees)
     stream = BatchStream(trees, seq_len=64, batch_size=4, seed=3, epochs=2)
     pairs = 0
@@ -150,7 +150,7 @@ def test_kl_penalty_is_zero_at_the_reference_and_pulls_back_from_elsewhere(tiny,
     """Sampled and judged alike, so that the penalty is all that is left of the loss and its gradient."""
     trees = groups_of(texts, 3)
     trees = [Tree(tuple(replace(each, advantage=np.zeros(each.num_scored)) for each in t.segments)) for t in trees]
-    batch = one_batch(attach_reference(tiny, trees, seq_len=64))
+    batch = one_batch(attach_reference(tiny, trees, Rows(64)))
     reference = scored_logprobs(tiny, batch).detach()
     for shift in (0.0, -0.5, 0.5):
         logprobs = (reference + shift).requires_grad_()
@@ -170,10 +170,10 @@ def test_accumulated_micro_batches_equal_the_full_batch(tiny, texts, kind, micro
     """Rows of very different token counts: a mean of means would differ."""
     objective, trees = {
         "next_token": lambda: (CausalLMLoss(), [*texts.examples(12), document(texts.run(60, 60)), document([7, 8])]),
-        "preference": lambda: (DPOLoss(beta=0.3), attach_reference(tiny, texts.pairs(15), seq_len=64)),
+        "preference": lambda: (DPOLoss(beta=0.3), attach_reference(tiny, texts.pairs(15), Rows(64))),
         "kin": lambda: (
             DPOLoss(beta=0.3, loss="ipo", length_normalised=True, rpo_alpha=0.5),
-            attach_reference(tiny, texts.pairs(15), seq_len=64),
+            attach_reference(tiny, texts.pairs(15), Rows(64)),
         ),
         "group": lambda: (GRPOLoss(), groups_of(texts, 12)),
     }[kind]()

@@ -17,7 +17,7 @@ from twinloop.training.loop import _accumulate, run_training
 from twinloop.training.objectives import CausalLMLoss, DPOLoss, GRPOLoss
 from twinloop.training.packing import pack
 from twinloop.training.runtime import Runtime, choose_products, fastest_products, least_seconds
-from twinloop.training.scoring import attach_reference
+from twinloop.training.scoring import Rows, attach_reference
 from twinloop.training.settings import TrainSettings
 from twinloop.training.stream import Step, micro_batches
 from twinloop.training.tree import collate, scored_logprobs
@@ -50,7 +50,7 @@ def test_a_product_is_the_layers_in_float32_and_its_gradients_near(way, shape):
 
 
 def test_the_first_loss_of_dpo_is_ln_2(way, tiny, texts):
-    loss, _ = DPOLoss(beta=0.3).loss(tiny, one_batch(attach_reference(tiny, texts.pairs(9), seq_len=64)))
+    loss, _ = DPOLoss(beta=0.3).loss(tiny, one_batch(attach_reference(tiny, texts.pairs(9), Rows(64))))
     assert loss.item() == pytest.approx(math.log(2), abs=1e-6)
 
 

@@ -72,11 +72,11 @@ def build(
 ) -> tuple[DPOLoss, BatchStream]:
     from twinloop.training.adapters import without_adapter
     from twinloop.training.objectives import DPOLoss
-    from twinloop.training.scoring import attach_reference
+    from twinloop.training.scoring import Rows, attach_reference
     from twinloop.training.stream import BatchStream
 
     pairs = preference_trees(records, tokenizer)
-    referred = attach_reference(without_adapter(model), pairs, seq_len=settings.seq_len, device=runtime.device)
+    referred = attach_reference(without_adapter(model), pairs, Rows(settings.seq_len, device=runtime.device))
     batches = BatchStream.of_epochs(referred, settings, seed=runtime.seed)
     kin = settings.model_dump(include={"beta", "loss", "label_smoothing", "length_normalised", "rpo_alpha"})
     return DPOLoss(**kin), batches

@@ -64,14 +64,14 @@ def build(
     domain: Domain,
 ) -> tuple[PPOLoss, RolloutStream]:
     from twinloop.training.adapters import frozen_reference
-    from twinloop.training.credit import KLController, Rows, TokenCredit
+    from twinloop.training.credit import KLController, TokenCredit
     from twinloop.training.objectives import PPOLoss
     from twinloop.training.rewards import prompts_and_rewards
     from twinloop.training.rollouts import RolloutStream
+    from twinloop.training.scoring import Rows
 
     prompts, rewards = prompts_and_rewards(records, tokenizer, settings, runtime, domain)
-    clips = {"clip_eps": settings.clip_eps, "value_clip": settings.value_clip}
-    loss = PPOLoss(model.config.hidden_size, value_coef=settings.value_coef, **clips)
+    loss = PPOLoss(model.config.hidden_size, **settings.model_dump(include={"clip_eps", "value_clip", "value_coef"}))
     rollouts = RolloutStream(
         model,
         prompts,
