@@ -95,6 +95,14 @@ class Attention(nn.Module):
             scale=config.query_scale or config.head_dim**-0.5, window=kind.window, softcap=config.attention_softcap
         )
 
+    @torch.no_grad()
+    def begin_keys_as_queries(self) -> None:
+        """A key head takes the weights of the first query head of its group."""
+        heads = len(self.q_proj.weight) // self.head_dim
+        group = heads * self.head_dim // len(self.k_proj.weight)
+        queries_HED = self.q_proj.weight.view(heads, self.head_dim, -1)
+        self.k_proj.weight.copy_(queries_HED[::group].flatten(0, 1))
+
     def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor] | None, plan: AttentionPlan) -> Tensor:
         """rotary: cosines and sines, as `rotary_tables` gives them; None: without positions."""
         B, L, _ = x_BLD.shape
@@ -190,6 +198,12 @@ class Decoder(nn.Module):
             elif parameter.dim() == 2:
                 std = parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std * depth_scale if name.endswith(_RESIDUAL_OUTPUTS) else std)
+
+    def begin_keys_as_queries(self) -> None:
+        """A token then first attends to tokens like itself (Trockman and Kolter, 2023)."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.begin_keys_as_queries()
 
     def hidden(self, tokens_BL: Tensor, positions_BL: Tensor, plan: AttentionPlan | None = None) -> Tensor:
         """Final hidden states [B, L, D].

@@ -23,13 +23,18 @@ def base_stage(context: Context, settings: NewBase, *, seed: int, tokenizer: Art
 
         vocabulary = ChatTokenizer.load(tokenizer.path)
         assert (vocabulary.bos_id, vocabulary.stop_id) == (config.bos_token_id, config.eos_token_id)
-        save_model(out, config, get_weights(new_decoder(config, seed=seed)), vocabulary)
+        network = new_decoder(config, seed=seed, keys_as_queries=settings.keys_as_queries)
+        save_model(out, config, get_weights(network), vocabulary)
         return {"parameters": config.num_parameters}
 
     return context.run(
         "base",
         work,
-        settings={"network": config.model_dump(exclude_defaults=True), "seed": seed},
+        settings={
+            "network": config.model_dump(exclude_defaults=True),
+            "keys_as_queries": settings.keys_as_queries,
+            "seed": seed,
+        },
         inputs={"tokenizer": tokenizer},
         modules=("twinloop.tasks.base",),
     )

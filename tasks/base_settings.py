@@ -34,6 +34,9 @@ class NewBase(BaseSettings):
     num_key_value_heads: Count | None = None
     max_length: Length = 512
     qk_norm: bool = False
+    keys_as_queries: bool = False
+    """Begin with keys that are the queries of their head. Copying is learned sooner, where a network learns it from
+    millions of tokens; in a short training from nothing other things are learned later, or not at all."""
     vocab_size: Annotated[int, Field(ge=262, le=262144)] = 512
     """At least the 256 bytes and the 6 special tokens; the tokenizer may find fewer."""
 

@@ -74,10 +74,14 @@ class Corpus:
     tokens: int
 
     @property
-    def depth(self) -> int:
-        """Of the recipe's network."""
+    def base(self) -> NewBase:
+        """The recipe's network."""
         assert isinstance(self.recipe.base, NewBase)
-        return self.recipe.base.depth
+        return self.recipe.base
+
+    @property
+    def depth(self) -> int:
+        return self.base.depth
 
     @property
     def planned_tokens(self) -> int:
@@ -86,8 +90,7 @@ class Corpus:
         return tokens
 
     def config(self, depth: int) -> DecoderConfig:
-        assert isinstance(self.recipe.base, NewBase)
-        return of_depth(self.recipe.base, depth).decoder_config(self.tokenizer.metrics["vocab_size"])
+        return of_depth(self.base, depth).decoder_config(self.tokenizer.metrics["vocab_size"])
 
     def shape(self, depth: int) -> Shape:
         config = self.config(depth)
@@ -172,7 +175,7 @@ def measure_runs(
 
 def small_run(context: Context, corpus: Corpus, runtime: Runtime, *, depth: int, tokens: int) -> Measured:
     """Train a network of this depth for so many tokens, and score the held-out texts as a run's own stages are."""
-    stage, config = corpus.stage, corpus.config(depth)
+    stage, config, tied = corpus.stage, corpus.config(depth), corpus.base.keys_as_queries
     settings = stage.settings.model_copy(update={"tokens": tokens})
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
@@ -181,7 +184,8 @@ def small_run(context: Context, corpus: Corpus, runtime: Runtime, *, depth: int,
         from twinloop.training.weights import new_decoder
 
         runtime.use()
-        network, tokenizer = new_decoder(config, seed=runtime.seed), ChatTokenizer.load(corpus.tokenizer.path)
+        network = new_decoder(config, seed=runtime.seed, keys_as_queries=tied)
+        tokenizer = ChatTokenizer.load(corpus.tokenizer.path)
         records = _some_records(corpus, tokens)
         objective, batches = stage.method.build(records, network, tokenizer, settings, runtime, context.domain)
         others = OtherProcesses()
@@ -201,7 +205,12 @@ def small_run(context: Context, corpus: Corpus, runtime: Runtime, *, depth: int,
     made = context.run(
         "scaling-run",
         work,
-        settings={**settings.model_dump(), "network": config.model_dump(), "runtime": runtime.model_dump()},
+        settings={
+            **settings.model_dump(),
+            "network": config.model_dump(),
+            "keys_as_queries": tied,
+            "runtime": runtime.model_dump(),
+        },
         inputs={"data": corpus.data, "tokenizer": corpus.tokenizer},
         modules=("twinloop.tasks.scaling",),
         found=[stage.method.found],

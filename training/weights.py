@@ -15,11 +15,15 @@ from twinloop.models.directory import check_tensors, load_config, load_tensors
 from twinloop.training.adapters import adapter_of
 
 
-def new_decoder(config: DecoderConfig, *, seed: int) -> Decoder:
-    """An untrained network, the same for the same seed; the global random state is left alone."""
+def new_decoder(config: DecoderConfig, *, seed: int, keys_as_queries: bool = False) -> Decoder:
+    """An untrained network, the same for the same seed; the global random state is left alone. keys_as_queries: see
+    `NewBase`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Decoder(config)
+        network = Decoder(config)
+    if keys_as_queries:
+        network.begin_keys_as_queries()
+    return network
 
 
 def load_decoder(directory: Path) -> Decoder:

@@ -8,6 +8,7 @@ from twinloop.common.errors import UserError
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder, RMSNorm
 from twinloop.models.family import read_config, write_config
+from twinloop.training.weights import new_decoder
 
 TINY = {
     "vocab_size": 40,
@@ -24,6 +25,18 @@ TINY = {
 def test_counted_parameters_are_those_of_the_network(change):
     config = DecoderConfig(**TINY, **change)
     assert config.num_parameters == sum(parameter.numel() for parameter in Decoder(config).parameters())
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_keys_can_begin_as_the_queries_of_their_group(key_heads):
+    config = DecoderConfig(**{**TINY, "num_key_value_heads": key_heads})
+    tied, drawn = (new_decoder(config, seed=3, keys_as_queries=tied) for tied in (True, False))
+    for ours, other in zip(tied.model.layers, drawn.model.layers, strict=True):
+        queries = ours.self_attn.q_proj.weight.view(key_heads, 4 // key_heads, 16, 64)
+        keys = ours.self_attn.k_proj.weight.view(key_heads, 16, 64)
+        assert torch.equal(keys, queries[:, 0])
+        assert not torch.equal(keys, other.self_attn.k_proj.weight.view(key_heads, 16, 64))
+        assert torch.equal(ours.self_attn.q_proj.weight, other.self_attn.q_proj.weight)
 
 
 def test_a_later_token_changes_nothing_before_it():
