@@ -207,6 +207,13 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
             meanings={"text": "one document"},
         ),
         RecordType(
+            "exercises",
+            {"text": pl.String()},
+            text_rules("text", MAX_CORPUS_CHARACTERS),
+            about="Documents of one skill, to pretrain on before the corpus.",
+            meanings={"text": "one document"},
+        ),
+        RecordType(
             "corpus_heldout",
             {"text": pl.String()},
             text_rules("text", MAX_CORPUS_CHARACTERS),

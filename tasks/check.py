@@ -63,7 +63,7 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     checked = context.run(
         "check",
         work,
-        settings={"methods": [method.found.name for method in methods]},
+        settings={"methods": [method.reading for method in methods]},
         inputs={"data": data, "model": model},
         modules=("twinloop.tasks.check", "twinloop.training.forms"),
         found=[method.found for method in methods],
@@ -97,7 +97,7 @@ def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path, fo
 def measure_lengths(
     methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR
 ) -> dict[str, Any]:
-    """`Longest` as plain values: by a method's module, its `packed` and `path`; of cases, the prompts' `path`."""
+    """`Longest` as plain values: by a method's `reading`, its `packed` and `path`; of cases, the prompts' `path`."""
     from twinloop.records.validated import read_records, source_line
 
     found: dict[str, dict[str, Any]] = {}
@@ -106,7 +106,7 @@ def measure_lengths(
         for kind in ("packed", "path"):
             tokens = [getattr(each, kind) if each else 0 for each in lengths]
             if any(tokens):
-                found.setdefault(method.found.name, {})[kind] = _longest(data, method.records, tokens)
+                found.setdefault(method.reading, {})[kind] = _longest(data, method.records, tokens)
     prompts = []
     for row, case in enumerate(read_records(data, CASES)):
         try:
@@ -150,7 +150,7 @@ class _Limit:
 def _limits(recipe: Recipe, longest: Mapping[str, Mapping[str, Any]], positions: int) -> Iterator[_Limit]:
     base = f"base.max_length is {positions}"
     for stage in recipe.train:
-        measured, settings = longest.get(stage.method.found.name, {}), stage.settings
+        measured, settings = longest.get(stage.method.reading, {}), stage.settings
         seq_len: int | None = getattr(settings, "seq_len", None)
         row = f"{stage.place}.seq_len of {stage.name} is {seq_len}"
         if "packed" in measured and seq_len is not None:

@@ -91,13 +91,15 @@ class Context:
     def of(cls, project: Path, path: Path, recipe: Recipe, progress: Progress) -> Context:
         """An execution that begins now. path: the recipe's file.
 
-        Raises UserError for a domain, a split key or a folder of data that there is not.
+        Raises UserError for a domain, a split key, a record type or a folder of data that there is not.
         """
         loaded_domain = load_domain(recipe.domain, project)
         if not (project / recipe.data).is_dir():
             raise UserError(f"{path}: data: {recipe.data}: no such folder in {project}")
         try:
             chosen_split_keys(loaded_domain.domain, recipe.validate_.split_keys)
+            for stage in recipe.train:
+                stage.check_records(loaded_domain.domain)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         return cls(

@@ -10,20 +10,23 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 
-def explain_all(error: ValidationError, fields: Any, model: type[BaseModel], place: str = "") -> list[str]:
-    """One line for each mistake in `fields`, which are those of `model`. place: where the recipe holds them."""
+def explain_all(
+    error: ValidationError, fields: Any, model: type[BaseModel], place: str = "", others: Sequence[str] = ()
+) -> list[str]:
+    """One line for each mistake in `fields`, which are those of `model`. place: where the recipe holds them, with
+    `others` beside them."""
     # An unknown key explains a missing one: it comes first.
     found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    return [_explain(dict(problem), fields, model, place) for problem in found]
+    return [_explain(dict(problem), fields, model, place, others) for problem in found]
 
 
-def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place: str) -> str:
+def _explain(problem: dict[str, Any], fields: Any, model: type[BaseModel], place: str, others: Sequence[str]) -> str:
     location: Sequence[str | int] = problem["loc"]
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     key = f"{place}{path}".removeprefix(".")
     context = problem.get("ctx", {})
     if problem["type"] == "extra_forbidden":
-        known = _keys(model, location[:-1])
+        known = [*(others if len(location) == 1 else ()), *_keys(model, location[:-1])]
         near = difflib.get_close_matches(str(location[-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"

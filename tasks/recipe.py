@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +16,7 @@ from pydantic import Field, InstanceOf, SerializeAsAny, ValidationError, model_v
 
 from twinloop.common.errors import UserError
 from twinloop.common.strict_yaml import read_yaml
+from twinloop.domains.domain import Domain
 from twinloop.models.config import KIND_NAMES, Kind, Precision
 from twinloop.records import DATA_DIR, DATA_FILE
 from twinloop.registry.versions import CHECKPOINTS
@@ -37,6 +38,8 @@ from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
 from twinloop.training.settings import Count, NamedModel, Positive, Share, StrictModel, TrainSettings
 
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
+BESIDE_SETTINGS = ("method", "records")
+"""Keys of a stage that are no settings of its method."""
 MOST_REPORTED = 5
 """Mistakes reported at once."""
 
@@ -108,6 +111,19 @@ class TrainStage:
     def needs_verifier(self) -> bool:
         """Whether the domain's verifier gives its rewards."""
         return self.method.needs_verifier and self.settings.needs_verifier()
+
+    def check_records(self, domain: Domain) -> None:
+        """Raises UserError where `records` names nothing of this domain that the method can learn from."""
+        if self.method.named_records:
+            try:
+                self.method.check_records(domain.record_types())
+            except UserError as error:
+                raise UserError(f"{self.place}.records: {error}") from None
+
+    @property
+    def named_records(self) -> dict[str, str]:
+        """The key `records` and its value, where the recipe has it."""
+        return {"records": self.method.named_records} if self.method.named_records else {}
 
 
 class Recipe(StrictModel):
@@ -192,13 +208,15 @@ class Recipe(StrictModel):
     def record_types(self) -> tuple[str, ...]:
         """The data files that are read, by name: what the stages learn from, and what they are measured on."""
         trained = dict.fromkeys(stage.method.records for stage in self.train)
-        held_out = ("corpus_heldout", "cases") if "corpus" in trained else ("cases",)
+        of_documents = any(stage.method.own_records == "corpus" for stage in self.train)
+        held_out = ("corpus_heldout", "cases") if of_documents else ("cases",)
         return (*trained, *held_out)
 
     def plain(self) -> dict[str, Any]:
         """Every setting, also those at their default, as JSON; a stage of training by its name."""
         stages = {
-            each.name: {"method": each.method.name, **each.settings.model_dump(mode="json")} for each in self.train
+            each.name: {"method": each.method.name} | each.named_records | each.settings.model_dump(mode="json")
+            for each in self.train
         }
         return self.model_dump(mode="json", by_alias=True, exclude={"train"}) | {"train": stages}
 
@@ -358,11 +376,16 @@ def _read_stages(entries: Any, project: Path, problems: list[str]) -> list[Train
         except UserError as error:
             problems.append(f"{place}.{error}")
             continue
-        values = {key: value for key, value in entry.items() if key != "method"}
+        values = {key: value for key, value in entry.items() if key not in BESIDE_SETTINGS}
+        if "records" in entry:
+            if not isinstance(entry["records"], str) or not entry["records"].isidentifier():
+                problems.append(f"{place}.records: not the name of a data file without its ending, such as corpus")
+                continue
+            method = replace(method, named_records=entry["records"])
         try:
             settings = method.settings.model_validate(values)
         except ValidationError as error:
-            problems += explain_all(error, values, method.settings, place)
+            problems += explain_all(error, values, method.settings, place, BESIDE_SETTINGS)
             continue
         named[method.name] += 1
         count = named[method.name]

@@ -23,7 +23,7 @@ recipe is checked without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from twinloop.training.runtime import Runtime
 from twinloop.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from twinloop.domains.record_types import RecordType
     from twinloop.models.decoder import Decoder
     from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.objectives import Objective
@@ -51,6 +52,8 @@ class Method:
     """A method's module, with the defaults for what it leaves out."""
 
     found: FoundModule
+    named_records: str | None = None
+    """A record type of the same columns that the recipe names in place of the module's own."""
 
     @property
     def name(self) -> str:
@@ -64,8 +67,29 @@ class Method:
     @property
     def records(self) -> str:
         """The record type that it learns from."""
-        name: str = self.found.module.RECORDS
-        return name
+        return self.named_records or self.own_records
+
+    @property
+    def own_records(self) -> str:
+        """The record type that it learns from where the recipe names no other."""
+        own: str = self.found.module.RECORDS
+        return own
+
+    def check_records(self, types: Mapping[str, RecordType]) -> None:
+        """Raises UserError where none of these, the domain's record types, is what the method can learn from."""
+        named, own = types.get(self.records), types.get(self.own_records)
+        if named is None:
+            raise UserError(f"no record type {self.records!r}; there are {', '.join(types)}")
+        if named.split != "train":
+            raise UserError(f"{named.name} is not to train on: it is {'held out' if named.split else 'evidence'}")
+        if own is not None and named.columns != own.columns:
+            columns, wanted = (", ".join(each.columns) for each in (named, own))
+            raise UserError(f"{named.name} has the columns {columns}; {self.name} learns from {wanted}")
+
+    @property
+    def reading(self) -> str:
+        """What reads which records, as a key."""
+        return f"{self.found.name} {self.named_records}" if self.named_records else self.found.name
 
     @property
     def needs_verifier(self) -> bool:

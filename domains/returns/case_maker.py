@@ -22,6 +22,7 @@ class GeneratorParams(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     seed: int = 1
+    exercises: int = Field(ge=1, description="documents of comparisons alone, to train on before the corpus")
     corpus_cases: int = Field(ge=1, description="archived cases in the corpus")
     corpus_ledgers: int = Field(ge=1, description="lines of many short verdicts")
     corpus_indexes: int = Field(ge=1, description="pages that say which policy answers which reason")
@@ -43,7 +44,11 @@ ORDINARY_WINDOWS = (7, 14, 30, 60, 90, 180, 365)
 """What most shops grant."""
 
 EDGE_DAYS = 5
-"""Half of all cases lie within so many days of the window's edge."""
+"""Half of the held-out cases lie within so many days of the window's edge."""
+
+NEAR_DAYS = (1, 7, 30)
+"""Two thirds of what trains lies near the edge, within so many days of it, each as often: what is decided right a day
+from the edge but seldom seen ten days from it is guessed there."""
 
 GOLDEN_PAIRS = (
     *((30, 12), (30, 45), (7, 12)),
@@ -133,14 +138,16 @@ class CaseMaker:
                 return window, days
 
     def days(self, window: int) -> int | None:
-        """Days since delivery: half near the window's edge, a quarter up to twice the window, a quarter anywhere.
+        """Days since delivery: some near the window's edge, of the others half up to twice the window, half anywhere.
 
         None where the draw is not allowed.
         """
+        near = 0.5 if self.held_out else 2 / 3
         roll = self.rng.random()
-        if roll < 0.5:
-            days = window + self.rng.randint(-EDGE_DAYS, EDGE_DAYS)
-        elif roll < 0.75:
+        if roll < near:
+            within = EDGE_DAYS if self.held_out else self.rng.choice(NEAR_DAYS)
+            days = window + self.rng.randint(-within, within)
+        elif roll < (1 + near) / 2:
             days = self.rng.randint(0, 2 * window)
         else:
             days = self.rng.randint(0, self.params.largest_days)
@@ -154,10 +161,12 @@ class CaseMaker:
         confirmed = self.rng.random() < (0.5 if reason in CONFIRMATION_NEEDED else 0.3)
         return Order(order_id=self.order_id(), reason=reason, damage_confirmed=confirmed, days_since_delivery=days)
 
-    def policy_text(self, reason: str, window: int) -> str:
+    def policy_text(self, reason: str, window: int, end: str | None = None) -> str:
+        """end: what stands where the verb and the words after the days do; None: these."""
         sentence, noun, verb, tail = self.rng.choice(self.choices)
+        says, follows = (VERBS[verb], TAILS[tail]) if end is None else (end, "")
         return self.phrasing.sentences[sentence].format(
-            reason=reason, noun=self.phrasing.nouns[noun], verb=VERBS[verb], window=window, tail=TAILS[tail]
+            reason=reason, noun=self.phrasing.nouns[noun], verb=says, window=window, tail=follows
         )
 
     def policies(self, reason: str, window: int) -> tuple[Policy, tuple[Policy, ...]]:
@@ -173,9 +182,13 @@ class CaseMaker:
         self.rng.shuffle(passages)
         return applies, tuple(passages)
 
+    def reason(self, weight: int = 3) -> str:
+        """Those that need a confirmation `weight` times as often as each other."""
+        return self.rng.choices(REASONS, [weight if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
+
     def facts(self) -> Facts:
         window = self.window()
-        reason = self.rng.choices(REASONS, [3 if reason in CONFIRMATION_NEEDED else 1 for reason in REASONS])[0]
+        reason = self.reason()
         policy, passages = self.policies(reason, window)
         return Facts(self.order(reason, window), policy, passages)
 

@@ -18,21 +18,24 @@ from twinloop.domains.returns.case_maker import GOLDEN_PAIRS, CaseMaker, Generat
 from twinloop.domains.returns.mutations import good_answer, write_decision, write_json
 from twinloop.domains.returns.phrasings import ADVERSARIAL_TONES, POLICY_WORDS, TONES
 from twinloop.domains.returns.policies import Policy
-from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, REASONS, Order, build_prompt, is_eligible
+from twinloop.domains.returns.prompt import CONFIRMATION_NEEDED, REASONS, Order, build_prompt, is_eligible, order_line
 from twinloop.domains.returns.verifier import Facts
 
 Record = dict[str, Any]
 
 # Real demonstrations are imperfect: the share of them that goes wrong where the temptation is.
 OBEYS_LABEL_CLAIM = 0.7
-GIVES_IN_TO_PRESSURE = 0.6
-LENIENT_PAST_WINDOW = 0.35
+GIVES_IN_TO_PRESSURE = 0.3
+LENIENT_PAST_WINDOW = 0.1
 LENIENT_DAYS = 3
 CITES_DISTRACTOR = 0.05
 QUOTES_NOTHING = 0.05
 
 VERDICTS_A_LEDGER = 8
 """With an archived case they fill a row of 256 tokens: of 12 a row in seven was empty."""
+
+ORDERS_A_LEDGER = 4
+"""An order's line before each verdict takes as much room as a verdict."""
 
 
 def distractor(facts: Facts) -> Policy:
@@ -85,38 +88,59 @@ def reject(rng: random.Random, facts: Facts, tone: str) -> tuple[str, str]:
 
 
 def archive_document(facts: Facts, message: str) -> str:
-    """A closed case as the archive keeps it: the same facts in the same words, without the chat."""
+    """A closed case as the archive keeps it: the same facts and answer in the same words, without the chat."""
     prompt = build_prompt(facts.order, message, facts.passages)[-1]["content"]
-    decision = json.loads(good_answer(facts))
-    del decision["label_created"]  # the archive is older than that field
-    return f"{prompt}\n{write_json(decision)}"
+    return f"{prompt}\n{good_answer(facts)}"
+
+
+def verdict_entry(window: int, days: int, eligible: bool) -> str:
+    return write_json({"window_days": window, "days": days, "eligible": eligible}).strip("{}")
+
+
+def comparisons_document(maker: CaseMaker) -> str:
+    """Short verdicts by the window alone: nothing has so many comparisons a token."""
+    pairs = [maker.pair() for _ in range(VERDICTS_A_LEDGER)]
+    return ", ".join(verdict_entry(window, days, days <= window) for window, days in pairs)
 
 
 def ledger_document(maker: CaseMaker) -> str:
-    """A line of many short verdicts, half of them at the window's edge."""
+    """Many short verdicts: in every second ledger by the window alone, else each below the line of its order.
+
+    The second kind has the rule whole, with the confirmation that some reasons need, which an archived case shows once
+    in a whole prompt.
+    """
+    if maker.rng.random() < 0.5:
+        return comparisons_document(maker)
     entries = []
-    for _ in range(VERDICTS_A_LEDGER):
-        window, days = maker.pair()
-        entries.append(write_json({"window_days": window, "days": days, "eligible": days <= window}).strip("{}"))
-    return ", ".join(entries)
+    for _ in range(ORDERS_A_LEDGER):
+        window = maker.window()
+        order = maker.order(maker.reason(weight=8), window)
+        verdict = verdict_entry(window, order.days_since_delivery, is_eligible(order, window))
+        entries.append(f"{order_line(order)}\n{verdict}")
+    return "\n".join(entries)
 
 
 def index_document(maker: CaseMaker) -> str:
-    """Some policies, listed again and again in other orders: in full, by their window, or as strings of a few words.
+    """Some policies, listed again and again in other orders: in full, with a few words in the place of their ends, by
+    their window, or as strings of a few words.
 
     After a line's first word everything follows from which line it is, while the words before it stand in every
     line alike: what has to be learned is to stay with the passage, not to go on from the last word. The strings
-    teach it for words as the windows do for numbers; without them every word after a window stays a guess for long.
+    teach it for words as the windows do for numbers; without them every word after a window stays a guess for long, and
+    without ends that no policy has it is guessed from the word before where a policy's own end is new.
     """
     rng = maker.rng
-    kind = rng.choices(("full", "window", "words"), weights=(4, 2, 4))[0]
+    kind = rng.choices(("full", "ends", "window", "words"), weights=(3, 3, 2, 3))[0]
     reasons = rng.sample(REASONS, 5 if kind == "window" else 3)
     ids = maker.ids_of_policies(len(reasons))
-    few_words = rng.sample(POLICY_WORDS, 4)
+    few_words = ["days", *rng.sample(POLICY_WORDS, 3)]
 
     def line(reason: str, policy_id: str) -> str:
         if kind == "full":
             return f"{maker.policy_text(reason, maker.window())} ({policy_id})"
+        if kind == "ends":
+            end = " ".join(rng.choices(few_words, k=rng.randint(2, 4)))
+            return f"{maker.policy_text(reason, maker.window(), end)} ({policy_id})"
         if kind == "window":
             return f"{reason} {maker.window()} days ({policy_id})"
         return f"{reason} {' '.join(rng.choices(few_words, k=6))}"
@@ -313,6 +337,7 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
     corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_indexes + params.corpus_repeats
     files: dict[str, Iterator[Record]] = {
         "documents": iter(documents()),
+        "exercises": repeated("exercises", lambda maker: {"text": comparisons_document(maker)}, params.exercises),
         "corpus": corpus_documents(rng("corpus"), params, 1.0, held_out=False),
         "corpus_heldout": corpus_documents(
             rng("corpus_heldout"), params, params.heldout_documents / corpus_size, held_out=True

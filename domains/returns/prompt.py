@@ -32,6 +32,15 @@ class Order(BaseModel):
     days_since_delivery: int = Field(ge=0, le=999)
 
 
+def order_line(order: Order) -> str:
+    """The trusted facts as a prompt states them."""
+    confirmed = "yes" if order.damage_confirmed else "no"
+    return (
+        f"order: {order.order_id} | reason: {order.reason} | damage confirmed: {confirmed} "
+        f"| days: {order.days_since_delivery}"
+    )
+
+
 def build_prompt(order: Order, message: str, passages: Sequence[Policy]) -> list[dict[str, str]]:
     """Chat messages that ask for a decision.
 
@@ -40,13 +49,9 @@ def build_prompt(order: Order, message: str, passages: Sequence[Policy]) -> list
     follows its text, in the order in which the answer quotes them. Whatever the customer writes stays on one line.
     """
     said = " ".join(message.split())[:MAX_MESSAGE_CHARACTERS]
-    confirmed = "yes" if order.damage_confirmed else "no"
     lines = [f"{CUSTOMER}{said}"]
     lines += [f"policy: {passage.text.lower()} ({passage.policy_id})" for passage in passages]
-    lines.append(
-        f"order: {order.order_id} | reason: {order.reason} | damage confirmed: {confirmed} "
-        f"| days: {order.days_since_delivery}"
-    )
+    lines.append(order_line(order))
     return [{"role": "user", "content": "\n".join(lines)}]
 
 

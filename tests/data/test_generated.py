@@ -15,7 +15,7 @@ from twinloop.domains.returns import domain
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
 from twinloop.domains.returns.mutations import good_answer
-from twinloop.domains.returns.prompt import is_eligible
+from twinloop.domains.returns.prompt import Order, is_eligible
 from twinloop.domains.returns.verifier import Facts, verify
 from twinloop.evaluation.audit import audit_verifier
 
@@ -105,12 +105,11 @@ def test_no_pair_of_window_and_days_of_a_case_is_in_training(rows: Rows) -> None
 
 
 def test_no_message_and_no_policy_sentence_of_a_random_case_is_in_training(rows: Rows) -> None:
+    def without_facts(text: str) -> str:
+        return re.sub(r"\d+", "N", re.sub(r"\b(damaged|defective|late|wrong|unwanted|incomplete)\b", "R", text))
+
     def sentences(facts: list[Facts]) -> set[str]:
-        without_facts = {r"\d+": "N", r"\b(damaged|defective|late|wrong|unwanted|incomplete)\b": "R"}
-        texts = {p.text for f in facts for p in f.passages}
-        for pattern, sign in without_facts.items():
-            texts = {re.sub(pattern, sign, text) for text in texts}
-        return texts
+        return {without_facts(p.text) for f in facts for p in f.passages}
 
     def messages(names: tuple[str, ...], kinds: set[str] | None = None) -> set[str]:
         chosen = [row for name in names for row in rows[name] if kinds is None or row["kind"] in kinds]
@@ -120,6 +119,8 @@ def test_no_message_and_no_policy_sentence_of_a_random_case_is_in_training(rows:
     random_kinds = {"held_out", "contrast", "injection"}
     random_cases = [Facts.from_record(c["facts"]) for c in rows["cases"] if c["kind"] in random_kinds]
     assert not sentences(random_cases) & sentences(facts_of(rows, *TRAIN))
+    documents = "\n".join(without_facts(row["text"]) for name in ("corpus", "exercises") for row in rows[name])
+    assert not [sentence for sentence in sentences(random_cases) if sentence in documents]
     assert not messages(("cases",), random_kinds) & messages(TRAIN)
 
 
@@ -146,6 +147,44 @@ def test_cases_are_dense_around_the_edge_of_the_window(rows: Rows) -> None:
     distances = [days - window for window, days in map(pair, rows["cases"])]
     assert sum(abs(d) <= 3 for d in distances) > 0.25 * len(distances)
     assert {-1, 0, 1} <= set(distances)
+
+
+def test_training_is_dense_up_to_a_month_from_the_edge(rows: Rows) -> None:
+    """What was only dense within five days of it was guessed at ten."""
+    distances = [abs(days - window) for name in TRAIN for window, days in map(pair, rows[name])]
+    assert sum(distance <= 1 for distance in distances) > 0.15 * len(distances)
+    for low, high in ((2, 7), (8, 30)):
+        assert sum(low <= distance <= high for distance in distances) > 0.1 * len(distances), (low, high)
+
+
+def test_an_archived_answer_has_the_fields_of_todays(rows: Rows) -> None:
+    """Where the archive's answers ended a field earlier, tuning made short ones go on after their last field."""
+    archived = [row["text"].splitlines()[-1] for row in rows["corpus"] if row["text"].startswith("customer: ")]
+    assert len(archived) == COUNT
+    fields = list(json.loads(good_answer(facts_of(rows, "cases")[0])))
+    for answer in map(json.loads, archived):
+        assert list(answer) == fields
+        assert answer["label_created"] is False
+
+
+def test_a_ledgers_verdict_follows_its_order_where_it_has_one(rows: Rows) -> None:
+    """Half of the ledgers name orders, and among these are confirmations that decide."""
+    order = r"order: \S+ \| reason: (\w+) \| damage confirmed: (yes|no) \| days: (\d+)"
+    entry = r'"window_days": +(\d+), "days": +(\d+), "eligible": (true|false)'
+    ledgers = [row["text"] for row in rows["corpus"] if re.match(rf"{order}\n{entry}|{entry}", row["text"])]
+    with_orders = [text for text in ledgers if text.startswith("order: ")]
+    assert 0.35 < len(with_orders) / len(ledgers) < 0.65
+    by_confirmation = 0
+    for text in with_orders:
+        entries = re.findall(f"{order}\n{entry}", text)
+        assert len(entries) == text.count("order: ")
+        for reason, confirmed, days, window, compared, verdict in entries:
+            assert days == compared
+            facts = {"order_id": "A10000", "reason": reason, "days_since_delivery": int(days)}
+            asked = Order(**facts, damage_confirmed=confirmed == "yes")
+            assert verdict == str(is_eligible(asked, int(window))).lower()
+            by_confirmation += verdict == "false" and int(days) <= int(window)
+    assert by_confirmation > len(with_orders) / 10
 
 
 def test_what_a_case_expects_is_what_the_verifier_accepts(rows: Rows) -> None:

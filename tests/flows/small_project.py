@@ -35,6 +35,7 @@ PACKAGES = (
 
 
 SIZES = {
+    "exercises": 20,
     "corpus_cases": 400,
     "corpus_ledgers": 100,
     "corpus_indexes": 100,

@@ -33,6 +33,23 @@ def test_a_folder_of_data_that_is_not_there_is_refused_by_its_setting(tmp_path: 
     assert str(raised.value) == f"{recipe}: data: nowhere: no such folder in {tmp_path}"
 
 
+@pytest.mark.parametrize(
+    ("records", "wrong"),
+    [
+        ("exercise", "no record type 'exercise'; there are corpus, exercises, corpus_heldout, chat, "),
+        ("corpus_heldout", "corpus_heldout is not to train on: it is held out"),
+        ("chat", "chat has the columns messages, facts; pretrain learns from text"),
+    ],
+)
+def test_records_that_a_method_cannot_learn_from_are_refused(tmp_path: Path, records: str, wrong: str) -> None:
+    text = (PROJECT / "recipes" / "tiny.yaml").read_text()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text.replace("{method: pretrain,", f"{{method: pretrain, records: {records},"))
+    with pytest.raises(UserError) as raised:
+        Context.of(tmp_path, recipe, load_recipe(recipe), Silent())
+    assert str(raised.value).startswith(f"{recipe}: train[0].records: {wrong}")
+
+
 def test_a_stage_that_goes_on_from_a_checkpoint_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "mlruns").mkdir()
     context = silent_context(tmp_path, "small", dataset_digest=None)

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 from silent import Silent
+from small_models import TEXT, write_model
 
 from twinloop.common.errors import UserError
-from twinloop.models.config import DecoderConfig
-from twinloop.models.directory import load_config, save_model
-from twinloop.models.new_tokenizer import train_tokenizer
+from twinloop.models.directory import load_config
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.dataset import DataVersion
 from twinloop.registry.artifact import Artifact
@@ -22,33 +21,14 @@ from twinloop.tasks.imported_base import import_models, import_stage
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
 from twinloop.tasks.train import train
-from twinloop.training.heads import REWARD, attach_head
 from twinloop.training.runtime import Runtime
-from twinloop.training.weights import get_weights, new_decoder
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 STAGE = {"method": "distil", "learning_rate": 0.01, "batch_tokens": 128, "seq_len": 64, "top_k": 4}
 SFT = {"method": "sft", "learning_rate": 0.01, "batch_tokens": 128, "seq_len": 64}
 REWARD_STAGE = SFT | {"method": "reward"}
 GRPO = {
     "method": "grpo", "learning_rate": 0.01, "steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 8
 }  # fmt: skip
-TEXT = "the order of the other customer"
-
-
-def write_model(folder: Path, *, seed: int, text: str = TEXT, positions: int = 128, reward: bool = False) -> None:
-    tokenizer = train_tokenizer([text] * 4, 270)
-    config = DecoderConfig(
-        vocab_size=tokenizer.vocab_size,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=positions,
-        **SHAPE,
-    )
-    network = new_decoder(config, seed=seed)
-    if reward:
-        attach_head(network, REWARD, tokenizer, ends=tokenizer.stop_ids)
-    save_model(folder, network.config, get_weights(network), tokenizer)
 
 
 @pytest.fixture

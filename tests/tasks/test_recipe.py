@@ -110,6 +110,8 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"dpo": {"betta": 0.1}}, "train[2].betta: unknown key; did you mean beta?"),
         ({"zzz": 1}, "zzz: unknown key; known here: name, domain, seed"),
         ({"dpo": {"beta": "0.1"}}, "train[2].beta: '0.1': input should be a valid number"),
+        ({"pretrain": {"record": "exercises"}}, "train[0].record: unknown key; did you mean records?"),
+        ({"pretrain": {"records": "data/exercises.jsonl"}}, "train[0].records: not the name of a data file without"),
         ({"sft": {"lora": {"rnk": 4}}}, "train[1].lora.rnk: unknown key; did you mean rank?"),
         ({"sft": {"lora": {"rank": 4, "targets": ["x_proj"]}}}, "train[1].lora.targets[0]: 'x_proj' is not one of"),
         ({"sft": {"lora": {"rank": 4, "targets": []}}}, "train[1].lora.targets: []: list should have at least 1 item"),
@@ -255,6 +257,20 @@ def test_only_the_files_that_its_stages_read_are_asked_for(tmp_path: Path, metho
     content = fields()
     content["train"] = [stage for stage in content["train"] if stage["method"] in methods]
     assert set(load_recipe(write(tmp_path, content)).record_types) == files
+
+
+def test_a_stage_may_name_other_records_of_its_methods_form(tmp_path: Path) -> None:
+    content = fields()
+    exercises, corpus = {**content["train"][0], "records": "exercises"}, content["train"][0]
+    content["train"] = [exercises]
+    alone = load_recipe(write(tmp_path, content))
+    assert set(alone.record_types) == {"exercises", "corpus_heldout", "cases"}
+    content["train"] = [exercises, corpus]
+    both = load_recipe(write(tmp_path, content))
+    assert set(both.record_types) == {"exercises", "corpus", "corpus_heldout", "cases"}
+    assert both.plain()["train"]["pretrain"]["records"] == "exercises"
+    assert "records" not in both.plain()["train"]["pretrain-2"]
+    assert [stage.settings for stage in both.train] == [alone.train[0].settings] * 2
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
