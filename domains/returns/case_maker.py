@@ -22,7 +22,7 @@ class GeneratorParams(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     seed: int = 1
-    exercises: int = Field(ge=1, description="documents of comparisons alone, to train on before the corpus")
+    exercises: int = Field(ge=1, description="ledgers alone, to train on before the corpus")
     corpus_cases: int = Field(ge=1, description="archived cases in the corpus")
     corpus_ledgers: int = Field(ge=1, description="lines of many short verdicts")
     corpus_indexes: int = Field(ge=1, description="pages that say which policy answers which reason")

@@ -37,6 +37,9 @@ VERDICTS_A_LEDGER = 8
 ORDERS_A_LEDGER = 4
 """An order's line before each verdict takes as much room as a verdict."""
 
+ORDERS_AN_EXERCISE = 3
+"""As long as VERDICTS_A_LEDGER without such lines."""
+
 
 def distractor(facts: Facts) -> Policy:
     return next(p for p in facts.passages if p.policy_id != facts.policy.policy_id)
@@ -111,8 +114,20 @@ def ledger_document(maker: CaseMaker) -> str:
     """
     if maker.rng.random() < 0.5:
         return comparisons_document(maker)
+    return orders_document(maker, ORDERS_A_LEDGER)
+
+
+def exercise_document(maker: CaseMaker) -> str:
+    """What decides, and nothing besides: the days, or in every third document a confirmation."""
+    if maker.rng.random() < 2 / 3:
+        return comparisons_document(maker)
+    return orders_document(maker, ORDERS_AN_EXERCISE)
+
+
+def orders_document(maker: CaseMaker, count: int) -> str:
+    """Short verdicts, each below the line of its order; most are of a reason that needs a confirmation."""
     entries = []
-    for _ in range(ORDERS_A_LEDGER):
+    for _ in range(count):
         window = maker.window()
         order = maker.order(maker.reason(weight=8), window)
         verdict = verdict_entry(window, order.days_since_delivery, is_eligible(order, window))
@@ -337,7 +352,7 @@ def generate(params: GeneratorParams, out: Path) -> dict[str, int]:
     corpus_size = params.corpus_cases + params.corpus_ledgers + params.corpus_indexes + params.corpus_repeats
     files: dict[str, Iterator[Record]] = {
         "documents": iter(documents()),
-        "exercises": repeated("exercises", lambda maker: {"text": comparisons_document(maker)}, params.exercises),
+        "exercises": repeated("exercises", lambda maker: {"text": exercise_document(maker)}, params.exercises),
         "corpus": corpus_documents(rng("corpus"), params, 1.0, held_out=False),
         "corpus_heldout": corpus_documents(
             rng("corpus_heldout"), params, params.heldout_documents / corpus_size, held_out=True

@@ -167,13 +167,15 @@ def test_an_archived_answer_has_the_fields_of_todays(rows: Rows) -> None:
         assert answer["label_created"] is False
 
 
-def test_a_ledgers_verdict_follows_its_order_where_it_has_one(rows: Rows) -> None:
-    """Half of the ledgers name orders, and among these are confirmations that decide."""
+@pytest.mark.parametrize(("name", "least", "most"), [("corpus", 0.35, 0.65), ("exercises", 0.2, 0.5)])
+def test_a_ledgers_verdict_follows_its_order_where_it_has_one(rows: Rows, name: str, least: float, most: float) -> None:
+    """Half of the ledgers, and a third of the exercises, name orders; among these are confirmations that decide."""
     order = r"order: \S+ \| reason: (\w+) \| damage confirmed: (yes|no) \| days: (\d+)"
     entry = r'"window_days": +(\d+), "days": +(\d+), "eligible": (true|false)'
-    ledgers = [row["text"] for row in rows["corpus"] if re.match(rf"{order}\n{entry}|{entry}", row["text"])]
+    ledgers = [row["text"] for row in rows[name] if re.match(rf"{order}\n{entry}|{entry}", row["text"])]
+    assert len(ledgers) == COUNT
     with_orders = [text for text in ledgers if text.startswith("order: ")]
-    assert 0.35 < len(with_orders) / len(ledgers) < 0.65
+    assert least < len(with_orders) / len(ledgers) < most
     by_confirmation = 0
     for text in with_orders:
         entries = re.findall(f"{order}\n{entry}", text)
