@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -199,27 +199,10 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
     kinds = tuple(domain.case_kinds)
     about_facts = {"facts": FACTS_MEANING, **described_in(domain.facts, "facts")}
     records = (
-        RecordType(
-            "corpus",
-            {"text": pl.String()},
-            text_rules("text", MAX_CORPUS_CHARACTERS),
-            about="Documents to pretrain on.",
-            meanings={"text": "one document"},
-        ),
-        RecordType(
-            "exercises",
-            {"text": pl.String()},
-            text_rules("text", MAX_CORPUS_CHARACTERS),
-            about="Documents of one skill, to pretrain on before the corpus.",
-            meanings={"text": "one document"},
-        ),
-        RecordType(
-            "corpus_heldout",
-            {"text": pl.String()},
-            text_rules("text", MAX_CORPUS_CHARACTERS),
-            split="held_out",
-            about="Documents that the loss is measured on, never trained on.",
-            meanings={"text": "one document"},
+        _documents("corpus", "Documents to pretrain on."),
+        _documents("exercises", "Documents of one skill, to pretrain on before the corpus."),
+        replace(
+            _documents("corpus_heldout", "Documents that the loss is measured on, never trained on."), split="held_out"
         ),
         RecordType(
             "chat",
@@ -305,6 +288,11 @@ def standard_record_types(domain: Domain) -> dict[str, RecordType]:
         ),
     )
     return {record.name: record for record in records}
+
+
+def _documents(name: str, about: str) -> RecordType:
+    rules = text_rules("text", MAX_CORPUS_CHARACTERS)
+    return RecordType(name, {"text": pl.String()}, rules, about=about, meanings={"text": "one document"})
 
 
 def classification(labels: Sequence[str] = ()) -> RecordType:
