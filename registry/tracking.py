@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 from filelock import FileLock
 from pydantic import BaseModel
@@ -33,6 +33,7 @@ from twinloop.common.errors import is_disk_full, one_line
 from twinloop.records import DATA_FILE
 from twinloop.registry.liveness import HOST, alive_lock, mark_killed, release, seen_alive
 from twinloop.registry.mlflow_database import prepare_mlflow_database, quiet_mlflow
+from twinloop.registry.whole_calls import WholeCalls
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -95,7 +96,9 @@ class Mlruns:
         os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # also for a file that lies beside it
         # Two processes that both find nothing would both write what MLflow starts with, and one would fail.
         with self.lock("database"):
-            return MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+            client = MlflowClient(tracking_uri=self.uri, registry_uri=self.uri)
+        # An HTTP server ends its transactions by itself, and may be waited for a minute: that is left at once.
+        return client if self.uri.startswith("http") else cast("MlflowClient", WholeCalls(client))
 
     def prepare_database(self) -> None:
         """Make or upgrade `database` for this MLflow. Before anything opens it. Raises UserError where it cannot."""
@@ -195,8 +198,9 @@ class Tracker:
             run.log({"loss": 2.1}, step=10)
         run.output(manifest_digest)  # once the artifact is in its place
 
-    The run ends FINISHED, or FAILED where the body raises, or KILLED on Ctrl-C. A process that dies without a word
-    leaves its run RUNNING; the next `Tracker` of the same recipe on this machine marks it KILLED.
+    The run ends FINISHED, or FAILED where the body raises, or KILLED on Ctrl-C and SIGTERM (an exception of Prefect's
+    that is no Exception). A process that dies without a word leaves its run RUNNING; the next `Tracker` of the same
+    recipe on this machine marks it KILLED.
 
     Metrics are buffered: one write to SQLite costs about 4 ms however many metrics it holds. A database that is
     briefly unavailable delays them and never stops the stage.
@@ -247,7 +251,7 @@ class Tracker:
             self.flush()
             self.mlruns.client.set_tag(self.run_id, "twinloop.error", f"{type(error).__name__}: {error}"[:1000])
         with self._trouble_logged():
-            self._end("KILLED" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "FAILED")
+            self._end("FAILED" if isinstance(error, Exception) else "KILLED")
 
     @contextmanager
     def _trouble_logged(self) -> Iterator[None]:
