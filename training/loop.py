@@ -62,6 +62,8 @@ class StepReport:
     grad_norm: float
     metrics: dict[str, float]
     seconds: Seconds
+    last: bool = False
+    """Of a stream that ends before its last step."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ class TrainResult:
     loss: float = math.nan
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
+    ended_early: bool = False
     resumed_from_step: int | None = None
 
     @property
@@ -105,7 +108,7 @@ def run_training(
     on_step: Callable[[StepReport], None] | None = None,
     device: str = "cpu",
 ) -> TrainResult:
-    """Train `model` in place until the stream's last step: its adapter alone, where it has one. An objective that is a
+    """Train `model` in place until the stream ends: its adapter alone, where it has one. An objective that is a
     module trains with it. By the products in use on CPU, in bf16 autocast on CUDA.
 
     Goes on from the newest good checkpoint in checkpoint_dir, and leaves one there at the end, so a second call
@@ -125,11 +128,12 @@ def run_training(
     saved_at = time.perf_counter()
     saved_step = result.steps if result.resumed_from_step is not None else -1
     with reproducible(target):
-        while result.steps < batches.total_steps:
+        while result.steps < batches.total_steps and not result.ended_early:
             report = _train_step(model, objective, optimizer, batches, result.steps, target)
             if not result.steps:
                 result.initial_loss = report.loss
             result.steps, result.loss, result.metrics = report.step, report.loss, report.metrics
+            result.ended_early = report.last
             result.tokens += report.tokens
             result.seconds.add(report.seconds)
             start = time.perf_counter()
@@ -179,6 +183,7 @@ def _train_step(
         grad_norm=grad_norm,
         metrics=step.metrics | metrics,
         seconds=Seconds(data=prepared - started, compute=computed - prepared, optimizer=stepped - computed),
+        last=step.last,
     )
 
 

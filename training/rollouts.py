@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from twinloop.training.stream import Step, micro_batches
 from twinloop.training.tree import Tree, TreeBatch
 
 MAX_ROUNDS = 4
+REWARDED_ROLLOUTS = 5
+"""Whose mean reward ends the training, where it is to end at one: a single rollout may be lucky."""
 
 
 class RolloutStream:
@@ -72,6 +75,7 @@ class RolloutStream:
         self._pending: list[Group] = []
         self._batches: list[TreeBatch] | None = None
         self._metrics: dict[str, float] = {}
+        self._earned: list[float] = []
 
     @property
     def total_steps(self) -> int:
@@ -81,23 +85,31 @@ class RolloutStream:
         rollout, update = divmod(self._step, self._epochs * self._minibatches)
         if update == 0:
             self._pending, self._metrics = self._roll_out(rollout)
+            self._earned = [*self._earned, self._metrics["reward"]][-REWARDED_ROLLOUTS:]
         if update == 0 or self._minibatches > 1 or self._batches is None:
             self._batches = self._micro_batches(self._minibatch(rollout, update))
         self._step += 1
-        return Step(self._batches, self._metrics)
+        return Step(self._batches, self._metrics, last=self._between_rollouts() and self._earns_enough())
 
     def state(self) -> dict[str, Any]:
-        last = self._step % (self._epochs * self._minibatches) == 0
-        pending = [] if last else [vars(group) for group in self._pending]
+        pending = [] if self._between_rollouts() else [vars(group) for group in self._pending]
         position = {"step": self._step, "cursor": self._cursor, "credit": self._credit.state()}
-        return {**position, "pending": pending, "metrics": self._metrics}
+        return {**position, "pending": pending, "metrics": self._metrics, "earned": self._earned}
 
     def restore(self, state: dict[str, Any]) -> None:
         self._step, self._cursor, self._metrics = state["step"], state["cursor"], state["metrics"]
         self._credit.restore(state["credit"])
+        self._earned = state["earned"]
         self._pending, self._batches = [Group(**group) for group in state["pending"]], None
 
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _between_rollouts(self) -> bool:
+        return self._step % (self._epochs * self._minibatches) == 0
+
+    def _earns_enough(self) -> bool:
+        wanted = self._settings.stop_at_reward
+        return wanted is not None and len(self._earned) == REWARDED_ROLLOUTS and fmean(self._earned) >= wanted
 
     def _roll_out(self, rollout: int) -> tuple[list[Group], dict[str, float]]:
         """Rounds of prompts_per_step prompts until as many groups are informative."""

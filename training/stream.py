@@ -16,10 +16,12 @@ from twinloop.training.tree import Tree, TreeBatch, collate
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step learns from. metrics: what the stream itself has to report (such as rewards)."""
+    """What one optimizer step learns from. metrics: what the stream itself has to report (such as rewards). last: the
+    stream ends with this step, though it had more."""
 
     micro_batches: list[TreeBatch]
     metrics: dict[str, float] = field(default_factory=dict)
+    last: bool = False
 
 
 class Batches(Protocol):

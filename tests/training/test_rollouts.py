@@ -15,7 +15,7 @@ from twinloop.training.loop import run_training
 from twinloop.training.methods.grpo import GRPOSettings
 from twinloop.training.objectives import GRPOLoss
 from twinloop.training.rewards import Verifier
-from twinloop.training.rollouts import MAX_ROUNDS, RolloutStream
+from twinloop.training.rollouts import MAX_ROUNDS, REWARDED_ROLLOUTS, RolloutStream
 from twinloop.training.runtime import Runtime
 from twinloop.training.sampler import BoundSampler
 from twinloop.training.settings import TrainSettings
@@ -32,6 +32,11 @@ def rewarded(reward, *, parsed=True):
 def by_length(index, text):
     """Rewards short answers; calls the longest unparseable."""
     return rewarded(float(len(text) < 6), parsed=len(text) < 12)
+
+
+def half_earned(index, text):
+    """The same for every answer."""
+    return rewarded(0.5)
 
 
 def as_text(tokens):
@@ -51,6 +56,7 @@ def stream_for(
     device="cpu",
     reference=None,
     vocab_size=None,
+    stop_at_reward=None,
 ):
     prompts = [[1, 10 + i, 20 + i, 30 + i][: 2 + i % 3] for i in range(11)]
     settings = GRPOSettings(
@@ -61,6 +67,7 @@ def stream_for(
         max_new_tokens=12,
         temperature=temperature,
         updates_per_rollout=updates,
+        stop_at_reward=stop_at_reward,
     )
     runtime = Runtime(seed=seed, threads=threads, device=device)
     judge = Verifier(reward)
@@ -265,6 +272,60 @@ def test_reinforcement_raises_the_reward(eager_to_stop):
     run_training(eager_to_stop, GRPOLoss(), stream, settings, checkpoint_dir=None, on_step=reports.append)
     first, last = reports[0].metrics["reward"], reports[-1].metrics["reward"]
     assert last > first + 0.2
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_training_ends_with_the_rollout_that_makes_enough_reward_steady(eager_to_stop, updates):
+    def steps(stop_at_reward):
+        reports = []
+        stream = stream_for(eager_to_stop, steps=20, updates=updates, stop_at_reward=stop_at_reward, reward=half_earned)
+        settings = TrainSettings(learning_rate=1e-6)
+        result = run_training(eager_to_stop, GRPOLoss(), stream, settings, checkpoint_dir=None, on_step=reports.append)
+        assert result.steps == len(reports)
+        return result.steps
+
+    assert steps(0.5) == REWARDED_ROLLOUTS * updates
+    assert steps(0.51) == 20
+    assert steps(None) == 20
+
+
+def test_a_run_that_ended_early_has_ended_when_it_is_called_again(tmp_path, eager_to_stop):
+    def run():
+        model = new_decoder(eager_to_stop.config, seed=0)
+        stream = stream_for(model, steps=20, stop_at_reward=0.5, reward=half_earned)
+        return run_training(
+            model,
+            GRPOLoss(),
+            stream,
+            TrainSettings(learning_rate=1e-6),
+            checkpoint_dir=tmp_path,
+            checkpoint_every_s=0.0,
+        )
+
+    assert run().steps == REWARDED_ROLLOUTS
+    again = run()
+    assert (again.steps, again.resumed_from_step) == (REWARDED_ROLLOUTS, REWARDED_ROLLOUTS)
+
+
+@pytest.mark.parametrize("stopped_in", [2, 4])
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, eager_to_stop, stopped_in):
+    """Rewards of the rollouts before the interruption count."""
+
+    def on_step(report):
+        if report.step == stopped_in:
+            raise StoppedError
+
+    def run(on_step=None):
+        model = new_decoder(eager_to_stop.config, seed=0)
+        stream = stream_for(model, steps=20, stop_at_reward=0.5, reward=half_earned)
+        settings = TrainSettings(learning_rate=1e-6)
+        return run_training(
+            model, GRPOLoss(), stream, settings, checkpoint_dir=tmp_path, checkpoint_every_s=0.0, on_step=on_step
+        )
+
+    with pytest.raises(StoppedError):
+        run(on_step)
+    assert run().steps == REWARDED_ROLLOUTS
 
 
 @pytest.mark.parametrize(("change", "message"), [({"group_size": 1}, "equal to 2"), ({"temperature": 0.0}, "than 0")])
