@@ -1,8 +1,7 @@
 """Calls of MLflow's client that no signal cuts in two.
 
-A Ctrl-C or SIGTERM that raises in the middle of a transaction can leave SQLAlchemy's session (2.0) in a state that it
-can't close. SQLite then stays locked for as long as the exception is on its way out: to the run that wants to record
-that it was stopped, and to every other process.
+A Ctrl-C or SIGTERM raises wherever the main thread is: in the middle of a transaction, what was being written is lost.
+Once, after such a SIGTERM, the database stayed locked to the run that wanted to record its end, and to the next one.
 """
 
 from __future__ import annotations
@@ -25,15 +24,17 @@ def signals_wait() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    came: set[int] = set()
     before: dict[int, Any] = {}
+    ended = False
 
     def wait(number: int, frame: FrameType | None) -> None:
-        if number in came:
-            signal.signal(number, before.pop(number))
+        if ended or number in came:  # ended: one that came while the handlers were being set back
+            came.discard(number)
+            signal.signal(number, before[number])
             signal.raise_signal(number)
         else:
-            came.append(number)
+            came.add(number)
 
     for number in WAITING_SIGNALS:
         handler = signal.getsignal(number)
@@ -43,11 +44,11 @@ def signals_wait() -> Iterator[None]:
     try:
         yield
     finally:
+        ended = True
         for waiting, handler in before.items():
             signal.signal(waiting, handler)
         for waiting in came:
-            if waiting in before:
-                signal.raise_signal(waiting)
+            signal.raise_signal(waiting)
 
 
 class WholeCalls:

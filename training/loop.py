@@ -63,7 +63,7 @@ class StepReport:
     metrics: dict[str, float]
     seconds: Seconds
     last: bool = False
-    """Of a stream that ends before its last step."""
+    """The stream ends with this step, though it had more."""
 
 
 @dataclass

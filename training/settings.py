@@ -207,7 +207,7 @@ class RolloutSettings(TrainSettings):
     rewards: Annotated[list[RewardSource], Field(min_length=1)] = [RewardSource(verifier=1.0)]
     """What an answer earns: their weighted sum."""
     stop_at_reward: float | None = None
-    """End before `steps` once the last five rollouts earned this on average: what is left to learn is noise."""
+    """End before `steps` once the last five rollouts earned this on average. None: never."""
 
     @model_validator(mode="after")
     def _rewards_differ(self) -> Self:

@@ -107,3 +107,23 @@ def test_only_calls_wait() -> None:
     whole = WholeCalls(Client())
     assert whole.limit == 3
     assert whole.handler() != signal.getsignal(signal.SIGTERM)
+
+
+def test_a_handler_that_was_not_set_back_hands_its_signal_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the first handler, set back, is called and raises before the second is."""
+
+    def end_with_the_first() -> None:
+        with signals_wait():
+            set_back = signal.signal
+
+            def interrupted(number: int, handler: object) -> object:
+                monkeypatch.undo()
+                set_back(number, handler)  # type: ignore[arg-type]
+                raise StoppedError
+
+            monkeypatch.setattr(signal, "signal", interrupted)
+
+    with pytest.raises(StoppedError):
+        end_with_the_first()
+    with pytest.raises(StoppedError):
+        os.kill(os.getpid(), signal.SIGTERM)

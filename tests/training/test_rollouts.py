@@ -289,21 +289,19 @@ def test_training_ends_with_the_rollout_that_makes_enough_reward_steady(eager_to
     assert steps(None) == 20
 
 
-def test_a_run_that_ended_early_has_ended_when_it_is_called_again(tmp_path, eager_to_stop):
-    def run():
-        model = new_decoder(eager_to_stop.config, seed=0)
-        stream = stream_for(model, steps=20, stop_at_reward=0.5, reward=half_earned)
-        return run_training(
-            model,
-            GRPOLoss(),
-            stream,
-            TrainSettings(learning_rate=1e-6),
-            checkpoint_dir=tmp_path,
-            checkpoint_every_s=0.0,
-        )
+def train_on_half_earned(config, folder, on_step=None):
+    """Until the reward is steady, with a checkpoint after each step."""
+    model = new_decoder(config, seed=0)
+    stream = stream_for(model, steps=20, stop_at_reward=0.5, reward=half_earned)
+    settings = TrainSettings(learning_rate=1e-6)
+    return run_training(
+        model, GRPOLoss(), stream, settings, checkpoint_dir=folder, checkpoint_every_s=0.0, on_step=on_step
+    )
 
-    assert run().steps == REWARDED_ROLLOUTS
-    again = run()
+
+def test_a_run_that_ended_early_has_ended_when_it_is_called_again(tmp_path, eager_to_stop):
+    assert train_on_half_earned(eager_to_stop.config, tmp_path).steps == REWARDED_ROLLOUTS
+    again = train_on_half_earned(eager_to_stop.config, tmp_path)
     assert (again.steps, again.resumed_from_step) == (REWARDED_ROLLOUTS, REWARDED_ROLLOUTS)
 
 
@@ -315,17 +313,9 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path, eager_to_stop, st
         if report.step == stopped_in:
             raise StoppedError
 
-    def run(on_step=None):
-        model = new_decoder(eager_to_stop.config, seed=0)
-        stream = stream_for(model, steps=20, stop_at_reward=0.5, reward=half_earned)
-        settings = TrainSettings(learning_rate=1e-6)
-        return run_training(
-            model, GRPOLoss(), stream, settings, checkpoint_dir=tmp_path, checkpoint_every_s=0.0, on_step=on_step
-        )
-
     with pytest.raises(StoppedError):
-        run(on_step)
-    assert run().steps == REWARDED_ROLLOUTS
+        train_on_half_earned(eager_to_stop.config, tmp_path, on_step)
+    assert train_on_half_earned(eager_to_stop.config, tmp_path).steps == REWARDED_ROLLOUTS
 
 
 @pytest.mark.parametrize(("change", "message"), [({"group_size": 1}, "equal to 2"), ({"temperature": 0.0}, "than 0")])
