@@ -18,6 +18,12 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes
 
 
+def resident_bytes() -> int:
+    """What this process holds."""
+    held: int = psutil.Process().memory_info().rss
+    return held
+
+
 def available_bytes(root: Path = Path("/")) -> int:
     """What the machine has available or, where that is less, what the limits of this process's cgroups leave.
 

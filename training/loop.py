@@ -22,7 +22,7 @@ from twinloop.models.products import products_in_use
 from twinloop.training import checkpoint
 from twinloop.training.adapters import adapter_form
 from twinloop.training.checkpoint import Checkpoint
-from twinloop.training.heap import keep_free_memory, return_free_memory
+from twinloop.training.heap import Holes, keep_free_memory, return_free_memory
 from twinloop.training.objectives import Objective, join_metrics
 from twinloop.training.optim import Optimizer, build_optimizer, learning_rate_at
 from twinloop.training.reproducible import reproducible
@@ -121,6 +121,8 @@ def run_training(
         objective.to(target)
     if target.type == "cpu":
         keep_free_memory()
+    # With an adapter the network is large, and activations are most of what it takes: no gradients of its own.
+    holes = Holes() if target.type == "cpu" and adapter_form(model) is not None else None
     optimizer = build_optimizer(model, settings, objective)
     result = TrainResult()
     if checkpoint_dir is not None and (found := checkpoint.latest(checkpoint_dir)) is not None:
@@ -129,7 +131,7 @@ def run_training(
     saved_step = result.steps if result.resumed_from_step is not None else -1
     with reproducible(target):
         while result.steps < batches.total_steps and not result.ended_early:
-            report = _train_step(model, objective, optimizer, batches, result.steps, target)
+            report = _train_step(model, objective, optimizer, batches, result.steps, target, holes)
             if not result.steps:
                 result.initial_loss = report.loss
             result.steps, result.loss, result.metrics = report.step, report.loss, report.metrics
@@ -155,12 +157,18 @@ def run_training(
 
 
 def _train_step(
-    model: Decoder, objective: Objective, optimizer: Optimizer, batches: Batches, done: int, device: torch.device
+    model: Decoder,
+    objective: Objective,
+    optimizer: Optimizer,
+    batches: Batches,
+    done: int,
+    device: torch.device,
+    holes: Holes | None,
 ) -> StepReport:
     started = time.perf_counter()
     step = batches.next()
     prepared = time.perf_counter()
-    loss, metrics = _accumulate(model, objective, step, device)
+    loss, metrics = _accumulate(model, objective, step, device, holes)
     if not math.isfinite(loss):
         raise UserError(_diverged(f"the loss is {loss}", done + 1, optimizer.settings))
     learning_rate = learning_rate_at(done, batches.total_steps, optimizer.settings)
@@ -188,14 +196,13 @@ def _train_step(
 
 
 def _accumulate(
-    model: Decoder, objective: Objective, step: Step, device: torch.device
+    model: Decoder, objective: Objective, step: Step, device: torch.device, holes: Holes | None
 ) -> tuple[float, dict[str, float]]:
     """Gradients of the step's loss, micro-batch by micro-batch; returns the loss and the metrics of the whole.
 
     Each micro-batch counts by what its loss is a mean over (tokens, pairs), so the cut changes nothing.
     """
     sizes = [objective.normaliser(batch) for batch in step.micro_batches]
-    frozen = device.type == "cpu" and adapter_form(model) is not None
     names: list[str] = []
     scalars: list[Tensor] = []
     shares = [size / sum(sizes) for size in sizes if size > 0]
@@ -207,9 +214,9 @@ def _accumulate(
         (loss * share).backward()
         names = ["loss", *metrics]
         scalars += [loss.detach(), *metrics.values()]
-        if frozen:  # a large network: what it takes is mostly this, and no gradients of its own
+        if holes is not None:
             del loss
-            return_free_memory()
+            holes.close()
     values = torch.stack(scalars).tolist() if scalars else []  # the one wait for the device
     width = len(names)
     parts = [(share, dict(zip(names, values[i * width :], strict=False))) for i, share in enumerate(shares)]
