@@ -8,9 +8,9 @@ another token that the template writes. A conversation is encoded as one text, a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +34,9 @@ from twinloop.models.tokenizer_files import (
     without_unused_tokens,
 )
 from twinloop.models.vocabulary import TOKENIZER, Vocabulary, parsed, read_source
+
+Said = tuple[tuple[str, str], ...]
+"""Roles and contents of messages, as what can be looked up."""
 
 
 class ChatTokenizer:
@@ -195,7 +198,7 @@ class ChatTokenizer:
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
         """BOS, the messages, then the header after which the assistant answers. Raises UserError, see `render`."""
-        return self._encode(self._template.trace(_checked(messages), add_generation_prompt=True))
+        return self._encode(self._lately_asked(_said(_checked(messages))))
 
     def encode_answer(self, text: str) -> list[int]:
         """What the assistant has to produce: text and stop token, with what the template writes around the text.
@@ -299,7 +302,17 @@ class ChatTokenizer:
         return question
 
     def _turn(self, messages: Sequence[Message]) -> Turn:
-        return self._template.turn(_checked(messages), self._stops)
+        return self._lately_answered(_said(_checked(messages)))
+
+    @cached_property
+    def _lately_asked(self) -> Callable[[Said], Rendered]:
+        """A prompt in the template. Remembers a few: both answers of a pair have the same."""
+        return lru_cache(maxsize=4)(lambda said: self._template.trace(_messages(said), add_generation_prompt=True))
+
+    @cached_property
+    def _lately_answered(self) -> Callable[[Said], Turn]:
+        """An answered conversation in the template. Remembers a few: who checks a record also measures it."""
+        return lru_cache(maxsize=4)(lambda said: self._template.turn(_messages(said), self._stops))
 
     def _answer(self, turn: Turn) -> list[int]:
         """Ids of an answer, as they follow those of its prompt: no token of it is merged with one of the prompt's."""
@@ -346,6 +359,14 @@ class TrainedTurns:
 
     ids: list[int]
     answers: tuple[range, ...]
+
+
+def _said(checked: Sequence[dict[str, str]]) -> Said:
+    return tuple((message["role"], message["content"]) for message in checked)
+
+
+def _messages(said: Said) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in said]
 
 
 def _checked(messages: Sequence[Message]) -> list[dict[str, str]]:

@@ -23,7 +23,9 @@ from twinloop.tasks.recipe import Recipe
 from twinloop.training.method import Method
 
 if TYPE_CHECKING:
+    from twinloop.models.jinja_template import Message
     from twinloop.models.tokenizer import ChatTokenizer
+    from twinloop.training.forms import Lengths
 
 LENGTHS = "lengths.json"
 CASES = "cases"
@@ -54,8 +56,6 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
         from twinloop.models.tokenizer import ChatTokenizer
 
         tokenizer = ChatTokenizer.load(model.path)
-        for method in methods:
-            check_conversations(method, tokenizer, data.path, recipe.data_dir)
         longest = measure_lengths(methods, tokenizer, data.path, recipe.data_dir)
         (out / LENGTHS).write_text(json.dumps(longest, indent=1) + "\n")
         return {"longest": longest}
@@ -72,19 +72,56 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     return checked
 
 
-def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR) -> None:
-    """Raises UserError where the stop token of an answer would not be trained, or where the tokens of its prompt do not
-    begin those of the conversation. data: the directory of a validate artifact. folder: of the user's files."""
+def measure_lengths(
+    methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR
+) -> dict[str, Any]:
+    """`Longest` as plain values: by a method's `reading`, its `packed` and `path`; of cases, the prompts' `path`.
+
+    data: the directory of a validate artifact. folder: of the user's files. Raises UserError as `measure_records`, and
+    for a case whose prompt the chat template refuses: the server would too.
+    """
+    from twinloop.records.validated import read_records, source_line
+
+    measured = {method.reading: measure_records(method, tokenizer, data, folder) for method in methods}
+    prompts = []
+    for row, case in enumerate(read_records(data, CASES)):
+        try:
+            prompts.append(len(tokenizer.encode_prompt(case["prompt"])))
+        except UserError as error:
+            file, line = source_line(data, CASES, row)
+            raise UserError(f"{folder}/{file} line {line}: {error}") from None
+    found = {reading: kinds for reading, kinds in measured.items() if kinds}
+    return found | {CASES: {"path": _longest(data, CASES, prompts)}}
+
+
+def measure_records(
+    method: Method, tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR
+) -> dict[str, dict[str, Any]]:
+    """`Longest` of a method's records, `packed` and `path`, as plain values; none where documents are cut into rows.
+
+    Raises UserError where the stop token of an answer would not be trained, where the tokens of its prompt do not begin
+    those of the conversation, or where the chat template refuses a prompt.
+    """
     from twinloop.models.template_check import check_template
     from twinloop.records.validated import read_records, source_line
 
     rows: list[int] = []
-    examples = []
-    for row, record in enumerate(read_records(data, method.records)):
-        conversations = method.conversations(record)
-        examples += conversations
-        rows += [row] * len(conversations)
-    checked = check_template(tokenizer, examples)
+    lengths: list[Lengths | None] = []
+    refused: dict[int, UserError] = {}
+
+    def conversations() -> Iterator[Sequence[Message]]:
+        for row, record in enumerate(read_records(data, method.records)):
+            for conversation in method.conversations(record):
+                rows.append(row)
+                yield conversation
+            # When its conversations are checked, since the tokenizer remembers what it has just encoded.
+            try:
+                lengths.append(method.lengths(record, tokenizer))
+            except UserError as error:
+                lengths.append(None)
+                refused[row] = error
+
+    checked = check_template(tokenizer, conversations())
     if not checked.passed:
         first = checked.problems[0]
         file, line = source_line(data, method.records, rows[first.index])
@@ -92,29 +129,11 @@ def check_conversations(method: Method, tokenizer: ChatTokenizer, data: Path, fo
             f"{folder}/{file} line {line}: {first.problem}; {len(checked.problems)} of {checked.examples} would be "
             "trained wrongly"
         )
-
-
-def measure_lengths(
-    methods: Sequence[Method], tokenizer: ChatTokenizer, data: Path, folder: str = DATA_DIR
-) -> dict[str, Any]:
-    """`Longest` as plain values: by a method's `reading`, its `packed` and `path`; of cases, the prompts' `path`."""
-    from twinloop.records.validated import read_records, source_line
-
-    found: dict[str, dict[str, Any]] = {}
-    for method in methods:
-        lengths = [method.lengths(record, tokenizer) for record in read_records(data, method.records)]
-        for kind in ("packed", "path"):
-            tokens = [getattr(each, kind) if each else 0 for each in lengths]
-            if any(tokens):
-                found.setdefault(method.reading, {})[kind] = _longest(data, method.records, tokens)
-    prompts = []
-    for row, case in enumerate(read_records(data, CASES)):
-        try:
-            prompts.append(len(tokenizer.encode_prompt(case["prompt"])))
-        except UserError as error:  # the chat template refuses the prompt: the server would too
-            file, line = source_line(data, CASES, row)
-            raise UserError(f"{folder}/{file} line {line}: {error}") from None
-    return found | {CASES: {"path": _longest(data, CASES, prompts)}}
+    for row, error in refused.items():
+        file, line = source_line(data, method.records, row)
+        raise UserError(f"{folder}/{file} line {line}: {error}; the template refuses {len(refused)} of {len(lengths)}")
+    tokens = {kind: [getattr(each, kind) if each else 0 for each in lengths] for kind in ("packed", "path")}
+    return {kind: _longest(data, method.records, each) for kind, each in tokens.items() if any(each)}
 
 
 def _longest(data: Path, name: str, tokens: Sequence[int]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
-from twinloop.tasks.check import check_conversations, check_lengths, measure_lengths
+from twinloop.tasks.check import check_lengths, measure_lengths, measure_records
 from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
 from twinloop.training.method import load_method
 
@@ -147,13 +147,31 @@ def test_a_case_that_the_chat_template_refuses_is_named_by_its_line(
         measure_lengths([], tokenizer, data, "mine/data")
 
 
+def test_a_prompt_that_the_chat_template_refuses_is_named_by_its_line(
+    data: Path, tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = ChatTokenizer.encode_prompt
+
+    def refuse(self: ChatTokenizer, messages: Any) -> list[int]:
+        if "please please" in messages[0]["content"]:
+            raise UserError("chat template: too polite")
+        return encode(self, messages)
+
+    monkeypatch.setattr(ChatTokenizer, "encode_prompt", refuse)
+    with pytest.raises(UserError) as raised:
+        measure_records(METHODS["grpo"], tokenizer, data, "mine/data")
+    assert str(raised.value) == (
+        "mine/data/prompts.jsonl line 5: chat template: too polite; the template refuses 1 of 19"
+    )
+
+
 def test_a_document_of_any_length_fits(longest) -> None:
     assert key("pretrain") not in longest
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_the_records_of_every_method_pass_the_chat_template(name: str, data: Path, tokenizer: ChatTokenizer) -> None:
-    check_conversations(METHODS[name], tokenizer, data)
+    measure_records(METHODS[name], tokenizer, data)
 
 
 def test_an_answer_that_would_be_trained_wrongly_is_reported_by_line(
@@ -163,7 +181,7 @@ def test_an_answer_that_would_be_trained_wrongly_is_reported_by_line(
     encode = ChatTokenizer.encode_answer
     monkeypatch.setattr(ChatTokenizer, "encode_answer", lambda self, text: [7, *encode(self, text)])
     with pytest.raises(UserError, match=r"^mine/data/preferences\.jsonl line 1: the answer and its stop token do "):
-        check_conversations(METHODS["dpo"], tokenizer, data, "mine/data")
+        measure_records(METHODS["dpo"], tokenizer, data, "mine/data")
 
 
 def test_two_methods_of_the_same_file_name_have_their_own_lengths(
