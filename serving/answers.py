@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from twinloop.serving.asked import Asked
+from twinloop.serving.asked import Asked, UsageInStream
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import PromptTokensDetails, Usage
 from twinloop.serving.engine.sampling import ConstraintError
@@ -82,13 +82,15 @@ class Completion:
         """The completion object, of all answers' `whole`."""
         return self.form.whole(**self._object(self.form.whole_object, choices), usage=usage_of(self.texts))
 
-    def chunks(self, *, include_usage: bool) -> list[Iterator[dict[str, Any]]]:
-        """The chunk objects of each answer; after them, with include_usage, comes `usage_chunk`."""
-        no_usage = {"usage": None} if include_usage else {}
+    def chunks(self, usage: UsageInStream) -> list[Iterator[dict[str, Any]]]:
+        """The chunk objects of each answer; after them, unless there is to be no usage, comes `usage_chunk`."""
 
         def chunks_of(answer: Answer) -> Iterator[dict[str, Any]]:
             for delta in answer.deltas():
-                yield self._object(self.form.chunk_object, [delta]) | no_usage
+                chunk = self._object(self.form.chunk_object, [delta])
+                if usage != "none":
+                    chunk["usage"] = usage_of(self.texts).model_dump() if usage == "each" else None
+                yield chunk
 
         return [chunks_of(answer) for answer in self.answers]
 
@@ -123,7 +125,7 @@ class Answers:
             charge(request, completion.texts)
 
         if asked.stream:
-            return _EventStream(self._events(completion, started, asked.include_usage), end)
+            return _EventStream(self._events(completion, started, asked.usage_in_stream), end)
         works = [answer.whole for answer in completion.answers]
         try:
             choices = await self.workers.run_unless_gone(request, completion.cancel, *works)
@@ -136,11 +138,11 @@ class Answers:
     def _observe(self, completion: Completion, started: float) -> None:
         self._metrics.answered(completion.form.kind, time.perf_counter() - started, completion.ttft_s)
 
-    async def _events(self, completion: Completion, started: float, include_usage: bool) -> AsyncIterator[str]:
+    async def _events(self, completion: Completion, started: float, usage: UsageInStream) -> AsyncIterator[str]:
         try:
-            async for chunk in self.workers.merge(completion.chunks(include_usage=include_usage)):
+            async for chunk in self.workers.merge(completion.chunks(usage)):
                 yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
-            if include_usage:
+            if usage != "none":
                 yield f"data: {json.dumps(completion.usage_chunk(), ensure_ascii=False)}\n\n"
             yield "data: [DONE]\n\n"
             self._observe(completion, started)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,18 +19,32 @@ IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identi
 
 ModelName = Annotated[str, Field(max_length=256)]
 
+UsageInStream = Literal["none", "last", "each"]
+"""Which chunks say how many tokens there are."""
+
 Priority = Annotated[int, Field(description="in the queue: lower is earlier, and of equal ones the first to come")]
 
 
+NEUTRAL: Mapping[str, Any] = {"best_of": 1, "suffix": "", "modalities": ["text"]}
+"""Parameters with the one value that asks for nothing."""
+
+
 class StreamOptions(BaseModel):
+    """Both kinds of usage together are vLLM's; OpenAI's server pads chunks (`include_obfuscation`), and this never."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     include_usage: bool = False
+    continuous_usage_stats: bool | None = Field(
+        None, description="with include_usage: the tokens so far, in each chunk"
+    )
+    include_obfuscation: bool | None = Field(None, description="accepted, and without effect")
 
 
 def _describe_others(schema: dict[str, Any]) -> None:
     """Add the parameters that are not fields, since they change nothing, to the schema of a request."""
     schema["properties"] |= {name: {"description": "accepted, and without effect"} for name in sorted(IGNORED)}
+    schema["properties"] |= {name: {"const": value} for name, value in NEUTRAL.items()}
     schema["additionalProperties"] = False
 
 
@@ -43,8 +59,10 @@ class Asked(SamplingFields):
     priority: Priority = 0
 
     @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def usage_in_stream(self) -> UsageInStream:
+        if self.stream_options is None or not self.stream_options.include_usage:
+            return "none"
+        return "each" if self.stream_options.continuous_usage_stats else "last"
 
 
 def refuse_too_long(
@@ -68,7 +86,9 @@ def refuse_unserved(asked: Asked, service: DecisionService, *, prompts: int = 1)
     if service.kind != "text":
         refuse_closed("text", service)
     for name, value in (asked.model_extra or {}).items():
-        if name not in IGNORED and value is not None:
+        if name in NEUTRAL and value not in (None, NEUTRAL[name]):
+            raise refused(name, f"only {json.dumps(NEUTRAL[name])} is served")
+        if name not in {*IGNORED, *NEUTRAL} and value is not None:
             raise refused(name, "is not a known parameter")
     if asked.stream_options is not None and not asked.stream:
         raise refused("stream_options", "is for an answer with stream: true")

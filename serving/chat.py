@@ -74,7 +74,7 @@ def _submit(service: DecisionService, body: ChatRequest, started: float) -> Comp
 def _submit_in(place: Place, service: DecisionService, body: ChatRequest, started: float) -> Completion:
     grammars = service.grammars
     use = tool_use(body, service.tool_support, grammars)
-    constraint = constraint_of(body.response_format, grammars) if use is None else use.constraint
+    constraint = constraint_of(body, grammars) if use is None else use.constraint
     tokenizer, longest = service.tokenizer, service.scheduler.max_length
     try:
         prompt = encode_messages(body.messages, tokenizer, () if use is None else use.prompt_tools)

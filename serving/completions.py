@@ -16,11 +16,12 @@ from twinloop.serving.answers import Answers, Completion, Form
 from twinloop.serving.asked import Asked, refuse_too_long, refuse_unserved
 from twinloop.serving.decisions import DecisionService
 from twinloop.serving.described import ASK_WORDS, ASKING, Usage, errors
-from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, SamplingParams
+from twinloop.serving.engine.sampling import MAX_TOP_LOGPROBS, Constraint, SamplingParams
 from twinloop.serving.errors import ApiError
 from twinloop.serving.generation import TextStream
 from twinloop.serving.metrics import COMPLETIONS
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.response_format import TextFormFields, constraint_of
 from twinloop.serving.sampling_fields import refused
 from twinloop.serving.text_logprobs import PlacedToken, TextLogprobs, prompt_tokens, text_logprobs
 
@@ -32,7 +33,7 @@ EXAMPLE = {"prompt": "Once upon a time", "max_tokens": 16}
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(TextFormFields, Asked):
     """The part of OpenAI's request that is served, and vLLM's further parameters of sampling.
 
     prompt: one or several, each a text, in which nothing is a special token, or token ids, which may be any.
@@ -169,8 +170,9 @@ def _submit(service: DecisionService, body: CompletionRequest, started: float) -
     with ExitStack() as stack:
         # All or none: a request that must be refused costs no more than this.
         places = [stack.enter_context(service.reserve(body.choices)) for _ in body.prompts]
+        constraint = constraint_of(body, service.grammars)
         prompts = [_encode(prompt, tokenizer, body.add_special_tokens) for prompt in body.prompts]
-        params = [_params(prompt, body, service) for prompt in prompts]
+        params = [_params(prompt, body, service, constraint) for prompt in prompts]
         for asked, place, prompt, sampling in zip(body.prompts, places, prompts, params, strict=True):
             echoed = _shown(asked, tokenizer) if body.echo else None
             of_prompt = body.logprobs if body.echo else None
@@ -212,13 +214,15 @@ def _shown(prompt: str | list[int], tokenizer: ChatTokenizer) -> str:
     return prompt if isinstance(prompt, str) else tokenizer.decode_all(prompt)
 
 
-def _params(prompt: Sequence[int], body: CompletionRequest, service: DecisionService) -> SamplingParams:
+def _params(
+    prompt: Sequence[int], body: CompletionRequest, service: DecisionService, constraint: Constraint | None
+) -> SamplingParams:
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     refuse_too_long(len(prompt), wanted, service.scheduler.max_length, param="prompt")
     # The engine draws a token wherever it has read a prompt, which costs no pass; the prompt alone is shown without it.
     return body.sampling_params(
         max_tokens=1 if body.prompt_alone else wanted,
         stop=service.tokenizer.stop_ids,
-        constraint=None,
+        constraint=constraint,
         vocab_size=service.tokenizer.vocab_size,
     )

@@ -166,7 +166,7 @@ class PendingDecision:
         text = self._text
         timings = Timings(
             retrieval_ms=_milliseconds(self._retrieval_s),
-            queue_ms=_milliseconds(text.queue_s) if text and text.queue_s is not None else None,
+            queue_ms=_milliseconds(text.timings.queue_s) if text and text.timings.queue_s is not None else None,
             ttft_ms=_milliseconds(text.ttft_s) if text and text.ttft_s is not None else None,
             total_ms=_milliseconds(time.perf_counter() - self._started),
         )

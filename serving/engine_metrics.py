@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -18,6 +18,8 @@ FIRST_TOKEN_S = (
 )  # fmt: skip
 TOKEN_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
 REQUEST_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480)
+
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 
 _TOKEN = "twinloop:inter_token_latency_seconds"
 _TOKEN_BEFORE = "twinloop:time_per_output_token_seconds"
@@ -42,29 +44,65 @@ class EngineMetrics:
             "twinloop:e2e_request_latency_seconds", "From a request's arrival to its end", REQUEST_S
         )
         self._queue = histogram("twinloop:request_queue_time_seconds", "Waiting for a slot", REQUEST_S)
+        self._prefill = histogram(
+            "twinloop:request_prefill_time_seconds", "From its slot to its first token", REQUEST_S
+        )
+        self._decode = histogram("twinloop:request_decode_time_seconds", "From the first token to the last", REQUEST_S)
+        self._inference = histogram("twinloop:request_inference_time_seconds", "Both together", REQUEST_S)
+        self._read = histogram("twinloop:request_prompt_tokens", "Tokens of a prompt, cached ones included", TOKENS)
+        self._written = histogram("twinloop:request_generation_tokens", "Tokens of an answer", TOKENS)
+        self._longest = histogram(
+            "twinloop:request_max_num_generation_tokens", "Tokens of the longest of a request's answers", TOKENS
+        )
+        self._limit = histogram("twinloop:request_params_max_tokens", "How many an answer might have had", TOKENS)
+        self._choices = histogram("twinloop:request_params_n", "Answers to one request", (1, 2, 5, 10, 20))
         self._ended = Counter(
             "twinloop:request_success", "Ended answers: stop, length, abort, error",
             ["model_name", "finished_reason"], registry=registry,
         )  # fmt: skip
-        for each in (self._first, self._token, self._whole, self._queue):
+        for each in (
+            self._first, self._token, self._whole, self._queue, self._prefill, self._decode, self._inference,
+            self._read, self._written, self._longest, self._limit, self._choices,
+        ):  # fmt: skip
             each.labels(self._served)
         for end in ("stop", "length", "abort", "error"):
             self._ended.labels(self._served, end)
         registry.register(_Renamed(self._token))
         registry.register(_State(manager))
 
-    def ended(self, text: TextStream) -> None:
-        """Count a text that nobody waits for any more."""
+    def ended(self, texts: Sequence[TextStream]) -> None:
+        """Count the texts of a request that nobody waits for any more."""
+        if not texts:
+            return
+        for text in texts:
+            self._count(text, self._model_of(text))
+        model = self._model_of(texts[0])
+        self._choices.labels(model).observe(len(texts))
+        self._longest.labels(model).observe(max(text.completion_tokens for text in texts))
+
+    def _model_of(self, text: TextStream) -> str:
         adapter = text.prompt.adapter
-        model = self._served if adapter is None else adapter.name
+        return self._served if adapter is None else adapter.name
+
+    def _count(self, text: TextStream, model: str) -> None:
+        timings, tokens = text.timings, text.completion_tokens
         self._ended.labels(model, text.end).inc()
-        if text.queue_s is not None:
-            self._queue.labels(model).observe(text.queue_s)
+        self._limit.labels(model).observe(text.max_tokens)
+        if timings.queue_s is not None:
+            self._queue.labels(model).observe(timings.queue_s)
         if text.ttft_s is not None:
             self._first.labels(model).observe(text.ttft_s)
         token = self._token.labels(model)
-        for seconds in text.timings.token_s[: text.completion_tokens]:
+        gaps = timings.token_s[:tokens]
+        for seconds in gaps:
             token.observe(seconds)
+        if timings.queue_s is not None and timings.ttft_s is not None:
+            prefill, decode = timings.ttft_s - timings.queue_s, sum(gaps)
+            self._prefill.labels(model).observe(prefill)
+            self._decode.labels(model).observe(decode)
+            self._inference.labels(model).observe(prefill + decode)
+            self._read.labels(model).observe(len(text.prompt.tokens))
+            self._written.labels(model).observe(tokens)
         if text.total_s is not None:
             self._whole.labels(model).observe(text.total_s)
 
@@ -96,6 +134,16 @@ class _State(Collector):
         for metric, meaning, count in (
             ("twinloop:prompt_tokens", "Tokens that the engine read", totals.prompt_tokens),
             ("twinloop:generation_tokens", "Tokens that the engine wrote", totals.completion_tokens),
+            (
+                "twinloop:prefix_cache_queries",
+                "Tokens of prompts that were looked up in what the slots hold of earlier ones",
+                totals.prefix_cache_queries,
+            ),
+            ("twinloop:prefix_cache_hits", "Those of them that were not computed again", totals.prefix_cache_hits),
+            ("twinloop:spec_decode_num_drafts", "Guesses at the next tokens of an answer", totals.drafts),
+            ("twinloop:spec_decode_num_draft_tokens", "Tokens in these guesses", totals.draft_tokens),
+            ("twinloop:spec_decode_num_accepted_tokens", "Those of them that were right", totals.accepted_tokens),
+            ("twinloop:num_preemptions", "Answers that were interrupted: none ever is", 0),
         ):
             counter = CounterMetricFamily(metric, meaning, labels=["model_name"])
             counter.add_metric([name], count)

@@ -80,9 +80,9 @@ class TextStream:
         return self._stream.timings
 
     @property
-    def queue_s(self) -> float | None:
-        """Seconds that the request waited for a slot, once it has had one."""
-        return self._stream.timings.queue_s
+    def max_tokens(self) -> int:
+        """That the answer may have."""
+        return self._params.max_tokens
 
     def cancel(self) -> None:
         """Free the slot; may be called from any thread, and again."""

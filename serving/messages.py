@@ -18,6 +18,9 @@ class _Fields(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+OF_CLIENT: Any = Field(None, description="accepted, and without effect: what OpenAI's client adds to an answer")
+
+
 class TextPart(_Fields):
     type: Literal["text"]
     text: str
@@ -27,13 +30,18 @@ Content = str | list[TextPart]
 
 
 class _Message(_Fields):
-    name: None = Field(None, description="not supported: no chat template says who of several is speaking")
+    name: str | None = Field(None, description="accepted, and without effect: no chat template says who is speaking")
 
 
 class SystemMessage(_Message):
-    """`developer` is what OpenAI's newer clients call `system`; a chat template knows the latter."""
+    role: Literal["system"]
+    content: Content
 
-    role: Literal["system", "developer"]
+
+class DeveloperMessage(_Message):
+    """What OpenAI's newer clients call the system's; a chat template knows the latter."""
+
+    role: Literal["developer"]
     content: Content
 
 
@@ -56,12 +64,14 @@ Arguments = Annotated[str, AfterValidator(_check_arguments)]
 class FunctionCall(_Fields):
     name: str = Field(min_length=1)
     arguments: Arguments = Field(description="a JSON object, as the model wrote it")
+    parsed_arguments: Any = OF_CLIENT
 
 
 class ToolCall(_Fields):
     id: str
     type: Literal["function"] = "function"
     function: FunctionCall
+    index: int | None = OF_CLIENT
 
 
 class AssistantMessage(_Message):
@@ -71,6 +81,7 @@ class AssistantMessage(_Message):
     content: Content | None = None
     tool_calls: list[ToolCall] | None = None
     # OpenAI's client sends its own answers back with all of their fields.
+    parsed: Any = OF_CLIENT
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -86,8 +97,8 @@ class ToolMessage(_Message):
 
 
 ChatMessage = Annotated[
-    SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
-]  # fmt: skip
+    SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")
+]
 
 
 def encode_messages(
@@ -142,7 +153,7 @@ def _tool_field(index: int, message: ChatMessage) -> str | None:
 
 
 def _role(message: ChatMessage) -> str:
-    return "system" if isinstance(message, SystemMessage) else message.role
+    return "system" if isinstance(message, DeveloperMessage) else message.role
 
 
 def _text(message: ChatMessage) -> str:

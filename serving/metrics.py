@@ -84,8 +84,7 @@ class Metrics:
 
     def ended(self, texts: Sequence[TextStream]) -> None:
         """What the model wrote for a request that nobody waits for any more, complete or not."""
-        for text in texts:
-            self._engine.ended(text)
+        self._engine.ended(texts)
 
     def decided(self, response: DecisionResponse, outcome: str) -> None:
         """A response, and the outcome under which it is counted."""
@@ -158,14 +157,6 @@ class _State(Collector):
         tokens.add_metric(["prompt"], totals.prompt_tokens)
         tokens.add_metric(["completion"], totals.completion_tokens)
         yield tokens
-        queries = "Tokens of prompts that were looked up in what the slots hold of earlier ones"
-        yield CounterMetricFamily("twinloop_prefix_cache_queries", queries, totals.prefix_cache_queries)
-        hits = "Those of them that were not computed again"
-        yield CounterMetricFamily("twinloop_prefix_cache_hits", hits, totals.prefix_cache_hits)
-        guessed = "Tokens of answers that were guessed, to be computed in one pass"
-        yield CounterMetricFamily("twinloop_spec_decode_draft_tokens", guessed, totals.draft_tokens)
-        right = "Those of them that were right"
-        yield CounterMetricFamily("twinloop_spec_decode_accepted_tokens", right, totals.accepted_tokens)
         answers = CounterMetricFamily(
             "twinloop_answers", "Generated answers by end: finished, failed, cancelled", labels=["end"]
         )

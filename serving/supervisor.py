@@ -89,6 +89,7 @@ class Supervisor:
         self._again_after_s = 0.0
         self._start_at = 0.0
         self._stop_by: float | None = None
+        self._told, self._tell = multiprocessing.Pipe(duplex=False)  # by the handler of signals: a wait goes on else
         self._answered = False
         self._asked: list[tuple[_Worker, int]] = []  # who waits for the metrics of all
         self._note = ""
@@ -102,6 +103,9 @@ class Supervisor:
                 while self._workers or self._stop_by is None:
                     self._start(limits.fileno())
                     self._wait()
+                    if self._stop_by is not None:
+                        # Once the last process takes no more connections, nobody's wait in a queue that nobody reads.
+                        self._listener.close()
                     self._answer()
                     if not self._answered and len(self._ready) == self._count:
                         self._answered = True
@@ -157,7 +161,11 @@ class Supervisor:
             ends.append(self._stop_by)
         if self._startable:
             ends.append(self._start_at)
-        for pipe in wait([each.pipe for each in self._workers], max(0.0, min(ends) - time.monotonic())):
+        pipes = [self._told, *(each.pipe for each in self._workers)]
+        for pipe in wait(pipes, max(0.0, min(ends) - time.monotonic())):
+            if pipe is self._told:
+                self._told.recv()
+                continue
             worker = next(each for each in self._workers if each.pipe is pipe)
             try:
                 self._take(worker, worker.pipe.recv())
@@ -230,6 +238,7 @@ class Supervisor:
         self._stop_by = self._stop_by or time.monotonic() + self._stop_within_s
         for each in self._workers:
             each.process.terminate()
+        self._tell.send(None)
 
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:

@@ -18,6 +18,8 @@ from twinloop.serving.described import ASK_WORDS, errors
 from twinloop.serving.errors import ApiError
 from twinloop.serving.messages import ChatMessage, encode_conversation, encode_messages
 from twinloop.serving.model_manager import ModelManager
+from twinloop.serving.sampling_fields import refused
+from twinloop.serving.tools import MAX_TOOLS, Tool, prompt_tools
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 
@@ -39,10 +41,11 @@ class TokenizeText(_Fields):
 
 
 class TokenizeMessages(_Fields):
-    """add_generation_prompt: whether the header comes last after which the model answers."""
+    """add_generation_prompt: whether the header comes last after which the model answers. tools: only with it."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     add_generation_prompt: bool = True
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool | None = False
 
 
@@ -82,7 +85,7 @@ def tokens_router(manager: ModelManager) -> APIRouter:
     def tokenize(body: Annotated[TokenizeRequest, Body(examples=EXAMPLES)]) -> Tokens:
         service = _service(manager, body)
         tokenizer = service.tokenizer
-        ids = _encode(body, tokenizer)
+        ids = _encode_chat(body, service) if isinstance(body, TokenizeMessages) else _encode_text(body, tokenizer)
         return Tokens(
             count=len(ids),
             max_model_len=service.scheduler.max_length,
@@ -105,12 +108,19 @@ def _service(manager: ModelManager, body: _Fields) -> DecisionService:
     return manager.service
 
 
-def _encode(body: TokenizeText | TokenizeMessages, tokenizer: ChatTokenizer) -> list[int]:
-    if isinstance(body, TokenizeText):
-        return tokenizer.encode_text(body.prompt) if body.add_special_tokens else tokenizer.encode(body.prompt)
+def _encode_text(body: TokenizeText, tokenizer: ChatTokenizer) -> list[int]:
+    return tokenizer.encode_text(body.prompt) if body.add_special_tokens else tokenizer.encode(body.prompt)
+
+
+def _encode_chat(body: TokenizeMessages, service: DecisionService) -> list[int]:
+    if body.tools:
+        service.tool_support.require()
+        if not body.add_generation_prompt:
+            raise refused("add_generation_prompt", "must be true with tools")
     try:
-        encode = encode_messages if body.add_generation_prompt else encode_conversation
-        return encode(body.messages, tokenizer)
+        if body.add_generation_prompt:
+            return encode_messages(body.messages, service.tokenizer, prompt_tools(body.tools or []))
+        return encode_conversation(body.messages, service.tokenizer)
     except UserError as error:  # the chat template does not take these messages
         raise ApiError(400, str(error), param="messages") from None
 

@@ -17,7 +17,7 @@ from twinloop.models.tool_messages import CALL_ID_LENGTH
 from twinloop.serving.engine.grammar import GrammarError, Grammars, json_rule
 from twinloop.serving.engine.sampling import Constraint
 from twinloop.serving.errors import ApiError
-from twinloop.serving.response_format import JsonSchemaData, ResponseFormat, schema_of
+from twinloop.serving.response_format import JsonSchemaData, TextFormFields, refused_outputs, schema_of
 
 MAX_TOOLS = 128
 
@@ -73,10 +73,9 @@ ToolChoice = (
 Mode = Literal["none", "auto", "required"]
 
 
-class FormFields(BaseModel):
-    """The part of a request that says what form its answer has."""
+class FormFields(TextFormFields):
+    """The part of a request that says what form its answer has, and what it may call."""
 
-    response_format: ResponseFormat | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -140,13 +139,14 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
     except GrammarError as error:
         _name_refused(tools, grammars)
         raise _refused("tools", str(error)) from None
-    prompt_tools = [_prompt_tool(tool.function) for tool in tools]
-    return ToolUse(form, prompt_tools, constraint, may_call=mode != "none", anchored=anchored)
+    return ToolUse(form, prompt_tools(tools), constraint, may_call=mode != "none", anchored=anchored)
 
 
 def _answer_schema(asked: FormFields, mode: Mode, form: CallForm, grammars: Grammars) -> Mapping[str, Any] | None:
     """The schema of an answer that calls nothing; None where it is text, or there is no such answer."""
     schema = schema_of(asked.response_format)
+    if asked.structured_outputs is not None:
+        raise refused_outputs("cannot be kept to beside tools; ask for one of both, or for a response_format")
     if schema is not None:
         grammars.json_schema(schema)  # refuses it by its own name
         if mode == "auto" and form.trigger.lstrip("[")[:1] in ("", "{", '"'):
@@ -202,6 +202,11 @@ def _schema(function: FunctionDefinition) -> dict[str, Any]:
     if not function.parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **function.parameters}
+
+
+def prompt_tools(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
+    """Tools as the chat template takes them."""
+    return [_prompt_tool(tool.function) for tool in tools]
 
 
 def _prompt_tool(function: FunctionDefinition) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass, fields
 @dataclass(frozen=True)
 class Totals:
     """Counts since the start: tokens read and written, how answers ended, tokens of prompts that were looked up in the
-    slots, and those of them that were not computed again; tokens of answers that were guessed, and guessed rightly."""
+    slots, and those of them that were not computed again; guesses at tokens of answers, the tokens in them, and those
+    that were right."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
+    drafts: int = 0
     draft_tokens: int = 0
     accepted_tokens: int = 0
     finished: int = 0

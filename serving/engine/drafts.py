@@ -1,8 +1,8 @@
 """Several tokens of an answer from one pass: a guess at them is computed as they are, and kept as far as it is right.
 
 An answer that quotes its prompt goes on as the prompt did, and a grammar often leaves one text only. One sequence at a
-time: the attention operator appends several tokens to one row of a batch, not to more (ONNX Runtime 1.31). Greedy ones
-alone: they are what they are without drafts, except where rounding decides between logits that are equal but for it.
+time: the attention operator appends several tokens to one row of a batch, not to more (ONNX Runtime 1.31). Each token
+is drawn as it is without drafts, so answers are the same, greedy and sampled, except where rounding decides.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from twinloop.serving.engine.slots import Drawn, SlotBatch
+from twinloop.serving.engine.slots import Alone, Drawn, SlotBatch
 
 DRAFT_TOKENS = 7
 """Tokens of a guess at most. Whether computing them costs less than it saves is measured as answers go on."""
@@ -48,27 +48,30 @@ class Drafts:
     """Advances the sequences of a batch: with guesses where these have saved time lately, and by plain steps.
 
     Both are measured as they go, in seconds a token. Where guesses do not pay, they rest, and are tried again later.
-    drafted, accepted: tokens guessed so far, and those of them that were right.
+    guesses, drafted, accepted: so far, the tokens in them, and those of them that were right.
     """
 
     def __init__(self, batch: SlotBatch, most: int = DRAFT_TOKENS):
         """most: tokens of a guess; 0 takes plain steps only."""
         self._batch, self._most = batch, most
-        self.drafted = self.accepted = 0
-        self._plain, self._guessed = _Rate(), _Rate()
-        self._rested = self._since_plain = 0
+        self.guesses = self.drafted = self.accepted = 0
+        self._plain = _Rate()
+        self._worth = {True: _Worth(), False: _Worth()}  # of greedy sequences, and of sampled ones
+        self._since_plain = 0
 
     def step(self) -> list[Drawn]:
         """As `SlotBatch.step`: one token for every sequence, or several for the only one."""
         if len(self._batch.decoding) > 1:
             return [self._batch.step()]
-        guess = self._guess()
+        sequence = self._batch.alone()
+        guess = self._guess(sequence)
         started = time.perf_counter()
         drawn = self._batch.step_along(guess) if guess else [self._batch.step()]
         seconds = time.perf_counter() - started
         if guess:
-            self._guessed.add(seconds, len(drawn))
+            self._worth[sequence.greedy].guessed.add(seconds, len(drawn))
             self._since_plain += 1
+            self.guesses += 1
             self.drafted += len(guess)
             self.accepted += len(drawn) - 1
         else:
@@ -76,19 +79,30 @@ class Drafts:
             self._since_plain = 0
         return drawn
 
-    def _guess(self) -> list[int]:
+    def _guess(self, sequence: Alone) -> list[int]:
         if not self._most or not self._plain.steps or self._since_plain >= _PLAIN_EVERY:
             return []
-        if self._guessed.steps >= _TRIAL and self._guessed.per_token >= self._plain.per_token:
-            self._rested += 1
-            if self._rested <= _REST:
-                return []
-            self._rested, self._guessed = 0, _Rate()
-        sequence = self._batch.greedy_alone()
-        most = min(self._most, sequence.left - 1) if sequence is not None else 0
-        if sequence is None or most < 1:
+        most = min(self._most, sequence.left - 1)
+        if most < 1 or not self._worth[sequence.greedy].pays(self._plain):
             return []
         return sequence.forced[:most] or look_up(sequence.tokens_L, most)
+
+
+class _Worth:
+    """Whether guesses save time: they rest where they did not lately, and are tried again later."""
+
+    def __init__(self) -> None:
+        self.guessed = _Rate()
+        self._rested = 0
+
+    def pays(self, plain: _Rate) -> bool:
+        if self.guessed.steps < _TRIAL or self.guessed.per_token < plain.per_token:
+            return True
+        self._rested += 1
+        if self._rested <= _REST:
+            return False
+        self._rested, self.guessed = 0, _Rate()
+        return True
 
 
 class _Rate:

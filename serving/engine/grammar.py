@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -38,6 +39,15 @@ _LARGEST_EXACT = 2**53
 most -(2**63 - 2), end the process."""
 _MESSAGE_CHARACTERS = 300
 
+# llguidance (1.9) compiles by recursion, through the rules and definitions that name each other too, and a stack that
+# is too small ends the process: 11 kB a level was the most, and a level takes 17 characters at least where it takes
+# that. So a thread's own 8 MiB did for 700 objects that refer to each other.
+_MOST_CHARACTERS = 400_000
+_STACK_BYTES = 512 << 20
+_stack_size_changes = threading.Lock()
+_OWN_DIRECTIVES = re.compile(r"%\s*(json|llguidance)")
+"""Of Lark: what would pass by the checks of schemas here."""
+
 
 class GrammarError(ConstraintError):
     """A grammar that cannot be compiled, or not be followed any further; the message says why, in one line."""
@@ -48,6 +58,8 @@ class Grammar:
 
     def __init__(self, tokenizer: LLTokenizer, text: str):
         """text: a grammar in llguidance's own form. Raises GrammarError for one that it cannot compile."""
+        if len(text) > _MOST_CHARACTERS:
+            raise GrammarError(f"has {len(text):,} characters, and may have {_MOST_CHARACTERS:,}")
         self._tokenizer, self._text = tokenizer, text
         self._compiled = self._compile()
         if self._compiled.is_error():
@@ -66,7 +78,7 @@ class Grammar:
         self._compiled = self._compile()
 
     def _compile(self) -> LLMatcher:
-        return LLMatcher(self._tokenizer, self._text, log_level=0, limits=_LIMITS)
+        return _on_large_stack(lambda: LLMatcher(self._tokenizer, self._text, log_level=0, limits=_LIMITS))
 
 
 class GrammarState:
@@ -129,6 +141,21 @@ class Grammars:
         """What follows a grammar in llguidance's form of Lark. Raises GrammarError for one that it cannot compile."""
         return self._compile(LLMatcher.grammar_from_lark(text))
 
+    def clients_lark(self, text: str) -> Grammar:
+        """`lark`, of a text that a client sent: a schema in it is refused, since it would not be checked."""
+        if (found := _OWN_DIRECTIVES.search(text)) is not None:
+            raise GrammarError(f"has {found[0]}, which is not taken in a grammar")
+        return self.lark(text)
+
+    def regex(self, pattern: str) -> Grammar:
+        """What a regular expression matches as a whole, in the syntax of Rust's `regex`: no look-around, no
+        back-references. Raises GrammarError for one that it cannot compile."""
+        return self._compile(LLMatcher.grammar_from_regex(pattern))
+
+    def choice(self, texts: Sequence[str]) -> Grammar:
+        """One of these texts. Raises GrammarError where they are too many."""
+        return self.lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+
     def literal(self, text: str) -> str:
         """A text in a Lark grammar, in which what spells a special token is that token."""
         parts = self._special_pattern.split(text)
@@ -167,6 +194,19 @@ def json_rule(schema: Mapping[str, Any]) -> str:
     _check_numbers(schema)
     _check_counts(schema)
     return "%json " + _as_json(_without_options(schema) | {_OWN_OPTIONS: {"whitespace_pattern": _WHITESPACE}})
+
+
+def _on_large_stack(work: Callable[[], LLMatcher]) -> LLMatcher:
+    done: list[LLMatcher] = []
+    with _stack_size_changes:  # of this process; a thread that is started beside it only reserves more
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=lambda: done.append(work()), name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return done[0]
 
 
 def _as_json(schema: Mapping[str, Any]) -> str:

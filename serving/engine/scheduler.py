@@ -273,6 +273,7 @@ class Scheduler:
             try:
                 for drawn in self._drafts.step():
                     self._deliver(drawn)
+                self._counts["drafts"] = self._drafts.guesses
                 self._counts["draft_tokens"] = self._drafts.drafted
                 self._counts["accepted_tokens"] = self._drafts.accepted
             except SlotConstraintError as error:

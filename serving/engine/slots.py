@@ -83,9 +83,10 @@ class PromptRead(NamedTuple):
     cost: int
 
 
-class GreedyAlone(NamedTuple):
+class Alone(NamedTuple):
     """A sequence: tokens_L, of its prompt and answer; left: those that may still come; forced: by its constraint."""
 
+    greedy: bool
     tokens_L: np.ndarray
     left: int
     forced: list[int]
@@ -260,14 +261,13 @@ class SlotBatch:
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
         return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], samplers)
 
-    def greedy_alone(self) -> GreedyAlone | None:
-        """The sequence that decodes, if it is the only one and greedy."""
-        slots = np.flatnonzero(self._decoding_C)
-        if len(slots) != 1 or self._temperature_C[slot := int(slots[0])] > 0:
-            return None
+    def alone(self) -> Alone:
+        """The only sequence that decodes."""
+        (slot,) = self.decoding
         read_L = self._runner.tokens_CM[slot, : self._runner.lengths[slot]]
         sampler = self._samplers.get(slot)
-        return GreedyAlone(
+        return Alone(
+            greedy=bool(self._temperature_C[slot] == 0),
             tokens_L=np.append(read_L, self._next_C[slot]),
             left=int(self._limit_C[slot] - self._produced_C[slot]),
             forced=sampler.forced() if sampler is not None else [],

@@ -274,9 +274,9 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     def tokens():
         lines = client.get("/metrics").text.splitlines()
         found = (line.split() for line in lines if line.startswith("twinloop_tokens_total{"))
-        cached = (line.split() for line in lines if line.startswith("twinloop_prefix_cache_"))
+        cached = (line.split() for line in lines if line.startswith("twinloop:prefix_cache_"))
         counts = {name.split('"')[1]: int(float(count)) for name, count in found}
-        return counts | {name.split("_")[3]: int(float(count)) for name, count in cached}
+        return counts | {name.split("{")[0].split("_")[2]: int(float(count)) for name, count in cached}
 
     before = tokens()
     trace = client.post("/v1/decisions", json=CASE).json()["trace_id"]
@@ -292,8 +292,12 @@ def test_tokens_of_decisions_and_of_chats_are_counted(client, engine_scheduler):
     assert tokens()["hits"] - after["hits"] == usage["prompt_tokens"] - 1
     now, lines = engine_scheduler.metrics(), client.get("/metrics").text.splitlines()
     assert f"twinloop_slots {now.slots}.0" in lines
-    assert f"twinloop_spec_decode_draft_tokens_total {now.totals.draft_tokens}.0" in lines
-    assert f"twinloop_spec_decode_accepted_tokens_total {now.totals.accepted_tokens}.0" in lines
+    for name, count in (
+        ("drafts", now.totals.drafts),
+        ("draft_tokens", now.totals.draft_tokens),
+        ("accepted_tokens", now.totals.accepted_tokens),
+    ):
+        assert f'twinloop:spec_decode_num_{name}_total{{model_name="{MODEL.name}"}} {count}.0' in lines
 
 
 # --- the process ------------------------------------------------------------------------------------------------------

@@ -67,6 +67,25 @@ def test_streamed_and_whole_answers_are_the_same(client, settings):
         assert whole["usage"]["completion_tokens"] <= settings.get("max_tokens", 40)
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+def test_each_chunk_says_the_tokens_so_far_where_it_is_asked_to(client, route):
+    asked = {"messages": HELLO} if "chat" in route else {"prompt": "hello"}
+    options = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
+    body = {**asked, "max_tokens": 20, "ignore_eos": True, "stream": True, "stream_options": options}
+    *chunks, last = chunks_of(client.post(route, json=body))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts)
+    assert counts[-1] == last["usage"]["completion_tokens"] == 20
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks} == {last["usage"]["prompt_tokens"]}
+    without = {**body, "stream_options": {"include_usage": False, "continuous_usage_stats": True}}
+    assert not any("usage" in chunk for chunk in chunks_of(client.post(route, json=without)))
+
+
+@pytest.mark.parametrize("neutral", [{"best_of": 1}, {"suffix": ""}, {"modalities": ["text"]}, {"best_of": None}])
+def test_a_parameter_that_asks_for_nothing_is_no_reason_to_refuse(client, neutral):
+    assert client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 2, **neutral}).status_code == 200
+
+
 def test_a_seed_gives_the_same_answer_and_another_seed_another(client):
     def answer(seed):
         body = {"messages": HELLO, "max_tokens": 30, "temperature": 1.0, "seed": seed}
@@ -128,7 +147,8 @@ def test_messages_may_come_in_parts_and_cannot_spell_special_tokens(scripted, sc
             400,
             "tools: the chat template of this model has no tools",
         ),
-        ({"best_of": 2}, 400, "best_of: is not a known parameter"),
+        ({"best_of": 2}, 400, "best_of: only 1 is served"),
+        ({"reasoning_effort": "low"}, 400, "reasoning_effort: is not a known parameter"),
         ({"response_format": {"type": "xml"}}, 400, "response_format"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema"),
         ({"temprature": 0.5}, 400, "temprature"),

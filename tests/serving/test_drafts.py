@@ -133,12 +133,42 @@ def test_a_conversation_goes_on_from_an_answer_that_was_guessed(scheduler, slowl
     assert stream.prompt.cached_tokens == 40 + 50 - 1
 
 
-@pytest.mark.parametrize("params", [replace(LONG, temperature=1.0, seed=1), LONG])
-def test_sampled_answers_and_those_of_several_at_a_time_are_not_guessed(params):
+@pytest.mark.parametrize("seed", range(4))
+def test_sampled_answers_are_the_same_with_guesses_and_without(seed, slowly):
+    """At a temperature at which this network often says what it said, and not always."""
+    params = replace(LONG, temperature=0.6, seed=seed)
+    (alone,) = small_engine(slots=1).generate([prompt_of(seed, 40)], params)
+    assert len(set(alone.tokens)) > 1
+    slowly("decode", 0.005)
+    batch, tokens = begun(small_engine(slots=2), prompt_of(seed, 40), params)
+    drafts = Drafts(batch)
+    while batch.decoding:
+        tokens += tokens_of(drafts.step())
+    assert tokens == alone.tokens
+    assert 0 < drafts.accepted < drafts.drafted
+
+
+def test_guesses_that_fail_for_sampled_answers_do_not_rest_for_greedy_ones(slowly):
+    slowly("decode", 0.02)
+    engine = small_engine(slots=2)
+    batch = SlotBatch(engine)
+    drafts = Drafts(batch)
+    accepted = []
+    for params in (replace(LONG, temperature=2.0, seed=1), LONG):
+        batch.admit(Prompt(prompt_of(1, 40)), params)
+        batch.read_prompt()
+        before = drafts.accepted
+        while batch.decoding:
+            drafts.step()
+        accepted.append(drafts.accepted - before)
+    assert accepted[1] > 100 > accepted[0]
+
+
+def test_answers_of_several_at_a_time_are_not_guessed():
     batch = SlotBatch(small_engine(slots=2))
     drafts = Drafts(batch)
-    for sequence in range(2 if params is LONG else 1):
-        batch.admit(Prompt(prompt_of(1, 40)), params, [sequence])
+    for sequence in range(2):
+        batch.admit(Prompt(prompt_of(1, 40)), LONG, [sequence])
         batch.read_prompt()
     while batch.decoding:
         drafts.step()

@@ -267,3 +267,32 @@ def test_a_tagged_union_of_pydantic_is_served(grammars, tokenizer):
         "discriminator": {"propertyName": "kind"},
     }
     jsonschema_rs.validate(schema, json.loads(tokenizer.decode(drawn(grammars.json_schema(schema), tokenizer, 3))))
+
+
+def definitions(count: int, form) -> dict:
+    """Each refers to the next one."""
+    chain = {f"d{index}": form({"$ref": f"#/$defs/d{index + 1}"}) for index in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": chain | {f"d{count}": {"type": "boolean"}}}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda inner: {"type": "object", "properties": {"a": inner}, "required": ["a"], "additionalProperties": False},
+        lambda inner: {"type": "array", "items": inner, "minItems": 1},
+        lambda inner: inner,
+    ],
+    ids=["objects", "arrays", "references"],
+)
+def test_definitions_that_refer_to_thousands_of_others_end_no_process(grammars, form):
+    """Compiled on a thread's usual stack, they ended the server's."""
+    state = grammars.json_schema(definitions(3000, form)).start()
+    for _ in range(50):
+        allowed = np.flatnonzero(np.unpackbits(state.allowed(), bitorder="little"))
+        state.accept(int(allowed[0]))
+
+
+def test_rules_that_name_thousands_of_others_end_no_process(grammars):
+    rules = "\n".join(f"r{index}: r{index + 1}" for index in range(15_000))
+    grammar = grammars.clients_lark(f'start: r0\n{rules}\nr15000: "a"')
+    assert np.unpackbits(grammar.start().allowed()).sum() == 1

@@ -150,6 +150,22 @@ def measured(client):
     return found
 
 
+# What the panels of vLLM's examples/observability (Grafana) ask for, without the prefix.
+OF_DASHBOARDS = """
+    e2e_request_latency_seconds_bucket inter_token_latency_seconds_bucket time_to_first_token_seconds_bucket
+    prompt_tokens_total generation_tokens_total num_requests_running num_requests_waiting kv_cache_usage_perc
+    request_prompt_tokens_bucket request_generation_tokens_bucket request_success_total{stop}
+    request_queue_time_seconds_sum request_prefill_time_seconds_sum request_decode_time_seconds_sum
+    request_inference_time_seconds_sum request_max_num_generation_tokens_sum request_params_max_tokens_sum
+    request_params_n_sum prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total
+    spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+"""
+
+
+def test_every_panel_of_vllms_dashboards_has_its_metric_before_the_first_request(client):
+    assert {f"twinloop:{name}" for name in OF_DASHBOARDS.split()} <= measured(client).keys()
+
+
 def test_the_engine_is_measured_under_the_names_of_vllms_dashboards(client, engine_scheduler, tokenizer, monkeypatch):
     before = measured(client)
     assert before["twinloop:num_requests_running"] == before["twinloop:num_requests_waiting"] == 0
@@ -177,6 +193,16 @@ def test_the_engine_is_measured_under_the_names_of_vllms_dashboards(client, engi
     assert grown["twinloop:e2e_request_latency_seconds_count"] == 2
     assert grown["twinloop:time_to_first_token_seconds_count"] == 3
     assert grown["twinloop:request_queue_time_seconds_count"] == 3
+    assert (grown["twinloop:request_params_n_count"], grown["twinloop:request_params_n_sum"]) == (2, 3)
+    assert grown["twinloop:request_prompt_tokens_sum"] == 3 * usage["prompt_tokens"]
+    assert grown["twinloop:request_generation_tokens_sum"] >= usage["completion_tokens"]
+    assert grown["twinloop:request_params_max_tokens_sum"] == 2 * 5 + LONG["max_tokens"]
+    parts = [grown[f"twinloop:request_{part}_time_seconds_sum"] for part in ("prefill", "decode", "inference")]
+    assert min(parts) > 0
+    assert parts[0] + parts[1] == pytest.approx(parts[2])
+    assert (
+        parts[2] < grown["twinloop:e2e_request_latency_seconds_sum"] + grown["twinloop:inter_token_latency_seconds_sum"]
+    )
     assert grown["twinloop:prompt_tokens_total"] >= 2 * usage["prompt_tokens"]
     assert grown["twinloop:generation_tokens_total"] > usage["completion_tokens"]
     assert grown["twinloop:inter_token_latency_seconds_count"] >= usage["completion_tokens"] - 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import jsonschema_rs
@@ -294,6 +295,66 @@ def test_a_form_that_fails_in_the_middle_is_the_requests_error(client, monkeypat
 def test_text_is_no_constraint(client):
     plain = client.post("/v1/chat/completions", json={"messages": HELLO, "max_tokens": 30, "seed": 4})
     assert ask(client, {"type": "text"}, max_tokens=30).json()["choices"] == plain.json()["choices"]
+
+
+OUTPUTS = {
+    "regex": ({"regex": "order A[0-9]{5}( late)?"}, r"order A[0-9]{5}( late)?"),
+    "choice": ({"choice": ["ship it", 'say "no"', "größe"]}, r'ship it|say "no"|größe'),
+    "grammar": ({"grammar": 'start: "<" word ("," word)* ">"\nword: /[ab]{1,3}/'}, r"<[ab]{1,3}(,[ab]{1,3})*>"),
+    "json": ({"json": {"type": "integer", "minimum": 3, "maximum": 12}}, r"[3-9]|1[012]"),
+    "json_object": ({"json_object": True}, r"(?s)\{.*\}"),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_vllms_structured_outputs_hold_chats_and_texts_to_their_form(client, kind):
+    outputs, pattern = OUTPUTS[kind]
+    official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    more = {"model": "returns", "extra_body": {"structured_outputs": outputs}, "max_tokens": 2000, "n": 2}
+    chat = official.chat.completions.create(messages=HELLO, seed=1, **more)
+    text = official.completions.create(prompt="the answer is ", seed=2, **more)
+    for answer in [*(choice.message.content for choice in chat.choices), *(choice.text for choice in text.choices)]:
+        assert re.fullmatch(pattern, answer), answer
+    assert {choice.finish_reason for choice in [*chat.choices, *text.choices]} == {"stop"}
+
+
+def test_a_text_follows_a_schema_as_a_chat_does(client):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9}}, "required": ["n"]}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    body = {"prompt": "{", "response_format": form, "max_tokens": 2000, "seed": 4}
+    (choice,) = client.post("/v1/completions", json=body).json()["choices"]
+    assert jsonschema_rs.is_valid(schema, json.loads(choice["text"]))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ({}, "must have one of"),
+        ({"regex": "a", "choice": ["b"]}, "must have one of"),
+        ({"regex": "(a"}, "unclosed group"),
+        ({"regex": "(?=a)b"}, "look-around"),
+        ({"grammar": "start: nothing"}, "unknown name"),
+        ({"grammar": 'start: % json {"type": "integer", "maximum": -9223372036854775806}'}, "is not taken"),
+        ({"grammar": '%llguidance {}\nstart: "a"'}, "is not taken"),
+        ({"grammar": "start: " + "a" * 500_000}, "may have 400,000"),
+        ({"json": {"type": "string", "format": "made-up"}}, "made-up"),
+        ({"guided": "a"}, "is not a field"),
+    ],
+)
+def test_structured_outputs_that_cannot_be_kept_to_are_refused(client, outputs, said):
+    body = {"messages": HELLO, "structured_outputs": outputs}
+    response = client.post("/v1/chat/completions", json=body)
+    error = response.json()["error"]
+    assert response.status_code == 400
+    assert error["message"].startswith("structured_outputs")
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize("other", [{"response_format": {"type": "json_object"}}])
+def test_two_forms_at_once_are_refused(client, other):
+    body = {"messages": HELLO, "structured_outputs": {"regex": "a"}, **other}
+    response = client.post("/v1/chat/completions", json=body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "structured_outputs")
 
 
 def test_the_official_client_parses_answers(client):

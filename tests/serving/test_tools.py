@@ -185,6 +185,23 @@ def test_the_official_client_calls_tools_and_sends_their_results(served):
     said = chat.create(**asked | {"messages": again, "tool_choice": "none"}, max_tokens=20).choices[0].message
     assert said.content
     assert said.tool_calls is None
+    for message in (parsed, streamed.message):  # with what the client has read of it
+        again = [*HELLO, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sent"}]
+        assert chat.create(**asked | {"messages": again, "tool_choice": "none"}, max_tokens=20).choices[0].message
+
+
+def test_a_prompt_with_tools_has_the_tokens_that_tokenize_says(served):
+    tools = [{"type": "function", "function": {"name": "find_order", "parameters": {"type": "object"}}}]
+    plain, counted = (
+        served.client.post("/tokenize", json={"messages": HELLO, **more}).json()["count"]
+        for more in ({}, {"tools": tools})
+    )
+    asked = {"messages": HELLO, "tools": tools, "max_tokens": 1}
+    usage = served.client.post("/v1/chat/completions", json=asked).json()["usage"]
+    assert counted == usage["prompt_tokens"] > plain
+    without = {"messages": HELLO, "tools": tools, "add_generation_prompt": False}
+    refused = served.client.post("/tokenize", json=without)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "add_generation_prompt")
 
 
 def test_an_answer_that_is_cut_says_so_and_has_what_there_is_of_its_call(served):

@@ -192,6 +192,29 @@ def test_a_signal_drains_every_process(start, number: int) -> None:
     assert "Traceback" not in server.log.read_text()
 
 
+def test_a_server_that_has_drained_takes_no_connection_that_it_would_leave_waiting(start) -> None:
+    server = start()
+
+    def outcome() -> str:
+        try:
+            return str(server.ask("GET", "/v1/load").status_code)
+        except httpx.ConnectError:
+            return "refused"
+        except httpx.TransportError:
+            return "left"  # accepted by nobody, and reset when the last process ended
+
+    with ThreadPoolExecutor(200) as pool:
+        server.process.terminate()
+        asked = []
+        while server.process.poll() is None:
+            asked.append(pool.submit(outcome))
+            time.sleep(0.02)
+        outcomes = [each.result() for each in asked]
+    assert server.process.returncode == 0
+    assert set(outcomes) <= {"200", "503", "refused", "left"}
+    assert outcomes.count("left") <= 3, outcomes  # those that come as the last process closes
+
+
 def test_processes_that_hang_are_killed_after_a_signal(start) -> None:
     server = start(stop_within_s=1.0)
     workers = server.workers()
