@@ -21,8 +21,17 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 
 class Stopwatch(TrainerCallback):
@@ -48,11 +57,13 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     torch.set_num_threads(job["threads"])
     rows = [json.loads(line) for line in Path(job["data"]).read_text().splitlines()]
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa")
+    scores = {"num_labels": 1} if job["method"] == "reward" else {}
+    kind = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
+    model = kind.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="sdpa", **scores)
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     watch = Stopwatch(job["warm_steps"])
     with TemporaryDirectory() as out:
-        trainer = {"pretrain": _sft, "sft": _sft, "dpo": _dpo, "grpo": _grpo}[job["method"]](
+        trainer = {"pretrain": _sft, "sft": _sft, "reward": _reward, "dpo": _dpo, "grpo": _grpo}[job["method"]](
             job, rows, model, tokenizer, watch, out
         )
         trainer.add_callback(watch)
@@ -115,6 +126,18 @@ def _dpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch
     )
 
     class Counting(DPOTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            watch.units += inputs["input_ids"].shape[0] / 2
+            return super().compute_loss(model, inputs, *args, **options)
+
+    return Counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+                    peft_config=_lora(job))  # fmt: skip
+
+
+def _reward(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
+    config = RewardConfig(**_common(job, out), per_device_train_batch_size=job["examples"], max_length=job["seq_len"])
+
+    class Counting(RewardTrainer):
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
             watch.units += inputs["input_ids"].shape[0] / 2
             return super().compute_loss(model, inputs, *args, **options)

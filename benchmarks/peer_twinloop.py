@@ -35,7 +35,9 @@ class Counted(First):
         step = super().next()
         for batch in step.micro_batches:
             sequences = batch.num_sequences
-            self.units += {"dpo": sequences / 2, "grpo": sequences}.get(self.method, batch.num_tokens)
+            self.units += {"dpo": sequences / 2, "reward": sequences / 2, "grpo": sequences}.get(
+                self.method, batch.num_tokens
+            )
         return step
 
 

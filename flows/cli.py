@@ -246,7 +246,9 @@ def export(
 def plan(
     recipe: RecipePath = None,
     budget: Annotated[str | None, typer.Option(help="time (2h), FLOPs (3e15) or tokens (5M) of pretraining")] = None,
-    run_tokens: Annotated[str, typer.Option(help="with --budget: of the longest small run")] = "1M",
+    run_tokens: Annotated[
+        str | None, typer.Option(help="with --budget: of the longest small run, 1M by default")
+    ] = None,
 ) -> int:
     """Estimate memory and compute of a recipe, stage by stage, before running it.
 
@@ -257,7 +259,11 @@ def plan(
 
     project = _project()
     path = _recipe(project, recipe)
-    return show_scaling(project, path, budget, run_tokens) if budget is not None else show_plan(project, path)
+    if budget is not None:
+        return show_scaling(project, path, budget, run_tokens or "1M")
+    if run_tokens is not None:
+        raise UserError("plan: --run-tokens is for the small runs of --budget; name a budget too")
+    return show_plan(project, path)
 
 
 @documents_app.command("put")

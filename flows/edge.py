@@ -60,6 +60,8 @@ def explain(error: BaseException, folder: Path) -> str | None:
             return f"{_full(written, folder)}; {FREE_SPACE} ({_space(error, written or folder)})"
         if isinstance(each, OSError) and each.errno in FORBIDDEN and (file := _file(each)):
             return f"{file}: cannot be used ({one_line(each)}); see to its permissions and its folder's"
+        if isinstance(each, NotADirectoryError) and (file := _file(each)):
+            return f"{file}: a part of this path is a file and no folder; name another place"
         if _is_sqlites(each) and any(words in str(each) for words in FORBIDDEN_TO_SQLITE):
             return f"{folder}: a database cannot be used ({one_line(each)}); see to the permissions of its folder"
         if is_locked(getattr(each, "orig", each)):

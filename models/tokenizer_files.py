@@ -12,6 +12,8 @@ from twinloop.models.vocabulary import parsed, read_source
 
 SETTINGS = "tokenizer_config.json"
 _OLD_NAMES = "special_tokens_map.json"
+_LISTED = ("additional_special_tokens", "extra_special_tokens")
+_NAMED = frozenset(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 _TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 
@@ -21,10 +23,20 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises UserError where a file is missing or broken.
     """
     settings = _read_json(directory / SETTINGS)
+    _check_tokens(settings, directory / SETTINGS)
     if _has_old_names(directory, settings):
         named = _read_json(directory / _OLD_NAMES).items()
         settings |= {name: text for name, value in named if isinstance(text := token_text(value), str)}
     return settings | _templates(directory)
+
+
+def _check_tokens(settings: Mapping[str, Any], file: Path) -> None:
+    """Raise UserError for names of tokens that are none."""
+    for name, value in settings.items():
+        if name in _NAMED and not isinstance(token_text(value), str | None):
+            raise UserError(f"{file}: {name} is no token, which is a text or an object with content")
+        if name in _LISTED and not isinstance(value, list | Mapping | None):
+            raise UserError(f"{file}: {name} is no list of tokens")
 
 
 def limited(settings: Mapping[str, Any], max_length: int) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def named_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def extra_special_tokens(settings: Mapping[str, Any]) -> list[str]:
-    values = [settings.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens")]
+    values = [settings.get(name) or () for name in _LISTED]
     lists = [value.values() if isinstance(value, Mapping) else value for value in values]
     return [text for each in lists for value in each if isinstance(text := token_text(value), str)]
 

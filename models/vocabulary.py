@@ -17,7 +17,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from twinloop.common.errors import UserError
+from twinloop.common.errors import UserError, one_line
 
 TOKENIZER = "tokenizer.json"
 
@@ -158,17 +158,29 @@ def parsed(source: str, where: str) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("model"), dict):
         raise UserError(f"{where}: not a tokenizer (it has no model)")
     whole: dict[str, Any] = {"added_tokens": [], "decoder": None} | data
-    entries, known = whole["added_tokens"], {"id", "content", "special"}
-    if not isinstance(entries, list) or not all(isinstance(each, dict) and known <= each.keys() for each in entries):
+    entries = whole["added_tokens"]
+    if not isinstance(entries, list) or not all(isinstance(each, dict) and _is_added(each) for each in entries):
         raise UserError(f"{where}: not a tokenizer (its added_tokens are none)")
+    vocabulary = data["model"].get("vocab")
+    if isinstance(vocabulary, dict) and not all(type(id) is int for id in vocabulary.values()):
+        raise UserError(f"{where}: not a tokenizer (its vocabulary has ids that are no whole numbers)")
+    if not isinstance(data["model"].get("unk_token"), str | None):
+        raise UserError(f"{where}: not a tokenizer (its unk_token is no text)")
     return whole
+
+
+def _is_added(entry: Mapping[str, Any]) -> bool:
+    fields = [entry.get(name) for name in ("id", "content", "special")]
+    return [type(each) for each in fields] == [int, str, bool]
 
 
 def _built(data: Mapping[str, Any], where: str) -> Tokenizer:
     try:
         return Tokenizer.from_str(json.dumps(data, ensure_ascii=False))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{where}: not a tokenizer ({error})") from error
+    except BaseException as error:  # the library raises bare Exception, and where it has a bug no Exception at all
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{where}: not a tokenizer ({one_line(error)})") from error
 
 
 def _size(ids: Mapping[str, int]) -> int:

@@ -35,6 +35,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["promote", "seven"], "'version': Input should be a valid integer"),
         (["promote", "7"], "no version 7"),
         (["plan", "--budget", "soon"], "budget: 'soon': give time (2h, 90min), FLOPs (3e15) or tokens (5M)"),
+        (["plan", "--run-tokens", "2M"], "plan: --run-tokens is for the small runs of --budget; name a budget too"),
         (["plan", "--budget", "2h", "--run-tokens", "2h"], "run-tokens: '2h': give a number of tokens"),
         (["parity", "champion"], "no champion"),
         (["parity", "champion", "--model", "nope"], "nope: no recipe in "),

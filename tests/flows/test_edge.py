@@ -109,6 +109,8 @@ def test_what_may_not_be_used_is_named(tmp_path: Path) -> None:
     assert str(explain(read_only, tmp_path)).startswith(f"{tmp_path / 'state'}: cannot be used (Read-only file system)")
     database = sqlite3.OperationalError("attempt to write a readonly database")
     assert str(explain(database, tmp_path)).startswith(f"{tmp_path}: a database cannot be used")
+    below_a_file = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(tmp_path / "notes.txt" / "x"))
+    assert str(explain(below_a_file, tmp_path)).startswith(f"{tmp_path / 'notes.txt' / 'x'}: a part of this path is a")
 
 
 def during(outer: BaseException, inner: BaseException) -> BaseException:

@@ -271,6 +271,12 @@ def entry(dtype: str = '"F32"', shape: str = "[1]", data_offsets: str = "[0, 4]"
     return f'{{"a": {{"dtype": {dtype}, "shape": {shape}, "data_offsets": {data_offsets}}}}}'
 
 
+def spoil_tokenizer(where: str, field: str, value: Any, folder: Path) -> None:
+    data = json.loads((folder / "tokenizer.json").read_text())
+    {"added": data["added_tokens"][0], "model": data["model"], "vocab": data["model"]["vocab"]}[where][field] = value
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
 BROKEN = {
     "a shard cut off": (cut, "model-00002-of-00004.safetensors: cut off: 10 bytes are missing; fetch it again"),
     "a shard of nothing": (
@@ -330,6 +336,29 @@ BROKEN = {
         shorten_embedding, "the tokenizer has ids up to 269, but the embedding has 200 rows",
     ),
     "no tokenizer": (lambda at: (at / "tokenizer.json").unlink(), "tokenizer.json: no tokenizer to read here"),
+    **{
+        f"settings with {name} of {value!r}": (
+            lambda at, name=name, value=value: rewrite(at, "tokenizer_config.json", **{name: value}),
+            f"{name} is no {of}",
+        )
+        for name, value, of in [
+            ("extra_special_tokens", 3, "list of tokens"),
+            ("additional_special_tokens", True, "list of tokens"),
+            ("eos_token", ["a"], "token"),
+            ("pad_token", {"content": 1}, "token"),
+        ]
+    },
+    **{
+        f"a tokenizer with {where} {field} of {value!r}": (partial(spoil_tokenizer, where, field, value), said)
+        for where, field, value, said in [
+            ("added", "id", "x", "its added_tokens are none"),
+            ("added", "content", 3, "its added_tokens are none"),
+            ("added", "special", 1, "its added_tokens are none"),
+            ("model", "unk_token", [], "its unk_token is no text"),
+            ("vocab", "new", {}, "its vocabulary has ids that are no whole numbers"),
+            ("model", "continuing_subword_prefix", "#" * 99, "not a tokenizer ("),
+        ]
+    },
     "no chat template": (
         lambda at: rewrite(at, "tokenizer_config.json", chat_template=None), "tokenizer_config.json: no chat_template",
     ),

@@ -170,8 +170,8 @@ def test_first_reward_loss_is_ln_2(tokenizer):
 
 
 @pytest.mark.parametrize(("margin", "centring"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.01), (1.5, 0.1)])
-def test_reward_loss_is_that_of_trl_on_the_same_batch(tmp_path, tokenizer, margin, centring):
-    """`compute_loss` of its RewardTrainer, on the logits of `transformers`, each answer with a copy of its prompt."""
+def test_reward_loss_is_trls_formula_on_the_scores_of_transformers(tmp_path, tokenizer, margin, centring):
+    """What TRL's RewardTrainer computes, written out here; each answer has a copy of its prompt."""
     from transformers import AutoModelForSequenceClassification
 
     model = headed(tokenizer, ("reward",))
