@@ -42,6 +42,7 @@ from twinloop.tasks.imported_base import import_base, import_models
 from twinloop.tasks.measure import measure
 from twinloop.tasks.outlook import foresee_forms, foresee_gate
 from twinloop.tasks.parity import Release, parity
+from twinloop.tasks.payment import check_payers
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
@@ -200,16 +201,18 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
     checked = check_records(context, settings, data=data, model=start)
     rows.append(StageRow.of(checked))
     made: dict[str, Artifact] = {}
+    worth: dict[str, Artifact] = {}
     audited: Artifact | None = None
     for stage in settings.train:
         if stage.needs_verifier and audited is None:
             audited = audit(context, data=data)
             rows.append(StageRow.of(audited))
         others = named.get(stage.name, {}) | {name: made[maker] for name, maker in stage.earlier.items()}
+        check_payers(context, stage, settings.evaluate, runtime, data=data, models=others, measured=worth)
         model = train(context, stage, runtime, data=data, model=policy, audit=audited, named=others)
         measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
         rows.append(StageRow.of(model, measured=measured))
-        made[stage.name] = model
+        made[stage.name], worth[stage.name] = model, measured
         if not stage.method.has_head:
             policy = model
     return _Trained(start, list(made.values()), rows)

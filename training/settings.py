@@ -182,6 +182,10 @@ class RewardSource(StrictModel):
     """A reward model: an earlier stage of the recipe that made one, a folder such as ./models/reward, or a version."""
     weight: Positive = 1.0
     """Of the model."""
+    min_accuracy: Share = 0.5
+    """Of the model, on pairs that it has not seen, by the lower end of the interval: below it nothing is trained."""
+    max_hacking: Share = 0.0
+    """Of the audit's wrong answers, the share that may score as high as the right one."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -189,6 +193,9 @@ class RewardSource(StrictModel):
             raise ValueError("a reward is {verifier: weight} or {model: stage or folder, weight: ...}")
         if self.model is None and self.weight != 1:
             raise ValueError("weight is that of a model; the verifier's is {verifier: weight}")
+        defaults = [type(self).model_fields[name].default for name in ("min_accuracy", "max_hacking")]
+        if self.model is None and [self.min_accuracy, self.max_hacking] != defaults:
+            raise ValueError("min_accuracy and max_hacking are limits of a model")
         return self
 
 
@@ -236,10 +243,14 @@ class RolloutSettings(TrainSettings):
     def needs_verifier(self) -> bool:
         return any(source.verifier is not None for source in self.rewards)
 
+    def paying_models(self) -> dict[str, RewardSource]:
+        """The rewards that a model gives, by the setting that names it."""
+        return {_model_of_reward(index): each for index, each in enumerate(self.rewards) if each.model is not None}
+
     def named_models(self) -> dict[str, NamedModel]:
         return {
-            _model_of_reward(index): NamedModel(source.model, kind="reward")
-            for index, source in enumerate(self.rewards)
+            setting: NamedModel(source.model, kind="reward")
+            for setting, source in self.paying_models().items()
             if source.model is not None
         }
 

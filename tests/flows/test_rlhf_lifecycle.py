@@ -18,7 +18,8 @@ SFT = {"method": "sft", "batch_tokens": 1024, "learning_rate": 0.001}
 REWARD = {"method": "reward", "batch_tokens": 1024, "seq_len": 512, "learning_rate": 0.003}
 PPO = {
     "method": "ppo", "steps": 4, "epochs": 2, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 48,
-    "learning_rate": 0.0001, "rewards": [{"verifier": 1.0}, {"model": "reward", "weight": 0.3}],
+    "learning_rate": 0.0001,
+    "rewards": [{"verifier": 1.0}, {"model": "reward", "weight": 0.3, "min_accuracy": 0.0, "max_hacking": 1.0}],
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_run_again_nothing_is_trained_and_another_reward_model_trains_ppo_alone(
 def test_a_reward_model_in_a_folder_is_in_the_key_by_its_bytes_and_planned_with(project: Path) -> None:
     made = next(project.glob("artifacts/reward/[0-9a-f]*"))
     shutil.copytree(made, project / "models" / "judge", ignore=shutil.ignore_patterns("manifest.json"))
-    paid = PPO | {"rewards": [{"model": "models/judge"}]}
+    paid = PPO | {"rewards": [{"model": "models/judge", "min_accuracy": 0.0, "max_hacking": 1.0}]}
     write(project, SFT, paid)
     planned = twinloop(project, "plan", "recipes/small.yaml")
     assert planned.returncode == 0, planned.stdout + planned.stderr
@@ -87,6 +88,19 @@ def test_a_reward_model_in_a_folder_is_in_the_key_by_its_bytes_and_planned_with(
     assert read.inputs["source"].stage is None
     assert "audit" not in ppo.inputs, "the verifier gives no reward"
     assert "verifier" not in ppo.metrics
+
+
+def test_a_reward_model_that_may_be_hacked_pays_nothing(project: Path) -> None:
+    trained = len(manifests(project, "ppo"))
+    for model in ("reward", "models/judge"):
+        stages = [SFT, REWARD] if model == "reward" else [SFT]
+        write(project, *stages, PPO | {"rewards": [{"verifier": 1.0}, {"model": model, "min_accuracy": 0.999}]})
+        run = twinloop(project, "run", "recipes/small.yaml")
+        assert run.returncode == 2, run.stdout + run.stderr
+        assert f"train[{len(stages)}].rewards[1].model: this reward model is not good enough to pay by: " in run.stderr
+        assert "(min_accuracy: 0.999)" in run.stderr
+        assert "of the audit's wrong answers score as high as the right one (max_hacking: 0)" in run.stderr
+    assert len(manifests(project, "ppo")) == trained
 
 
 def test_a_folder_without_a_reward_model_is_reported_before_anything_runs(project: Path) -> None:

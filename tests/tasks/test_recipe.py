@@ -129,6 +129,10 @@ def test_a_stage_with_an_adapter_writes_less(tmp_path: Path) -> None:
         ({"export": {"precisions": ["fp32", "int3"]}}, "export.precisions[1]: 'int3' is not one of"),
         ({"grpo": {"group_size": 1}}, "train[3].group_size: 1: input should be greater than or equal to 2"),
         ({"grpo": {"rewards": []}}, "train[3].rewards: []: list should have at least 1 item"),
+        (
+            {"grpo": {"rewards": [{"verifier": 1.0, "max_hacking": 0.1}]}},
+            "train[3].rewards[0]: min_accuracy and max_hacking are limits of a model",
+        ),
         ({"grpo": {"rewards": [{"verifer": 1.0}]}}, "train[3].rewards[0].verifer: unknown key; did you mean verifier?"),
         ({"grpo": {"rewards": [{"verifier": 0}]}}, "train[3].rewards[0].verifier: 0: input should be greater than 0"),
         ({"grpo": {"rewards": [{"verifier": 1, "model": "reward"}]}}, "train[3].rewards[0]: a reward is {verifier:"),
