@@ -16,6 +16,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
+from twinloop.domains.domain import Domain
 from twinloop.records import DATA_DIR
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -45,16 +46,16 @@ class Longest(BaseModel):
 def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Artifact) -> Artifact:
     """The lengths of records under the tokenizer of `model`, in `metrics`.
 
-    Raises UserError for the first record that the chat template would train wrongly, or that is longer than the
-    recipe allows.
+    Raises UserError for a stage that its method cannot train whatever the records are, and for the first record that
+    the chat template would train wrongly, or that is longer than the recipe allows.
     """
     from twinloop.models.directory import load_config
+    from twinloop.models.tokenizer import ChatTokenizer
 
+    check_stages(recipe, ChatTokenizer.load(model.path), context.domain)
     methods = list(dict.fromkeys(stage.method for stage in recipe.train))
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        from twinloop.models.tokenizer import ChatTokenizer
-
         tokenizer = ChatTokenizer.load(model.path)
         longest = measure_lengths(methods, tokenizer, data.path, recipe.data_dir)
         (out / LENGTHS).write_text(json.dumps(longest, indent=1) + "\n")
@@ -70,6 +71,15 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     )
     check_lengths(recipe, checked.metrics["longest"], max_length=load_config(model.path).max_position_embeddings)
     return checked
+
+
+def check_stages(recipe: Recipe, tokenizer: ChatTokenizer, domain: Domain) -> None:
+    """Raises UserError as the stages' methods do, see `Method.check`."""
+    for stage in recipe.train:
+        try:
+            stage.method.check(stage.settings, tokenizer, domain)
+        except UserError as error:
+            raise UserError(f"{stage.place}: {error}") from None
 
 
 def measure_lengths(

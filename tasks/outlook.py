@@ -29,7 +29,13 @@ def foresee_gate(context: Context, recipe: Recipe, rules: GateRules, *, data: Ar
     from twinloop.tasks.measure import held_out_pairs
     from twinloop.training.forms import prompt_digest
 
-    pairs = held_out_pairs(data.path) if recipe.kind == "reward" else []
+    makers = [stage for stage in recipe.train if stage.method.kind == "reward"]
+    pairs = held_out_pairs(data.path) if makers else []
+    if makers and not pairs:
+        raise UserError(
+            f"{makers[0].place}: none of the preferences is held out to measure a reward model on (one of ten prompts, "
+            "by its hash); add some, of more prompts"
+        )
     outlook = foresee(
         rules,
         read_cases(read_records(data.path, "cases"), context.domain),

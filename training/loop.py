@@ -196,7 +196,7 @@ def _train_step(
 
 
 def _accumulate(
-    model: Decoder, objective: Objective, step: Step, device: torch.device, holes: Holes | None
+    model: Decoder, objective: Objective, step: Step, device: torch.device, holes: Holes | None = None
 ) -> tuple[float, dict[str, float]]:
     """Gradients of the step's loss, micro-batch by micro-batch; returns the loss and the metrics of the whole.
 

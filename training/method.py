@@ -13,6 +13,7 @@ and, where the defaults do not fit,
     HEAD            "labels" or "reward": what it trains scores a text's last token, and writes no text
     SHOWN           names of metrics to show beside the loss while it trains
     conversations(record), lengths(record, tokenizer)   as in `training/forms.py`
+    check(settings, tokenizer, domain)   raises UserError for what no records could mend, before any stage is trained
 
 Settings that name another model, such as a teacher, are a `ModelName` and say so in `named_models`; `build` gets them
 with its directory.
@@ -127,6 +128,11 @@ class Method:
         """How many tokens a record takes; None where any number will do."""
         found: forms.Lengths | None = self._part("lengths", forms.lengths)(record, tokenizer)
         return found
+
+    def check(self, settings: TrainSettings, tokenizer: ChatTokenizer, domain: Domain) -> None:
+        """Raises UserError for what `build` would refuse whatever the records are, before any stage is trained."""
+        if check := self._part("check", default=None):
+            check(settings, tokenizer, domain)
 
     def build(
         self,

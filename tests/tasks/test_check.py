@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +19,8 @@ from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
-from twinloop.tasks.check import check_lengths, measure_lengths, measure_records
-from twinloop.tasks.recipe import Recipe, ValidateSettings, load_recipe
+from twinloop.tasks.check import check_lengths, check_stages, measure_lengths, measure_records
+from twinloop.tasks.recipe import Recipe, TrainStage, ValidateSettings, load_recipe
 from twinloop.training.method import load_method
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "tiny.yaml")
@@ -163,6 +164,24 @@ def test_a_prompt_that_the_chat_template_refuses_is_named_by_its_line(
     assert str(raised.value) == (
         "mine/data/prompts.jsonl line 5: chat template: too polite; the template refuses 1 of 19"
     )
+
+
+@pytest.mark.parametrize(
+    ("of", "said"),
+    [
+        (domain, "the domain returns has no labels; derive it from Classification"),
+        (SimpleNamespace(name="mails", labels=("late", "lately")), "late and lately begin with the same token"),
+    ],
+)
+def test_a_stage_that_no_records_could_train_is_refused_before_those_before_it(
+    tokenizer: ChatTokenizer, of: Any, said: str
+) -> None:
+    method = load_method("classify", Path.cwd())
+    settings = method.settings.model_validate({"batch_tokens": 512, "learning_rate": 1e-3, "head": "words"})
+    stage = TrainStage("classify", method, settings, "train[4]", {})
+    with pytest.raises(UserError, match=rf"^train\[4\]: .*{said}"):
+        check_stages(RECIPE.model_copy(update={"train": (*RECIPE.train, stage)}), tokenizer, of)
+    check_stages(RECIPE, tokenizer, of)
 
 
 def test_a_document_of_any_length_fits(longest) -> None:

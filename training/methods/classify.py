@@ -34,6 +34,14 @@ class ClassifySettings(HeadSettings):
 Settings = ClassifySettings
 
 
+def check(settings: ClassifySettings, tokenizer: ChatTokenizer, domain: Domain) -> None:
+    """Raises UserError where the domain has no labels, and where the first words of two cannot be told apart."""
+    if not domain.labels:
+        raise UserError(f"the domain {domain.name} has no labels; derive it from Classification")
+    if settings.head == "words":
+        _first_tokens(domain.labels, tokenizer)
+
+
 def build(
     records: Iterable[dict[str, Any]],
     model: Decoder,
@@ -47,8 +55,7 @@ def build(
     from twinloop.training.stream import BatchStream
     from twinloop.training.tree import labelled
 
-    if not domain.labels:
-        raise UserError(f"method classify: the domain {domain.name} has no labels; derive it from Classification")
+    check(settings, tokenizer, domain)
     texts = [
         labelled(tokenizer.encode_prompt(record["prompt"]), _label(domain, record, number))
         for number, record in enumerate(records, 1)
