@@ -20,7 +20,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,14 @@ def network(workload: Workload, size: str) -> DecoderConfig:
 def describe(
     workload: Workload, stage: TrainStage, model: Path, threads: int, steps: int, folder: Path
 ) -> dict[str, Any]:
-    """The job that all contestants get. examples: records of an average step of ours."""
-    records = list(workload.records(stage.method.records))
-    settings = stage.settings
+    """The job that all contestants get: twice as many records as its steps take, since some compute something of each
+    before they train. examples: records of an average step of ours."""
+    records, settings = list(workload.records(stage.method.records)), stage.settings
     job: dict[str, Any] = {
         "stage": stage.name,
         "method": stage.method.name,
         "model": str(model),
-        "records": str(workload.data / f"{stage.method.records}.jsonl"),
+        "records": str(folder / f"{stage.name}-records.jsonl"),
         "data": str(folder / f"{stage.name}.jsonl"),
         "domain": workload.recipe.domain,
         "settings": settings.model_dump(mode="json", exclude_computed_fields=True),
@@ -137,8 +137,6 @@ def describe(
         "learning_rate": 1e-4,
         "lora_rank": settings.lora.rank if settings.lora else 0,
     }
-    rows = [encoded(workload, stage.method.name, record) for record in records]
-    Path(job["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if isinstance(settings, PackedSettings):
         lengths = [tree_tokens(workload, stage, record) for record in records]
         job |= {
@@ -152,7 +150,14 @@ def describe(
             "group_size": settings.group_size,
             "max_new_tokens": settings.max_new_tokens,
         }
+    kept = records[: 2 * job["examples"] * (WARM_STEPS + steps)]
+    write_lines(Path(job["records"]), kept)
+    write_lines(Path(job["data"]), [encoded(workload, stage.method.name, record) for record in kept])
     return job
+
+
+def write_lines(path: Path, rows: Sequence[Any]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def tree_tokens(workload: Workload, stage: TrainStage, record: dict[str, Any]) -> int:
