@@ -90,11 +90,13 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Agreement:
-    """tokens: greedy ones that were compared. alike: those that are chosen too. logit_gap: the largest difference of
-    any logit, infinite where one is no number."""
+    """tokens: greedy ones that were compared. alike: those that are chosen too, of the tokenizer's. padding: those for
+    which a row of the vocabulary that is no token has a higher logit. logit_gap: the largest difference of any logit,
+    infinite where one is no number."""
 
     tokens: int
     alike: int
+    padding: int
     logit_gap: float
 
 
@@ -109,13 +111,14 @@ def compare_exchanges(
     reference: Logits, found: Logits, exchanges: Iterable[Exchange], *, vocab_size: int, name: str
 ) -> Agreement:
     """Compare along the reference's answers. vocab_size: of the tokenizer. Raises UserError for another network."""
-    tokens, alike, gap = 0, 0, 0.0
+    tokens, alike, padding, gap = 0, 0, 0, 0.0
     for exchange in exchanges:
         expected_LV, found_LV = reference(exchange.text), found(exchange.text)
         tokens += len(exchange.answer)
         alike += _alike(exchange, expected_LV, found_LV, vocab_size)
+        padding += int((found_LV[exchange.choices].argmax(axis=-1) >= vocab_size).sum())
         gap = max(gap, _gap(name, found_LV, expected_LV))
-    return Agreement(tokens, alike, gap)
+    return Agreement(tokens, alike, padding, gap)
 
 
 def cases_digest(cases: Iterable[Case]) -> str:

@@ -86,18 +86,21 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
     save_model(out, source.config, {name: array.astype(dtype) for name, array in tensors.items()}, tokenizer)
     content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
     (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _suppress_padding(source, out)
     loads = _auto_class(source.config)
     task = "text-classification" if source.config.labels else "text-generation"
     (out / "README.md").write_text(source.card(_CODE.replace(_WRITES, loads), task=task), encoding="utf-8")
     alike = 1.0 if type == "f32" else ROUNDED_ALIKE
     if find_spec("transformers") is None:
         how = "read back here; transformers is not installed"
-        return [_agrees(source, partial(network_logits, load_decoder(out)), how, at_least=alike)]
+        logits = partial(network_logits, load_decoder(out))
+        return [_agrees(source, logits, how, at_least=alike, suppresses_padding=True)]
     with _run_by("transformers", source):
         model = _transformers_model(out, loads)
         if not source.config.labels:
             _check_stop_ids(source, model)
-        return [_agrees(source, _logits_of(model), "in transformers", at_least=alike), _same_ids(source, out)]
+        note = _agrees(source, _logits_of(model), "in transformers", at_least=alike, suppresses_padding=True)
+        return [note, _same_ids(source, out)]
 
 
 def _gguf(source: Original, out: Path, type: GGUFType) -> list[str]:
@@ -143,6 +146,7 @@ def _peft(source: Original, out: Path, type: str) -> list[str]:
     _need("peft", "peft")
     shutil.copytree(source.checkpoint / ADAPTER, out, dirs_exist_ok=True)
     shutil.copytree(source.checkpoint / BASE, out / BASE)
+    _suppress_padding(source, out / BASE)
     config = out / "adapter_config.json"
     content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
     config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -151,7 +155,8 @@ def _peft(source: Original, out: Path, type: str) -> list[str]:
     with _run_by("peft", source):
         base = _transformers_model(out / BASE, _WRITES)
         _check_stop_ids(source, base)
-        return [_agrees(source, _logits_of(_with_adapter(base, out)), "in peft"), _same_ids(source, out)]
+        logits = _logits_of(_with_adapter(base, out))
+        return [_agrees(source, logits, "in peft", suppresses_padding=True), _same_ids(source, out)]
 
 
 _WRITES, _CLASSIFIES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -196,8 +201,24 @@ FORMATS: Mapping[str, Format] = {
 # --- compared -----------------------------------------------------------------------------------------------------
 
 
-def _agrees(source: Original, logits: Logits, how: str, *, at_least: float = 1.0) -> str:
-    """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's."""
+def _suppress_padding(source: Original, folder: Path) -> None:
+    """Let `transformers` never choose what is no token: rows of the vocabulary that many models have beyond theirs."""
+    from twinloop.models.directory import GENERATION_CONFIG
+
+    if padding := range(source.tokenizer.vocab_size, source.config.vocab_size):
+        path = folder / GENERATION_CONFIG
+        content = json.loads(path.read_text(encoding="utf-8")) | {"suppress_tokens": list(padding)}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _agrees(
+    source: Original, logits: Logits, how: str, *, at_least: float = 1.0, suppresses_padding: bool = False
+) -> str:
+    """What was compared, in words. Raises UserError where a smaller share of greedy tokens is the network's.
+
+    suppresses_padding: whether the form itself says which rows of the vocabulary are no tokens. Of one that does not,
+    none may be chosen.
+    """
     from twinloop.evaluation.parity import compare_exchanges
 
     size = source.tokenizer.vocab_size
@@ -205,6 +226,11 @@ def _agrees(source: Original, logits: Logits, how: str, *, at_least: float = 1.0
     words = f"{found.alike} of {found.tokens} greedy tokens are the network's ({how})"
     if found.logit_gap == math.inf:
         raise UserError(f"{source.version}: not handed over: some of its logits are no numbers ({how}); report this")
+    if found.padding and not suppresses_padding:
+        raise UserError(
+            f"{source.version}: not handed over: {found.padding} of {found.tokens} greedy tokens are rows of the "
+            f"vocabulary that are no tokens ({how}); export it --to huggingface, which says so"
+        )
     if found.alike < at_least * found.tokens:
         advice = "choose a --type with more bits" if at_least < 1 else "report this"
         raise UserError(f"{source.version}: not handed over: only {words}; {advice}")
@@ -295,6 +321,11 @@ def _same_answers(source: Original, exported: Path, out: Path, prompts: Sequence
         while not generator.is_done():
             generator.generate_next_token()
         found = generator.get_sequence(0)[len(prompt) :].tolist()
+        if any(token >= source.tokenizer.vocab_size for token in found):
+            raise UserError(
+                f"{source.version}: not handed over: onnxruntime-genai writes rows of the vocabulary that are no "
+                "tokens; export it --to huggingface, which says so"
+            )
         if found != [token for token in answer.tokens if token not in stops]:  # genai (0.18) keeps no stop token
             raise UserError(
                 f"{source.version}: not handed over: onnxruntime-genai chooses other tokens than our engine"

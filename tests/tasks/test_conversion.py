@@ -47,6 +47,47 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespac
         yield SimpleNamespace(folder=folder, registry=registry)
 
 
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """A version whose vocabulary has 7 rows that are no tokens and would often be chosen."""
+    folder = tmp_path_factory.mktemp("padded")
+
+    def make(out: Path) -> None:
+        make_model(out, known_tokenizer(), padding=7)
+        tensors = load_tensors(out)
+        tensors["lm_head.weight"][-7:] *= 4
+        save_model(out, load_config(out), tensors, ChatTokenizer.load(out))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        registry = Registry(Mlruns(folder / "mlruns"), "padded")
+        register(folder, registry, make)
+        yield SimpleNamespace(folder=folder, registry=registry)
+
+
+def test_rows_that_are_no_tokens_are_never_chosen_in_transformers(padded: SimpleNamespace, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    convert(padded, "1", "huggingface", tmp_path / "out")
+    model, tokenizer = (each.from_pretrained(tmp_path / "out") for each in (AutoModelForCausalLM, AutoTokenizer))
+    prompt = torch.tensor([ChatTokenizer.load(tmp_path / "out").encode_prompt(GREETING)])
+    written = model.generate(prompt, max_new_tokens=30)[0, prompt.shape[1] :].tolist()
+    assert max(written) < len(tokenizer) < model.config.vocab_size
+    with torch.no_grad():
+        assert int(model(prompt).logits[0].argmax(-1).max()) >= len(tokenizer)  # and would be
+
+
+@pytest.mark.parametrize("to", ["gguf", "genai"])
+def test_a_form_that_cannot_say_which_rows_are_no_tokens_is_refused(
+    padded: SimpleNamespace, tmp_path: Path, to: str
+) -> None:
+    if to == "genai":
+        pytest.importorskip("onnxruntime_genai")
+    with pytest.raises(UserError, match=r"of the vocabulary that are no tokens.*export it --to huggingface"):
+        convert(padded, "1", to, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", [OWN, KNOWN])
 def test_a_hugging_face_directory_loads_unmodified(project: SimpleNamespace, tmp_path: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
