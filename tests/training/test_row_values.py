@@ -85,7 +85,7 @@ else:
     attach_adapter(model, AdapterForm(16, 16.0), seed=0)
     tokens = np.random.default_rng(0).integers(6, 49152, (2, 512)).tolist()
     stream = BatchStream(
-        [document(each) for each in tokens], seq_len=512, batch_size=2, seed=0, steps=5, micro_batch_size=1
+        [document(each) for each in tokens], seq_len=512, batch_size=2, seed=0, steps=3, micro_batch_size=1
     )
     run_training(model, CausalLMLoss(), stream, TrainSettings(learning_rate=1e-4), checkpoint_dir=folder / "kept")
     print(peak_bytes())
