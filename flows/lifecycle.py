@@ -42,11 +42,11 @@ from twinloop.tasks.imported_base import import_base, import_models
 from twinloop.tasks.measure import measure
 from twinloop.tasks.outlook import foresee_forms, foresee_gate
 from twinloop.tasks.parity import Release, parity
-from twinloop.tasks.payment import check_payers
 from twinloop.tasks.prepare import prepare_data, validate_data
 from twinloop.tasks.recipe import Recipe, default_recipe, load_recipe
 from twinloop.tasks.register import Made, import_data_documents, promote_if_shipped, register
 from twinloop.tasks.release import check_release, version_to_judge
+from twinloop.tasks.reward_limits import check_imported_reward_models, check_reward_models
 from twinloop.tasks.tokenize import tokenize
 from twinloop.tasks.train import train
 from twinloop.training.runtime import Runtime
@@ -200,6 +200,7 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
     named = import_models(context, job.named, start=start)
     checked = check_records(context, settings, data=data, model=start)
     rows.append(StageRow.of(checked))
+    check_imported_reward_models(context, settings, runtime, data=data, imported=named)
     made: dict[str, Artifact] = {}
     worth: dict[str, Artifact] = {}
     audited: Artifact | None = None
@@ -208,7 +209,7 @@ def _train(context: Context, job: _Job, *, data: Artifact) -> _Trained:
             audited = audit(context, data=data)
             rows.append(StageRow.of(audited))
         others = named.get(stage.name, {}) | {name: made[maker] for name, maker in stage.earlier.items()}
-        check_payers(context, stage, settings.evaluate, runtime, data=data, models=others, measured=worth)
+        check_reward_models(stage, worth)
         model = train(context, stage, runtime, data=data, model=policy, audit=audited, named=others)
         measured = measure(context, stage.name, settings.evaluate, runtime, data=data, model=model)
         rows.append(StageRow.of(model, measured=measured))

@@ -91,7 +91,7 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
     answers = [
         ChatAnswer(
             index,
-            TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls),
+            TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls, form=body.form_param),
             use,
             tokenizer if body.logprobs else None,
         )

@@ -186,6 +186,7 @@ def _submit(service: DecisionService, body: CompletionRequest, started: float) -
                     silent=body.prompt_alone,
                     reports_end=True,
                     continues=bool(asked),
+                    form=body.form_param,
                 )
                 answers.append(TextAnswer(len(answers), text, echoed, reports_of))
         stack.pop_all()  # each place has its prompt

@@ -72,13 +72,13 @@ class EngineMetrics:
 
     def ended(self, texts: Sequence[TextStream]) -> None:
         """Count the texts of a request that nobody waits for any more."""
-        if not texts:
-            return
         for text in texts:
             self._count(text, self._model_of(text))
-        model = self._model_of(texts[0])
-        self._choices.labels(model).observe(len(texts))
-        self._longest.labels(model).observe(max(text.completion_tokens for text in texts))
+        for prompt in {text.prompt for text in texts}:  # each is a request to the engine
+            tokens = [text.completion_tokens for text in texts if text.prompt is prompt]
+            model = self._model_of(texts[0])
+            self._choices.labels(model).observe(len(tokens))
+            self._longest.labels(model).observe(max(tokens))
 
     def _model_of(self, text: TextStream) -> str:
         adapter = text.prompt.adapter

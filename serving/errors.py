@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Match
 from twinloop.common.errors import UserError
 from twinloop.serving.engine.sampling import ConstraintError
 from twinloop.serving.engine.scheduler import EngineDiedError, QueueFullError, SchedulerClosedError
-from twinloop.serving.generation import CallError, GivenUpError
+from twinloop.serving.generation import FormError, GivenUpError
 from twinloop.serving.knowledge.documents import DocumentError, DocumentStoreError
 from twinloop.serving.worker_process import SupervisorSilentError
 
@@ -114,7 +114,7 @@ def stopping() -> JSONResponse:
 
 def constraint_body(error: ConstraintError) -> dict[str, Any]:
     """The error object for an answer that cannot have the form that was asked for."""
-    param = "tools" if isinstance(error, CallError) else "response_format"
+    param = error.param if isinstance(error, FormError) else "response_format"
     return error_body(400, f"{param}: {error}", code="unsupported_parameter", param=param)
 
 

@@ -17,8 +17,12 @@ class GivenUpError(Exception):
     """The answer was cancelled before its end; what there is of it must not pass for the whole."""
 
 
-class CallError(ConstraintError):
-    """The calls of an answer cannot be held to their tools any further."""
+class FormError(ConstraintError):
+    """An answer cannot be held any further to what a parameter of its request asks for."""
+
+    def __init__(self, param: str, reason: str):
+        super().__init__(reason)
+        self.param = param
 
 
 class ReportedToken(NamedTuple):
@@ -36,7 +40,8 @@ class TextStream:
     `stop` strings end the answer and are not part of it: text that may be the beginning of one is held back. From
     `calls` on, where the answer comes to it, they are a part like any other. silent: nothing of the answer is shown or
     counted, since its prompt is all that is asked for. reports_end: the token with which the model ends it is reported
-    too. continues: the text goes on after that of its prompt, so that a space at its beginning is shown.
+    too. continues: the text goes on after that of its prompt, so that a space at its beginning is shown. form: the
+    parameter that holds the answer to a form, where one does.
     `started` is the `time.perf_counter()` at which the request arrived. Iterate once; what the answer ended with
     is in the attributes afterwards, and `end` is "abort" until it is complete. Iterating raises GivenUpError for an
     answer that was cancelled.
@@ -53,6 +58,7 @@ class TextStream:
         silent: bool = False,
         reports_end: bool = False,
         continues: bool = False,
+        form: str = "response_format",
     ):
         self.completion_tokens = 0
         self.finish_reason: FinishReason = "length"
@@ -63,6 +69,7 @@ class TextStream:
         self._tokenizer = tokenizer
         self._started = started
         self._stop = tuple(stop)
+        self._form = form
         self._calls = (calls,) if calls and stop else ()
         self._silent, self._reports_end, self._continues = silent, reports_end, continues
         self._params = stream.params
@@ -98,6 +105,9 @@ class TextStream:
             yield from self._pieces()
         except GivenUpError:
             raise
+        except ConstraintError as error:
+            self.end = "error"
+            raise FormError(self._form, str(error)) from error
         except Exception:
             self.end = "error"
             raise

@@ -113,6 +113,11 @@ class TextFormFields(BaseModel):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
+    @property
+    def form_param(self) -> str:
+        """The parameter that says so."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
 
 def schema_of(form: ResponseFormat | None) -> Mapping[str, Any] | None:
     """The JSON Schema that the answer must follow; None for text."""

@@ -84,7 +84,10 @@ class SamplingFields(BaseModel):
             raise refused("min_tokens", f"the answer may have {max_tokens} tokens at most")
         for name in ("min_tokens", "ignore_eos"):
             if constraint is not None and getattr(self, name):
-                raise refused(name, "an answer that is held to a form by response_format or tools ends with the form")
+                raise refused(
+                    name,
+                    "an answer held to a form, by response_format, structured_outputs or tools, ends with it",
+                )
         for token in self.logit_bias or {}:
             if int(token) >= vocab_size:
                 raise refused(f"logit_bias.{token}", f"the model's token ids are 0 to {vocab_size - 1}")

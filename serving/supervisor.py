@@ -31,8 +31,6 @@ REPORT_WITHIN_S = 2.0
 AGAIN_AFTER_S = 1.0
 AGAIN_AFTER_AT_MOST_S = 30.0
 """Before a process takes the place of one that died before it was ready: doubled each time."""
-LOOK_EVERY_S = 1.0
-"""A signal does not end the wait for messages (PEP 475), so what it asks for is seen within this."""
 
 
 class _Worker:
@@ -89,7 +87,8 @@ class Supervisor:
         self._again_after_s = 0.0
         self._start_at = 0.0
         self._stop_by: float | None = None
-        self._told, self._tell = multiprocessing.Pipe(duplex=False)  # by the handler of signals: a wait goes on else
+        # A signal does not end the wait for messages (PEP 475): its handler sends one.
+        self._wake_reader, self._wake_writer = multiprocessing.Pipe(duplex=False)
         self._answered = False
         self._asked: list[tuple[_Worker, int]] = []  # who waits for the metrics of all
         self._note = ""
@@ -104,7 +103,7 @@ class Supervisor:
                     self._start(limits.fileno())
                     self._wait()
                     if self._stop_by is not None:
-                        # Once the last process takes no more connections, nobody's wait in a queue that nobody reads.
+                        # Once the last process takes no more connections, none waits in a queue that nobody reads.
                         self._listener.close()
                     self._answer()
                     if not self._answered and len(self._ready) == self._count:
@@ -115,6 +114,8 @@ class Supervisor:
                 return 0
             finally:
                 self._kill_all()
+                self._wake_reader.close()
+                self._wake_writer.close()
 
     @property
     def _ready(self) -> list[_Worker]:
@@ -155,16 +156,15 @@ class Supervisor:
 
     def _wait(self) -> None:
         """For what the processes say, or until something is to be done."""
-        ends = [time.monotonic() + LOOK_EVERY_S]
-        ends += [each.asked_at + REPORT_WITHIN_S for each in self._workers if each.silent and each.asked_at is not None]
+        ends = [each.asked_at + REPORT_WITHIN_S for each in self._workers if each.silent and each.asked_at is not None]
         if self._stop_by is not None:
             ends.append(self._stop_by)
         if self._startable:
             ends.append(self._start_at)
-        pipes = [self._told, *(each.pipe for each in self._workers)]
-        for pipe in wait(pipes, max(0.0, min(ends) - time.monotonic())):
-            if pipe is self._told:
-                self._told.recv()
+        pipes = [self._wake_reader, *(each.pipe for each in self._workers)]
+        for pipe in wait(pipes, max(0.0, min(ends) - time.monotonic()) if ends else None):
+            if pipe is self._wake_reader:
+                self._wake_reader.recv()
                 continue
             worker = next(each for each in self._workers if each.pipe is pipe)
             try:
@@ -238,7 +238,7 @@ class Supervisor:
         self._stop_by = self._stop_by or time.monotonic() + self._stop_within_s
         for each in self._workers:
             each.process.terminate()
-        self._tell.send(None)
+        self._wake_writer.send(None)
 
     @contextmanager
     def _handling_signals(self) -> Iterator[None]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from twinloop.models.tool_messages import CALL_ID_LENGTH
 from twinloop.serving.engine.sampling import ConstraintError
-from twinloop.serving.generation import CallError, TextStream
+from twinloop.serving.generation import FormError, TextStream
 from twinloop.serving.tools import ToolUse
 
 _LETTERS = string.ascii_letters + string.digits
@@ -43,7 +43,7 @@ def read_calls(text: TextStream, use: ToolUse) -> Iterator[Piece]:
         for piece in text:
             yield from reader.read(piece)
     except ConstraintError as error:
-        raise CallError(str(error)) from error
+        raise FormError("tools", str(error)) from error
     yield from reader.finish()
 
 

@@ -52,11 +52,11 @@ def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Ar
     from twinloop.models.directory import load_config
     from twinloop.models.tokenizer import ChatTokenizer
 
-    check_stages(recipe, ChatTokenizer.load(model.path), context.domain)
+    tokenizer = ChatTokenizer.load(model.path)
+    check_stages(recipe, tokenizer, context.domain)
     methods = list(dict.fromkeys(stage.method for stage in recipe.train))
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
-        tokenizer = ChatTokenizer.load(model.path)
         longest = measure_lengths(methods, tokenizer, data.path, recipe.data_dir)
         (out / LENGTHS).write_text(json.dumps(longest, indent=1) + "\n")
         return {"longest": longest}

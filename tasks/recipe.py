@@ -35,7 +35,15 @@ from twinloop.tasks.base_settings import (
 from twinloop.tasks.mistakes import explain_all
 from twinloop.training.method import Method, load_method
 from twinloop.training.runtime import Runtime, cuda_is_here, fastest_products
-from twinloop.training.settings import Count, NamedModel, Positive, Share, StrictModel, TrainSettings
+from twinloop.training.settings import (
+    Count,
+    NamedModel,
+    Positive,
+    RolloutSettings,
+    Share,
+    StrictModel,
+    TrainSettings,
+)
 
 SUCH_AS = "a recipe is a YAML file such as recipes/returns.yaml"
 BESIDE_SETTINGS = ("method", "records")
@@ -208,6 +216,8 @@ class Recipe(StrictModel):
     def record_types(self) -> tuple[str, ...]:
         """The data files that are read, by name: what the stages learn from, and what they are measured on."""
         trained = dict.fromkeys(stage.method.records for stage in self.train)
+        if any(isinstance(each.settings, RolloutSettings) and each.settings.reward_models() for each in self.train):
+            trained["preferences"] = None  # on which reward models are measured
         of_documents = any(stage.method.own_records == "corpus" for stage in self.train)
         held_out = ("corpus_heldout", "cases") if of_documents else ("cases",)
         return (*trained, *held_out)

@@ -91,7 +91,7 @@ def train(
     return context.run(
         stage.name,
         work,
-        settings={**settings.model_dump(), "runtime": runtime.model_dump()} | stage.named_records,
+        settings={**settings.keyed(), "runtime": runtime.model_dump()} | stage.named_records,
         inputs={"data": data, "model": model, **audited, **{f"settings.{name}": each for name, each in named.items()}},
         modules=("twinloop.tasks.train",),
         found=[method.found],

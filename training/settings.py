@@ -119,6 +119,10 @@ class TrainSettings(StrictModel):
         """Whether the verifier gives rewards, in a method that can take them from it."""
         return True
 
+    def keyed(self) -> dict[str, Any]:
+        """Those on which it depends what is trained."""
+        return self.model_dump()
+
     def named_models(self) -> Mapping[str, NamedModel]:
         """Other models that the method reads, by the setting that names each, such as `teacher`."""
         return {}
@@ -243,14 +247,17 @@ class RolloutSettings(TrainSettings):
     def needs_verifier(self) -> bool:
         return any(source.verifier is not None for source in self.rewards)
 
-    def paying_models(self) -> dict[str, RewardSource]:
+    def keyed(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"rewards": {"__all__": {"min_accuracy", "max_hacking"}}})
+
+    def reward_models(self) -> dict[str, RewardSource]:
         """The rewards that a model gives, by the setting that names it."""
         return {_model_of_reward(index): each for index, each in enumerate(self.rewards) if each.model is not None}
 
     def named_models(self) -> dict[str, NamedModel]:
         return {
             setting: NamedModel(source.model, kind="reward")
-            for setting, source in self.paying_models().items()
+            for setting, source in self.reward_models().items()
             if source.model is not None
         }
 

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from twinloop.serving.engine.slots import Alone, Drawn, SlotBatch
+from twinloop.serving.engine.slots import Drawn, SlotBatch
 
 DRAFT_TOKENS = 7
 """Tokens of a guess at most. Whether computing them costs less than it saves is measured as answers go on."""
@@ -63,13 +63,13 @@ class Drafts:
         """As `SlotBatch.step`: one token for every sequence, or several for the only one."""
         if len(self._batch.decoding) > 1:
             return [self._batch.step()]
-        sequence = self._batch.alone()
-        guess = self._guess(sequence)
+        worth = self._worth[self._batch.greedy_alone]
+        guess = self._guess(worth)
         started = time.perf_counter()
         drawn = self._batch.step_along(guess) if guess else [self._batch.step()]
         seconds = time.perf_counter() - started
         if guess:
-            self._worth[sequence.greedy].guessed.add(seconds, len(drawn))
+            worth.guessed.add(seconds, len(drawn))
             self._since_plain += 1
             self.guesses += 1
             self.drafted += len(guess)
@@ -79,13 +79,12 @@ class Drafts:
             self._since_plain = 0
         return drawn
 
-    def _guess(self, sequence: Alone) -> list[int]:
-        if not self._most or not self._plain.steps or self._since_plain >= _PLAIN_EVERY:
+    def _guess(self, worth: _Worth) -> list[int]:
+        if not self._most or not self._plain.steps or self._since_plain >= _PLAIN_EVERY or not worth.pays(self._plain):
             return []
+        sequence = self._batch.alone()
         most = min(self._most, sequence.left - 1)
-        if most < 1 or not self._worth[sequence.greedy].pays(self._plain):
-            return []
-        return sequence.forced[:most] or look_up(sequence.tokens_L, most)
+        return (sequence.forced[:most] or look_up(sequence.tokens_L, most)) if most >= 1 else []
 
 
 class _Worth:

@@ -26,7 +26,10 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 # To compile an ordinary schema takes less than a millisecond. What costs are the states of a lexer, which stay with its
 # grammar: 0.6 kB each as measured, so at most 30 MB a grammar. A bounded string needs one a character.
 _GRAMMARS_KEPT = 16
-_LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# The fuel bounds what a step may cost everybody beside it: of a regular expression with large counts it was seconds.
+_LIMITS = LLParserLimits(
+    max_lexer_states=50_000, initial_lexer_fuel=200_000, step_lexer_fuel=20_000, verbose_errors=False
+)
 # A model that likes blanks must come to an end of them; this many indent seven levels by two.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
 _OWN_OPTIONS = "x-guidance"
@@ -40,10 +43,12 @@ most -(2**63 - 2), end the process."""
 _MESSAGE_CHARACTERS = 300
 
 # llguidance (1.9) compiles by recursion, through the rules and definitions that name each other too, and a stack that
-# is too small ends the process: 11 kB a level was the most, and a level takes 17 characters at least where it takes
-# that. So a thread's own 8 MiB did for 700 objects that refer to each other.
+# is too small ends the process. Of all that was tried objects within objects take most: 11 kB for 17 characters, which
+# are 260 MB for the longest text.
 _MOST_CHARACTERS = 400_000
 _STACK_BYTES = 512 << 20
+_CLIENTS_CHARACTERS = 8000
+"""Of a regular expression or a grammar that a client wrote: to read it takes a time that grows with the square."""
 _stack_size_changes = threading.Lock()
 _OWN_DIRECTIVES = re.compile(r"%\s*(json|llguidance)")
 """Of Lark: what would pass by the checks of schemas here."""
@@ -144,25 +149,31 @@ class Grammars:
     def clients_lark(self, text: str) -> Grammar:
         """`lark`, of a text that a client sent: a schema in it is refused, since it would not be checked."""
         if (found := _OWN_DIRECTIVES.search(text)) is not None:
-            raise GrammarError(f"has {found[0]}, which is not taken in a grammar")
-        return self.lark(text)
+            raise GrammarError(f"has {found[0]}, which is not taken in a grammar, nor as a literal of one")
+        return self._of_client(text, LLMatcher.grammar_from_lark)
 
     def regex(self, pattern: str) -> Grammar:
         """What a regular expression matches as a whole, in the syntax of Rust's `regex`: no look-around, no
         back-references. Raises GrammarError for one that it cannot compile."""
-        return self._compile(LLMatcher.grammar_from_regex(pattern))
+        return self._of_client(pattern, LLMatcher.grammar_from_regex)
 
     def choice(self, texts: Sequence[str]) -> Grammar:
-        """One of these texts. Raises GrammarError where they are too many."""
-        return self.lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts))
+        """One of these texts. Raises GrammarError where they are too long together."""
+        return self.lark("start: TEXT\nTEXT: " + " | ".join(map(_quoted, texts)))
+
+    def _of_client(self, text: str, read: Callable[[str], str]) -> Grammar:
+        """Whose first step is tried, so that one which costs too much is refused before anything is generated."""
+        if len(text) > _CLIENTS_CHARACTERS:
+            raise GrammarError(f"has {len(text):,} characters, and may have {_CLIENTS_CHARACTERS:,}")
+        grammar = self._compile(read(text))
+        grammar.start().allowed()
+        return grammar
 
     def literal(self, text: str) -> str:
         """A text in a Lark grammar, in which what spells a special token is that token."""
         parts = self._special_pattern.split(text)
         return " ".join(
-            f"<[{self._special_ids[part]}]>" if part in self._special_ids else json.dumps(part, ensure_ascii=False)
-            for part in parts
-            if part
+            f"<[{self._special_ids[part]}]>" if part in self._special_ids else _quoted(part) for part in parts if part
         )
 
     def starts_special(self, text: str) -> bool:
@@ -240,8 +251,16 @@ class _Tokens:
         return [self._id_of_byte[byte] for byte in wanted]  # some tokenizers normalise what they encode
 
 
+def _quoted(text: str) -> str:
+    """A text as a literal of Lark."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def _one_line(message: str) -> str:
-    return " ".join(message.split())[:_MESSAGE_CHARACTERS]
+    """What llguidance says, without what it says to its authors."""
+    if message.startswith("panic:"):
+        return "is too large"
+    return " ".join(message.replace("<non-verbose/>", "").split())[:_MESSAGE_CHARACTERS]
 
 
 def _check_counts(schema: Mapping[str, Any]) -> None:

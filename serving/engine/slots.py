@@ -86,7 +86,6 @@ class PromptRead(NamedTuple):
 class Alone(NamedTuple):
     """A sequence: tokens_L, of its prompt and answer; left: those that may still come; forced: by its constraint."""
 
-    greedy: bool
     tokens_L: np.ndarray
     left: int
     forced: list[int]
@@ -261,13 +260,18 @@ class SlotBatch:
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
         return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], samplers)
 
+    @property
+    def greedy_alone(self) -> bool:
+        """Whether the only sequence that decodes is greedy."""
+        (slot,) = self.decoding
+        return bool(self._temperature_C[slot] == 0)
+
     def alone(self) -> Alone:
         """The only sequence that decodes."""
         (slot,) = self.decoding
         read_L = self._runner.tokens_CM[slot, : self._runner.lengths[slot]]
         sampler = self._samplers.get(slot)
         return Alone(
-            greedy=bool(self._temperature_C[slot] == 0),
             tokens_L=np.append(read_L, self._next_C[slot]),
             left=int(self._limit_C[slot] - self._produced_C[slot]),
             forced=sampler.forced() if sampler is not None else [],

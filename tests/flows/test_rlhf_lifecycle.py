@@ -97,7 +97,7 @@ def test_a_reward_model_that_may_be_hacked_pays_nothing(project: Path) -> None:
         write(project, *stages, PPO | {"rewards": [{"verifier": 1.0}, {"model": model, "min_accuracy": 0.999}]})
         run = twinloop(project, "run", "recipes/small.yaml")
         assert run.returncode == 2, run.stdout + run.stderr
-        assert f"train[{len(stages)}].rewards[1].model: this reward model is not good enough to pay by: " in run.stderr
+        assert f"train[{len(stages)}].rewards[1].model: this reward model is not good enough" in run.stderr
         assert "(min_accuracy: 0.999)" in run.stderr
         assert "of the audit's wrong answers score as high as the right one (max_hacking: 0)" in run.stderr
     assert len(manifests(project, "ppo")) == trained
