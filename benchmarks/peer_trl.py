@@ -116,6 +116,15 @@ def _sft(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch
                     peft_config=_lora(job))  # fmt: skip
 
 
+def _counting_pairs(trainer: Any, watch: Stopwatch) -> Any:
+    class Counting(trainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+            watch.units += inputs["input_ids"].shape[0] / 2
+            return super().compute_loss(model, inputs, *args, **options)
+
+    return Counting
+
+
 def _dpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
     config = DPOConfig(
         **_common(job, out),
@@ -125,24 +134,16 @@ def _dpo(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch
         beta=0.1,
     )
 
-    class Counting(DPOTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            watch.units += inputs["input_ids"].shape[0] / 2
-            return super().compute_loss(model, inputs, *args, **options)
-
-    return Counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    counting = _counting_pairs(DPOTrainer, watch)
+    return counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                     peft_config=_lora(job))  # fmt: skip
 
 
 def _reward(job: dict[str, Any], rows: list[Any], model: Any, tokenizer: Any, watch: Stopwatch, out: str) -> Any:
     config = RewardConfig(**_common(job, out), per_device_train_batch_size=job["examples"], max_length=job["seq_len"])
 
-    class Counting(RewardTrainer):
-        def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-            watch.units += inputs["input_ids"].shape[0] / 2
-            return super().compute_loss(model, inputs, *args, **options)
-
-    return Counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
+    counting = _counting_pairs(RewardTrainer, watch)
+    return counting(model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                     peft_config=_lora(job))  # fmt: skip
 
 

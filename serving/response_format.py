@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from twinloop.serving.engine.grammar import ANY_OBJECT, GrammarError, Grammars
 from twinloop.serving.engine.sampling import Constraint
-from twinloop.serving.errors import ApiError
+from twinloop.serving.sampling_fields import refused
+
+OUTPUTS = "structured_outputs"
 
 MAX_DEPTH = 100
 """Objects and arrays within each other in JSON of clients that is gone through level by level."""
@@ -116,7 +118,7 @@ class TextFormFields(BaseModel):
     @property
     def form_param(self) -> str:
         """The parameter that says so."""
-        return "response_format" if self.structured_outputs is None else "structured_outputs"
+        return "response_format" if self.structured_outputs is None else OUTPUTS
 
 
 def schema_of(form: ResponseFormat | None) -> Mapping[str, Any] | None:
@@ -133,14 +135,8 @@ def constraint_of(asked: TextFormFields, grammars: Grammars) -> Constraint | Non
     if outputs is None:
         return None if schema is None else grammars.json_schema(schema)
     if schema is not None:
-        raise refused_outputs("response_format asks for a form too; ask for one of both")
+        raise refused(OUTPUTS, "response_format asks for a form too; ask for one of both")
     try:
         return outputs.constraint(grammars)
     except GrammarError as error:
-        raise refused_outputs(str(error)) from None
-
-
-def refused_outputs(problem: str) -> ApiError:
-    """For `structured_outputs` that cannot be served."""
-    name = "structured_outputs"
-    return ApiError(400, f"{name}: {problem}", code="unsupported_parameter", param=name)
+        raise refused(OUTPUTS, str(error)) from None

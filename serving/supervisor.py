@@ -97,7 +97,13 @@ class Supervisor:
     def run(self, on_ready: Callable[[str], None]) -> int:
         """Serve until SIGTERM or Ctrl-C, and return the exit code. on_ready: is called once, with the note of the first
         process, when all answer. The processes of a server that cannot start say why on stderr themselves."""
-        with tempfile.TemporaryFile(buffering=0) as limits, self._handling_signals():
+        # The pipe is closed last, when no handler of signals writes to it any more.
+        with (
+            self._wake_reader,
+            self._wake_writer,
+            tempfile.TemporaryFile(buffering=0) as limits,
+            self._handling_signals(),
+        ):
             try:
                 while self._workers or self._stop_by is None:
                     self._start(limits.fileno())
@@ -114,8 +120,6 @@ class Supervisor:
                 return 0
             finally:
                 self._kill_all()
-                self._wake_reader.close()
-                self._wake_writer.close()
 
     @property
     def _ready(self) -> list[_Worker]:

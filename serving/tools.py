@@ -16,8 +16,8 @@ from twinloop.models.tool_calls import CallForm, read_call_form, takes_tools
 from twinloop.models.tool_messages import CALL_ID_LENGTH
 from twinloop.serving.engine.grammar import GrammarError, Grammars, json_rule
 from twinloop.serving.engine.sampling import Constraint
-from twinloop.serving.errors import ApiError
-from twinloop.serving.response_format import JsonSchemaData, TextFormFields, refused_outputs, schema_of
+from twinloop.serving.response_format import OUTPUTS, JsonSchemaData, TextFormFields, schema_of
+from twinloop.serving.sampling_fields import refused
 
 MAX_TOOLS = 128
 
@@ -91,7 +91,7 @@ class ToolSupport:
         """Raises ApiError where tools cannot be served."""
         form = self._form
         if isinstance(form, str):
-            raise _refused("tools", form)
+            raise refused("tools", form)
         return form
 
     @cached_property
@@ -122,7 +122,7 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
     tools, choice = asked.tools, asked.tool_choice
     if not tools:
         if not isinstance(choice, str | None) or choice == "required":
-            raise _refused("tool_choice", "cannot be kept to without tools")
+            raise refused("tool_choice", "cannot be kept to without tools")
         return None
     form = support.require()
     _check(tools)
@@ -138,7 +138,7 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
         constraint = grammars.lark(f"start: {start}\n{text}{calls}")
     except GrammarError as error:
         _name_refused(tools, grammars)
-        raise _refused("tools", str(error)) from None
+        raise refused("tools", str(error)) from None
     return ToolUse(form, prompt_tools(tools), constraint, may_call=mode != "none", anchored=anchored)
 
 
@@ -146,26 +146,22 @@ def _answer_schema(asked: FormFields, mode: Mode, form: CallForm, grammars: Gram
     """The schema of an answer that calls nothing; None where it is text, or there is no such answer."""
     schema = schema_of(asked.response_format)
     if asked.structured_outputs is not None:
-        raise refused_outputs("cannot be kept to beside tools; ask for one of both, or for a response_format")
+        raise refused(OUTPUTS, "cannot be kept to beside tools; ask for one of both, or for a response_format")
     if schema is not None:
         grammars.json_schema(schema)  # refuses it by its own name
         if mode == "auto" and form.trigger.lstrip("[")[:1] in ("", "{", '"'):
-            raise _refused("response_format", "cannot be told from this model's calls of tools; ask for one of both")
+            raise refused("response_format", "cannot be told from this model's calls of tools; ask for one of both")
     return None if mode == "required" else schema
-
-
-def _refused(param: str, problem: str) -> ApiError:
-    return ApiError(400, f"{param}: {problem}", code="unsupported_parameter", param=param)
 
 
 def _check(tools: Sequence[Tool]) -> None:
     names: set[str] = set()
     for index, tool in enumerate(tools):
         if tool.function.name in names:
-            raise _refused(f"tools.{index}.function.name", "another tool has this name")
+            raise refused(f"tools.{index}.function.name", "another tool has this name")
         names.add(tool.function.name)
         if (tool.function.parameters or {}).get("type", "object") != "object":
-            raise _refused(f"tools.{index}.function.parameters", "must describe an object")
+            raise refused(f"tools.{index}.function.parameters", "must describe an object")
 
 
 def _chosen(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Mode, list[str]]:
@@ -184,7 +180,7 @@ def _chosen(tools: Sequence[Tool], choice: ToolChoice | None) -> tuple[Mode, lis
         return choice or "auto", known
     for path, name in named.items():
         if name not in known:
-            raise _refused(path, "is not the name of one of the tools")
+            raise refused(path, "is not the name of one of the tools")
     return mode, list(dict.fromkeys(named.values()))
 
 
@@ -194,7 +190,7 @@ def _name_refused(tools: Sequence[Tool], grammars: Grammars) -> None:
         try:
             grammars.json_schema(_schema(tool.function))
         except GrammarError as error:
-            raise _refused(f"tools.{index}.function.parameters", str(error)) from None
+            raise refused(f"tools.{index}.function.parameters", str(error)) from None
 
 
 def _schema(function: FunctionDefinition) -> dict[str, Any]:

@@ -84,8 +84,7 @@ def _huggingface(source: Original, out: Path, type: str) -> list[str]:
             check_float16(name, array, str(source.version))
     tokenizer = ChatTokenizer.load(source.checkpoint)
     save_model(out, source.config, {name: array.astype(dtype) for name, array in tensors.items()}, tokenizer)
-    content = json.loads((out / CONFIG).read_text(encoding="utf-8")) | {"torch_dtype": str(dtype)}
-    (out / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _change_json(out / CONFIG, torch_dtype=str(dtype))
     _suppress_padding(source, out)
     loads = _auto_class(source.config)
     task = "text-classification" if source.config.labels else "text-generation"
@@ -147,9 +146,7 @@ def _peft(source: Original, out: Path, type: str) -> list[str]:
     shutil.copytree(source.checkpoint / ADAPTER, out, dirs_exist_ok=True)
     shutil.copytree(source.checkpoint / BASE, out / BASE)
     _suppress_padding(source, out / BASE)
-    config = out / "adapter_config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
-    config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _change_json(out / "adapter_config.json", base_model_name_or_path=BASE)
     source.tokenizer.save(out, max_length=source.config.max_position_embeddings)
     (out / "README.md").write_text(source.card(_PEFT_CODE, library="peft"), encoding="utf-8")
     with _run_by("peft", source):
@@ -206,9 +203,12 @@ def _suppress_padding(source: Original, folder: Path) -> None:
     from twinloop.models.directory import GENERATION_CONFIG
 
     if padding := range(source.tokenizer.vocab_size, source.config.vocab_size):
-        path = folder / GENERATION_CONFIG
-        content = json.loads(path.read_text(encoding="utf-8")) | {"suppress_tokens": list(padding)}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        _change_json(folder / GENERATION_CONFIG, suppress_tokens=list(padding))
+
+
+def _change_json(path: Path, **fields: Any) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _agrees(

@@ -13,7 +13,6 @@ from twinloop.evaluation.rules import PARITY
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context
 from twinloop.tasks.recipe import CUDA_ONLY, Recipe
-from twinloop.tasks.reward_limits import reward_models
 from twinloop.training.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def foresee_gate(context: Context, recipe: Recipe, rules: GateRules, *, data: Ar
     from twinloop.tasks.measure import held_out_pairs
     from twinloop.training.forms import prompt_digest
 
-    makers = [stage for stage in recipe.train if stage.method.kind == "reward" or reward_models(stage)]
+    makers = [stage for stage in recipe.train if stage.method.kind == "reward" or stage.settings.reward_models()]
     pairs = held_out_pairs(data.path) if makers else []
     if makers and not pairs:
         raise UserError(

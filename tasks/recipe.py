@@ -39,7 +39,6 @@ from twinloop.training.settings import (
     Count,
     NamedModel,
     Positive,
-    RolloutSettings,
     Share,
     StrictModel,
     TrainSettings,
@@ -216,7 +215,7 @@ class Recipe(StrictModel):
     def record_types(self) -> tuple[str, ...]:
         """The data files that are read, by name: what the stages learn from, and what they are measured on."""
         trained = dict.fromkeys(stage.method.records for stage in self.train)
-        if any(isinstance(each.settings, RolloutSettings) and each.settings.reward_models() for each in self.train):
+        if any(stage.settings.reward_models() for stage in self.train):
             trained["preferences"] = None  # on which reward models are measured
         of_documents = any(stage.method.own_records == "corpus" for stage in self.train)
         held_out = ("corpus_heldout", "cases") if of_documents else ("cases",)

@@ -10,7 +10,7 @@ from twinloop.tasks.context import Context
 from twinloop.tasks.measure import measure
 from twinloop.tasks.recipe import Recipe, TrainStage
 from twinloop.training.runtime import Runtime
-from twinloop.training.settings import RewardSource, RolloutSettings
+from twinloop.training.settings import RewardSource
 
 
 def check_imported_reward_models(
@@ -27,7 +27,7 @@ def check_imported_reward_models(
         measured = {
             setting: measure(context, _name(stage, setting), recipe.evaluate, runtime, data=data, model=model)
             for setting, model in imported.get(stage.name, {}).items()
-            if setting in reward_models(stage)
+            if setting in stage.settings.reward_models()
         }
         _check(stage, measured)
 
@@ -36,11 +36,6 @@ def check_reward_models(stage: TrainStage, measured: Mapping[str, Artifact]) -> 
     """Raises UserError for a reward model that does not keep to the limits beside its name in the recipe. measured:
     what stages before this one came to, by their names."""
     _check(stage, {setting: measured[maker] for setting, maker in stage.earlier.items() if maker in measured})
-
-
-def reward_models(stage: TrainStage) -> Mapping[str, RewardSource]:
-    """The reward models that the stage names, by setting."""
-    return stage.settings.reward_models() if isinstance(stage.settings, RolloutSettings) else {}
 
 
 def unfit(source: RewardSource, measured: Mapping[str, object]) -> str | None:
@@ -62,7 +57,7 @@ def unfit(source: RewardSource, measured: Mapping[str, object]) -> str | None:
 
 
 def _check(stage: TrainStage, measured: Mapping[str, Artifact]) -> None:
-    for setting, source in reward_models(stage).items():
+    for setting, source in stage.settings.reward_models().items():
         if setting in measured and (wrong := unfit(source, measured[setting].metrics)):
             raise UserError(
                 f"{stage.place}.{setting}: this reward model is not good enough to learn from: {wrong}; train it on "

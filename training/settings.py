@@ -123,6 +123,10 @@ class TrainSettings(StrictModel):
         """Those on which it depends what is trained."""
         return self.model_dump()
 
+    def reward_models(self) -> Mapping[str, RewardSource]:
+        """The reward models that give rewards, by the setting that names each."""
+        return {}
+
     def named_models(self) -> Mapping[str, NamedModel]:
         """Other models that the method reads, by the setting that names each, such as `teacher`."""
         return {}
@@ -251,7 +255,6 @@ class RolloutSettings(TrainSettings):
         return self.model_dump(exclude={"rewards": {"__all__": {"min_accuracy", "max_hacking"}}})
 
     def reward_models(self) -> dict[str, RewardSource]:
-        """The rewards that a model gives, by the setting that names it."""
         return {_model_of_reward(index): each for index, each in enumerate(self.rewards) if each.model is not None}
 
     def named_models(self) -> dict[str, NamedModel]:
