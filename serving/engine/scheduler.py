@@ -22,7 +22,8 @@ from twinloop.serving.engine.drafts import DRAFT_TOKENS, Drafts
 from twinloop.serving.engine.engine import Engine
 from twinloop.serving.engine.held_adapters import HeldAdapters
 from twinloop.serving.engine.sampling import SamplingParams
-from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch, SlotConstraintError
+from twinloop.serving.engine.slot_samplers import SlotConstraintError
+from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch
 from twinloop.serving.engine.stream import Stream, StreamEnd
 from twinloop.serving.engine.waiting import WaitingQueue
 

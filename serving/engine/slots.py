@@ -20,13 +20,13 @@ from twinloop.serving.engine.prefixes import COPIED_AS_COMPUTED, SHORTEST, Prefi
 from twinloop.serving.engine.runner import ModelRunner
 from twinloop.serving.engine.sampling import (
     AnswerSampler,
-    ConstraintError,
     SamplingParams,
     TokenReport,
     draw,
     report_token,
     uniform_draws,
 )
+from twinloop.serving.engine.slot_samplers import SlotConstraintError, SlotSamplers
 
 FinishReason = Literal["stop", "length"]
 
@@ -91,14 +91,6 @@ class Alone(NamedTuple):
     forced: list[int]
 
 
-class SlotConstraintError(ConstraintError):
-    """The constraint of the sequence in `slot` failed. The step was not taken: the others lose nothing by it."""
-
-    def __init__(self, slot: int, reason: str):
-        super().__init__(reason)
-        self.slot = slot
-
-
 class SlotBatch:
     """The slots of one runner, which it resets and then owns."""
 
@@ -118,7 +110,7 @@ class SlotBatch:
         self._temperature_C = np.zeros(slots, np.float32)
         self._uniform_ST = np.zeros((slots, length))
         self._stops_SV = np.zeros((slots, vocabulary), bool)
-        self._samplers: dict[int, AnswerSampler] = {}  # by slot, of the sequences that need one
+        self._samplers = SlotSamplers(vocabulary)
 
     @property
     def free(self) -> int:
@@ -134,7 +126,7 @@ class SlotBatch:
     @property
     def decoding(self) -> list[int]:
         """Slots that the next `step` advances."""
-        slots: list[int] = np.flatnonzero(self._decoding_C).tolist()
+        slots: list[int] = self._decoding_C.nonzero()[0].tolist()
         return slots
 
     @property
@@ -204,7 +196,7 @@ class SlotBatch:
         for slot, sequence, sampler in zip(slots, sequences, samplers, strict=True):
             self._held[slot] = prompt
             if sampler is not None:
-                self._samplers[slot] = sampler
+                self._samplers.put(slot, sampler)
             if params.temperature > 0:
                 self._uniform_ST[slot, :limit] = uniform_draws(params.seed, sequence, limit)
         for reading, readers in self._reading:
@@ -225,7 +217,7 @@ class SlotBatch:
             prompt.logits_V = logits_V.copy()
             self._copy(prompt, slots[0], slots)
         slots_B = np.array(slots)
-        samplers = self._prepared(slots_B)
+        samplers = self._samplers.prepared(slots_B)
         self._reading.popleft()
         self._decoding_C[slots] = True
         logits_BV = np.broadcast_to(prompt.logits_V, (len(slots), len(prompt.logits_V)))
@@ -254,10 +246,15 @@ class SlotBatch:
 
         Raises SlotConstraintError, see there.
         """
-        slots = np.flatnonzero(self._decoding_C)
-        samplers = self._prepared(slots)
+        slots = self._decoding_C.nonzero()[0]
+        prepared = self._samplers.prepare_beside(slots)
         first, end = int(slots[0]), int(slots[-1]) + 1
         logits_BV = self._runner.decode(first, self._next_C[first:end], self._decoding_C[first:end])
+        try:
+            samplers = prepared()
+        except SlotConstraintError:
+            self._runner.lengths[slots] -= 1  # what the step wrote lies behind the end of each slot again
+            raise
         return self._draw(slots, logits_BV if len(slots) == end - first else logits_BV[slots - first], samplers)
 
     @property
@@ -281,15 +278,15 @@ class SlotBatch:
         """The tokens that `step` would draw one by one for a sequence alone, from one pass, while they are those of a
         guess; and the one after. guess: shorter than what is left of the answer. Raises SlotConstraintError, see there.
         """
-        slots = np.flatnonzero(self._decoding_C)
-        samplers = self._prepared(slots)
+        slots = self._decoding_C.nonzero()[0]
+        samplers = self._samplers.prepared(slots)
         slot, drawn = int(slots[0]), list[Drawn]()
         length = int(self._runner.lengths[slot])
         logits_LV = self._runner.extend(slot, [self._next_C[slot], *guess])
         for logits_V, expected in zip(logits_LV, [*guess, -1], strict=True):
             if drawn:
                 try:
-                    samplers = self._prepared(slots)
+                    samplers = self._samplers.prepared(slots)
                 except SlotConstraintError:
                     break  # the next step raises it
             drawn.append(self._draw(slots, logits_V[None], samplers))
@@ -301,7 +298,7 @@ class SlotBatch:
     def release(self, slot: int) -> None:
         """End a slot's sequence before its time. What the slot holds stays until the next prompt comes."""
         self._occupied_C[slot] = self._decoding_C[slot] = False
-        self._samplers.pop(slot, None)
+        self._samplers.drop([slot])
         for _, slots in self._reading:
             if slot in slots:
                 slots.remove(slot)
@@ -321,8 +318,7 @@ class SlotBatch:
         for target, source in zip(gaps.tolist(), occupied[-len(gaps) :].tolist(), strict=True):
             self._runner.copy_prefix(source, [target], int(self._runner.lengths[source]))
             self._held[target] = self._held[source]
-            if source in self._samplers:
-                self._samplers[target] = self._samplers.pop(source)
+            self._samplers.move(source, target)
             for state in (
                 self._occupied_C,
                 self._decoding_C,
@@ -351,18 +347,6 @@ class SlotBatch:
                 return slot
         return None
 
-    def _prepared(self, slots: np.ndarray) -> dict[int, AnswerSampler]:
-        """The samplers of slots that have one, by row, ready for their next draw."""
-        samplers: dict[int, AnswerSampler] = {}
-        for row, slot in enumerate(slots.tolist() if self._samplers else ()):
-            if (sampler := self._samplers.get(slot)) is not None:
-                try:
-                    sampler.prepare()
-                except ConstraintError as error:
-                    raise SlotConstraintError(slot, str(error)) from error
-                samplers[row] = sampler
-        return samplers
-
     def _draw(self, slots: np.ndarray, logits_BV: np.ndarray, samplers: Mapping[int, AnswerSampler]) -> Drawn:
         """Choose each slot's next token, and free the slots whose sequences end with it."""
         logits_BV = logits_BV[:, : self._runner.vocab_size]
@@ -377,6 +361,5 @@ class SlotBatch:
         if np.count_nonzero(ended):
             freed = slots[ended]
             self._occupied_C[freed] = self._decoding_C[freed] = False
-            for slot in freed.tolist() if self._samplers else ():
-                self._samplers.pop(slot, None)
+            self._samplers.drop(freed)
         return Drawn(slots, self._sequence_C[slots], positions, tokens, logprobs, stopped, ended, reports)

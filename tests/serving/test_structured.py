@@ -18,7 +18,7 @@ from test_chat_api import chunks_of
 
 from twinloop.models.config import DecoderConfig
 from twinloop.models.shapes import weight_shapes
-from twinloop.serving.engine import Engine
+from twinloop.serving.engine import Engine, slot_samplers
 from twinloop.serving.engine.grammar import Grammar, GrammarError, Grammars
 from twinloop.serving.engine.sampling import ConstraintError, SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler
@@ -203,6 +203,13 @@ class Fails:
         self.after -= 1
 
 
+@pytest.fixture(params=["before the step", "beside it"])
+def masks(request, monkeypatch):
+    """When masks are computed, whatever the size of the vocabulary."""
+    monkeypatch.setattr(slot_samplers, "_BESIDE", 2**62 if request.param == "before the step" else 1)
+
+
+@pytest.mark.usefixtures("masks")
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_constraint_that_fails_ends_its_answer_alone(scheduler, tokenizer, after):
     free = params_of(tokenizer, seed=3, max_tokens=60)
@@ -214,6 +221,17 @@ def test_a_constraint_that_fails_ends_its_answer_alone(scheduler, tokenizer, aft
     assert len(failing.logprobs) == after
     assert [list(stream) for stream in streams] == [alone.tokens] * 2
     wait_until(lambda: scheduler.active == 0)
+
+
+def test_masks_that_are_computed_beside_the_step_are_those_of_before(tokenizer, grammars, monkeypatch):
+    params = params_of(tokenizer, grammars.json_schema(TREE), temperature=0.7)
+    engine = small_engine(tokenizer, slots=4)
+    texts = []
+    for beside in (2**62, 1):
+        monkeypatch.setattr(slot_samplers, "_BESIDE", beside)
+        texts.append([tokenizer.decode(each.tokens) for each in engine.generate([PROMPT] * 6, params)])
+    assert texts[0] == texts[1]
+    assert all(jsonschema_rs.is_valid(TREE, json.loads(text)) for text in texts[0])
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------

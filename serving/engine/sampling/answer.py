@@ -34,6 +34,10 @@ class AnswerSampler:
         self._edits = params.start_edits(prompt, params.stop)
         self._cuts = params if params.cutting and params.temperature > 0 else None
         self._allowed: np.ndarray | None = None
+        self.constrained = self._constraint is not None
+        more = self._cuts is not None or self._edits or params.top_logprobs is not None
+        self.masks_alone = self.constrained and not more
+        """Whether the constraint is all that it asks for, so that `choose` draws it from masked logits."""
 
     @classmethod
     def if_needed(cls, params: SamplingParams, prompt: Sequence[int]) -> Self | None:
@@ -43,9 +47,20 @@ class AnswerSampler:
         return None if all(each is None for each in asks) else sampler
 
     def prepare(self) -> None:
-        """Ask the constraint what may be next, before anything is computed. Raises ConstraintError."""
+        """Ask the constraint what may be next: once before each draw, from any thread. Raises ConstraintError."""
         if self._constraint is not None:
             self._allowed = self._constraint.allowed()
+
+    def masked(self, logits_V: np.ndarray) -> np.ndarray:
+        """A copy of logits without the tokens that may not be next, or the logits themselves."""
+        return logits_V if self._allowed is None else masked(logits_V, self._allowed)
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        for edit in self._edits:
+            edit.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
 
     def forced(self) -> list[int]:
         """Tokens that a constraint leaves no choice about, see `ConstraintState`."""
@@ -56,15 +71,12 @@ class AnswerSampler:
 
         `prepare` must have been called since the last draw. logits_V is not changed.
         """
-        own_V = logits_V if self._allowed is None else masked(logits_V, self._allowed)
+        own_V = self.masked(logits_V)
         edited_V = own_V.copy() if self._edits else own_V
         for edit in self._edits:
             edit.apply(edited_V)
         token, logprob = self._choose(edited_V, uniform)
-        for edit in self._edits:
-            edit.accept(token)
-        if self._constraint is not None:
-            self._constraint.accept(token)
+        self.accept(token)
         top = self._params.top_logprobs
         return token, logprob, None if top is None else report_token(own_V, token, top)
 
@@ -91,8 +103,15 @@ def draw(
     tokens_B, logprobs_B = np.empty(len(logits_BV), np.int64), np.empty(len(logits_BV), np.float32)
     if plain := [row for row in range(len(logits_BV)) if row not in samplers]:
         tokens_B[plain], logprobs_B[plain] = choose(logits_BV[plain], temperature_B[plain], uniform_B[plain])
+    if held := [row for row, sampler in samplers.items() if sampler.masks_alone]:
+        masked_BV = np.array([samplers[row].masked(logits_BV[row]) for row in held])
+        tokens_B[held], logprobs_B[held] = choose(masked_BV, temperature_B[held], uniform_B[held])
+        for row, token in zip(held, tokens_B[held].tolist(), strict=True):
+            samplers[row].accept(token)
     reports: dict[int, TokenReport] = {}
     for row, sampler in samplers.items():
+        if sampler.masks_alone:
+            continue
         tokens_B[row], logprobs_B[row], report = sampler.draw(logits_BV[row], float(uniform_B[row]))
         if report is not None:
             reports[row] = report
