@@ -36,6 +36,7 @@ class ChatAnswer:
 
     def whole(self) -> Choice:
         """Wait for the answer."""
+        self.text.wait()
         content, calls = "", list[AnsweredCall]()
         for piece in self._pieces():
             if isinstance(piece, str):

@@ -111,6 +111,7 @@ class TextAnswer:
 
     def whole(self) -> TextChoice:
         """Wait for the text."""
+        self.text.wait()
         text = (self._echoed or "") + "".join(self.text)
         finish_reason = self.text.finish_reason
         return TextChoice(index=self._index, text=text, logprobs=self._logprobs(), finish_reason=finish_reason)

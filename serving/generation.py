@@ -95,6 +95,15 @@ class TextStream:
         """Free the slot; may be called from any thread, and again."""
         self._stream.cancel()
 
+    def wait(self) -> None:
+        """Wait for the whole answer before it is read. A reader that waits for each of its tokens takes the interpreter
+        from the engine as often. Where a stop string may end it, it is not waited for: it must be read to be ended."""
+        if self._stop:
+            return
+        self._stream.wait()
+        if (ttft_s := self.timings.ttft_s) is not None:
+            self.ttft_s = self._stream.submitted + ttft_s - self._started
+
     def take_reported(self) -> list[ReportedToken]:
         """The tokens whose text begins in the pieces read so far, that were not taken before."""
         taken, self._released = self._released, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,8 +33,8 @@ class Stream:
     the request, if it did.
 
     `cancel` and `finish` may be called from any thread and free the slot before the next step; of both, the first call
-    counts. `finish_reason` is set once the iteration has ended, `timings` during it. `logprobs` and `reports` have an
-    entry a token, `reports` where the parameters ask for them.
+    counts. submitted: when (`time.perf_counter`). `finish_reason` is set once the iteration has ended, `timings` during
+    it. `logprobs` and `reports` have an entry a token, `reports` where the parameters ask for them.
     """
 
     def __init__(self, prompt: Prompt, params: SamplingParams, sequence: int, priority: int):
@@ -46,8 +47,9 @@ class Stream:
         self.reader_end: Literal["stop", "cancelled"] | None = None
         """With which its reader ends it, before the engine does."""
         self._events: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-        self._submitted = self._latest = time.perf_counter()
+        self.submitted = self._latest = time.perf_counter()
         self._ended = False
+        self._complete = threading.Event()
 
     def cancel(self) -> None:
         """Give the answer up. Tokens that are computed already may still come."""
@@ -56,6 +58,10 @@ class Stream:
     def finish(self) -> None:
         """Take it as complete, such as at a stop string. Tokens that are computed already may still come."""
         self.reader_end = self.reader_end or "stop"
+
+    def wait(self) -> None:
+        """Wait for the end, which no token interrupts; nothing is read by it, and nothing raised."""
+        self._complete.wait()
 
     def __iter__(self) -> Iterator[int]:
         for tokens in self.bursts():
@@ -86,12 +92,12 @@ class Stream:
 
     def started(self) -> None:
         """It has a slot."""
-        self.timings.queue_s = time.perf_counter() - self._submitted
+        self.timings.queue_s = time.perf_counter() - self.submitted
 
     def push(self, token: int, logprob: float, report: TokenReport | None, now: float) -> None:
         """The next token, drawn at `now` (time.perf_counter)."""
         if self.timings.ttft_s is None:
-            self.timings.ttft_s = now - self._submitted
+            self.timings.ttft_s = now - self.submitted
         else:
             self.timings.token_s.append(now - self._latest)
         self._latest = now
@@ -103,5 +109,6 @@ class Stream:
     def end(self, reason: StreamEnd, error: BaseException | None = None) -> None:
         """Nothing comes after this. `error` is raised where the stream is read."""
         self.finish_reason = reason
-        self.timings.total_s = time.perf_counter() - self._submitted
+        self.timings.total_s = time.perf_counter() - self.submitted
         self._events.put(error)
+        self._complete.set()

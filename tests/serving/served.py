@@ -102,6 +102,8 @@ class ScriptedStream:
 
     finish = cancel
 
+    def wait(self) -> None: ...
+
     def bursts(self) -> Iterator[list[int]]:
         for token in self:
             yield [token]
