@@ -208,5 +208,8 @@ class Classification(Domain):
     def answer_schema(self) -> Mapping[str, Any]:
         return {"type": "string", "enum": list(self.labels)}
 
+    def answer_form(self) -> Mapping[str, Any]:
+        return {"choice": list(self.labels)}
+
     def outcome(self, output: str) -> str:
         return output

@@ -251,6 +251,13 @@ class Domain:
         """The JSON schema of `Verdict.output`, for the API's description. None: not stated."""
         return None
 
+    def answer_form(self) -> Mapping[str, Any] | None:
+        """The form that the text of a decision keeps to while it is written, as one of vLLM's `structured_outputs`:
+        `{"json": SCHEMA}`, `{"regex": …}`, `{"choice": […]}` or `{"grammar": LARK}`. Decisions are served so, and cases
+        are measured so; training and other runtimes know nothing of it. None: any text.
+        """
+        return None
+
     def outcome(self, output: Any) -> str:
         """The short name under which an answer is counted in the metrics."""
         return "answered"

@@ -20,6 +20,7 @@ from twinloop.evaluation.estimates import measured
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.router import Failure, route
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.answer_form import form_grammar, stated_form
 from twinloop.serving.engine.sampling import SamplingParams
 
 BATCH = 128
@@ -115,12 +116,14 @@ def run_cases(
 ) -> CaseReport:
     """Answer every case and judge the answers. `on_progress` is called with (done, total) after each batch.
 
+    They keep to the domain's `answer_form`, greedy and sampled ones, as those that are served.
     Of the cases of a domain without a verifier only the samples are answered, and none is judged. Raises UserError when
     there are no cases, and where a method of the domain raises or returns what it must not.
     """
     if not cases:
         raise UserError("cases: there are none to run; a model cannot be judged without them")
-    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=tokenizer.stop_ids)
+    grammar = form_grammar(stated_form(domain), tokenizer)
+    greedy = SamplingParams(max_tokens=answering.max_tokens, stop=tokenizer.stop_ids, constraint=grammar)
     if not domain.has("verify"):
         shown = _sampled(cases)
         completions = engine.generate([tokenizer.encode_prompt(case.prompt) for case in shown], greedy)

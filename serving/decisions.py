@@ -23,6 +23,7 @@ from twinloop.domains.domain import Document, Domain, Verdict
 from twinloop.domains.owners import FORMAT, LATENCY, RETRIEVAL
 from twinloop.models.config import Kind
 from twinloop.models.tokenizer import ChatTokenizer
+from twinloop.serving.answer_form import form_grammar, stated_form
 from twinloop.serving.engine.adapters import LoadedAdapter
 from twinloop.serving.engine.grammar import Grammars
 from twinloop.serving.engine.sampling import SamplingParams
@@ -192,6 +193,7 @@ class PendingDecision:
         if self._failures or self._text is None:
             return _Review(None, None, self._failures)
         try:
+            self._text.wait()
             output = "".join(self._text)
         except GivenUpError as error:
             return _Review(None, None, {"generation": str(error)})
@@ -260,7 +262,11 @@ class PendingDecision:
             words = f"the request has {len(prompt)} tokens, too many for this model to read (at most {limit - 1})"
             self._failures = {"prompt": words}
             return
-        params = SamplingParams(max_tokens=min(domain.max_answer_tokens, available), stop=service.tokenizer.stop_ids)
+        params = SamplingParams(
+            max_tokens=min(domain.max_answer_tokens, available),
+            stop=service.tokenizer.stop_ids,
+            constraint=service.answer_grammar,
+        )
         (stream,) = place.submit(prompt, params)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
@@ -278,10 +284,14 @@ class DecisionService:
         traces: TraceStore | None = None,
         measured_documents: str | None = None,
     ):
-        """measured_documents: `contents_digest` of those that the model was evaluated with; None: it is not known."""
+        """measured_documents: `contents_digest` of those that the model was evaluated with; None: it is not known.
+
+        Raises UserError for a domain whose `answer_form` cannot be kept to.
+        """
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer)
+        self.answer_grammar = form_grammar(stated_form(domain), tokenizer, self.grammars)
         self.tool_support = ToolSupport(tokenizer)
         self.documents = documents
         self.model = model

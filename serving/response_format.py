@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from twinloop.serving.engine.grammar import ANY_OBJECT, GrammarError, Grammars
+from twinloop.serving.engine.grammar import ANY_OBJECT, Grammar, GrammarError, Grammars
 from twinloop.serving.engine.sampling import Constraint
 from twinloop.serving.sampling_fields import refused
 
@@ -98,7 +98,7 @@ class StructuredOutputs(_Form):
             raise ValueError("must have one of json, json_object, regex, choice and grammar")
         return self
 
-    def constraint(self, grammars: Grammars) -> Constraint:
+    def constraint(self, grammars: Grammars) -> Grammar:
         """Raises GrammarError for what cannot be enforced."""
         if self.regex is not None:
             return grammars.regex(self.regex)

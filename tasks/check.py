@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from prefect import task
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.errors import UserError
-from twinloop.domains.domain import Domain
+from twinloop.domains.domain import Domain, domain_code
 from twinloop.records import DATA_DIR
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.context import Context, Report
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 LENGTHS = "lengths.json"
 CASES = "cases"
+CASES_IN_FORM = 200
+"""Whose right answers are compared with the domain's form, at every run: a tenth of a second."""
 
 
 class Longest(BaseModel):
@@ -46,14 +49,16 @@ class Longest(BaseModel):
 def check_records(context: Context, recipe: Recipe, *, data: Artifact, model: Artifact) -> Artifact:
     """The lengths of records under the tokenizer of `model`, in `metrics`.
 
-    Raises UserError for a stage that its method cannot train whatever the records are, and for the first record that
-    the chat template would train wrongly, or that is longer than the recipe allows.
+    Raises UserError for a stage that its method cannot train whatever the records are, for an `answer_form` of the
+    domain that cannot be kept to or does not allow the right answer, and for the first record that the chat template
+    would train wrongly, or that is longer than the recipe allows.
     """
     from twinloop.models.directory import load_config
     from twinloop.models.tokenizer import ChatTokenizer
 
     tokenizer = ChatTokenizer.load(model.path)
     check_stages(recipe, tokenizer, context.domain)
+    check_form(context.domain, tokenizer, data.path)
     methods = list(dict.fromkeys(stage.method for stage in recipe.train))
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
@@ -80,6 +85,30 @@ def check_stages(recipe: Recipe, tokenizer: ChatTokenizer, domain: Domain) -> No
             stage.method.check(stage.settings, tokenizer, domain)
         except UserError as error:
             raise UserError(f"{stage.place}: {error}") from None
+
+
+def check_form(domain: Domain, tokenizer: ChatTokenizer, data: Path) -> None:
+    """Raises UserError for an `answer_form` that cannot be kept to, or does not allow the right answer to a case.
+
+    data: the directory of a validate artifact.
+    """
+    from twinloop.records.validated import read_records
+    from twinloop.serving.answer_form import form_grammar, stated_form
+
+    grammar = form_grammar(stated_form(domain), tokenizer)
+    if grammar is None or not domain.has("gold"):
+        return
+    for case in islice(read_records(data, CASES), CASES_IN_FORM):
+        about = f"case {case['case_id']}"
+        with domain_code(domain, "read_facts", about):
+            facts = domain.read_facts(case)
+        with domain_code(domain, "gold", about):
+            gold = domain.gold(facts)
+        if not grammar.takes(gold):
+            raise UserError(
+                f"domain {domain.name}: answer_form does not allow {gold!r}, the right answer to {about}; correct it "
+                "in the domain's module"
+            )
 
 
 def measure_lengths(

@@ -98,17 +98,22 @@ def answers_stage(
     cases: Sequence[Case],
 ) -> dict[str, str]:
     """The greedy answer of a model to each case, by its id. What it answered before is not asked again."""
+    from twinloop.serving.answer_form import stated_form
+
+    form = stated_form(context.domain)
 
     def work(out: Path, keep: Path, report: Report) -> dict[str, Any]:
         from twinloop.evaluation.cases import BATCH
         from twinloop.models.label_tokenizer import load_answering
+        from twinloop.serving.answer_form import form_grammar
         from twinloop.serving.engine import Engine
         from twinloop.serving.engine.sampling import SamplingParams
 
         exported = model.path if model.exported else _export(model, keep, runtime)
         tokenizer = load_answering(exported)
         engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
-        greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids)
+        grammar = form_grammar(form, tokenizer)
+        greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids, constraint=grammar)
         answers: dict[str, str] = {}
         for start in range(0, len(cases), BATCH):
             batch = cases[start : start + BATCH]
@@ -124,6 +129,7 @@ def answers_stage(
         work,
         settings={
             "prompts": _digest_of_prompts(cases),
+            "form": form,
             "max_new_tokens": settings.max_new_tokens,
             "slots": settings.slots,
             "threads": runtime.threads,

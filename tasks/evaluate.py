@@ -55,15 +55,21 @@ def evaluate_exported(
     """Measure now, whatever was measured before: what the cases showed, and all numbers."""
     from twinloop.models.label_tokenizer import load_answering
     from twinloop.records.validated import read_records
+    from twinloop.serving.answer_form import stated_form
     from twinloop.serving.engine import Engine
-    from twinloop.serving.engine.sampling import SamplingParams
     from twinloop.tasks.load_test import run_load_test
 
     settings, tokenizer = workload.settings, load_answering(exported)
     cases = read_records(workload.data, "cases")[:SERVED_PROMPTS]
     prompts = [tokenizer.encode_prompt(case["prompt"]) for case in cases]
-    greedy = SamplingParams(max_tokens=settings.max_new_tokens, stop=tokenizer.stop_ids)
-    load = run_load_test(exported, prompts, greedy, slots=settings.slots, threads=runtime.threads)
+    load = run_load_test(
+        exported,
+        prompts,
+        max_tokens=settings.max_new_tokens,
+        form=stated_form(workload.domain),
+        slots=settings.slots,
+        threads=runtime.threads,
+    )
     engine = Engine.load(exported, slots=settings.slots, threads=runtime.threads)
     report, metrics = measure_engine(engine, tokenizer, workload, on_progress)
     return report, metrics | load.model_dump()

@@ -1,7 +1,7 @@
 """Load test of an exported model on this machine: time to first token, speed, memory. It runs in a process of its own,
 since the memory of one that has trained is no measure.
 
-    echo '{"params": {"max_tokens": 96, "stop": [2]}, "prompts": [[1, 3, ...], ...]}' \\
+    echo '{"max_tokens": 96, "form": null, "prompts": [[1, 3, ...], ...]}' \\
         | python -m twinloop.tasks.load_test MODEL_DIR SLOTS THREADS
 """
 
@@ -11,15 +11,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from twinloop.common.memory import peak_bytes
 from twinloop.evaluation.metrics import percentile
+from twinloop.models.label_tokenizer import load_answering
+from twinloop.serving.answer_form import form_grammar
 from twinloop.serving.engine import Engine
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.scheduler import Scheduler
@@ -43,12 +45,21 @@ class LoadTestResult(BaseModel):
 
 
 def run_load_test(
-    exported_dir: Path, prompts: Sequence[Sequence[int]], params: SamplingParams, *, slots: int, threads: int
+    exported_dir: Path,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    form: Mapping[str, Any] | None,
+    slots: int,
+    threads: int,
 ) -> LoadTestResult:
-    """Serve the prompts in a fresh process. Raises RuntimeError with the last line of its errors when that fails."""
+    """Serve the prompts in a fresh process, greedily. form: of the answers, as `Domain.answer_form` states it.
+
+    Raises RuntimeError with the last line of its errors when that fails.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "twinloop.tasks.load_test", str(exported_dir), str(slots), str(threads)],
-        input=json.dumps({"params": asdict(params), "prompts": [list(prompt) for prompt in prompts]}),
+        input=json.dumps({"max_tokens": max_tokens, "form": form, "prompts": [list(prompt) for prompt in prompts]}),
         capture_output=True,
         text=True,
         check=False,
@@ -91,7 +102,10 @@ def _serve(
 
 def _main(exported_dir: str, slots: str, threads: str) -> None:
     work = json.load(sys.stdin)
-    params = SamplingParams(**work["params"])
+    tokenizer = load_answering(Path(exported_dir))
+    params = SamplingParams(
+        max_tokens=work["max_tokens"], stop=tokenizer.stop_ids, constraint=form_grammar(work["form"], tokenizer)
+    )
     result = _serve(Path(exported_dir), work["prompts"], params, slots=int(slots), threads=int(threads))
     print(result.model_dump_json())
 

@@ -173,7 +173,7 @@ def _cpu_rows(ours: Server, setting: str, sizes: Sizes) -> Iterator[Row]:
 
 
 def _draft_rows(ours: Server, plain: Server, setting: str, sizes: Sizes, rounds: int) -> Iterator[Row]:
-    setting = f"{setting}, schema and quotation"
+    setting = f"{setting}, form and quotation"
     found = Comparison("decision with drafts", setting, ours.clock.milliseconds, less=True)
     before = ours.get(COUNTS)
     ratios = []

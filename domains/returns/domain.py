@@ -153,6 +153,12 @@ class Returns(Domain):
     def check(self, output: str, request: ReturnRequest, passages: Sequence[Document]) -> Verdict:
         return verifier.check(output, request.order, _policies(passages))
 
+    def answer_schema(self) -> Mapping[str, Any]:
+        return verifier.DECISION_SCHEMA
+
+    def answer_form(self) -> Mapping[str, Any]:
+        return {"regex": mutations.ANSWER_FORM}
+
     def check_document(self, document_id: str, text: str) -> str | None:
         return check_policy(document_id, text)
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from twinloop.domains.returns.policies import window_days, without_window
+from twinloop.domains.returns.policies import POLICY_ID, window_days, without_window
 from twinloop.domains.returns.prompt import is_eligible
 from twinloop.domains.returns.verifier import Facts
 
 NUMBER_WIDTH = 3
 """Characters of a number in an answer, spaces in front: days up to 999."""
+
+_NUMBER = "(  [0-9]| [1-9][0-9]|[1-9][0-9]{2,3})"
+_TEXT = r'"([^"\\\x00-\x1f\x7f]|\\["\\])+"'
+_VALUES = {
+    "evidence": _TEXT,
+    "policy_id": f'"{POLICY_ID}"',
+    "window_days": _NUMBER,
+    "days": _NUMBER,
+    "eligible": "(true|false)",
+    "label_created": "(true|false)",
+}
+ANSWER_FORM = r"\{" + ", ".join(f'"{name}": {value}' for name, value in _VALUES.items()) + r"\}"
+"""All that `write_decision` writes, as a regular expression: as long as an answer keeps to it, it is one decision."""
 
 
 def good_answer(facts: Facts) -> str:

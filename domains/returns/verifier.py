@@ -29,6 +29,14 @@ FIELDS: dict[str, type] = {
     "label_created": bool,
 }
 
+_JSON_TYPES = {str: "string", int: "integer", bool: "boolean"}
+DECISION_SCHEMA: Mapping[str, Any] = {
+    "type": "object",
+    "properties": {name: {"type": _JSON_TYPES[kind]} for name, kind in FIELDS.items()},
+    "required": list(FIELDS),
+    "additionalProperties": False,
+}
+
 
 @dataclass(frozen=True)
 class Facts:

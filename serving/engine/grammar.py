@@ -78,6 +78,11 @@ class Grammar:
         so it may fail where one of its own would not."""
         return self._compiled.deep_copy()
 
+    def takes(self, text: str) -> bool:
+        """Whether this is a whole text that follows it."""
+        tokens = [*self._tokenizer.tokenize_str(text), self._tokenizer.eos_token]
+        return bool(self.matcher().validate_tokens(tokens) == len(tokens))
+
     def forget(self) -> None:
         """Let later matchers share nothing with earlier ones."""
         self._compiled = self._compile()

@@ -19,7 +19,7 @@ from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.validated import read_records
 from twinloop.records.validation import validate
-from twinloop.tasks.check import check_lengths, check_stages, measure_lengths, measure_records
+from twinloop.tasks.check import check_form, check_lengths, check_stages, measure_lengths, measure_records
 from twinloop.tasks.recipe import Recipe, TrainStage, ValidateSettings, load_recipe
 from twinloop.training.method import load_method
 
@@ -76,6 +76,14 @@ def recipe(*, max_length: int = 4096, evaluated: int = 96, **stages: dict[str, i
 def check(limited: Recipe, longest: dict[str, Any]) -> None:
     assert limited.base.max_length
     check_lengths(limited, longest, max_length=limited.base.max_length)
+
+
+def test_a_form_that_does_not_allow_the_right_answer_is_reported_before_training(data, tokenizer, monkeypatch) -> None:
+    check_form(domain, tokenizer, data)
+    monkeypatch.setattr(type(domain), "answer_form", lambda self: {"regex": r"\{[^}]*\} and no more"})
+    first = next(iter(read_records(data, "cases")))["case_id"]
+    with pytest.raises(UserError, match=f"answer_form does not allow .* the right answer to case {first}; correct"):
+        check_form(domain, tokenizer, data)
 
 
 @pytest.mark.parametrize(

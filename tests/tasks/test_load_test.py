@@ -5,12 +5,12 @@ import pytest
 from twinloop.models.config import DecoderConfig
 from twinloop.models.directory import save_model
 from twinloop.models.exported import export_model
-from twinloop.serving.engine.sampling import SamplingParams
+from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.tasks.load_test import run_load_test
 from twinloop.training.weights import get_weights, new_decoder
 
 CONFIG = DecoderConfig(
-    vocab_size=64,
+    vocab_size=300,
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=1,
@@ -23,14 +23,16 @@ CONFIG = DecoderConfig(
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
-    save_model(folder / "model", CONFIG, get_weights(new_decoder(CONFIG, seed=0)))
+    tokenizer = train_tokenizer(["a text"], CONFIG.vocab_size)
+    save_model(folder / "model", CONFIG, get_weights(new_decoder(CONFIG, seed=0)), tokenizer)
     export_model(folder / "model", folder / "onnx", precision="fp32", max_length=64)
     return folder / "onnx"
 
 
-def test_every_prompt_is_answered_and_timed(exported):
+@pytest.mark.parametrize("form", [None, {"choice": ["a", "b"]}])
+def test_every_prompt_is_answered_and_timed(exported, form):
     prompts = [[1, 2, 3 + index] for index in range(6)]
-    result = run_load_test(exported, prompts, SamplingParams(max_tokens=8, stop=(2,)), slots=2, threads=1)
+    result = run_load_test(exported, prompts, max_tokens=8, form=form, slots=2, threads=1)
     assert 0 < result.p50_ttft_ms <= result.p95_ttft_ms
     assert result.tokens_per_s > 0
     assert 0 < result.memory_gib < 4
@@ -38,4 +40,4 @@ def test_every_prompt_is_answered_and_timed(exported):
 
 def test_a_failure_names_its_cause(exported):
     with pytest.raises(RuntimeError, match="token ids must lie in"):
-        run_load_test(exported, [[CONFIG.vocab_size]], SamplingParams(), slots=1, threads=1)
+        run_load_test(exported, [[CONFIG.vocab_size]], max_tokens=8, form=None, slots=1, threads=1)
