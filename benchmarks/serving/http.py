@@ -39,6 +39,7 @@ def http_rows(models: Models, *, cores: Sequence[int], rounds: int, sizes: Sizes
         yield from _repeat_rows(ours, setting, sizes)
         if len(cores) == 1:
             yield from _cpu_rows(ours, setting, sizes)
+            yield from _refusal_rows(ours, setting, sizes)
         plain_command = [*OUR_SERVER, exported, "--slots", "1", "--drafts", "0", *threads]
         plain = stack.enter_context(running(f"{OURS_NAME} without drafts", plain_command, cores))
         yield from _draft_rows(ours, plain, setting, sizes, rounds)
@@ -170,6 +171,18 @@ def _cpu_rows(ours: Server, setting: str, sizes: Sizes) -> Iterator[Row]:
     share = 1 - inside / whole
     yield Row("server's CPU outside ONNX Runtime", f"{setting}, {SLOTS} streams", percent(share), "%",
               promise("at most 10", share <= 0.1))  # fmt: skip
+
+
+def _refusal_rows(ours: Server, setting: str, sizes: Sizes) -> Iterator[Row]:
+    _announce(f"{setting}: refused requests")
+
+    def spent() -> float:
+        counts = ours.get(COUNTS)
+        return float(counts["cpu_s"] - counts["engine_s"])
+
+    cost = requests.refusal(ours, sizes, spent, seed=700_000)
+    yield Row("a refused request (429)", f"{setting}, outside the engine's thread", f"{cost:.2f}", "CPU ms",
+              promise("at most 0.3", cost <= 0.3))  # fmt: skip
 
 
 def _draft_rows(ours: Server, plain: Server, setting: str, sizes: Sizes, rounds: int) -> Iterator[Row]:

@@ -6,9 +6,11 @@ import asyncio
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import httpx
 
 from benchmarks.serving.client import WAIT_S, Answer, ask, prompt, user
 from benchmarks.serving.servers import Server
@@ -18,6 +20,8 @@ SYSTEM_WORDS, LONG_WORDS = 500, 1400
 STREAMS = 4
 STREAM_TOKENS = 1000
 """More than come while a long prompt is read."""
+FULL = 100
+"""Clients: more than have a place in the queue."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,11 @@ class Sizes:
     repeats: int = 3
     overload: tuple[int, int] = (32, 200)
     overload_s: float = 8.0
+    refusals: int = 500
     quotes: int = 2
 
 
-QUICK = Sizes(words=8, tokens=8, one=1, many=(2,), repeats=1, overload=(2, 4), overload_s=1.0, quotes=1)
+QUICK = Sizes(words=8, tokens=8, one=1, many=(2,), repeats=1, overload=(2, 4), overload_s=1.0, refusals=5, quotes=1)
 
 
 def _whole(answers: Sequence[Answer], server: Server) -> Sequence[Answer]:
@@ -171,6 +176,40 @@ def overload(server: Server, sizes: Sizes, clients: int, seed: int) -> tuple[flo
             await asyncio.gather(*working, return_exceptions=True)
 
     return asyncio.run(work()), ends
+
+
+def refusal(server: Server, sizes: Sizes, spent: Callable[[], float], seed: int) -> float:
+    """Milliseconds of `spent` that a refused request takes, of many after each other on a connection that is kept.
+
+    spent: seconds so far. The queue is full of answers that nobody streams.
+    """
+    path, body = "/v1/chat/completions", {"messages": user(prompt(sizes.words, seed)), "max_tokens": 1}
+    long = {**body, "max_tokens": STREAM_TOKENS, "ignore_eos": True}
+
+    async def fill(client: httpx.AsyncClient) -> None:
+        while True:
+            if (await client.post(path, json=long)).status_code == 429:
+                await asyncio.sleep(0.5)
+
+    async def refused(client: httpx.AsyncClient, count: int) -> None:
+        while count:
+            count -= (await client.post(path, json=body)).status_code == 429
+
+    async def work() -> float:
+        address, unlimited = f"http://127.0.0.1:{server.port}", httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=address, trust_env=False, timeout=WAIT_S, limits=unlimited) as client:
+            filling = [asyncio.create_task(fill(client)) for _ in range(FULL)]
+            try:
+                await refused(client, 1)
+                before = spent()
+                await refused(client, sizes.refusals)
+                return 1000 * (spent() - before) / sizes.refusals
+            finally:
+                for each in filling:
+                    each.cancel()
+                await asyncio.gather(*filling, return_exceptions=True)
+
+    return asyncio.run(work())
 
 
 POLICIES = "\n".join(
