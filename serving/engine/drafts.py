@@ -8,9 +8,11 @@ is drawn as it is without drafts, so answers are the same, greedy and sampled, e
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 
 import numpy as np
 
+from twinloop.serving.engine.pace import Rate
 from twinloop.serving.engine.slots import Drawn, SlotBatch
 
 DRAFT_TOKENS = 7
@@ -21,7 +23,6 @@ _NGRAMS = (3, 2)
 
 _TRIAL, _REST = 4, 128  # where guesses do not pay: so many passes with one, then so many steps without
 _PLAIN_EVERY = 64  # so that the time of a plain step is of now
-_KEPT = 0.9  # of what was measured before, by each new step
 
 
 def look_up(tokens_L: np.ndarray, most: int) -> list[int]:
@@ -47,7 +48,8 @@ def look_up(tokens_L: np.ndarray, most: int) -> list[int]:
 class Drafts:
     """Advances the sequences of a batch: with guesses where these have saved time lately, and by plain steps.
 
-    Both are measured as they go, in seconds a token. Where guesses do not pay, they rest, and are tried again later.
+    Both are measured as they go, in seconds a token. Where guesses do not pay, they rest, and are tried again later:
+    those that a grammar forces and those that were looked up by themselves, since the first are nearly always right.
     guesses, drafted, accepted: so far, the tokens in them, and those of them that were right.
     """
 
@@ -55,20 +57,19 @@ class Drafts:
         """most: tokens of a guess; 0 takes plain steps only."""
         self._batch, self._most = batch, most
         self.guesses = self.drafted = self.accepted = 0
-        self._plain = _Rate()
-        self._worth = {True: _Worth(), False: _Worth()}  # of greedy sequences, and of sampled ones
+        self._plain = Rate()
+        self._worth: defaultdict[tuple[bool, bool], _Worth] = defaultdict(_Worth)  # of greedy ones, of forced tokens
         self._since_plain = 0
 
     def step(self) -> list[Drawn]:
         """As `SlotBatch.step`: one token for every sequence, or several for the only one."""
         if len(self._batch.decoding) > 1:
             return [self._batch.step()]
-        worth = self._worth[self._batch.greedy_alone]
-        guess = self._guess(worth)
+        guess, worth = self._guess()
         started = time.perf_counter()
         drawn = self._batch.step_along(guess) if guess else [self._batch.step()]
         seconds = time.perf_counter() - started
-        if guess:
+        if worth is not None:
             worth.guessed.add(seconds, len(drawn))
             self._since_plain += 1
             self.guesses += 1
@@ -79,43 +80,34 @@ class Drafts:
             self._since_plain = 0
         return drawn
 
-    def _guess(self, worth: _Worth) -> list[int]:
-        if not self._most or not self._plain.steps or self._since_plain >= _PLAIN_EVERY or not worth.pays(self._plain):
-            return []
-        sequence = self._batch.alone()
+    def _guess(self) -> tuple[list[int], _Worth | None]:
+        """A guess, and what those of its kind have been worth; or none."""
+        if not self._most or not self._plain.count or self._since_plain >= _PLAIN_EVERY:
+            return [], None
+        sequence, greedy = self._batch.alone(), self._batch.greedy_alone
         most = min(self._most, sequence.left - 1)
-        return (sequence.forced[:most] or look_up(sequence.tokens_L, most)) if most >= 1 else []
+        if most < 1:
+            return [], None
+        forced = sequence.forced[:most]
+        worth = self._worth[greedy, bool(forced)]
+        if not worth.pays(self._plain):
+            return [], None
+        guess = forced or look_up(sequence.tokens_L, most)
+        return guess, worth if guess else None
 
 
 class _Worth:
     """Whether guesses save time: they rest where they did not lately, and are tried again later."""
 
     def __init__(self) -> None:
-        self.guessed = _Rate()
+        self.guessed = Rate()
         self._rested = 0
 
-    def pays(self, plain: _Rate) -> bool:
-        if self.guessed.steps < _TRIAL or self.guessed.per_token < plain.per_token:
+    def pays(self, plain: Rate) -> bool:
+        if self.guessed.count < _TRIAL or self.guessed.per_token < plain.per_token:
             return True
         self._rested += 1
         if self._rested <= _REST:
             return False
-        self._rested, self.guessed = 0, _Rate()
+        self._rested, self.guessed = 0, Rate()
         return True
-
-
-class _Rate:
-    """Seconds a token, of the latest steps."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._seconds = self._tokens = 0.0
-
-    def add(self, seconds: float, tokens: int) -> None:
-        self.steps += 1
-        self._seconds = _KEPT * self._seconds + seconds
-        self._tokens = _KEPT * self._tokens + tokens
-
-    @property
-    def per_token(self) -> float:
-        return self._seconds / self._tokens

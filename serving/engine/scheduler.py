@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
+from functools import partial
 from typing import Any, Self
 
 from twinloop.serving.engine.adapters import LoadedAdapter
@@ -21,6 +22,7 @@ from twinloop.serving.engine.counts import SchedulerMetrics, Totals
 from twinloop.serving.engine.drafts import DRAFT_TOKENS, Drafts
 from twinloop.serving.engine.engine import Engine
 from twinloop.serving.engine.held_adapters import HeldAdapters
+from twinloop.serving.engine.pace import Pace
 from twinloop.serving.engine.sampling import SamplingParams
 from twinloop.serving.engine.slot_samplers import SlotConstraintError
 from twinloop.serving.engine.slots import Drawn, Prompt, SlotBatch
@@ -101,11 +103,11 @@ class Scheduler:
         draft_tokens: int = DRAFT_TOKENS,
         on_death: Callable[[], None] = lambda: None,
     ):
-        """prefill_tokens: prompt tokens computed between two decode steps at most: a stream waits for as many. 128 are
-        computed as fast a token as 256 (SmolLM2-135M, int8), 64 are 7% slower. draft_tokens: as `Drafts.most`.
+        """prefill_tokens: prompt tokens computed between two decode steps at most; `Pace` takes fewer where streams
+        would wait long. 128 are computed as fast a token as 256 (SmolLM2-135M, int8). draft_tokens: as `Drafts.most`.
         on_death: is called by the engine's thread where an error ends it while it takes requests."""
-        self._engine = engine
-        self._queue_size, self._prefill_tokens = queue_size, prefill_tokens
+        self._engine, self._queue_size = engine, queue_size
+        self._pace = Pace(prefill_tokens)
         self._lock = threading.Condition()
         self._waiting = WaitingQueue()
         self._reserved = 0  # places of requests that are still prepared
@@ -272,7 +274,7 @@ class Scheduler:
         self._read_prompts()
         if slots := self._batch.decoding:
             try:
-                for drawn in self._drafts.step():
+                for drawn in self._pace.step(self._drafts.step):
                     self._deliver(drawn)
                 self._counts["drafts"] = self._drafts.guesses
                 self._counts["draft_tokens"] = self._drafts.drafted
@@ -335,11 +337,11 @@ class Scheduler:
     def _read_prompts(self) -> None:
         """Compute prompts in order of arrival, up to the token budget of a round. What is taken over from other slots
         counts too: else any number of prompts of which little is left would come between two decode steps."""
-        budget = self._prefill_tokens
+        budget = self._pace.tokens(streams=bool(self._batch.decoding))
         while budget > 0 and (self._batch.reading or self._admit()):
             slots = self._batch.reading
             try:
-                read = self._batch.read_prompt(budget)
+                read = self._pace.read(partial(self._batch.read_prompt, budget))
                 budget -= read.cost
                 self._counts["prompt_tokens"] += read.computed
                 if read.drawn is not None:
