@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -81,10 +82,18 @@ LAST_S = REST_S + REST_PIECE_S
 """How long the end of a request that is given up may take: a client has to read why, and may still send its body."""
 
 
+CLIENT_TIMEOUTS = {b"x-stainless-read-timeout": 0.0, b"x-stainless-timeout": 1.0}
+"""Headers in which OpenAI's clients say how many seconds they wait, and how many more it may be: that for Python says
+what it was set to, that for JavaScript leaves the fraction out."""
+
+
 class Deadline:
     """Give up requests that take longer, from their head to their answer's last byte: a body that comes too slowly, a
     place in the queue, an answer. What the model still wrote for them is cancelled. A client that does not read loses
-    its connection LAST_S later."""
+    its connection LAST_S later.
+
+    Requests to the model are also given up when their client does not wait any longer (CLIENT_TIMEOUTS). As in the
+    client itself, its time begins anew with each piece of an answer: it may be shorter than a stream."""
 
     def __init__(self, app: ASGIApp, seconds: float):
         self.app = app
@@ -92,25 +101,48 @@ class Deadline:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started: Message | None = None
+        patience_s, end = _patience(scope), anyio.current_time() + self.seconds
 
         async def sent(message: Message) -> None:
             nonlocal started
             started = started or message
+            limit.deadline = end  # while the client reads slowly, it does not wait
             await send(message)
+            limit.deadline = min(end, anyio.current_time() + patience_s)
 
         if (abort_after := scope.get("extensions", {}).get(ABORT_AFTER)) is not None:
             abort_after(self.seconds + LAST_S)
-        with anyio.move_on_after(self.seconds) as limit:
+        with anyio.move_on_after(min(self.seconds, patience_s)) as limit:
             await self.app(scope, receive, sent)
         if not limit.cancelled_caught:
             return
-        words = f"the request took longer than {self.seconds:g} s, which is this server's limit"
+        if limit.deadline < end:
+            words = f"nothing could be sent for {patience_s:g} s, and the client waits no longer, by its own time-out"
+        else:
+            words = f"the request took longer than {self.seconds:g} s, which is this server's limit"
         body = error_body(504, words, code="deadline_exceeded")
         if started is None:
             await JSONResponse(body, 504, headers={"Connection": "close"})(scope, receive, send)
         elif (b"content-type", b"text/event-stream; charset=utf-8") in started["headers"]:
             event = f"data: {json.dumps(body)}\n\n".encode()
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+def _patience(scope: Scope) -> float:
+    """For how many seconds the client of a request to the model waits; where it does not say so, without end."""
+    if scope["type"] != "http" or scope["path"] not in ASKED:
+        return math.inf
+    said = [_seconds(value) + CLIENT_TIMEOUTS[name] for name, value in scope["headers"] if name in CLIENT_TIMEOUTS]
+    return min(said, default=math.inf)
+
+
+def _seconds(value: bytes) -> float:
+    """What a header says. Without end where that is no time: others than the client may have written it."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        return math.inf
+    return seconds if seconds > 0 else math.inf
 
 
 class CountRequests:

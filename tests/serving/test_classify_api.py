@@ -202,3 +202,8 @@ def test_an_answer_is_the_likeliest_label_and_nothing_more(classifier):
         assert tokenizer.decode(found.tokens) == LABELS[int(expected.argmax())]
         assert found.finish_reason == "stop"
         assert found.logprobs == pytest.approx([float(expected.log_softmax(0).max())], abs=1e-4)
+
+
+def test_a_client_that_waits_no_longer_is_answered_at_once(labelling):
+    answer = labelling.post(CLASSIFY, json={"input": "late"}, headers={"x-stainless-read-timeout": "0.000001"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
