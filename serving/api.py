@@ -52,7 +52,8 @@ from twinloop.serving.versions_api import Releases, versions_router
 from twinloop.serving.work import Workers
 from twinloop.serving.worker_process import WorkerProcess
 
-EMBEDDINGS = "/v1/embeddings"
+EMBEDDINGS, RESPONSES = "/v1/embeddings", "/v1/responses"
+ASK_CHAT = "chats are asked as chat completions (Vercel's AI SDK: openai.chat(model))"
 DEADLINE_S = 600.0
 """How long a request may take: as long as OpenAI's clients wait."""
 
@@ -117,6 +118,7 @@ def create_app(
     )
     app.include_router(classify_router(manager, metrics, workers))
     app.include_router(_closed_router(manager, "the model is a decoder, which embeds no text", EMBEDDINGS))
+    app.include_router(_closed_router(manager, ASK_CHAT, RESPONSES))
     app.include_router(tokens_router(manager))
     app.include_router(state_router(manager, metrics))
     app.include_router(load_router(metrics))

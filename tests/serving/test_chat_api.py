@@ -251,3 +251,9 @@ def test_embeddings_are_refused_with_the_reason(client):
         official.embeddings.create(model="returns", input="hello")
     assert e.value.body["type"] == "invalid_request_error"
     assert "/v1/embeddings" not in client.get("/openapi.json").json()["paths"]
+
+
+def test_the_responses_api_is_refused_with_what_to_ask_in_its_place(client):
+    official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.NotFoundError, match="chats are asked as chat completions"):
+        official.responses.create(model="returns", input="hello")

@@ -15,7 +15,7 @@ from tool_templates import FAMILIES, save_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.scheduler import Scheduler
 
-PACKAGES = ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"]
+PACKAGES = ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "@ai-sdk/openai@3.0.141", "zod@4.6.7"]
 SCRIPT = Path(__file__).parent / "vercel" / "ask.mjs"
 
 
@@ -43,7 +43,9 @@ def test_the_ai_sdk_chats_streams_calls_and_parses(script: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["whole"]["text"]
-    assert result["stream"] == result["whole"]
+    assert result["stream"] == result["openaiWhole"] == result["openaiStream"] == result["whole"]
+    assert result["responses"]["status"] == 404
+    assert "openai.chat(model)" in result["responses"]["message"]
     assert result["called"] == result["calledStream"]
     for call in result["called"]:
         assert call["toolName"] == "find"
