@@ -41,6 +41,8 @@ _LARGEST_EXACT = 2**53
 """llguidance (1.9) holds numbers as floats: larger ones it would enforce wrongly, and some, such as an integer of at
 most -(2**63 - 2), end the process."""
 _MESSAGE_CHARACTERS = 300
+_OUT_OF_FUEL = ("fuel exhausted", "lexer precomputation failed", "lexer error: too many expressions")
+"""How llguidance (1.9) begins to say so, to who sets its limits."""
 
 # llguidance (1.9) compiles by recursion, through the rules and definitions that name each other too, and a stack that
 # is too small ends the process. Of all that was tried objects within objects take most: 11 kB for 17 characters, which
@@ -265,6 +267,8 @@ def _one_line(message: str) -> str:
     """What llguidance says, without what it says to its authors."""
     if message.startswith("panic:"):
         return "is too large"
+    if message.startswith(_OUT_OF_FUEL):
+        return "takes too much computation to follow; use smaller counts"
     return " ".join(message.replace("<non-verbose/>", "").split())[:_MESSAGE_CHARACTERS]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from string import ascii_lowercase
 
 import jsonschema_rs
 import numpy as np
@@ -22,6 +23,9 @@ ORDER = {
     "required": ["days"],
     "additionalProperties": False,
 }
+
+
+TOO_COSTLY = "takes too much computation to follow; use smaller counts"
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +239,44 @@ def test_an_answer_that_needs_too_much_fails_and_says_so(tokenizer, monkeypatch)
     monkeypatch.setattr(grammar_module, "_LIMITS", LLParserLimits(max_lexer_states=100, verbose_errors=False))
     with pytest.raises(GrammarError, match="states"):
         drawn(Grammars(tokenizer).json_schema(schema), tokenizer, 1)
+
+
+EACH_CHARACTER = "(" + "".join(f"[^{letter}]{{0,99}}" for letter in ascii_lowercase) + "){0,99}"
+NESTED = r"(((\w{0,9}\W{0,9}){0,99}){0,99}x?){0,99}"
+"""Without a bound a step of it takes up to half a minute, after some twenty tokens."""
+UNBOUNDED = LLParserLimits(initial_lexer_fuel=10**9, step_lexer_fuel=10**9, verbose_errors=False)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda grammars: grammars.regex(EACH_CHARACTER),
+        lambda grammars: grammars.clients_lark(f"start: TEXT\nTEXT: /{EACH_CHARACTER}/"),
+        lambda grammars: grammars.clients_lark("start: A\nA: /(.{0,99}a){0,99}/ & ~/(.{0,99}b){0,99}/ & /(.{0,99}c)*/"),
+    ],
+    ids=["regex", "grammar", "intersection"],
+)
+def test_what_costs_too_much_to_begin_is_refused(grammars, read):
+    with pytest.raises(GrammarError) as refused:
+        read(grammars)
+    assert str(refused.value) == TOO_COSTLY
+
+
+@pytest.mark.parametrize("begin", ["", "x", "order "])
+def test_a_step_that_costs_too_much_ends_its_answer(tokenizer, monkeypatch, begin):
+    with pytest.raises(GrammarError) as failed:
+        drawn(Grammars(tokenizer).regex(begin + NESTED), tokenizer, 1)
+    assert str(failed.value) == TOO_COSTLY
+    monkeypatch.setattr(grammar_module, "_LIMITS", UNBOUNDED)
+    assert len(drawn(Grammars(tokenizer).regex(begin + NESTED), tokenizer, 1, limit=6)) == 6
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"a{1,100000}", r"(a{1,100}){1,1000}", r"(?s:.*)a(?s:.{500})", r"[a-z ]{2000}", r"(\w{1,50} ){1,50}"],
+)
+def test_large_counts_alone_cost_little(grammars, tokenizer, pattern):
+    assert len(drawn(grammars.regex(pattern), tokenizer, 1, limit=40)) > 1
 
 
 def test_answers_of_one_grammar_do_not_mix(grammars, tokenizer):
