@@ -88,10 +88,11 @@ def _submit_in(place: Place, service: DecisionService, body: ChatRequest, starte
         vocab_size=tokenizer.vocab_size,
     )
     calls = use.form.trigger if use is not None and use.may_call else None
+    form = body.form_param if use is None else use.text_param
     answers = [
         ChatAnswer(
             index,
-            TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls, form=body.form_param),
+            TextStream(stream, tokenizer, started=started, stop=body.stop_texts, calls=calls, form=form),
             use,
             tokenizer if body.logprobs else None,
         )

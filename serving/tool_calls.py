@@ -43,6 +43,8 @@ def read_calls(text: TextStream, use: ToolUse) -> Iterator[Piece]:
         for piece in text:
             yield from reader.read(piece)
     except ConstraintError as error:
+        if not reader.calling:
+            raise
         raise FormError("tools", str(error)) from error
     yield from reader.finish()
 
@@ -57,6 +59,11 @@ class _Reader:
         self._index = -1
         self._said = False  # that it begins with a text, so that an anchored call can no longer come
         self._depth, self._in_string, self._escaped = 0, False, False
+
+    @property
+    def calling(self) -> bool:
+        """Whether a call has begun."""
+        return self._read != self._text
 
     def read(self, piece: str) -> Iterator[Piece]:
         self._held += piece

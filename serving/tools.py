@@ -107,13 +107,15 @@ class ToolSupport:
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools of one request. anchored: calls can only be the whole of an answer, with no text before them."""
+    """The tools of one request. anchored: calls can only be the whole of an answer, with no text before them.
+    text_param: the parameter that holds an answer without calls to its form."""
 
     form: CallForm
     prompt_tools: Sequence[Mapping[str, Any]]
     constraint: Constraint
     may_call: bool
     anchored: bool
+    text_param: str
 
 
 def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> ToolUse | None:
@@ -139,7 +141,14 @@ def tool_use(asked: FormFields, support: ToolSupport, grammars: Grammars) -> Too
     except GrammarError as error:
         _name_refused(tools, grammars)
         raise refused("tools", str(error)) from None
-    return ToolUse(form, prompt_tools(tools), constraint, may_call=mode != "none", anchored=anchored)
+    return ToolUse(
+        form,
+        prompt_tools(tools),
+        constraint,
+        may_call=mode != "none",
+        anchored=anchored,
+        text_param="tools" if answer_schema is None else "response_format",
+    )
 
 
 def _answer_schema(asked: FormFields, mode: Mode, form: CallForm, grammars: Grammars) -> Mapping[str, Any] | None:

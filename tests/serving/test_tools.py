@@ -11,13 +11,12 @@ import pytest
 from pydantic import BaseModel, Field
 from served import HELLO, make_app, running
 from test_chat_api import chunks_of
-from test_structured import Fails, small_engine
+from test_structured import small_engine
 from tool_templates import FAMILIES, save_tokenizer
 from transformers import AutoTokenizer
 from wish import Wish
 
 from twinloop.models.tokenizer import ChatTokenizer
-from twinloop.serving.engine.grammar import Grammar
 from twinloop.serving.engine.scheduler import Scheduler
 from twinloop.serving.response_format import MAX_DEPTH
 
@@ -390,12 +389,3 @@ def test_data_that_is_as_deep_as_is_read_is_written_into_the_prompt(wishing):
     asked = {"messages": messages, "tools": [tool(parameters=data)], "tool_choice": "none"}
     answer = wishing.client.post(CHAT, json=asked)  # Llama's template indents, which needs more tokens than there are
     assert answer.status_code == 200 or answer.json()["error"]["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_calls_that_cannot_go_on_are_the_requests_error(served, monkeypatch, stream):
-    monkeypatch.setattr(Grammar, "start", lambda self: Fails(3))
-    answer = served.client.post(CHAT, json={"messages": HELLO, "tools": TOOLS, "stream": stream})
-    assert answer.status_code == (200 if stream else 400)
-    assert "tools: too complex" in answer.text
-    assert "[DONE]" not in answer.text
