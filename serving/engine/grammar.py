@@ -28,7 +28,7 @@ ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 _GRAMMARS_KEPT = 16
 # The fuel bounds what a step may cost everybody beside it: of a regular expression with large counts it was seconds.
 _LIMITS = LLParserLimits(
-    max_lexer_states=50_000, initial_lexer_fuel=200_000, step_lexer_fuel=20_000, verbose_errors=False
+    max_lexer_states=50_000, initial_lexer_fuel=200_000, step_lexer_fuel=1_000_000, verbose_errors=False
 )
 # A model that likes blanks must come to an end of them; this many indent seven levels by two.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,16}"
@@ -41,8 +41,11 @@ _LARGEST_EXACT = 2**53
 """llguidance (1.9) holds numbers as floats: larger ones it would enforce wrongly, and some, such as an integer of at
 most -(2**63 - 2), end the process."""
 _MESSAGE_CHARACTERS = 300
-_OUT_OF_FUEL = ("fuel exhausted", "lexer precomputation failed", "lexer error: too many expressions")
-"""How llguidance (1.9) begins to say so, to who sets its limits."""
+_OUT_OF_FUEL = (
+    *("fuel exhausted", "lexer precomputation failed", "lexer error: too many expressions"),
+    "doesn't satisfy the grammar",  # of a token that it allowed, where fuel ended within the token
+)
+"""In which words llguidance (1.9) says so, to who sets its limits."""
 
 # llguidance (1.9) compiles by recursion, through the rules and definitions that name each other too, and a stack that
 # is too small ends the process. Of all that was tried objects within objects take most: 11 kB for 17 characters, which
@@ -267,7 +270,7 @@ def _one_line(message: str) -> str:
     """What llguidance says, without what it says to its authors."""
     if message.startswith("panic:"):
         return "is too large"
-    if message.startswith(_OUT_OF_FUEL):
+    if any(words in message for words in _OUT_OF_FUEL):
         return "takes too much computation to follow; use smaller counts"
     return " ".join(message.replace("<non-verbose/>", "").split())[:_MESSAGE_CHARACTERS]
 
