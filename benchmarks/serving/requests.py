@@ -189,7 +189,7 @@ def refusal(server: Server, sizes: Sizes, spent: Callable[[], float], seed: int)
     async def fill(client: httpx.AsyncClient) -> None:
         while True:
             if (await client.post(path, json=long)).status_code == 429:
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(5)
 
     async def refused(client: httpx.AsyncClient, count: int) -> None:
         while count:
