@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import psutil
-from small_project import PROJECT, environment, make_project, recipe_fields
+from small_project import PROJECT, environment, make_ready_project, recipe_fields
 
 from twinloop.common.strict_yaml import parse_yaml
 
@@ -27,7 +27,7 @@ class Services:
     """The services of one project, as a person starts, asks and stops them."""
 
     def __init__(self, folder: Path):
-        self.project = make_project(folder)
+        self.project = make_ready_project(folder)
         for name in ("prefect.yaml", "prefect.toml"):
             shutil.copy(PROJECT / name, self.project / name)
         self.write_recipe(tokens=20_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +107,32 @@ def make_project(folder: Path) -> Path:
     identity = ["-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "project"]):
         subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    return folder
+
+
+def make_ready_project(folder: Path) -> Path:
+    """`make_project` with the databases of Prefect and MLflow in it, as an earlier command leaves them: for tests that
+    are not about the first one. To make them takes ten seconds."""
+    for name, database in {"state/prefect": "prefect.db", "mlruns": "mlflow.db"}.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(_databases() / database, folder / name)
+    return make_project(folder)
+
+
+@cache
+def _databases() -> Path:
+    """Once a process: the two as the product makes them."""
+    folder = Path(tempfile.mkdtemp(prefix="databases-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    make = (
+        "from pathlib import Path\n"
+        "from twinloop.flows.prefect_database import prepare_prefect_database\n"
+        "from twinloop.registry.mlflow_database import prepare_mlflow_database\n"
+        "prepare_prefect_database()\n"
+        "prepare_mlflow_database(Path('mlflow.db'))\n"
+    )
+    homes = {"PREFECT_HOME": str(folder)}
+    subprocess.run([sys.executable, "-c", make], cwd=folder, env=environment() | homes, check=True)
     return folder
 
 

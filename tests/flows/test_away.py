@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from http_answers import answering
-from small_project import environment, make_project, twinloop
+from small_project import environment, make_ready_project, twinloop
 
 from twinloop.common.errors import UserError
 from twinloop.flows.edge import MISTAKE, run_command
@@ -114,7 +114,7 @@ def test_a_locked_database_is_named_and_one_that_is_soon_free_is_waited_for(
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("project"))
+    return make_ready_project(tmp_path_factory.mktemp("project"))
 
 
 COMMANDS = {

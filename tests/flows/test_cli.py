@@ -7,14 +7,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from small_project import RECIPE, make_project, twinloop, write_recipe
+from small_project import RECIPE, make_ready_project, twinloop, write_recipe
 
 from twinloop.flows.keys import project_keys
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("project"))
+    return make_ready_project(tmp_path_factory.mktemp("project"))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_documents_are_put_listed_and_kept(project: Path) -> None:
 
 
 def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     assert "whoever reaches a server may ask it" in twinloop(project, "keys", "list").stderr
     made = twinloop(project, "keys", "create", "shop", "--requests", "60", "--tokens", "20000")
     assert made.returncode == 0, made.stderr
@@ -134,7 +134,7 @@ def test_the_forms_of_the_data_are_shown_with_a_whole_row(project: Path, tmp_pat
 
 
 def test_data_is_built_and_then_checked(tmp_path: Path) -> None:
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     built = twinloop(project, "data", "build")
     assert built.returncode == 0, built.stderr
     checked = twinloop(project, "data", "check")
@@ -143,7 +143,7 @@ def test_data_is_built_and_then_checked(tmp_path: Path) -> None:
 
 
 def test_gate_says_that_there_is_nothing_to_judge_before_it_builds_data(tmp_path: Path) -> None:
-    project = make_project(tmp_path)  # `plan` builds the data of the one that the other tests share
+    project = make_ready_project(tmp_path)  # `plan` builds the data of the one that the other tests share
     done = twinloop(project, "gate", "recipes/small.yaml")
     assert done.returncode == 2
     assert "no candidate and no champion to judge" in done.stderr
@@ -161,7 +161,7 @@ def test_the_version_is_that_of_the_package_and_of_its_checkout(project: Path) -
 def test_the_commit_of_a_checkout_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from twinloop.flows import version
 
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True
     ).stdout.strip()

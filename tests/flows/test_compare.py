@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_project import environment, make_project, recipe_fields, twinloop
+from small_project import environment, make_ready_project, recipe_fields, twinloop
 
 from twinloop.evaluation.cases import Case
 from twinloop.evaluation.comparison import Comparison, Contestant, Judging
@@ -97,7 +97,7 @@ def test_the_ratings_say_how_many_judgements_are_needed() -> None:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With two versions: SFT at two learning rates."""
-    project = make_project(tmp_path_factory.mktemp("compared"))
+    project = make_ready_project(tmp_path_factory.mktemp("compared"))
     for rate in (0.001, 0.003):
         fields = recipe_fields(sft={"learning_rate": rate})
         fields["train"] = fields["train"][:2]  # type: ignore[index]

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from small_project import LENIENT, make_project, twinloop
+from small_project import LENIENT, make_ready_project, twinloop
 
 
 @pytest.mark.slow
 def test_too_few_cases_for_a_limit_are_told_once_the_data_are_validated(tmp_path: Path) -> None:
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     (project / "recipes" / "lenient.yaml").write_text(json.dumps(LENIENT | {"held_out_pass_rate": 0.95}))
     run = twinloop(project, "run", "recipes/small.yaml")
     assert run.returncode == 2

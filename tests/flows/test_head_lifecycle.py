@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_project import LENIENT, make_project, recipe_fields, twinloop
+from small_project import LENIENT, make_ready_project, recipe_fields, twinloop
 
 from twinloop.common.strict_yaml import parse_yaml
 from twinloop.flows.init import init_project
@@ -29,7 +29,7 @@ def manifest(project: Path, stage: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def rewarded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """After a run whose SFT comes behind a reward model, and which ends with another one; what it printed."""
-    project = make_project(tmp_path_factory.mktemp("rewarded"))
+    project = make_ready_project(tmp_path_factory.mktemp("rewarded"))
     sft = {"method": "sft", "learning_rate": 0.001, **PACKED}
     rules = {name: LENIENT[name] for name in RULES} | {"reward_accuracy": 0.0, "reward_hacking_violations": 100_000}
     (project / "recipes" / "reward-gate.yaml").write_text(json.dumps(rules))

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_project import RECIPE, STAGES, make_project, twinloop
+from small_project import RECIPE, STAGES, make_ready_project, twinloop
 
 from twinloop.domains.returns.case_maker import GeneratorParams
 from twinloop.domains.returns.generator import generate
@@ -43,7 +43,7 @@ def write_recipe(project: Path, base: dict[str, object]) -> None:
 
 
 def test_a_base_is_trained_to_a_champion_and_the_champion_is_trained_further(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "project")
+    project = make_ready_project(tmp_path / "project")
     counts = {name: 40 for name, field in GeneratorParams.model_fields.items() if field.is_required()}
     generate(GeneratorParams(**counts), tmp_path / "raw")
     corpus = (tmp_path / "raw" / "corpus.jsonl").read_text().splitlines()

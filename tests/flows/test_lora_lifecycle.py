@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_project import make_project, twinloop, write_recipe
+from small_project import make_ready_project, twinloop, write_recipe
 
 from twinloop.models.directory import load_tensors
 from twinloop.registry.tracking import Mlruns
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """After a run whose SFT merges its adapter; those of DPO and GRPO are stacked on that."""
-    project = make_project(tmp_path_factory.mktemp("lora"))
+    project = make_ready_project(tmp_path_factory.mktemp("lora"))
     write_recipe(
         project,
         sft={"lora": {"rank": 4, "merge": True}, "learning_rate": 0.003},

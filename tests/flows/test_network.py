@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from small_project import environment, make_project
+from small_project import environment, make_ready_project
 
 STRACE = shutil.which("strace")
 SERVED_S = 60
@@ -51,7 +51,7 @@ def foreign(log: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("project"))
+    return make_ready_project(tmp_path_factory.mktemp("project"))
 
 
 def test_a_lifecycle_reaches_this_machine_only(project: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_project import make_project, start, twinloop
+from small_project import make_ready_project, start, twinloop
 
 from twinloop.flows.answer import answer_over_http
 
@@ -50,7 +50,7 @@ def warnings(project: Path) -> list[str]:
 def test_documents_that_were_trained_with_are_answered_from_and_those_of_an_administrator_are_kept(
     tmp_path: Path,
 ) -> None:
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     assert "6 new: P-" in run(project)
     answer = answer_over_http(project, "small").body
     one = answer["passages"][0]["document_id"]

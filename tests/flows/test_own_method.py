@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small_project import make_project, recipe_fields, twinloop
+from small_project import make_ready_project, recipe_fields, twinloop
 
 BOUNDED = '''"""SFT whose loss is bounded: a mean of 1 - p over the answer's tokens (MAE; Ghosh et al., 2017)."""
 
@@ -35,7 +35,7 @@ def build(records, model, tokenizer, settings, runtime, domain):
 
 @pytest.mark.slow
 def test_a_recipe_with_sft_and_a_method_of_ones_own_runs_end_to_end(tmp_path: Path) -> None:
-    project = make_project(tmp_path)
+    project = make_ready_project(tmp_path)
     (project / "mae.py").write_text(BOUNDED)
     fields = recipe_fields()
     sft = next(stage for stage in fields["train"] if stage["method"] == "sft")

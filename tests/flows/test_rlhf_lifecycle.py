@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_project import make_project, mlflow, recipe_fields, twinloop
+from small_project import make_ready_project, mlflow, recipe_fields, twinloop
 
 from twinloop.registry.artifact import Manifest
 
@@ -35,7 +35,7 @@ def manifests(project: Path, stage: str) -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    project = make_project(tmp_path_factory.mktemp("rlhf"))
+    project = make_ready_project(tmp_path_factory.mktemp("rlhf"))
     write(project, SFT, REWARD, PPO)
     run = twinloop(project, "run", "recipes/small.yaml")
     assert run.returncode == 0, run.stdout + run.stderr
