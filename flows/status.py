@@ -171,6 +171,9 @@ def _print_plan(plan: Plan, recipe: Recipe, runtime: Runtime, written: int, cons
         training.add_row(stage.name, *numbers)
     memory = {stage.name: stage.memory.rows() for stage in plan.stages}
     console.print(training)
+    for stage in plan.stages:
+        if stage.answers:
+            console.print(f"{stage.name}: {stage.answers}.", soft_wrap=True)
     console.print(_memory_table("memory of training, MiB", "stage", memory))
     serving = {str(precision): memory.rows() for precision, memory in plan.serving.items()}
     console.print(_memory_table("memory of serving, MiB", "precision", serving))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -20,10 +21,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from twinloop.domains.domain import Domain, Verdict
+from twinloop.domains.domain import Domain, Verdict, domain_code
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.directory import load_config
 from twinloop.models.memory import ServingMemory, TrainingMemory, flops_per_token, serving_memory, training_memory
+from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.registry.artifact import Artifact
 from twinloop.tasks.base import base_stage
 from twinloop.tasks.base_settings import NewBase
@@ -37,7 +39,6 @@ from twinloop.training.runtime import Runtime
 from twinloop.training.settings import RolloutSettings, TrainSettings
 
 if TYPE_CHECKING:
-    from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.loop import StepReport
     from twinloop.training.stream import Batches, Step
 
@@ -50,11 +51,34 @@ STAGE_S = 1.0
 """Of every stage, besides its training: a run in MLflow, the model directory and its checksums."""
 ASSUMED_WRONG = 0.05
 """Share of answers without reward in the probe of RL. How often a group of answers has a gradient depends on it."""
+MORE_WORDS = (" so", "\nso\n", "<think>\nso\n</think>\n\n")
+"""Put into a gold answer, to see whether the verifier pays for longer ones."""
+TRIED_WITH_MORE = 3
+"""Gold answers that they are put into: one form is that of all."""
+
+
+@dataclass(frozen=True)
+class AnswerLength:
+    """Tokens that each answer of RL is taken to have. is_bound: how long right answers are is not known, and these are
+    the most that they can have."""
+
+    tokens: int
+    is_bound: bool
+
+    def __str__(self) -> str:
+        taken = f"each answer is taken to have {self.tokens} tokens"
+        if self.is_bound:
+            return (
+                f"{taken}, the most that max_new_tokens allows, since how long right answers are is not known; shorter "
+                "ones take less"
+            )
+        return f"{taken}, as the longest gold answer has"
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Of the whole stage. flops: of forward and backward over `tokens`. seconds: on this machine, as busy as it is."""
+    """Of the whole stage. flops: of forward and backward over `tokens`. seconds: on this machine, as busy as it is.
+    answers: where the stage samples some."""
 
     name: str
     memory: TrainingMemory
@@ -62,6 +86,7 @@ class StagePlan:
     tokens: int
     flops: float
     seconds: float
+    answers: AnswerLength | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +149,7 @@ def make_plan(
         flops = cost.tokens * flops_per_token(
             config, context=min(seq_len, max_length) / 2, training=True, frozen=frozen
         )
-        stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds))
+        stages.append(StagePlan(stage.name, memory, cost.steps, cost.tokens, flops, cost.seconds, cost.answers))
         step = f"{1000 * cost.step_s:,.0f} ms a step"
         context.progress.finished(f"plan {stage.name}", seconds=time.perf_counter() - started, name=step)
     serving = {
@@ -153,6 +178,7 @@ class _Cost:
     tokens: int
     seconds: float
     step_s: float
+    answers: AnswerLength | None
 
 
 @dataclass(frozen=True)
@@ -182,28 +208,27 @@ class _Prober:
         self._data, self._model = data, model
 
     def measure(self) -> _Cost:
-        from twinloop.models.tokenizer import ChatTokenizer
         from twinloop.records.validated import read_records
 
         started = time.perf_counter()
         records = list(read_records(self._data, self._stage.method.records))
         read_s = time.perf_counter() - started
-        tokenizer = ChatTokenizer.load(self._model)
         sizes = [SAMPLE // 2, SAMPLE] if len(records) > SAMPLE else [len(records)]
-        found = [self._probe(_spread(records, size), tokenizer) for size in sizes]
+        answers = self._answer_length(_spread(records, sizes[-1]))
+        found = [self._probe(_spread(records, size), answers) for size in sizes]
         last = found[-1]
         steps = round(_extrapolate(sizes, [each.steps for each in found], len(records)))
         build_s = _extrapolate(sizes, [each.build_s for each in found], len(records))
         seconds = STAGE_S + read_s + max(0.0, build_s) + steps * last.step_s
-        return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s)
+        return _Cost(steps, round(steps * last.step_tokens), seconds, last.step_s, answers)
 
-    def _probe(self, records: list[dict[str, Any]], tokenizer: ChatTokenizer) -> _Built:
+    def _probe(self, records: list[dict[str, Any]], answers: AnswerLength | None) -> _Built:
         from twinloop.training.adapters import attach_adapter
         from twinloop.training.loop import run_training
         from twinloop.training.weights import load_decoder
 
         self._runtime.use()
-        settings, domain = self._as_trained(records, tokenizer)
+        settings, tokenizer, domain = self._as_trained(answers)
         network = load_decoder(self._model)
         if settings.lora:
             attach_adapter(network, settings.lora.form, seed=self._runtime.seed, stage=self._stage.name)
@@ -222,16 +247,47 @@ class _Prober:
         )
         return _Built(batches.total_steps, built - started, some.step_s, some.step_tokens)
 
-    def _as_trained(self, records: Sequence[dict[str, Any]], tokenizer: ChatTokenizer) -> tuple[TrainSettings, Domain]:
-        """Settings and domain with which the untrained network costs about what the trained one will: answers as long
-        as the right ones, and most of them rewarded."""
+    def _answer_length(self, records: Sequence[dict[str, Any]]) -> AnswerLength | None:
+        """Of the stage's answers, where it samples some: that of the gold answers, if right ones can be no longer."""
+        settings, domain = self._settings, self._domain
+        if not isinstance(settings, RolloutSettings):
+            return None
+        most = settings.max_new_tokens
+        if not settings.needs_verifier() or not domain.has("gold"):
+            return AnswerLength(most, is_bound=True)
+        tokenizer = ChatTokenizer.load(self._model)
+        with domain_code(domain, "gold", "a prompt's facts"):
+            gold = [(domain.gold(facts), facts) for facts in map(domain.read_facts, records)]
+        if any(_may_be_longer(domain, *each) for each in gold[:TRIED_WITH_MORE]):
+            return AnswerLength(most, is_bound=True)
+        longest = max((len(tokenizer.encode_answer(answer)) for answer, _ in gold), default=most)
+        return AnswerLength(min(most, longest), is_bound=False)
+
+    def _as_trained(self, answers: AnswerLength | None) -> tuple[TrainSettings, ChatTokenizer, Domain]:
+        """Settings, tokenizer and domain with which the untrained network costs about what the trained one will:
+        answers that have this length, and most of them rewarded."""
         settings = self._settings
-        if not isinstance(settings, RolloutSettings) or not settings.needs_verifier():
-            return settings, self._domain
-        answers = [self._domain.gold(self._domain.read_facts(record)) for record in records]
-        longest = max((len(tokenizer.encode_answer(answer)) for answer in answers), default=settings.max_new_tokens)
-        shorter = settings.model_copy(update={"max_new_tokens": min(settings.max_new_tokens, longest)})
-        return shorter, _rewarding(self._domain)
+        if answers is None:
+            return settings, ChatTokenizer.load(self._model), self._domain
+        shorter = settings.model_copy(update={"max_new_tokens": answers.tokens})
+        domain = _rewarding(self._domain) if settings.needs_verifier() else self._domain
+        return shorter, _Endless.load(self._model), domain
+
+
+class _Endless(ChatTokenizer):
+    """With it every answer has all the tokens that it may: how soon the untrained network would end it says nothing."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return ()
+
+
+def _may_be_longer(domain: Domain, gold: str, facts: Any) -> bool:
+    """Whether the verifier pays for the gold answer with more words in it, such as thinking before the value."""
+    places = [0, *(space.start() for space in re.finditer(r"\s+", gold)), len(gold)]
+    longer = [gold[:place] + words + gold[place:] for place in places for words in MORE_WORDS]
+    with domain_code(domain, "verify", "a longer gold answer"):
+        return any(domain.verify(answer, facts).reward > 0 for answer in longer)
 
 
 class _FirstSteps:
@@ -305,7 +361,6 @@ def _save_untrained_reward_model(folder: Path, base: Path) -> None:
     import torch
 
     from twinloop.models.directory import save_model
-    from twinloop.models.tokenizer import ChatTokenizer
     from twinloop.training.heads import REWARD, attach_head
     from twinloop.training.weights import get_weights, load_decoder
 

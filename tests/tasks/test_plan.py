@@ -19,12 +19,15 @@ from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.records.dataset import DataVersion
 from twinloop.records.validated import read_records
 from twinloop.registry.artifact import Artifact
+from twinloop.tasks.base import base_stage
+from twinloop.tasks.base_settings import NewBase
 from twinloop.tasks.base_source import resolve_base
 from twinloop.tasks.context import Context
 from twinloop.tasks.other_processes import OtherProcesses
-from twinloop.tasks.plan import SAMPLE, Plan, make_plan
+from twinloop.tasks.plan import SAMPLE, AnswerLength, Plan, StagePlan, make_plan
 from twinloop.tasks.prepare import validate_stage
 from twinloop.tasks.recipe import Recipe, load_recipe
+from twinloop.tasks.tokenize import tokenize_stage
 from twinloop.training.weights import load_decoder
 
 PROJECT = Path(__file__).parents[2]
@@ -64,9 +67,17 @@ def plan(context: Context, data: Artifact) -> Plan:
         return make_plan(context, RECIPE, resolve_base(RECIPE, context.project), RECIPE.runtime(), data=data)
 
 
+def base_of(recipe: Recipe, context: Context, data: Artifact) -> Path:
+    """The directory of the base, as the plan made it."""
+    assert isinstance(recipe.base, NewBase)
+    records = [stage.method.records for stage in recipe.train]
+    tokenizer = tokenize_stage(context, recipe.base.vocab_size, records=records, data=data)
+    return base_stage(context, recipe.base, seed=recipe.seed, tokenizer=tokenizer).path
+
+
 def real_steps(recipe: Recipe, context: Context, data: Artifact, name: str) -> int:
     stage = next(stage for stage in recipe.train if stage.name == name)
-    base = next((context.project / "artifacts").glob("base/*/tokenizer.json")).parent
+    base = base_of(recipe, context, data)
     tokenizer = ChatTokenizer.load(base)
     records = list(read_records(data.path, stage.method.records))
     _, batches = stage.method.build(records, load_decoder(base), tokenizer, stage.settings, recipe.runtime(), domain)
@@ -87,6 +98,52 @@ def test_rollouts_of_the_untrained_network_are_trained_on(plan: Plan) -> None:
     """It gets no reward yet; the trained one gets some, and what is trained on that is the larger part of a step."""
     grpo = next(stage for stage in plan.stages if stage.name == "grpo")
     assert grpo.tokens > 1000
+
+
+THINKING = """
+from twinloop.domains.returns.domain import Returns
+
+
+class Thinking(Returns):
+    \"\"\"The decision is the last line of an answer, whatever is said before it.\"\"\"
+
+    def verify(self, output, facts):
+        return super().verify(output.rpartition("\\n")[2], facts)
+
+
+domain = Thinking()
+"""
+
+
+def test_answers_of_rl_are_as_long_as_the_gold_ones_or_else_as_they_may_be(
+    context: Context, data: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long right answers are is not known where the verifier pays for more than the gold answer."""
+    monkeypatch.setattr("twinloop.tasks.plan.PROBE_S", 0.0)
+    (context.project / "thinking.py").write_text(THINKING)
+    fields = parse_yaml((PROJECT / "recipes" / "tiny.yaml").read_text())
+    rl = {**fields["train"][-1], "max_new_tokens": 200}
+
+    def recipe_with(name: str) -> Recipe:
+        path = context.project / "rl.yaml"
+        path.write_text(json.dumps(fields | {"domain": name, "train": [rl]}))
+        return load_recipe(path, context.project)
+
+    def plan_of(recipe: Recipe) -> StagePlan:
+        planned = Context.of(context.project, context.project / "rl.yaml", recipe, Silent()).on_data("0" * 32)
+        [grpo] = make_plan(planned, recipe, resolve_base(recipe, planned.project), recipe.runtime(), data=data).stages
+        return grpo
+
+    recipe = recipe_with("returns")
+    fixed, thinking = plan_of(recipe), plan_of(recipe_with("./thinking.py"))
+    tokenizer = ChatTokenizer.load(base_of(recipe, context, data))
+    facts = [domain.read_facts(record) for record in read_records(data.path, "prompts")]
+    longest = max(len(tokenizer.encode_answer(domain.gold(each))) for each in facts)
+    assert fixed.answers == AnswerLength(longest, is_bound=False)
+    assert thinking.answers == AnswerLength(200, is_bound=True)
+    answers, rest = divmod(thinking.tokens - fixed.tokens, 200 - longest)
+    assert answers > 0
+    assert rest == 0, "every answer has all the tokens that it may"
 
 
 def test_a_reward_model_is_in_memory_while_the_network_is_trained_by_it(
