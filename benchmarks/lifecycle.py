@@ -31,7 +31,7 @@ from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, read_cases, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.parity import Reference
-from twinloop.evaluation.texts import score_texts
+from twinloop.evaluation.texts import losses, score_texts
 from twinloop.models.config import Precision
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
@@ -187,11 +187,11 @@ def judge(workload: Workload, precision: Precision, work: Path) -> list[str]:
     same = reference.compare(ExportedForm(precision, exported, "", threads=threads))
     found, speed = answer(workload, exported)
     engine = Engine.load(exported, slots=1, threads=threads)
-    text = score_texts(engine, tokenizer, (record["text"] for record in workload.records("corpus_heldout")))
+    texts = score_texts(engine, tokenizer, (record["text"] for record in workload.records("corpus_heldout")))
     steps = [time_steps(exported, slots, workload.context, threads=threads).median_s for slots in SLOTS]
     return [
         f"{seconds:.2f}", f"{same.logit_gap:.4f}", f"{same.tokens:.2%} of {same.compared}", *results(found),
-        f"{text.bits_per_byte:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),
+        f"{losses(texts)['bits_per_byte'].value:.4f}", f"{speed:.1f}", *(f"{1000 * step:.3f}" for step in steps),
     ]  # fmt: skip
 
 

@@ -62,7 +62,7 @@ class CaseReport(_Record):
     violations: dict[str, int]
     """Answers, sampled ones too, by the critical predicate that they violate."""
     measured: dict[str, Estimate]
-    """The domain's own metrics by name, and those of the reference answers."""
+    """The domain's own metrics by name, and those of the reference answers and of held-out text."""
     details: dict[str, Any] = {}
     """What else the domain reports, such as a confusion matrix."""
     outcomes: dict[str, dict[str, int]] = {}

@@ -16,13 +16,12 @@ from twinloop.evaluation.estimates import measured
 from twinloop.evaluation.gate import GateRules, passes
 from twinloop.evaluation.metrics import Estimate, Rate, wilson_interval
 from twinloop.evaluation.rewards import ACCURACY, PAIR
-from twinloop.evaluation.rules import REFERENCE, REWARD, Measurements
+from twinloop.evaluation.rules import REFERENCE, REWARD, TEXTS, Measurements
 from twinloop.models.config import Kind
 
 MOST_CASES = 1_000_000
 """A limit that so many right answers do not pass, none does."""
 
-OF_TEXTS = ("bits_per_byte", "perplexity")
 _NEVER: Mapping[Kind, str] = {
     "text": "it is of reward models, and the release writes text",
     "labels": "the release gives labels, of which it is not measured",
@@ -105,7 +104,7 @@ def foresee(
     if kind == "text" and not has_texts:
         problems += [
             f"{name}: there is no corpus_heldout to measure it on; add it, or take the rule out"
-            for name in OF_TEXTS
+            for name in TEXTS
             if name in rules.limits
         ]
     of_answers = [name for name in REFERENCE if name in rules.limits]
@@ -120,7 +119,7 @@ def _never_measured(domain: Domain, kind: Kind) -> set[str]:
     """Rules on what `tasks.measure` does not measure of such a model, so that they block it."""
     if kind == "text":
         return {*REWARD}
-    of_texts = {*OF_TEXTS, *REFERENCE}
+    of_texts = {*TEXTS, *REFERENCE}
     if kind == "labels":
         return of_texts | {*REWARD}
     of_answers = {*domain.metrics, *(f"{name}_pass_rate" for name in domain.case_kinds)}

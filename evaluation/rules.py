@@ -31,7 +31,7 @@ class Measurements(BaseModel):
     violations: Mapping[str, int] = {}
     """By critical predicate."""
     metrics: Mapping[str, Estimate] = {}
-    """The domain's own by name, and those of the reference answers."""
+    """The domain's own by name, and those of the reference answers and of held-out text."""
     champion: Comparison | Literal["none"] | None = None
     """Case by case against the champion; "none" where there is none."""
     champion_note: str = ""
@@ -46,9 +46,6 @@ class Measurements(BaseModel):
     """Share of greedy tokens that both choose."""
     p95_ttft_ms: float | None = None
     memory_gib: float | None = None
-    bits_per_byte: float | None = None
-    """Of held-out text, as is its perplexity."""
-    perplexity: float | None = None
 
     @classmethod
     def of_cases(cls, report: CaseReport, **others: Any) -> Measurements:
@@ -153,13 +150,16 @@ REFERENCE: Mapping[str, Metric] = {
     "answer_bits_per_byte": Metric("bits per byte of reference answers", "at most"),
 }
 """Measured, and rules, of domains whose cases have reference answers."""
+TEXTS: Mapping[str, Metric] = {
+    "bits_per_byte": Metric("bits per byte of held-out text", "at most"),
+    "perplexity": Metric("perplexity of held-out text", "at most"),
+}
+"""Measured where the data have held-out texts, and rules of every domain."""
 GENERIC: Mapping[str, Rule] = {
     "parity_logit_gap": _plain("at most", "positive", _EXPORT_DIFFERS, EXPORT, "parity_logit_gap"),
     "parity_token_agreement": _plain("at least", "share", _EXPORT_DIFFERS, EXPORT, "parity_token_agreement"),
     "p95_ttft_ms": _plain("at most", "positive", "latency budget exceeded", LATENCY, "p95_ttft_ms"),
     "memory_gib": _plain("at most", "positive", "memory budget exceeded", LATENCY, "memory_gib"),
-    "bits_per_byte": _plain("at most", "positive", _TEXT_WORSE, TRAINING, "bits_per_byte"),
-    "perplexity": _plain("at most", "positive", _TEXT_WORSE, TRAINING, "perplexity"),
 }
 
 PARITY = "parity"
@@ -179,11 +179,10 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
             rules[f"{name}_violations"] = _violations_rule(name, domain)
         rules |= COMPARED
     if domain.has("reference"):
-        rules |= {
-            name: replace(_metric_rule(name, metric), allowed="positive", reason=_ANSWERS_WORSE)
-            for name, metric in REFERENCE.items()
-        }
-    rules |= {**GENERIC, **REWARD}
+        rules |= {name: _loss_rule(name, metric, _ANSWERS_WORSE) for name, metric in REFERENCE.items()}
+    rules |= GENERIC
+    rules |= {name: _loss_rule(name, metric, _TEXT_WORSE) for name, metric in TEXTS.items()}
+    rules |= REWARD
     for name, metric in domain.metrics.items():
         if name in rules:
             raise UserError(f"domain {domain.name}: metric {name}: another rule has this name; choose one of its own")
@@ -193,7 +192,7 @@ def rules_of(domain: Domain) -> dict[str, Rule]:
 
 def metrics_of(domain: Domain) -> dict[str, Metric]:
     """What is measured over all cases, in the order in which it is shown."""
-    return {**domain.metrics, **(REFERENCE if domain.has("reference") else {})}
+    return {**domain.metrics, **(REFERENCE if domain.has("reference") else {}), **TEXTS}
 
 
 def _kind_rule(kind: str, case_kind: CaseKind) -> Rule:
@@ -229,6 +228,10 @@ def _of_form(form: str, field: str) -> Callable[[Measurements], Measured]:
         return replace(_number(getattr(found, field)), detail="; ".join(found.problems.get(field, ())))
 
     return measure
+
+
+def _loss_rule(name: str, metric: Metric, reason: str) -> Rule:
+    return replace(_metric_rule(name, metric), allowed="positive", reason=reason)
 
 
 def _metric_rule(name: str, metric: Metric) -> Rule:

@@ -30,38 +30,30 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class TextScore:
-    """Total loss over some texts. `tokens` counts the targets, stop tokens among them; `bytes` is UTF-8."""
+    """Loss of one text. `tokens` counts the targets, stop tokens among them; `bytes` is UTF-8."""
 
     nats: float
     tokens: int
     bytes: int
 
-    @property
-    def bits_per_byte(self) -> float:
-        return metrics.bits_per_byte(self.nats, self.bytes)
 
-    @property
-    def perplexity(self) -> float:
-        return metrics.perplexity(self.nats, self.tokens)
-
-
-def score_texts(engine: Scorer, tokenizer: ChatTokenizer, texts: Iterable[str]) -> TextScore:
+def score_texts(engine: Scorer, tokenizer: ChatTokenizer, texts: Iterable[str]) -> list[TextScore]:
     """Score each text as the document it is in pretraining: BOS, text, stop token.
 
     A text longer than the engine's context is scored in pieces, each of which sees nothing of those before it.
     Raises UserError when there is no text.
     """
-    nats, tokens, size = 0.0, 0, 0
+    scores = []
     for text in texts:
         document = tokenizer.encode_document(text)
-        size += len(text.encode("utf-8", "replace"))
-        for start in range(0, len(document) - 1, engine.max_length):
-            piece = document[start : start + engine.max_length + 1]
-            nats += _loss(engine.score(piece[:-1]), piece[1:])
-            tokens += len(piece) - 1
-    if not size:
+        starts = range(0, len(document) - 1, engine.max_length)
+        pieces = [document[start : start + engine.max_length + 1] for start in starts]
+        if pieces:
+            nats = math.fsum(_loss(engine.score(piece[:-1]), piece[1:]) for piece in pieces)
+            scores.append(TextScore(nats, len(document) - 1, len(text.encode("utf-8", "replace"))))
+    if not any(score.bytes for score in scores):
         raise UserError("held-out texts: none has any text; bits per byte needs some")
-    return TextScore(nats, tokens, size)
+    return scores
 
 
 def score_answers(
@@ -85,9 +77,10 @@ def score_answers(
     return scores
 
 
-def answer_losses(scores: Sequence[TextScore]) -> dict[str, Estimate]:
-    """Perplexity and bits per byte of reference answers, with their intervals. What is no finite number is no
-    measurement and left out. Empty answers have no bits per byte."""
+def losses(scores: Sequence[TextScore], prefix: str = "") -> dict[str, Estimate]:
+    """Perplexity and bits per byte of all these texts, with their intervals, by a bootstrap over the texts; of one text
+    there is none. prefix: of their names. What is no finite number is no measurement and left out. Empty texts have no
+    bits per byte."""
     if not all(math.isfinite(score.nats) for score in scores):
         return {}
     terms = [{"nats": score.nats, "tokens": score.tokens, "bytes": score.bytes} for score in scores]
@@ -96,8 +89,8 @@ def answer_losses(scores: Sequence[TextScore]) -> dict[str, Estimate]:
         return metrics.bits_per_byte(sums["nats"], round(sums["bytes"])) if sums["bytes"] else None
 
     found = {
-        "answer_perplexity": estimated(terms, lambda sums: metrics.perplexity(sums["nats"], round(sums["tokens"]))),
-        "answer_bits_per_byte": estimated(terms, bits),
+        f"{prefix}perplexity": estimated(terms, lambda sums: metrics.perplexity(sums["nats"], round(sums["tokens"]))),
+        f"{prefix}bits_per_byte": estimated(terms, bits),
     }
     return {name: each for name, each in found.items() if each is not None and each.is_finite}
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from twinloop.domains.domain import Domain
 from twinloop.evaluation.parity_report import REFERENCE
-from twinloop.evaluation.rules import metrics_of
+from twinloop.evaluation.rules import TEXTS, metrics_of
 from twinloop.flows.outcome import Outcome
 from twinloop.report.rows import StageRow
 
@@ -92,14 +92,14 @@ def quality_table(rows: Sequence[StageRow], domain: Domain) -> Table:
     titles = {name: predicate.title for name, predicate in domain.predicates.items()}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("after", no_wrap=True)
-    for head in ("bits/byte", "cases passed (95% CI)", *titles.values()):
+    for head in ("bits/byte (95% CI)", "cases passed (95% CI)", *titles.values()):
         table.add_column(head, justify="right", no_wrap=head not in titles.values())
     for row in rows:
         if row.measured:
             measured = row.measured.metrics
             table.add_row(
                 row.name,
-                f"{measured['bits_per_byte']:.3f}" if "bits_per_byte" in measured else "",
+                _estimate(measured, "bits_per_byte", ".3f"),
                 _pass_rate(measured),
                 *(_percent(measured.get("predicates", {}).get(name)) for name in titles),
             )
@@ -107,14 +107,15 @@ def quality_table(rows: Sequence[StageRow], domain: Domain) -> Table:
 
 
 def metrics_table(rows: Sequence[StageRow], domain: Domain) -> Table:
-    """One row for each metric of the domain that was measured, with a column for each model."""
+    """One row for each metric of the domain that was measured, with a column for each model. What is measured on
+    held-out text is in `quality_table`."""
     measured = {row.name: row.measured.metrics for row in rows if row.measured}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("metric (95% CI)", overflow="fold")
     for name in measured:
         table.add_column(name, justify="right", no_wrap=True)
     for name, metric in metrics_of(domain).items():
-        if any(name in each for each in measured.values()):
+        if name not in TEXTS and any(name in each for each in measured.values()):
             table.add_row(metric.title, *(_estimate(each, name) for each in measured.values()))
     return table
 
@@ -123,7 +124,7 @@ def legend(rows: Sequence[StageRow], domain: Domain) -> list[str]:
     """What the columns of `quality_table` mean, a line each."""
     named = {"cases passed": "every check on the right of it holds; the interval is Wilson's"}
     if any(row.measured and "bits_per_byte" in row.measured.metrics for row in rows):
-        named = {"bits/byte": "loss on held-out text, in bits a byte"} | named
+        named = {"bits/byte": "loss on held-out text, in bits a byte; its interval is a bootstrap's over texts"} | named
     named |= {predicate.title: predicate.meaning for predicate in domain.predicates.values() if predicate.meaning}
     width = max(map(len, named))
     return [f"{name:<{width}}  {meaning}" for name, meaning in named.items()]
@@ -199,12 +200,11 @@ def _pass_rate(measured: Mapping[str, Any]) -> str:
     return f"{100 * measured['pass_rate']:.1f}% ({100 * low:.1f}-{100 * high:.1f})"
 
 
-def _estimate(measured: Mapping[str, Any], name: str) -> str:
+def _estimate(measured: Mapping[str, Any], name: str, digits: str = ".4g") -> str:
     if name not in measured:
         return ""
-    if f"{name}_low" not in measured:
-        return f"{measured[name]:.4g}"
-    return f"{measured[name]:.4g} ({measured[f'{name}_low']:.4g}-{measured[f'{name}_high']:.4g})"
+    value, *ends = (f"{measured[each]:{digits}}" for each in (name, f"{name}_low", f"{name}_high") if each in measured)
+    return f"{value} ({'-'.join(ends)})" if ends else value
 
 
 def _percent(rate: float | None) -> str:

@@ -177,8 +177,10 @@ def _measured(value: float | None, field: str) -> str:
 
 
 def _bits(stage: Stage) -> str:
-    bits = stage.measured.metrics.get("bits_per_byte") if stage.measured else None
-    return "" if bits is None else f"{bits:.3f}"
+    found = stage.measured.metrics if stage.measured else {}
+    names = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high")
+    value, *ends = [f"{found[name]:.3f}" for name in names if name in found] or [""]
+    return f"{value} ({'–'.join(ends)})" if ends else value
 
 
 def _interval(rate: Rate) -> str:

@@ -88,7 +88,6 @@ def measurements(
         parity_token_agreement=candidate.tokens if candidate else None,
         p95_ttft_ms=metrics["p95_ttft_ms"],
         memory_gib=metrics["memory_gib"],
-        **{name: metrics[name] for name in ("bits_per_byte", "perplexity") if name in metrics},
     )
 
 

@@ -98,22 +98,22 @@ def measure_engine(
 
     domain, settings, kind = workload.domain, workload.settings, engine.config.kind
     cases = read_cases(choose_cases(read_records(workload.data, "cases"), domain, workload.limit), domain)
-    losses: dict[str, float] = {}
-    of_answers: dict[str, Estimate] = {}
+    losses: dict[str, Estimate] = {}
+    judged: dict[str, float] = {}
     if kind == "text":
-        losses = losses_of_texts(engine, tokenizer, workload.data)
-        of_answers = _losses_of_answers(engine, tokenizer, domain, cases)
+        losses = _losses_of_answers(engine, tokenizer, domain, cases)
+        losses |= losses_of_texts(engine, tokenizer, workload.data)
     if kind == "reward":
         pairs = held_out_pairs(workload.data, workload.limit)
-        report, losses = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
+        report, judged = judge_reward_model(engine, tokenizer, pairs, cases, domain, on_progress=on_progress)
     else:
         samples = settings.samples if kind == "text" else 1
         answering = Answering(settings.max_new_tokens, samples, settings.temperature)
         report = run_cases(engine, tokenizer, cases, domain, answering, on_progress=on_progress)
-    report = report.model_copy(update={"measured": report.measured | of_answers})
+    report = report.model_copy(update={"measured": report.measured | losses})
     shown = {"predicates": {name: rate.rate for name, rate in report.by_predicate.items()}} if report.results else {}
     interval = {"pass_rate_interval": list(_interval(report))} if report.results else {}
-    return report, {**losses, **interval, **shown, **report.metrics()}
+    return report, {**judged, **interval, **shown, **report.metrics()}
 
 
 def _interval(report: CaseReport) -> tuple[float, float]:
@@ -141,15 +141,14 @@ def held_out_pairs(data: Path, limit: int | None = None) -> list[dict[str, Any]]
     return chosen
 
 
-def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, float]:
+def losses_of_texts(engine: Engine, tokenizer: ChatTokenizer, data: Path) -> dict[str, Estimate]:
     """Nothing where the data have no held-out texts."""
-    from twinloop.evaluation.texts import score_texts
+    from twinloop.evaluation.texts import losses, score_texts
     from twinloop.records.validated import has_records, read_records
 
     if not has_records(data, "corpus_heldout"):
         return {}
-    score = score_texts(engine, tokenizer, (row["text"] for row in read_records(data, "corpus_heldout")))
-    return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
+    return losses(score_texts(engine, tokenizer, (row["text"] for row in read_records(data, "corpus_heldout"))))
 
 
 def _losses_of_answers(
@@ -157,10 +156,10 @@ def _losses_of_answers(
 ) -> dict[str, Estimate]:
     """Nothing where no case has a reference answer."""
     from twinloop.evaluation.cases import reference_answers
-    from twinloop.evaluation.texts import answer_losses, score_answers
+    from twinloop.evaluation.texts import losses, score_answers
 
     answers = reference_answers(domain, cases)
-    return answer_losses(score_answers(engine, tokenizer, answers)) if answers else {}
+    return losses(score_answers(engine, tokenizer, answers), "answer_") if answers else {}
 
 
 def choose_cases(records: Iterable[Mapping[str, Any]], domain: Domain, limit: int | None) -> list[dict[str, Any]]:

@@ -246,4 +246,4 @@ def _score(network: Decoder, tokenizer: ChatTokenizer, keep: Path, runtime: Runt
 
     save_model(keep / "model", network.config, get_weights(network), tokenizer)
     engine = Engine.load(export_in(keep, keep / "model", runtime), slots=1, threads=runtime.threads)
-    return losses_of_texts(engine, tokenizer, data)
+    return {name: loss.value for name, loss in losses_of_texts(engine, tokenizer, data).items()}

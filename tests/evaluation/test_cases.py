@@ -20,7 +20,7 @@ from twinloop.evaluation.case_report import CaseReport
 from twinloop.evaluation.cases import Answering, Case, compare, read_cases, reference_answers, run_cases
 from twinloop.evaluation.metrics import Rate
 from twinloop.evaluation.rules import Measurements
-from twinloop.evaluation.texts import TextScore, answer_losses, score_answers, score_texts
+from twinloop.evaluation.texts import TextScore, losses, score_answers, score_texts
 from twinloop.models.new_tokenizer import train_tokenizer
 from twinloop.models.tokenizer import ChatTokenizer
 from twinloop.serving.engine.sampling import SamplingParams
@@ -331,15 +331,31 @@ def test_bits_per_byte_of_a_known_distribution(tokenizer: ChatTokenizer) -> None
     probabilities = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     texts = ["damaged items within 30 days", "é🙂", "", "x" * 100]
     targets = [id for text in texts for id in [*tokenizer.encode(text), tokenizer.stop_id]]
-    score = score_texts(UnigramEngine(logits), tokenizer, texts)
+    scores = score_texts(UnigramEngine(logits), tokenizer, texts)
     nats = -sum(math.log(probabilities[target]) for target in targets)
-    assert score.tokens == len(targets)
-    assert score.bytes == sum(len(text.encode()) for text in texts)
-    assert score.nats == pytest.approx(nats, rel=1e-5)
-    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / score.bytes, rel=1e-5)
-    assert score.perplexity == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    assert [score.tokens for score in scores] == [len(tokenizer.encode(text)) + 1 for text in texts]
+    assert [score.bytes for score in scores] == [len(text.encode()) for text in texts]
+    assert sum(score.nats for score in scores) == pytest.approx(nats, rel=1e-5)
+    found = losses(scores)
+    size = sum(score.bytes for score in scores)
+    assert found["bits_per_byte"].value == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["perplexity"].value == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
     with pytest.raises(UserError, match="none has any text"):
         score_texts(UnigramEngine(logits), tokenizer, [""])
+
+
+def test_held_out_texts_have_an_interval_by_drawing_the_texts_again() -> None:
+    rng = np.random.default_rng(3)
+    scores = [TextScore(float(nats), 20, 60) for nats in rng.normal(30, 6, size=400)]
+    found = losses(scores)
+    per_text = np.array([score.nats for score in scores]) / math.log(2) / 60
+    middle, half = per_text.mean(), 1.96 * per_text.std() / math.sqrt(len(scores))
+    assert found["bits_per_byte"].value == pytest.approx(middle)
+    assert found["bits_per_byte"].interval == pytest.approx((middle - half, middle + half), abs=0.15 * half)
+    low, high = (math.exp(bits * 60 * math.log(2) / 20) for bits in found["bits_per_byte"].interval or ())
+    assert found["perplexity"].interval == pytest.approx((low, high)), "the same draws"
+    assert losses(scores) == found
+    assert losses(scores[:1])["bits_per_byte"].interval is None, "one text has no spread"
 
 
 def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokenizer: ChatTokenizer) -> None:
@@ -353,14 +369,14 @@ def test_perplexity_of_reference_answers_counts_the_answers_tokens_alone(tokeniz
     targets = [*tokenizer.encode("within 30 days"), tokenizer.stop_id, tokenizer.stop_id]
     nats = -sum(math.log(probabilities[target]) for target in targets)
     assert [score.tokens for score in scores] == [len(targets) - 1, 1]
-    losses = answer_losses(scores)
-    assert losses["answer_perplexity"].value == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
-    assert losses["answer_bits_per_byte"].value == pytest.approx(nats / math.log(2) / len("within 30 days"), rel=1e-5)
-    alone = [score.perplexity for score in scores]
-    assert losses["answer_perplexity"].interval == pytest.approx((min(alone), max(alone)))
-    assert "answer_bits_per_byte" not in answer_losses(scores[1:]), "an empty answer has no bytes"
+    found = losses(scores, "answer_")
+    assert found["answer_perplexity"].value == pytest.approx(math.exp(nats / len(targets)), rel=1e-5)
+    assert found["answer_bits_per_byte"].value == pytest.approx(nats / math.log(2) / len("within 30 days"), rel=1e-5)
+    alone = [math.exp(score.nats / score.tokens) for score in scores]
+    assert found["answer_perplexity"].interval == pytest.approx((min(alone), max(alone)))
+    assert "answer_bits_per_byte" not in losses(scores[1:], "answer_"), "an empty answer has no bytes"
     for broken in (math.nan, math.inf, 1e6):  # of the last the perplexity alone is too large for a number
-        found = answer_losses([*scores, TextScore(broken, 3, 4)])
+        found = losses([*scores, TextScore(broken, 3, 4)], "answer_")
         assert all(map(math.isfinite, [n for each in found.values() for n in (each.value, *(each.interval or ()))]))
         assert "answer_perplexity" not in found
     with pytest.raises(UserError, match="reference answers: there are none"):

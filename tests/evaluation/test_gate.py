@@ -375,10 +375,18 @@ def test_a_metric_with_the_name_of_another_rule_is_refused() -> None:
 
 def test_held_out_losses_are_judged_from_above() -> None:
     rules = GateRules({"bits_per_byte": 1.0, "perplexity": 8, "answer_perplexity": 3}, labels)
-    good = Measurements(bits_per_byte=1.0, perplexity=8, metrics=valued(answer_perplexity=3))
+    good = Measurements(metrics=valued(bits_per_byte=1.0, perplexity=8, answer_perplexity=3))
     assert judge(rules, good).decision == "SHIP"
-    worse = judge(rules, Measurements(bits_per_byte=1.1, perplexity=9, metrics=valued(answer_perplexity=4)))
+    worse = judge(rules, Measurements(metrics=valued(bits_per_byte=1.1, perplexity=9, answer_perplexity=4)))
     assert [reason.rule for reason in worse.reasons] == ["answer_perplexity", "bits_per_byte", "perplexity"]
+
+
+def test_held_out_text_is_judged_by_the_upper_end_of_its_interval() -> None:
+    found = Measurements(metrics={"bits_per_byte": Estimate(value=0.9, interval=(0.7, 1.1))})
+    for limit, decision in ((1.0, "BLOCK"), (1.1, "SHIP")):
+        report = judge(GateRules({"bits_per_byte": limit}, labels), found)
+        assert report.decision == decision
+        assert report.checks[0].detail == "0.9 [0.7, 1.1]"
 
 
 def test_a_domain_without_a_verifier_is_judged_by_losses_alone() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from twinloop.domains.chat import domain as chat
 from twinloop.domains.returns import domain as returns
-from twinloop.flows.summary import change, compared, metrics_table
+from twinloop.flows.summary import change, compared, metrics_table, quality_table
 from twinloop.registry.artifact import Artifact, Manifest
 from twinloop.report.rows import StageRow
 
@@ -52,18 +53,34 @@ def measured(stage: str, **metrics: float) -> StageRow:
     return StageRow(stage, 1.0, measured=Artifact(Path(stage), manifest))
 
 
+def cells(table: Table) -> list[list[str]]:
+    """Of each line that is shown, those that are not empty."""
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    lines = [line.split("  ") for line in console.file.getvalue().splitlines()]
+    return [[word.strip() for word in line if word] for line in lines]
+
+
 def test_metrics_are_shown_by_model_with_their_intervals() -> None:
     rows = [
         measured("sft", chrf=61.234, chrf_low=58.1, chrf_high=64.0),
         StageRow("export", 1.0),
         measured("dpo", chrf=70.0, chrf_low=66.66666, chrf_high=73.0, answer_perplexity=1.5),
     ]
-    console = Console(file=io.StringIO(), width=100)
-    console.print(metrics_table(rows, chat))
-    head, *lines = [line.split("  ") for line in console.file.getvalue().splitlines()]
-    assert [word.strip() for word in head if word] == ["metric (95% CI)", "sft", "dpo"]
-    assert [[word.strip() for word in line if word] for line in lines] == [
+    assert cells(metrics_table(rows, chat)) == [
+        ["metric (95% CI)", "sft", "dpo"],
         ["chrF", "61.23 (58.1-64)", "70 (66.67-73)"],
         ["perplexity of reference answers", "1.5"],
     ]
     assert metrics_table(rows, returns).row_count == 0
+
+
+def test_bits_per_byte_of_held_out_text_are_shown_with_their_interval_where_there_is_one() -> None:
+    rows = [
+        measured("pretrain", bits_per_byte=1.5, bits_per_byte_low=1.4567, bits_per_byte_high=1.55),
+        measured("sft", bits_per_byte=1.25),
+    ]
+    shown = cells(quality_table(rows, chat))
+    assert shown[0][:2] == ["after", "bits/byte (95% CI)"]
+    assert [line[:2] for line in shown[1:]] == [["pretrain", "1.500 (1.457-1.550)"], ["sft", "1.250"]]
+    assert metrics_table(rows, chat).row_count == 0

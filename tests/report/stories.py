@@ -23,7 +23,14 @@ def measured(passed: int, total: int = 20) -> Measured:
         by_kind={"held_out": rate, "golden": Rate(successes=0, total=0)},
         by_predicate={"parsed": Rate(successes=total, total=total), "eligible": rate},
         samples=(sample,),
-        metrics={"pass_rate": rate.rate, "kind/held_out": rate.rate, "bits_per_byte": 1.25, "p95_ttft_ms": 12.0},
+        metrics={
+            "pass_rate": rate.rate,
+            "kind/held_out": rate.rate,
+            "bits_per_byte": 1.25,
+            "bits_per_byte_low": 1.2,
+            "bits_per_byte_high": 1.3125,
+            "p95_ttft_ms": 12.0,
+        },
         measured={"macro_f1": Estimate(value=passed / total, interval=(0.125, 0.75)), "own": Estimate(value=3.0)},
     )
 

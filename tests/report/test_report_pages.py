@@ -60,6 +60,7 @@ def test_the_page_tells_what_is_asked_of_a_release(page: Path) -> None:
         "Return decisions.",
         "Look at SFT data: quality below its limit (held_out_pass_rate).",
         "45.0% (25.8–65.8)",
+        "1.250 (1.200–1.312)",
         "sft",
         "(verified)",
         "8,000",

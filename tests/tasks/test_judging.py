@@ -17,6 +17,7 @@ from twinloop.common.errors import UserError
 from twinloop.domains.loader import load_domain
 from twinloop.domains.returns import domain as returns
 from twinloop.evaluation.gate import GateRules
+from twinloop.evaluation.metrics import Estimate
 from twinloop.models.config import DecoderConfig
 from twinloop.models.decoder import Decoder
 from twinloop.models.directory import save_model
@@ -146,6 +147,26 @@ def test_a_domain_of_ones_own_is_measured_by_its_own_kinds_and_metrics(stages: S
 
 def test_without_held_out_texts_their_loss_is_not_measured(stages: Stages) -> None:
     assert "bits_per_byte" not in stages.measure.metrics
+
+
+def test_held_out_texts_are_measured_with_their_interval_in_the_files_and_in_mlflow(
+    context: Context, data: Artifact, model: Artifact
+) -> None:
+    def write(out: Path, keep: Path) -> dict[str, Any]:
+        shutil.copy(data.path / "cases.parquet", out)
+        texts = ["billing delivery spam", "spam", "the delivery of the other customer"]
+        pl.DataFrame({"text": texts}).write_parquet(out / "corpus_heldout.parquet")
+        return {}
+
+    texts = context.store.run("data", settings={"texts": 3}, inputs={}, code="", build=write)
+    made = measure_stage(context, "sft", SETTINGS, RUNTIME, data=texts, model=model)
+    kept = read_case_report(made).measured
+    logged = context.mlruns.client.get_run(made.metrics["mlflow_run_id"]).data.metrics
+    for name in ("bits_per_byte", "perplexity"):
+        value, low, high = (made.metrics[each] for each in (name, f"{name}_low", f"{name}_high"))
+        assert low < value < high
+        assert kept[name] == Estimate(value=value, interval=(low, high))
+        assert [logged[each] for each in (name, f"{name}_low", f"{name}_high")] == [value, low, high]
 
 
 def test_a_changed_verifier_runs_exactly_the_stages_that_judge_anew(
