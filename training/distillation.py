@@ -3,6 +3,9 @@
 Of each scored token's distribution the top K are kept and the others are one bucket, "the rest": no probability is
 lost, and the divergence of these K + 1 classes is a lower bound of the whole one, and the whole one where K is the
 vocabulary. (Renormalised over the top K, a student would be free to spread any mass over the rest.)
+
+Rows of a vocabulary that are no tokens, as many published models have, are in neither distribution: they are never
+sampled, and teacher and student may have different numbers of them.
 """
 
 from __future__ import annotations
@@ -33,22 +36,21 @@ def attach_teacher(
 ) -> list[Tree]:
     """The same trees, each with what `model`, the teacher, thinks of its scored tokens: about 6 bytes a kept token.
 
-    vocab_size: rows of the student's vocabulary. The teacher's further rows, which no token has, are left out.
+    vocab_size: of the tokenizer, which is that of both: the teacher's rows beyond it are no tokens.
     """
-    rows = min(vocab_size, model.config.vocab_size)
-    kept = min(top_k, rows)
-    ids = np.uint16 if rows <= 2**16 else np.uint32
-    layout = np.dtype([("ids", ids, (kept,)), ("logprobs", np.float32, (kept + (kept < rows),))])
+    kept = min(top_k, vocab_size)
+    ids = np.uint16 if vocab_size <= 2**16 else np.uint32
+    layout = np.dtype([("ids", ids, (kept,)), ("logprobs", np.float32, (kept + (kept < vocab_size),))])
 
     def likeliest(batch: TreeBatch) -> np.ndarray:
         found = np.empty(len(batch.target_N), dtype=layout)
         chunk = logit_chunk(model.config.vocab_size)
         for index, hidden_ND in enumerate(scored_hidden(model, batch).split(chunk)):
-            logits_NV = model.logits(hidden_ND).float()[:, :rows] / temperature
+            logits_NV = model.logits(hidden_ND).float()[:, :vocab_size] / temperature
             top_NK = logits_NV.topk(kept).indices
             some = found[index * chunk : (index + 1) * chunk]
             some["ids"] = top_NK.cpu().numpy()
-            some["logprobs"] = _class_logprobs(logits_NV, top_NK, rest=kept < rows).cpu().numpy()
+            some["logprobs"] = _class_logprobs(logits_NV, top_NK, rest=kept < vocab_size).cpu().numpy()
         return found
 
     model.to(device)
@@ -63,8 +65,9 @@ class DistilLoss:
     their size (Hinton et al., 2015).
     """
 
-    def __init__(self, *, temperature: float = 1.0):
-        self.temperature = temperature
+    def __init__(self, *, vocab_size: int, temperature: float = 1.0):
+        """vocab_size: of the tokenizer, as for the teacher."""
+        self.vocab_size, self.temperature = vocab_size, temperature
 
     def normaliser(self, batch: TreeBatch) -> float:
         return batch.total_weight
@@ -75,7 +78,8 @@ class DistilLoss:
         assert teacher_NK is not None, "attach the teacher before training"
 
         def divergences(hidden: Tensor, index: Tensor) -> Tensor:
-            return self.of_logits(model.logits(hidden).float(), ids_NK[index], teacher_NK[index])
+            logits_NV = model.logits(hidden)[:, : self.vocab_size].float()
+            return self.of_logits(logits_NV, ids_NK[index], teacher_NK[index])
 
         index_N = torch.arange(len(ids_NK), device=ids_NK.device)
         divergence_N = row_values(model, divergences, scored_hidden(model, batch), index_N)

@@ -1,9 +1,12 @@
 """A network small enough to train in milliseconds, and random tokens for it."""
 
 import numpy as np
+import torch
 
 from twinloop.models.config import DecoderConfig
+from twinloop.models.decoder import Decoder
 from twinloop.training.tree import Tree, document, example, pair
+from twinloop.training.weights import new_decoder
 
 TINY = DecoderConfig(
     vocab_size=64,
@@ -33,3 +36,14 @@ class Texts:
 
     def pairs(self, count: int) -> list[Tree]:
         return [pair(self.run(4, 12), self.run(2, 8), self.run(2, 8)) for _ in range(count)]
+
+
+def padded(model: Decoder, rows: int) -> Decoder:
+    """The same network with so many rows more in its vocabulary, which no token has and which it thinks likely."""
+    tokens = model.config.vocab_size
+    wide = new_decoder(model.config.model_copy(update={"vocab_size": tokens + rows}), seed=2)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            wide.state_dict()[name][: len(tensor)].copy_(tensor)
+        wide.model.embed_tokens.weight[tokens:] *= 50
+    return wide

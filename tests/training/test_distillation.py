@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small import TINY
+from small import TINY, padded
 
 from twinloop.training.distillation import DistilLoss, attach_teacher
 from twinloop.training.loop import run_training
@@ -45,7 +45,7 @@ def logprobs(model, batch, temperature):
 def test_by_hand():
     """Four tokens, of which the teacher's two likeliest have 1/2 and 1/4; the student is uniform."""
     teacher_NK = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    found = DistilLoss().of_logits(torch.zeros(1, 4), torch.tensor([[2, 0]]), teacher_NK)
+    found = DistilLoss(vocab_size=64).of_logits(torch.zeros(1, 4), torch.tensor([[2, 0]]), teacher_NK)
     expected = 0.5 * math.log(0.5 / 0.25) + 0.25 * math.log(0.25 / 0.25) + 0.25 * math.log(0.25 / 0.5)
     assert found.tolist() == pytest.approx([expected], abs=1e-6)
 
@@ -58,7 +58,7 @@ def test_the_rest_of_the_vocabulary_is_one_class(tiny, teacher, texts, top_k, te
     top = p.topk(top_k).indices
     p, q = (torch.cat([each.gather(1, top), 1 - each.gather(1, top).sum(1, keepdim=True)], 1) for each in (p, q))
     expected = temperature**2 * (p * (p.log() - q.log())).sum(1).mean()
-    loss, _ = DistilLoss(temperature=temperature).loss(tiny, batch)
+    loss, _ = DistilLoss(vocab_size=64, temperature=temperature).loss(tiny, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -69,16 +69,18 @@ def test_with_the_whole_vocabulary_it_is_the_divergence_itself(tiny, teacher, te
     assert batch.teacher_ids_NK.shape == batch.teacher_logprobs_NK.shape == (len(batch.target_N), 64)
     p, q = (logprobs(model, batch, temperature) for model in (teacher, tiny))
     expected = temperature**2 * torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")
-    loss, _ = DistilLoss(temperature=temperature).loss(tiny, batch)
+    loss, _ = DistilLoss(vocab_size=64, temperature=temperature).loss(tiny, batch)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     some = one_batch(attach(teacher, examples, top_k=8, temperature=temperature))
-    fewer, _ = DistilLoss(temperature=temperature).loss(tiny, some)
+    fewer, _ = DistilLoss(vocab_size=64, temperature=temperature).loss(tiny, some)
     assert 0 < fewer < loss, "fewer classes bound the divergence from below"
 
 
 @pytest.mark.parametrize("top_k", [4, 64])
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, texts, top_k):
-    loss, _ = DistilLoss(temperature=2.0).loss(teacher, one_batch(taught(teacher, texts, top_k=top_k, temperature=2.0)))
+    loss, _ = DistilLoss(vocab_size=64, temperature=2.0).loss(
+        teacher, one_batch(taught(teacher, texts, top_k=top_k, temperature=2.0))
+    )
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     for parameter in teacher.parameters():
@@ -102,7 +104,7 @@ def train(student, trees, checkpoint_dir=None, on_step=None):
     settings = TrainSettings(learning_rate=0.01)
     return run_training(
         student,
-        DistilLoss(),
+        DistilLoss(vocab_size=64),
         stream,
         settings,
         checkpoint_dir=checkpoint_dir,
@@ -114,9 +116,9 @@ def train(student, trees, checkpoint_dir=None, on_step=None):
 def test_a_student_moves_towards_its_teacher(teacher, texts):
     trees, student = taught(teacher, texts), new_decoder(TINY, seed=0)
     batch = one_batch(trees)
-    before, _ = DistilLoss().loss(student, batch)
+    before, _ = DistilLoss(vocab_size=64).loss(student, batch)
     result = train(student, trees)
-    after, _ = DistilLoss().loss(student, batch)
+    after, _ = DistilLoss(vocab_size=64).loss(student, batch)
     assert after < 0.5 * before
     assert result.loss < result.initial_loss
     agree = [logprobs(model, batch, 1.0).argmax(1) for model in (student, teacher)]
@@ -146,10 +148,15 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_alike(teacher, texts, tmp_path)
         assert torch.equal(tensor, resumed.state_dict()[name]), name
 
 
-def test_rows_of_a_larger_table_that_no_token_has_are_left_out(tiny, texts):
-    wide = new_decoder(TINY.model_copy(update={"vocab_size": 80}), seed=2)
-    with torch.no_grad():
-        wide.model.embed_tokens.weight[64:] *= 50
-    batch = one_batch(taught(wide, texts))
+@pytest.mark.parametrize("top_k", [8, 1000])
+@pytest.mark.parametrize(("of_teacher", "of_student"), [(16, 0), (0, 16), (16, 32)])
+def test_rows_that_no_token_has_are_in_neither_distribution(tiny, teacher, texts, of_teacher, of_student, top_k):
+    examples = texts.examples(24)
+    expected, _ = DistilLoss(vocab_size=64).loss(tiny, one_batch(attach(teacher, examples, top_k=top_k)))
+    batch = one_batch(attach(padded(teacher, of_teacher), examples, top_k=top_k))
+    student = padded(tiny, of_student)
+    loss, _ = DistilLoss(vocab_size=64).loss(student, batch)
     assert batch.teacher_ids_NK.max() < 64
-    assert math.isfinite(DistilLoss().loss(tiny, batch)[0].item())
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert not student.model.embed_tokens.weight.grad[64:].any()

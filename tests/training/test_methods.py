@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import padded
 
 from twinloop.common.errors import UserError
 from twinloop.common.modules import FoundModule
@@ -168,6 +169,19 @@ def test_sft_trains_every_answer_of_a_conversation(tiny, tokenizer: ChatTokenize
     answers = [*tokenizer.encode_answer("text 1"), *tokenizer.encode_answer("text 3")]
     assert batch.target_N.tolist() == answers
     assert batch.num_tokens == sft.lengths({"messages": messages}, tokenizer).packed
+
+
+def test_distillation_leaves_out_the_rows_that_no_token_has(tiny, tokenizer: ChatTokenizer, tmp_path: Path) -> None:
+    distil, losses = load_method("distil", PROJECT), []
+    config = tiny.config.model_copy(update={"vocab_size": tokenizer.vocab_size})
+    for rows in (0, 24):
+        teacher, student = (padded(new_decoder(config, seed=seed), rows) for seed in (7, 0))
+        save_model(tmp_path / str(rows), teacher.config, get_weights(teacher), tokenizer)
+        settings = distil.settings.model_validate(SETTINGS["distil"] | {"teacher": {"path": str(tmp_path / str(rows))}})
+        runtime = Runtime(seed=1, threads=1)
+        objective, batches = distil.build(RECORDS["chat"], student, tokenizer, settings, runtime, Parity())
+        losses.append(objective.loss(student, batches.next().micro_batches[0])[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_what_the_checks_and_the_plan_ask_has_defaults(smoothed: Method, tokenizer: ChatTokenizer) -> None:

@@ -52,9 +52,9 @@ def build(
         answer_trees(records, tokenizer),
         top_k=settings.top_k,
         temperature=settings.temperature,
-        vocab_size=model.config.vocab_size,
+        vocab_size=tokenizer.vocab_size,
         seq_len=settings.seq_len,
         device=runtime.device,
     )
     batches = BatchStream.of_epochs(trees, settings, seed=runtime.seed)
-    return DistilLoss(temperature=settings.temperature), batches
+    return DistilLoss(vocab_size=tokenizer.vocab_size, temperature=settings.temperature), batches
