@@ -93,12 +93,18 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
     """Find the base of the recipe and read its header.
 
     Raises UserError where there is none, for a model that cannot be trained on, and for settings of the recipe that do
-    not fit its length.
+    not fit its length or its matrices.
     """
-    settings = recipe.base
-    if isinstance(settings, NewBase):
-        return Base(settings.decoder_config(settings.vocab_size), "a new network")
-    base = _resolve(settings, recipe.name, project, place="base", default_length=DEFAULT_MAX_LENGTH)
+    if isinstance(recipe.base, NewBase):
+        base = Base(recipe.base.decoder_config(recipe.base.vocab_size), "a new network")
+    else:
+        base = _trained_base(recipe, project)
+    _check_ranks(recipe, base)
+    return base
+
+
+def _trained_base(recipe: Recipe, project: Path) -> Base:
+    base = _resolve(recipe.base, recipe.name, project, place="base", default_length=DEFAULT_MAX_LENGTH)
     try:
         recipe.check_context(base.max_length)
     except ValueError as error:
@@ -110,6 +116,21 @@ def resolve_base(recipe: Recipe, project: Path) -> Base:
             f"{', '.join(labels)}; start from another base"
         )
     return base
+
+
+def _check_ranks(recipe: Recipe, base: Base) -> None:
+    """Raises UserError for an adapter of a higher rank than one of its matrices can have: it would learn no more, and
+    take more memory than the matrix itself."""
+    for stage in recipe.train:
+        if (lora := stage.settings.lora) is None:
+            continue
+        name, shape = min(lora.form.modules(base.config).items(), key=lambda module: min(module[1]))
+        target, most = name.rpartition(".")[2], min(shape)
+        if lora.rank > most:
+            raise UserError(
+                f"{stage.place}.lora.rank ({lora.rank}) is more than the {most} that {target} of {base.title} can "
+                f"have (a matrix of {shape[0]} x {shape[1]}); take at most {most}, or targets without {target}"
+            )
 
 
 def resolve_models(recipe: Recipe, project: Path) -> tuple[Base, dict[str, dict[str, Base]]]:
