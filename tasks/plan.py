@@ -8,6 +8,7 @@ packing, optimizer, sampling, this machine. What a step and a record take is mul
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import re
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from twinloop.common.memory import available_bytes
 from twinloop.domains.domain import Domain, Verdict, domain_code
 from twinloop.models.config import DecoderConfig, Precision
 from twinloop.models.directory import load_config
@@ -41,6 +43,8 @@ from twinloop.training.settings import RolloutSettings, TrainSettings
 if TYPE_CHECKING:
     from twinloop.training.loop import StepReport
     from twinloop.training.stream import Batches, Step
+
+log = logging.getLogger(__name__)
 
 SAMPLE = 600
 """Records that a stage is built on, and half as many: two points give the part that does not grow with the data."""
@@ -143,6 +147,8 @@ def make_plan(
                 reward_models=[load_config(at) for name, at in named_by_stage.items() if asked[name].kind == "reward"],
                 lora=stage.settings.lora.form if stage.settings.lora else None,
             )
+            if runtime.device == "cpu":
+                _warn_of_memory(stage.name, memory.total_bytes, available_bytes())
             settings = stage.settings.with_models(named_by_stage)
             cost = _Prober(context.domain, stage, settings, runtime, data.path, model.path).measure()
         frozen = stage.settings.lora is not None
@@ -163,6 +169,16 @@ def make_plan(
         for precision in recipe.export.on(runtime.device)
     }
     return Plan(config, stages, serving, others.cores())
+
+
+def _warn_of_memory(stage: str, needed: int, available: int) -> None:
+    """Before the stage is tried: the system may end the process that takes more."""
+    if needed > available:
+        log.warning(
+            "%s takes about %.0f MiB of memory, and %.0f MiB are available; a smaller micro_batch_size, an adapter "
+            "(`lora`) or a smaller base takes less",
+            *(stage, needed / 2**20, available / 2**20),
+        )
 
 
 def _exported_ranks(recipe: Recipe) -> int:

@@ -162,6 +162,20 @@ def test_a_reward_model_is_in_memory_while_the_network_is_trained_by_it(
     assert grpo.memory.reward_models_bytes > 0.9 * grpo.memory.weights_bytes
 
 
+def test_a_stage_that_takes_more_memory_than_is_available_is_reported_before_it_is_tried(
+    context: Context, data: Artifact, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("twinloop.tasks.plan.PROBE_S", 0.0)
+    sft = RECIPE.model_copy(update={"train": RECIPE.train[1:2]})
+    base = resolve_base(sft, context.project)
+    for free, reported in ((2**40, []), (2**20, ["sft takes about "])):
+        monkeypatch.setattr("twinloop.tasks.plan.available_bytes", lambda free=free: free)
+        caplog.clear()
+        make_plan(context, sft, base, sft.runtime(), data=data)
+        said = [record.getMessage() for record in caplog.records if "available" in record.getMessage()]
+        assert [message[:16] for message in said] == reported
+
+
 def test_what_the_plan_needs_is_kept_for_the_run(context: Context, plan: Plan) -> None:
     assert {path.name for path in (context.project / "artifacts").iterdir()} >= {"validate", "tokenize", "base"}
     assert not (context.project / "artifacts" / "pretrain").exists()
