@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from twinloop.serving.access import OtherOrigins, OwnHostsOnly, administrators_only
 from twinloop.serving.answers import Answers, charge
-from twinloop.serving.asked import ModelName
+from twinloop.serving.asked import ModelName, Priority
 from twinloop.serving.chat import chat_router
 from twinloop.serving.classify import classify_router
 from twinloop.serving.completions import completions_router
@@ -167,9 +167,10 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
         request: Request,
         body: Annotated[body_model, described],  # type: ignore[valid-type]
         model: Annotated[ModelName | None, Query(description="as `model` of a chat: one that /v1/models lists")] = None,
+        priority: Annotated[Priority, Query()] = 0,
     ) -> Response:
         started = time.perf_counter()
-        pending = await workers.submit(manager, lambda service: _begin(service, body), model)
+        pending = await workers.submit(manager, lambda service: _begin(service, body, priority), model)
         try:
             (response,) = await workers.run_unless_gone(request, pending.cancel, pending.finish)
         finally:
@@ -183,10 +184,10 @@ def _decision_router(manager: ModelManager, metrics: Metrics, workers: Workers) 
     return router
 
 
-def _begin(service: DecisionService, body: BaseModel) -> PendingDecision:
+def _begin(service: DecisionService, body: BaseModel, priority: int) -> PendingDecision:
     if service.kind == "reward":
         refuse_closed(DECISIONS, service)
-    return service.begin(body)
+    return service.begin(body, priority=priority)
 
 
 def server_config(app: ASGIApp) -> uvicorn.Config:

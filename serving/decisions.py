@@ -134,10 +134,9 @@ class _Review:
 class PendingDecision:
     """A request whose prompt waits in the scheduler's queue, or that is escalated already."""
 
-    def __init__(self, service: DecisionService, request: BaseModel, started: float):
-        self._service = service
-        self._request = request
-        self._started = started
+    def __init__(self, service: DecisionService, request: BaseModel, started: float, priority: int):
+        self._service, self._request = service, request
+        self._started, self._priority = started, priority
         self._found: SearchResult | None = None
         self._retrieval_s = 0.0
         self._prompt_tokens = 0
@@ -267,7 +266,7 @@ class PendingDecision:
             stop=service.tokenizer.stop_ids,
             constraint=service.answer_grammar,
         )
-        (stream,) = place.submit(prompt, params)
+        (stream,) = place.submit(prompt, params, priority=self._priority)
         self._text = TextStream(stream, service.tokenizer, started=self._started)
 
 
@@ -339,9 +338,10 @@ class DecisionService:
         """
         return self.begin(request).finish()
 
-    def begin(self, request: BaseModel) -> PendingDecision:
-        """Retrieve and queue a case; `finish()` waits for its answer, `cancel()` gives it up. Raises like `decide`."""
-        pending = PendingDecision(self, request, started=time.perf_counter())
+    def begin(self, request: BaseModel, *, priority: int = 0) -> PendingDecision:
+        """Retrieve and queue a case; `finish()` waits for its answer, `cancel()` gives it up. priority: of those that
+        wait, the lowest is next. Raises like `decide`."""
+        pending = PendingDecision(self, request, time.perf_counter(), priority)
         pending.begin()
         return pending
 

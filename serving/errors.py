@@ -130,8 +130,10 @@ def describe_validation(
     for error in errors:
         if error["type"] == "json_invalid":
             return "the body is not JSON" + _position(error), None
-        location = error["loc"][1:] if error["loc"][:1] == ("body",) else error["loc"]
-        place = location if sent is None else _place(location, sent, absent=error["type"] == "missing")
+        in_body = error["loc"][:1] == ("body",)
+        place = error["loc"][1:] if in_body else error["loc"]
+        if in_body and sent is not None:
+            place = _place(place, sent, absent=error["type"] == "missing")
         if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
             place = (*place, error["ctx"]["discriminator"].strip("'"))
         words = _words(error, descriptions.get(".".join(part for part in place if isinstance(part, str))))

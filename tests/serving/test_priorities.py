@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-from served import HELLO, make_app, running, small_tokenizer
+from served import CASE, HELLO, make_app, running, small_tokenizer
 from test_scheduler import Gate, prompt_of, small_engine, wait_for
 from test_structured import small_engine as engine_of
 
@@ -61,6 +61,20 @@ def test_who_waits_longest_gets_one_place_of_eight(taken: Order) -> None:
 
 def test_all_answers_of_a_request_have_its_priority(taken: Order) -> None:
     assert taken([0, -1, 0], answers=[1, 3, 2]) == [1, 1, 1, 0, 2, 2]
+
+
+def test_a_decision_has_its_priority_beside_its_model(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = small_tokenizer()
+    scheduler, seen = Scheduler(engine_of(tokenizer, slots=2)), list[int]()
+    started = Stream.started
+    monkeypatch.setattr(Stream, "started", lambda stream: seen.append(stream.priority) or started(stream))
+    with running(make_app(tmp_path, scheduler, tokenizer)) as client:
+        for query in ("", "?priority=-3"):
+            assert client.post(f"/v1/decisions{query}", json=CASE).status_code == 200
+        refused = client.post("/v1/decisions?priority=soon", json=CASE)
+    scheduler.close(drain=False, timeout_s=10)
+    assert seen == [0, -3]
+    assert (refused.status_code, refused.json()["error"]["param"]) == (422, "query.priority")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
