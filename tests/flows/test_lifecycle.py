@@ -78,7 +78,7 @@ def test_one_command_ships_a_champion_that_answers(first: tuple[Path, subprocess
     for stage in TRAINED:
         assert re.search(rf"^{stage} +\d+\.\d s +[\d,]+", run.stdout, re.MULTILINE), stage
         row = next(line for line in quality.splitlines() if line.startswith(f"{stage} "))
-        assert re.search(r"\d\.\d{3} +[\d.]+% \([\d.]+-[\d.]+\)( +[\d.]+%){7}", row), row
+        assert re.search(r"\d\.\d{3} \([\d.]+-[\d.]+\) +[\d.]+% \([\d.]+-[\d.]+\)( +[\d.]+%){7}", row), row
     for predicate in returns.predicates.values():
         assert re.search(rf"^  {predicate.title} +{predicate.meaning}", quality, re.MULTILINE), predicate
     answer = json.loads(run.stdout[run.stdout.index("over HTTP:") :].splitlines()[1])

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_project import make_ready_project, start, twinloop
+from small_project import make_ready_project, recipe_fields, start, twinloop
 
 from twinloop.flows.answer import answer_over_http
 
@@ -51,6 +51,9 @@ def test_documents_that_were_trained_with_are_answered_from_and_those_of_an_admi
     tmp_path: Path,
 ) -> None:
     project = make_ready_project(tmp_path)
+    fields = recipe_fields()
+    fields["train"] = fields["train"][:1]  # each change of the documents trains everything anew
+    (project / "recipes" / "small.yaml").write_text(json.dumps(fields))
     assert "6 new: P-" in run(project)
     answer = answer_over_http(project, "small").body
     one = answer["passages"][0]["document_id"]
