@@ -89,7 +89,7 @@ def read_cases(records: Iterable[Mapping[str, Any]], domain: Domain) -> list[Cas
             case_id=record["case_id"],
             kind=record["kind"],
             prompt=tuple(dict(message) for message in record["prompt"]),
-            facts=_facts(domain, record),
+            facts=facts_of(domain, record),
             pair_id=record.get("pair_id"),
             expected=dict(record.get("expected") or {}),
             digest=hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest(),
@@ -165,7 +165,8 @@ def reference_of(domain: Domain, case: Case) -> str | None:
         return domain.reference(case.expected)
 
 
-def _facts(domain: Domain, record: Mapping[str, Any]) -> Any:
+def facts_of(domain: Domain, record: Mapping[str, Any]) -> Any:
+    """What is trusted about a case. Raises UserError where `read_facts` raises."""
     with domain_code(domain, "read_facts", f"case {record['case_id']}"):
         return domain.read_facts(record)
 

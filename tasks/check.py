@@ -92,6 +92,7 @@ def check_form(domain: Domain, tokenizer: ChatTokenizer, data: Path) -> None:
 
     data: the directory of a validate artifact.
     """
+    from twinloop.evaluation.cases import facts_of
     from twinloop.records.validated import read_records
     from twinloop.serving.answer_form import form_grammar, stated_form
 
@@ -99,9 +100,7 @@ def check_form(domain: Domain, tokenizer: ChatTokenizer, data: Path) -> None:
     if grammar is None or not domain.has("gold"):
         return
     for case in islice(read_records(data, CASES), CASES_IN_FORM):
-        about = f"case {case['case_id']}"
-        with domain_code(domain, "read_facts", about):
-            facts = domain.read_facts(case)
+        facts, about = facts_of(domain, case), f"case {case['case_id']}"
         with domain_code(domain, "gold", about):
             gold = domain.gold(facts)
         if not grammar.takes(gold):
