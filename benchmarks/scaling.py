@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.table import Row, heading, promise, show
@@ -20,7 +20,7 @@ from twinloop.flows.display import make_display
 from twinloop.tasks.context import Context
 from twinloop.tasks.prepare import ready_data
 from twinloop.tasks.recipe import load_recipe
-from twinloop.tasks.scaling import measure_runs, open_corpus, small_run
+from twinloop.tasks.scaling import Measured, measure_runs, open_corpus, small_run
 from twinloop.tasks.scaling_plan import parse_tokens
 
 WITHIN = 0.03
@@ -52,17 +52,21 @@ def measure(path: Path, longest: int, times: float) -> Iterator[Row]:
         own = corpus.shape(corpus.depth)
         most = max(each.flops * each.tokens for each in runs)
         large = small_run(context, corpus, runtime, depth=own.depth, tokens=round(times * most / own.flops))
+    yield from compared(runs, large)
+
+
+def compared(runs: Sequence[Measured], large: Measured) -> Iterator[Row]:
+    """The large run beside what the law of the others says of it."""
     for each in runs:
         yield Row(
             "a small run", f"{each.parameters:,} weights, {each.tokens:,} tokens", f"{each.loss:.4f}", "bits a byte"
         )
     fit = fit_law([Run(each.parameters, each.tokens, each.loss) for each in runs])
-    choice = Choice(Size(own.depth, own.parameters, own.flops), large.tokens)
+    choice = Choice(Size(large.depth, large.parameters, large.flops), large.tokens)
     predicted, (low, high) = choice.loss(fit.law), fit.interval(choice.loss)
     off = predicted / large.loss - 1
-    setting = (
-        f"{own.parameters:,} weights, {large.tokens:,} tokens, {own.flops * large.tokens / most:.1f} times the compute"
-    )
+    times = large.flops * large.tokens / max(each.flops * each.tokens for each in runs)
+    setting = f"{large.parameters:,} weights, {large.tokens:,} tokens, {times:.1f} times the compute"
     yield Row("predicted", f"{setting}; 95%: {low:.4f} to {high:.4f}", f"{predicted:.4f}", "bits a byte")
     yield Row("reached", setting, f"{large.loss:.4f}", "bits a byte")
     yield Row("· predicted to reached", setting, f"{100 * off:+.1f}", "%", promise("within 3", abs(off) <= WITHIN))
